@@ -1,0 +1,1 @@
+"""The server: decodes images, classifies them and proves a radius around each answer. No torch in here."""
