@@ -1,0 +1,98 @@
+# A fresh machine needs Python 3.11 or newer (with venv) and make; everything else goes into .venv.
+# The stamps .venv/* depend on the locks, so a second call installs nothing.
+
+VENV   := .venv
+PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
+             "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; \
+             done),python3)
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip --disable-pip-version-check --no-input
+LOCKED := $(PIP) install --require-hashes --only-binary :all:
+
+# cpu or gpu: which of the two onnxruntime wheels. `make serve ACCELERATOR=cpu` overrules what the driver says.
+ifndef ACCELERATOR
+ACCELERATOR := $(or $(shell $(PYTHON) requirements/accelerator.py 2>/dev/null),cpu)
+endif
+ifeq ($(filter $(ACCELERATOR),cpu gpu),)
+$(error ACCELERATOR is '$(ACCELERATOR)'; set it to cpu or gpu, or leave it out)
+endif
+
+# Pinned once, in pyproject.toml; not in the lock, because the right build of it depends on the machine.
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
+UV    := uv==0.13.9
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test format readme lock image clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+serve: $(VENV)/serve-$(ACCELERATOR) $(VENV)/project  ## install what serving needs, then serve on port 8000
+	@exec $(RUN) -m service
+
+test: $(VENV)/test $(VENV)/project  ## install what the tests need, then lint, types, import contracts, tests
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(VENV)/bin/lint-imports
+	$(RUN) -m pytest
+
+format: $(VENV)/test  ## format the code and mend what ruff can mend
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+readme: $(VENV)/test $(VENV)/project  ## write the generated blocks of README.md from the shipped artefacts
+	$(RUN) -m tests.test_readme
+
+lock:  ## resolve the dependencies of pyproject.toml again and write requirements/*.txt
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
+	$(PYTHON) -m venv "$$folder/uv" && "$$folder/uv/bin/python" -m pip install --quiet $(UV); \
+	resolve() { "$$folder/uv/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-header \
+	  --no-annotate "$$@"; }; \
+	: 'One resolution for everything, torch and its CUDA libraries too, so that all locks fit in one venv.'; \
+	resolve pyproject.toml --extra gpu --extra train --extra evaluate --extra test --group build >"$$folder/all.txt"; \
+	echo torch >"$$folder/unlocked.txt"; \
+	lock() { target=$$1; shift; resolve --generate-hashes --constraints "$$folder/all.txt" "$$@" >"$$folder/$$target"; \
+	  { echo '# Written by `make lock`.'; cat "$$folder/$$target"; } >"requirements/$$target"; }; \
+	lock serve-cpu.txt pyproject.toml --extra cpu; \
+	lock serve-gpu.txt pyproject.toml --extra gpu; \
+	lock build.txt --group build; \
+	lock test.txt pyproject.toml --extra train --extra evaluate --extra test --excludes "$$folder/unlocked.txt"
+
+image:  ## build the container image lipcert:cpu (or lipcert:gpu with ACCELERATOR=gpu)
+	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target $(ACCELERATOR) --tag lipcert:$(ACCELERATOR) .
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find benchmarks models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo >&2 "lipcert needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || true)."; \
+	  echo >&2 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name one: make PYTHON=python3.12 ...'; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo >&2 "'$(PYTHON)' has no venv. Install it (Debian, Ubuntu: apt-get install python3-venv) and call make again."; \
+	  exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# Both wheels install the package `onnxruntime`: removing one takes files of the other along, so both go first.
+$(VENV)/serve-cpu: OTHER := $(VENV)/serve-gpu
+$(VENV)/serve-gpu: OTHER := $(VENV)/serve-cpu
+$(VENV)/serve-%: requirements/serve-%.txt $(VENV)/created
+	@if [ -e $(OTHER) ]; then $(PIP) uninstall --yes onnxruntime onnxruntime-gpu && rm $(OTHER); fi
+	$(LOCKED) -r $<
+	@touch $@
+
+# Editable: the service then finds models/zoo of this checkout, whatever the current directory.
+$(VENV)/project: pyproject.toml requirements/build.txt $(VENV)/serve-$(ACCELERATOR)
+	$(LOCKED) --quiet -r requirements/build.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/test: requirements/test.txt $(VENV)/serve-$(ACCELERATOR)
+	$(LOCKED) -r $<
+	$(PIP) install $(TORCH)
+	@touch $@
