@@ -26,7 +26,8 @@
       ├─ ProviderError                   the asked-for execution provider is not there
       └─ SettingsError                   a LIPCERT_* variable is unknown or invalid
 
-The message of every error says what was expected and what to do. ``service.problem`` maps the tree to HTTP status.
+The message of every error says what was expected and what to do; `service.problem` maps the tree to HTTP
+status.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pathlib import Path
 
 
 class LipcertError(Exception):
-    """Anything this package raises on purpose; ``str(error)`` is one sentence or two for the person who reads it."""
+    """Anything this package raises on purpose; its message is a sentence or two for whoever reads it."""
 
 
 class InputError(LipcertError):
@@ -59,8 +60,8 @@ class BodyTooLargeError(InputError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(
-            f"the body is larger than {limit_bytes} bytes, the limit of this server; send a smaller image or fewer "
-            "of them (whoever runs the server can raise LIPCERT_MAX_BODY_BYTES)"
+            f"the body is larger than {limit_bytes} bytes, the limit of this server; send a smaller image or "
+            "fewer of them (whoever runs the server can raise LIPCERT_MAX_BODY_BYTES)"
         )
 
 
@@ -108,10 +109,10 @@ class ImageFormatError(InputError):
 class ImageTooLargeError(InputError):
     """More pixels than the server is willing to decode."""
 
-    def __init__(self, width: int, height: int, limit_pixels: int) -> None:
+    def __init__(self, found: str, limit_pixels: int) -> None:
         super().__init__(
-            f"the image is {width} x {height} = {width * height} pixels and this server decodes at most "
-            f"{limit_pixels}; send a smaller image"
+            f"the image is too large: {found}, and this server decodes at most {limit_pixels} pixels in one "
+            "request; send a smaller image (whoever runs the server can raise LIPCERT_MAX_PIXELS)"
         )
 
 
@@ -125,8 +126,8 @@ class ImageSizeError(InputError):
     def __init__(self, height: int, width: int, expected_height: int, expected_width: int) -> None:
         super().__init__(
             f"the image is {height} x {width} (height x width) and the model takes {expected_height} x "
-            f"{expected_width}; send that size, or set resize=true to have it resized (the radius then speaks about "
-            "the image that was sent)"
+            f"{expected_width}; send that size, or set resize=true to have it resized (the radius then "
+            "speaks about the image that was sent)"
         )
 
 
@@ -166,8 +167,8 @@ class TargetIsPredictedClassError(InputError):
 
     def __init__(self, label: str) -> None:
         super().__init__(
-            f"target {label!r} is already the predicted class of the image; name another label, or leave target out "
-            "to get the nearest other class"
+            f"target {label!r} is already the predicted class of the image; name another label, or leave "
+            "target out to get the nearest other class"
         )
 
 

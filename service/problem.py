@@ -1,0 +1,94 @@
+"""Errors as HTTP answers: the one table from domain error to status, and the RFC 9457 body.
+
+RFC 9457 (Problem Details for HTTP APIs): members `type`, `title`, `status`, `detail`, `instance`, media type
+`application/problem+json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from types import MappingProxyType
+
+from starlette.responses import Response
+
+from service import errors
+
+MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:problem-type:lipcert:"
+
+STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
+    {
+        errors.EmptyBodyError: HTTPStatus.BAD_REQUEST,
+        errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
+        errors.UnknownModelError: HTTPStatus.NOT_FOUND,
+        errors.BodyTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        errors.ImageTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        errors.BatchTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        errors.MediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        errors.OptionError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.UnknownOptionError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.Base64Error: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.NotAnImageError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.ImageFormatError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.ArrayError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.ImageSizeError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.ChannelsError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.PixelRangeError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.UnknownLabelError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.TargetIsPredictedClassError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.InputError: HTTPStatus.BAD_REQUEST,
+        # These stop the server at start; an answer with them means that a check at start is missing.
+        errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.SettingsError: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.LipcertError: HTTPStatus.INTERNAL_SERVER_ERROR,
+    }
+)
+"""Status of each domain error; total over the tree of `service.errors`."""
+
+
+def problem_of(error: errors.LipcertError, instance: str | None = None) -> Response:
+    """The answer to a domain error: status from `STATUS`, type and title from its class, detail its
+    message."""
+    words = re.findall(r"[A-Z][a-z0-9]*", type(error).__name__.removesuffix("Error"))
+    status = STATUS[type(error)]
+    detail = str(error)
+    if status is HTTPStatus.INTERNAL_SERVER_ERROR:
+        detail = "the server failed on a valid request; its log says more"
+    headers = {"Accept": ", ".join(error.accepted)} if isinstance(error, errors.MediaTypeError) else None
+    return problem(
+        status,
+        detail,
+        type_uri=TYPE_PREFIX + "-".join(word.lower() for word in words),
+        title=" ".join(words).capitalize(),
+        instance=instance,
+        headers=headers,
+    )
+
+
+def problem(
+    status: int,
+    detail: str,
+    *,
+    type_uri: str = "about:blank",
+    title: str | None = None,
+    instance: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An RFC 9457 answer; with the type `about:blank` the title is the phrase of the status (section
+    4.2.1)."""
+    body: dict[str, str | int] = {
+        "type": type_uri,
+        "title": title or HTTPStatus(status).phrase,
+        "status": int(status),
+        "detail": detail,
+    }
+    if instance is not None:
+        body["instance"] = instance
+    # ensure_ascii: the detail may quote what the client sent, surrogates included.
+    return Response(
+        json.dumps(body, ensure_ascii=True), status_code=status, media_type=MEDIA_TYPE, headers=headers
+    )
