@@ -1,0 +1,1 @@
+"""Offline side of lipcert: 1-Lipschitz layers, losses, data, training and export of artefacts."""

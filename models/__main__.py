@@ -1,0 +1,89 @@
+"""Command line of the offline side: `python -m models train RECIPE --data DIR --out DIR`."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from models.recipes import RECIPES, RecipeError, recipe_by_name
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+class Device(StrEnum):
+    """Where to train."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@app.callback()
+def commands() -> None:
+    """Train and evaluate 1-Lipschitz classifiers."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(sorted(RECIPES))}.")],
+    out: Annotated[
+        Path, typer.Option(help="Results go to OUT/RECIPE, checkpoints to OUT/.checkpoints/RECIPE.")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Folder with the idx files (or mnist/ in it); what is missing is downloaded.")
+    ] = Path("data"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's number.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+    device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.AUTO,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, e.g. loss.min_margin=2; may be repeated.")
+    ] = None,
+) -> None:
+    """Train a recipe; export and measure the artefact, or draw and measure the toy problem."""
+    # torch takes seconds to load; --help should not.
+    from models.data import DataError
+    from models.export import ExportRefusedError
+    from models.runs import run_recipe
+    from models.training import Interrupted, TrainingError
+    from service.artefact import ArtefactError
+    from service.certificate import UnsupportedGraphError
+
+    changes = [*(overrides or []), *([f"schedule.epochs={epochs}"] if epochs is not None else [])]
+    try:
+        summary = run_recipe(
+            recipe_by_name(recipe, changes),
+            data=data,
+            out=out,
+            resume=resume,
+            seed=seed,
+            threads=threads,
+            device_name=device.value,
+        )
+    except Interrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        raise typer.Exit(INTERRUPTED) from interruption
+    except (
+        RecipeError,
+        DataError,
+        TrainingError,
+        ExportRefusedError,
+        ArtefactError,
+        UnsupportedGraphError,
+    ) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(summary)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,266 @@
+"""From a trained network to an artefact: fold, emit both graphs, prove, compare, measure, write - or refuse.
+
+Refused is: a graph that the server's certifier cannot bound; a proved bound above the declared one; logits of ONNX
+Runtime that differ from torch's by more than the proved error; a transport gradient that differs from autograd's. In each
+case nothing is written.
+
+Axes: N batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from jaxtyping import Float64
+
+from models.data import LabelledImages
+from models.networks import LipschitzNetwork
+from models.onnx_graph import GraphBuilder
+from service.artefact import MODEL_FILE, TRANSPORT_FILE, Card, CertifiedAccuracy, InputShape, write_artefact
+from service.certificate import Certificate, certified_radius, certify, two_class_logits
+
+BOUND_TOLERANCE = 1e-3
+"""How far the proved bound may lie above the declared one, relative; more means that a layer is not what it says."""
+GRADIENT_TOLERANCE = 1e-9
+"""Largest absolute difference between transport gradient and autograd, both float64, gradients of order 1."""
+PROBES = 64
+"""Random images on which graph and network are compared."""
+
+
+class ExportRefusedError(Exception):
+    """The artefact would not keep its promise; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The serialised graphs of docs/architecture.md, section "The two graphs"."""
+
+    model: bytes
+    transport: bytes
+
+
+def emit_graphs(network: LipschitzNetwork) -> Graphs:
+    """Write forward and transport graph; equal networks give equal bytes.
+
+    `model.onnx`: image -> logits. `transport.onnx`: image, margin_weights -> logits and the gradient of
+    `sum_k margin_weights[k] logits[k]` with respect to the image.
+    """
+    folded = network.fold()
+    forward = GraphBuilder("model")
+    hidden, _ = folded.body.emit(forward, forward.input("image", network.input_shape))
+    logits, _ = folded.head.emit(forward, hidden)
+
+    transport = GraphBuilder("transport")
+    image = transport.input("image", network.input_shape)
+    margin_weights = transport.input("margin_weights", [network.outputs])
+    hidden, body_pullback = folded.body.emit(transport, image)
+    transport_logits, head_pullback = folded.head.emit(transport, hidden)
+    gradient = body_pullback(head_pullback(margin_weights))
+    return Graphs(
+        model=forward.build({"logits": logits}),
+        transport=transport.build({"logits": transport_logits, "gradient": gradient}),
+    )
+
+
+def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) -> Certificate:
+    """Ask the server's certifier, and compare its bound with the declared constant.
+
+    Args:
+        network: the trained network.
+        graphs: what `emit_graphs` made of it.
+        lipschitz_constant: declared for f (one output) or for the body (several: `K_ij` is it times `||w_i - w_j||`).
+
+    Raises:
+        UnsupportedGraphError: the certifier has no bound; the message names every node.
+        ExportRefusedError: a proved bound is above the declared one by more than `BOUND_TOLERANCE`.
+    """
+    certificate = certify(graphs.model)
+    rows = network.fold().head.weight()
+    rows = torch.cat([rows, -rows]) if len(rows) == 1 else rows
+    declared_KK = (
+        lipschitz_constant
+        * torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
+    )
+    excess_KK = certificate.margin_bounds_KK - declared_KK * (1 + BOUND_TOLERANCE)
+    np.fill_diagonal(excess_KK, -np.inf)
+    i, j = np.unravel_index(np.argmax(excess_KK), excess_KK.shape)
+    if excess_KK[i, j] > 0:
+        raise ExportRefusedError(
+            f"the proved Lipschitz bound of logit {i} minus logit {j} is {certificate.margin_bounds_KK[i, j]:.6f}, the "
+            f"recipe declares {declared_KK[i, j]:.6f}: a layer stretches more than it states, or the weights are no "
+            "longer orthogonal; nothing was written"
+        )
+    return certificate
+
+
+def compare(network: LipschitzNetwork, graphs: Graphs, certificate: Certificate, seed: int = 0) -> None:
+    """Run both graphs in ONNX Runtime on random images and compare with the folded network in torch.
+
+    Raises:
+        ExportRefusedError: logits differ by more than the proved errors, or the gradient from autograd's.
+    """
+    generator = np.random.default_rng(seed)
+    images = generator.random((PROBES, *network.input_shape))
+    weights = generator.standard_normal((PROBES, network.outputs))
+    folded = network.fold().cpu()
+
+    variable = torch.from_numpy(images).requires_grad_()
+    expected = folded(variable)
+    (expected_gradient,) = torch.autograd.grad((expected * torch.from_numpy(weights)).sum(), variable)
+    logits = run_graph(graphs.model, {"image": images})["logits"]
+    transport = run_graph(graphs.transport, {"image": images, "margin_weights": weights})
+
+    # Torch is a float64 evaluation in some order as well: each side is within logit_error of the exact value.
+    allowed = 2 * certificate.logit_error
+    for file, found in ((MODEL_FILE, logits), (TRANSPORT_FILE, transport["logits"])):
+        difference = float(np.max(np.abs(found - expected.detach().numpy())))
+        if not difference <= allowed:
+            raise ExportRefusedError(
+                f"logits of {file} differ from torch by {difference:.3g}, the proved error allows {allowed:.3g}: "
+                "a layer emits other nodes than it evaluates; nothing was written"
+            )
+    difference = float(np.max(np.abs(transport["gradient"] - expected_gradient.numpy())))
+    if not difference <= GRADIENT_TOLERANCE:
+        raise ExportRefusedError(
+            f"the gradient of {TRANSPORT_FILE} differs from autograd by {difference:.3g}, allowed is "
+            f"{GRADIENT_TOLERANCE:.3g}: a layer emits a wrong adjoint; nothing was written"
+        )
+
+
+def run_graph(graph: bytes, inputs: Mapping[str, Float64[np.ndarray, ...]]) -> dict[str, np.ndarray]:
+    """Evaluate a serialised graph with ONNX Runtime on the CPU, with torch's number of threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracy and certified accuracy on n test images, radii from the proved bounds."""
+
+    accuracy: float
+    certified_accuracy: dict[float, float]
+    n: int
+
+
+def measure(
+    graphs: Graphs, certificate: Certificate, test: LabelledImages, epsilons: tuple[float, ...]
+) -> Measured:
+    """Classify the test set with the exported graph, as it is served, and certify every answer.
+
+    An image counts as certified at epsilon if its class is right and its proved radius is above epsilon.
+    """
+    logits_NK = run_graph(graphs.model, {"image": test.pixels(torch.float64).numpy()})["logits"]
+    logits_NK = two_class_logits(logits_NK) if logits_NK.shape[1] == 1 else logits_NK
+    radii = certified_radius(logits_NK, certificate.margin_bounds_KK, certificate.logit_error)
+    right_N = radii.class_id_N == test.labels_N.numpy()
+    return Measured(
+        accuracy=float(right_N.mean()),
+        certified_accuracy={e: float((right_N & (radii.radius_N > e)).mean()) for e in epsilons},
+        n=len(test),
+    )
+
+
+def export_artefact(
+    network: LipschitzNetwork,
+    folder: Path,
+    *,
+    labels: list[str],
+    lipschitz_constant: float,
+    test: LabelledImages,
+    epsilons: tuple[float, ...],
+    data: dict[str, Any],
+    recipe: dict[str, Any],
+    seed: int,
+    wall_time_s: float,
+) -> Measured:
+    """Write `model.onnx`, `transport.onnx` and `card.json` to `folder`, replacing an artefact that is there.
+
+    Raises:
+        UnsupportedGraphError, ExportRefusedError, service.errors.ArtefactError: the artefact would not keep its
+            promise; `folder` is as it was.
+    """
+    graphs = emit_graphs(network)
+    certificate = prove(network, graphs, lipschitz_constant)
+    compare(network, graphs, certificate)
+    measured = measure(graphs, certificate, test, epsilons)
+    channels, height, width = network.input_shape
+    card = Card(
+        name=folder.name,
+        labels=labels,
+        input=InputShape(channels=channels, height=height, width=width),
+        data=data,
+        loss=recipe["loss"],
+        recipe=recipe,
+        seed=seed,
+        code_version=code_version(),
+        accuracy=measured.accuracy,
+        certified_accuracy=[
+            CertifiedAccuracy(epsilon=e, value=v, n=measured.n)
+            for e, v in measured.certified_accuracy.items()
+        ],
+        licence=data.get("licence"),
+        environment=environment(wall_time_s),
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as workspace:
+        fresh, replaced = Path(workspace) / "new", Path(workspace) / "old"
+        write_artefact(fresh, card, graphs.model, graphs.transport)
+        if folder.exists():
+            folder.rename(replaced)
+        fresh.rename(folder)
+    return measured
+
+
+def environment(wall_time_s: float) -> dict[str, Any]:
+    """Hardware and versions that made a run; no host name, no path."""
+    return {
+        "cpu": _cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "numpy": np.__version__,
+        "wall_time_s": round(wall_time_s, 1),
+    }
+
+
+def code_version() -> str:
+    """The commit of this source tree, with `-dirty` where files differ from it; the package version outside git."""
+    git = shutil.which("git")
+    if git is not None:
+        described = subprocess.run(
+            [git, "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if described.returncode == 0:
+            return described.stdout.strip()
+    return metadata.version("lipcert")
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,83 @@
+"""The hKR loss family. One convention for all: `-(KR term) + alpha * (hinge term)`, averaged over the batch.
+
+Other libraries write the margin as `min_margin / 2`, or weigh the terms by `1 - alpha` and `alpha` with alpha in
+[0, 1]; here `alpha >= 0` multiplies the hinge and `min_margin` is the value a score must reach to pay no hinge.
+
+Source: Serrurier, Mamalet, Gonzalez-Sanz, Boissin, Loubes, del Barrio, Achieving robustness in classification
+using optimal transport with hinge regularization, CVPR 2021.
+
+Labels are class numbers. With one output f, class 0 is `f > 0`: the sign of a label is `s = 1 - 2 y`.
+Axes: N batch, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def kr_loss(logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Negative Kantorovich-Rubinstein term: `-sum_k (mean_{y = k} f_k - mean_{y != k} f_k)`.
+
+    One output f: `-(mean_{y = 0} f - mean_{y = 1} f)`; over all 1-Lipschitz f its infimum is minus the Wasserstein
+    distance W1 between the two classes (Kantorovich-Rubinstein duality). A class that is absent from the batch,
+    or alone in it, contributes nothing.
+    """
+    member_NK = _membership(logits_NK, labels_N).to(logits_NK.dtype)
+    inside_K, outside_K = member_NK.sum(0), (1 - member_NK).sum(0)
+    inside_mean_K = (member_NK * logits_NK).sum(0) / inside_K.clamp(min=1)
+    outside_mean_K = ((1 - member_NK) * logits_NK).sum(0) / outside_K.clamp(min=1)
+    both_present_K = (inside_K > 0) & (outside_K > 0)
+    return -((inside_mean_K - outside_mean_K) * both_present_K).sum()
+
+
+def hinge_loss(
+    logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"], min_margin: float
+) -> Float[Tensor, ""]:
+    """Hinge term: `mean_n sum_k relu(min_margin - s_nk f_k)`, with `s_nk = 1` if `y_n = k`, else `-1`.
+
+    One output f: `mean_n relu(min_margin - s_n f)` with `s = +1` for class 0 and `-1` for class 1.
+    """
+    sign_NK = 2 * _membership(logits_NK, labels_N).to(logits_NK.dtype) - 1
+    return F.relu(min_margin - sign_NK * logits_NK).sum(1).mean()
+
+
+def hkr_loss(
+    logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"], *, alpha: float, min_margin: float
+) -> Float[Tensor, ""]:
+    """`kr_loss + alpha * hinge_loss`: two classes with one output, or K classes one against all the others.
+
+    For K outputs each logit must be 1-Lipschitz on its own (`UnitHead` normalises each row), as in the paper's
+    section on several classes.
+    """
+    return kr_loss(logits_NK, labels_N) + alpha * hinge_loss(logits_NK, labels_N, min_margin)
+
+
+def hkr_margin_loss(
+    logits_NK: Float[Tensor, "N K"],
+    labels_N: Int[Tensor, " N"],
+    *,
+    alpha: float,
+    min_margin: float,
+    margin_bounds_KK: Float[Tensor, "K K"] | None = None,
+) -> Float[Tensor, ""]:
+    """hKR on the margin that decides the class: `mean(-m + alpha relu(min_margin - m))`.
+
+    `m = min_{j != y} (f_y - f_j)`, or `min_{j != y} (f_y - f_j) / K_yj` when the constants `K_ij` of the differences
+    are given; m is then a radius in pixel units.
+    """
+    difference_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
+    if margin_bounds_KK is not None:
+        # The diagonal is masked below; 1 keeps 0 / 0 out of the gradient.
+        bounds_KK = margin_bounds_KK + torch.eye(len(margin_bounds_KK)).to(margin_bounds_KK)
+        difference_NK = difference_NK / bounds_KK[labels_N]
+    margin_N = difference_NK.scatter(1, labels_N[:, None], torch.inf).amin(1)
+    return (-margin_N + alpha * F.relu(min_margin - margin_N)).mean()
+
+
+def _membership(logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    if logits_NK.shape[1] == 1:
+        return labels_N[:, None] == 0
+    return labels_N[:, None] == torch.arange(logits_NK.shape[1], device=labels_N.device)

@@ -1,0 +1,148 @@
+"""A small builder of ONNX graphs: every node is written on purpose, none is traced.
+
+The builder keeps what the two graphs of an artefact need and no more: float64 values with a dynamic batch axis,
+weights stored as float32 and cast to float64 (half the bytes, still exact numbers to the certifier), names that
+depend on the order of calls only, so that the same network gives the same bytes.
+
+Shapes in this module leave the batch axis out: a `Value` of shape `(1, 28, 28)` is `N x 1 x 28 x 28`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from jaxtyping import Float64, Int64
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 18
+IR_VERSION = 9
+BATCH_AXIS = "N"
+
+
+@dataclass(frozen=True)
+class Value:
+    """The name of a tensor in the graph and its shape without the batch axis."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements of one image's tensor."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+class GraphBuilder:
+    """Collects nodes and initialisers in the order of the calls and serialises them deterministically."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._inputs: list[Value] = []
+        self._nodes: list[onnx.NodeProto] = []
+        self._initialisers: list[onnx.TensorProto] = []
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._counts: dict[str, int] = {}
+
+    def input(self, name: str, shape: Sequence[int]) -> Value:
+        """Declare a float64 input `N x shape`."""
+        value = Value(name, tuple(shape))
+        self._inputs.append(value)
+        return value
+
+    def weight(self, array: Float64[np.ndarray, ...]) -> str:
+        """Store float64 numbers that are exact in float32, as a float32 initialiser cast to float64.
+
+        Raises:
+            ValueError: a number is not representable in float32; fold the layer first.
+        """
+        single = array.astype(np.float32)
+        if not np.array_equal(single.astype(np.float64), array):
+            raise ValueError(
+                "the weight is not exact in float32: call fold() on the layer before it is emitted"
+            )
+        stored, known = self._constant(single, "weight")
+        cast = f"{stored}_float64"
+        if not known:
+            self._nodes.append(helper.make_node("Cast", [stored], [cast], name=cast, to=TensorProto.DOUBLE))
+        return cast
+
+    def float64(self, array: Float64[np.ndarray, ...]) -> str:
+        """Store a float64 constant (biases, masks, means)."""
+        return self._constant(np.asarray(array, dtype=np.float64), "constant")[0]
+
+    def int64(self, array: Int64[np.ndarray, ...] | Sequence[int]) -> str:
+        """Store an int64 constant (axes, shapes, indices)."""
+        return self._constant(np.asarray(array, dtype=np.int64), "index")[0]
+
+    def node(
+        self, op: str, inputs: Sequence[Value | str], shape: Sequence[int], **attributes: object
+    ) -> Value:
+        """Add a node with one output of the given shape (batch axis left out)."""
+        return self.nodes(op, inputs, [shape], **attributes)[0]
+
+    def nodes(
+        self, op: str, inputs: Sequence[Value | str], shapes: Sequence[Sequence[int]], **attributes: object
+    ) -> list[Value]:
+        """Add a node with one output for each of the shapes."""
+        name = self._fresh(op.lower())
+        names = [name] if len(shapes) == 1 else [f"{name}_{i}" for i in range(len(shapes))]
+        sources = [i.name if isinstance(i, Value) else i for i in inputs]
+        self._nodes.append(helper.make_node(op, sources, names, name=name, **attributes))
+        return [Value(n, tuple(s)) for n, s in zip(names, shapes, strict=True)]
+
+    def reshape(self, x: Value, shape: Sequence[int]) -> Value:
+        """`N x x.shape -> N x shape`; 0 copies the batch axis."""
+        return self.node("Reshape", [x, self.int64([0, *shape])], shape)
+
+    def transpose(self, x: Value, axes: Sequence[int]) -> Value:
+        """Permute the axes; `axes` counts the batch axis, which must stay first."""
+        return self.node("Transpose", [x], [x.shape[a - 1] for a in axes[1:]], perm=list(axes))
+
+    def build(self, outputs: Mapping[str, Value]) -> bytes:
+        """Name the outputs, check the model and serialise it; equal calls give equal bytes.
+
+        Raises:
+            onnx.checker.ValidationError: the graph is not valid ONNX.
+        """
+        names = {value.name: name for name, value in outputs.items()}
+        for node in self._nodes:
+            node.input[:] = [names.get(n, n) for n in node.input]
+            node.output[:] = [names.get(n, n) for n in node.output]
+        graph = helper.make_graph(
+            self._nodes,
+            self._name,
+            [_value_info(v.name, v.shape) for v in self._inputs],
+            [_value_info(name, v.shape) for name, v in outputs.items()],
+            self._initialisers,
+        )
+        model = helper.make_model(
+            graph,
+            producer_name="lipcert",
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model.SerializeToString(deterministic=True)
+
+    def _fresh(self, stem: str) -> str:
+        self._counts[stem] = self._counts.get(stem, -1) + 1
+        return f"{stem}_{self._counts[stem]}"
+
+    def _constant(self, array: np.ndarray, stem: str) -> tuple[str, bool]:
+        # Forward and adjoint share their weights: equal content is stored once.
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key in self._constants:
+            return self._constants[key], True
+        name = self._fresh(stem)
+        self._constants[key] = name
+        self._initialisers.append(
+            numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        )
+        return name, False
+
+
+def _value_info(name: str, shape: Sequence[int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.DOUBLE, [BATCH_AXIS, *shape])

@@ -1,0 +1,192 @@
+"""What is trained, as frozen data: every number of a run is here or on the command line, and lands in the card.
+
+`--set key=value` replaces one field (nested fields with dots); unknown keys and values of the wrong type are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.layers import Parametrisation
+
+
+class RecipeError(Exception):
+    """No such recipe, or an override that does not fit; the message says what is possible."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Loss(_Frozen):
+    """Which of `models.losses` is minimised.
+
+    `hkr`: two classes with one output, or one against all. `hkr_margin`: on the deciding margin. `kr`: the
+    Kantorovich-Rubinstein term alone, whose optimum is the Wasserstein distance.
+    """
+
+    kind: Literal["hkr", "hkr_margin", "kr"]
+    alpha: float = Field(default=10.0, ge=0)
+    min_margin: float = Field(default=1.0, ge=0)
+    per_pair_bound: bool = False
+    """`hkr_margin` only: divide each margin by its constant `K_ij`, so that min_margin is a radius."""
+
+
+class Augment(_Frozen):
+    """Ranges of the random affine map, see `models.data.Augmentation`."""
+
+    rotation_degrees: float = 10.0
+    scale: float = 0.1
+    shear: float = 0.1
+    shift_pixels: float = 1.5
+
+
+class Schedule(_Frozen):
+    """Adam under a one-cycle learning rate."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(default=512, ge=1)
+    learning_rate: float = Field(default=4e-3, gt=0)
+    warm_up: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay for each step of the averaged weights, which are then the ones evaluated and exported."""
+
+
+class Network(_Frozen):
+    """A dense stack, after an optional convolutional stem."""
+
+    widths: tuple[int, ...]
+    activation: Literal["groupsort2", "fullsort"] = "groupsort2"
+    """Of the dense layers; a stem always uses GroupSort2."""
+    parametrisation: Parametrisation = "cayley"
+    stem_channels: tuple[int, ...] = ()
+    """Channels of each convolutional stage; each stage halves the image (space-to-depth)."""
+    stem_blocks: int = Field(default=1, ge=1)
+
+
+class Recipe(_Frozen):
+    """What all recipes have."""
+
+    name: str
+    network: Network
+    loss: Loss
+    schedule: Schedule
+    lipschitz_constant: float = 1.0
+    """Declared constant of the body (several classes) or of f (one output); the export is refused above it."""
+
+
+class MnistRecipe(Recipe):
+    """A classifier of MNIST digits, exported as an artefact."""
+
+    kind: Literal["mnist"] = "mnist"
+    digits: tuple[int, ...]
+    """The classes in order. Two digits give one output f with class 0 where f > 0."""
+    epsilons: tuple[float, ...]
+    """Radii (L2, pixels in [0, 1]) at which certified accuracy is reported; the last decides which epoch is best."""
+    augment: Augment | None = None
+    validation_images: int = Field(default=0, ge=0)
+    """Held out from the end of the training set for the figures during training; 0 trains on everything."""
+
+
+class TwoMoonsRecipe(Recipe):
+    """Two half-circles in the plane; gives pictures of f and of the transport instead of an artefact."""
+
+    kind: Literal["two-moons"] = "two-moons"
+    noise: float = 0.05
+    steps_per_epoch: int = 100
+
+
+class SquaresRecipe(Recipe):
+    """The oracle: W1 between a black image and a centred square of value +1 or -1 at equal odds is the square's side."""
+
+    kind: Literal["wasserstein-squares"] = "wasserstein-squares"
+    image_size: int = 64
+    square_size: int = 35
+    steps_per_epoch: int = 100
+    tolerance: float = 0.005
+    """Largest relative error of the learned distance; above it the run fails."""
+
+
+AnyRecipe = MnistRecipe | TwoMoonsRecipe | SquaresRecipe
+
+RECIPES: dict[str, AnyRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        MnistRecipe(
+            name="mnist-0-8",
+            digits=(0, 8),
+            network=Network(widths=(256, 128, 64)),
+            loss=Loss(kind="hkr", alpha=10.0, min_margin=2.0),
+            schedule=Schedule(epochs=20, batch_size=256),
+            epsilons=(0.3, 1.0, 1.58),
+        ),
+        MnistRecipe(
+            name="mnist",
+            digits=tuple(range(10)),
+            network=Network(widths=(1024, 1024, 1024)),
+            loss=Loss(kind="hkr_margin", alpha=10.0, min_margin=2.3, per_pair_bound=True),
+            schedule=Schedule(epochs=40, batch_size=512),
+            epsilons=(0.3, 1.0, 1.58),
+            augment=Augment(),
+        ),
+        TwoMoonsRecipe(
+            name="two-moons",
+            network=Network(widths=(64, 64, 32)),
+            loss=Loss(kind="hkr", alpha=10.0, min_margin=0.1),
+            schedule=Schedule(epochs=20, batch_size=256),
+        ),
+        SquaresRecipe(
+            name="wasserstein-squares",
+            network=Network(widths=(128, 64, 32)),
+            loss=Loss(kind="kr"),
+            schedule=Schedule(epochs=4, batch_size=64),
+        ),
+    )
+}
+
+
+def recipe_by_name(name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """Look up a recipe and apply `key=value` overrides.
+
+    Values are read as JSON where they parse as JSON, as text otherwise: `schedule.epochs=8`, `network.widths=[64,64]`,
+    `loss.kind=hkr`, `augment=null`.
+
+    Raises:
+        RecipeError: unknown recipe or key, or a value that does not fit the field.
+    """
+    if name not in RECIPES:
+        raise RecipeError(f"no recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}")
+    recipe = RECIPES[name]
+    fields = recipe.model_dump(mode="json")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {override!r} is not of the form key=value")
+        *parents, last = key.split(".")
+        target: Any = fields
+        for parent in parents:
+            if isinstance(target, dict) and parent in target and target[parent] is None:
+                target[parent] = {}
+            target = target.get(parent) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            raise RecipeError(
+                f"--set {override!r}: {key!r} is no field of this recipe; top-level fields: {', '.join(fields)}"
+            )
+        target[last] = _parse(text)
+    try:
+        return type(recipe).model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"recipe {name!r} does not accept {' '.join(overrides)}: {problems}") from error
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
