@@ -16,6 +16,7 @@
       │   ├─ ImageTooLargeError          more pixels than the server decodes
       │   ├─ ArrayError                  npy: header, dtype or shape
       │   ├─ ImageSizeError              height and width are not the model's
+      │   ├─ MixedSizesError             images of several sizes in one batch
       │   ├─ ChannelsError               grey for a colour model, or the reverse
       │   ├─ PixelRangeError             NaN, infinite, or outside [0, 1]
       │   ├─ BatchTooLargeError
@@ -128,6 +129,16 @@ class ImageSizeError(InputError):
             f"the image is {height} x {width} (height x width) and the model takes {expected_height} x "
             f"{expected_width}; send that size, or set resize=true to have it resized (the radius then "
             "speaks about the image that was sent)"
+        )
+
+
+class MixedSizesError(InputError):
+    """A batch with images of several sizes; sizes in pixels."""
+
+    def __init__(self, size_HW: tuple[int, ...], first_HW: tuple[int, ...]) -> None:
+        super().__init__(
+            f"this image is {size_HW[0]} x {size_HW[1]} (height x width) and the first one is {first_HW[0]} "
+            f"x {first_HW[1]}; a batch has images of one size, send the others apart"
         )
 
 
