@@ -1,0 +1,56 @@
+"""`python -m service.certificate FILE.onnx`: print what can be proved about any ONNX classifier, as one JSON object.
+
+Exit status: 0 proved; 2 no proof, with every reason on stderr, one a line.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from service.certificate.analysis import certify
+from service.certificate.graph import UnsupportedGraphError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m service.certificate",
+        description="Prove L2 Lipschitz and rounding-error bounds of an ONNX classifier for images in [0, 1].",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE.onnx")
+    file: Path = parser.parse_args(arguments).file
+    try:
+        model_bytes = file.read_bytes()
+    except OSError as error:
+        sys.stderr.write(f"{file}: cannot be read: {error.strerror}\n")
+        return 2
+    try:
+        certificate = certify(model_bytes)
+    except UnsupportedGraphError as error:
+        sys.stderr.write("".join(f"{file}: {reason}\n" for reason in error.reasons))
+        return 2
+    report = {
+        "digest": "sha256:" + hashlib.sha256(model_bytes).hexdigest(),
+        "input_shape": list(certificate.input_shape),
+        "precision": certificate.precision,
+        "lipschitz_bound": certificate.lipschitz_bound,
+        "margin_bounds": certificate.margin_bounds_KK.tolist(),
+        "logit_error": certificate.logit_error,
+        "nodes": [
+            {
+                "node": node.node,
+                "lipschitz_bound": node.lipschitz_bound,
+                "error": node.error,
+                "theorem": node.theorem,
+            }
+            for node in certificate.nodes
+        ],
+    }
+    sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""`certify`: from the bytes of an ONNX classifier to what is proved about it.
+
+The walk visits the nodes in order. Nodes whose inputs are all constant are folded, if folding them is exact; the others go
+through `rules.RULES`. Nothing is believed from the file but its numbers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+from jaxtyping import Float64
+from onnx.reference import ReferenceEvaluator
+
+from service.certificate.graph import Graph, Node, UnsupportedGraphError, read_graph
+from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
+from service.certificate.rules import RULES, Context, Refusal
+from service.certificate.values import Constant, Domain, Unknown, Value, View
+
+_EXACT_FOLDS = frozenset(
+    [
+        "Cast",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Neg",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    ]
+)
+_INTEGER_FOLDS = frozenset(["Add", "Div", "Mod", "Mul", "Range", "ReduceProd", "Sub"])
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What the analysis proved up to one node."""
+
+    node: str
+    """Operator and name."""
+    lipschitz_bound: float
+    """L2 Lipschitz bound of the map from the image to this node's output."""
+    error: float
+    """Bound of the L2 norm of computed minus exact output."""
+    theorem: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proved about one classifier for every image in [0, 1]^d. K classes; see `two_class_logits` for one output."""
+
+    input_shape: tuple[int, ...]
+    """Without the batch axis, e.g. `(C, H, W)`."""
+    n_outputs: int
+    """Outputs of the graph; 1 means a binary model with logits `(f, -f)`."""
+    precision: str
+    """`float64` or `float32`: the arithmetic of the graph."""
+    lipschitz_bound: float
+    """Upper bound of the L2 Lipschitz constant of the map from the image to the graph's outputs."""
+    margin_bounds_KK: Float64[np.ndarray, "K K"]
+    """`K_ij`: upper bounds of the L2 Lipschitz constants of `f_i - f_j`."""
+    logit_error: float
+    """`E >= |computed logit - exact logit|`, any order of summation, the rounding of the input included."""
+    nodes: tuple[NodeReport, ...]
+
+    def after_preprocessing(self, norm: float, error_l2: float) -> "Certificate":
+        """The certificate of this classifier behind a map of L2 Lipschitz bound `norm`.
+
+        Args:
+            norm: proved bound of the preprocessing, from the image that was sent to the graph's input.
+            error_l2: bound of the L2 norm of the computed minus the exact input of the graph, in [0, 1] pixel units.
+        """
+        bounds_KK = np.where(
+            self.margin_bounds_KK > 0.0, np.nextafter(self.margin_bounds_KK * norm, np.inf), 0.0
+        )
+        return replace(
+            self,
+            lipschitz_bound=mul_up(self.lipschitz_bound, norm),
+            margin_bounds_KK=bounds_KK,
+            logit_error=add_up(self.logit_error, mul_up(self.lipschitz_bound, error_l2)),
+        )
+
+
+def certify(model_bytes: bytes) -> Certificate:
+    """Prove Lipschitz and error bounds of an ONNX classifier for images in the box [0, 1]^d.
+
+    Raises:
+        UnsupportedGraphError: some part has no proved rule; the message names every such part.
+    """
+    graph = read_graph(model_bytes)
+    reasons = list(graph.refusals)
+    reports: list[NodeReport] = []
+    context = Context(Domain(max(1, math.prod(graph.input_shape))), graph.precision, graph.batch)
+    values: dict[str, Value] = {name: Constant(array) for name, array in graph.initializers.items()}
+    values[graph.input_name] = _image(context, graph) if graph.input_shape else Unknown("")
+    for node in graph.nodes:
+        inputs = [values.get(name, Unknown("it is not in the graph")) for name in node.inputs if name]
+        if "" in node.inputs:
+            inputs = [values.get(name, Unknown("")) if name else None for name in node.inputs]  # type: ignore[assignment]
+        try:
+            outputs = _outputs(context, node, inputs, reports)
+        except Refusal as refusal:
+            if str(refusal):
+                reasons.append(f"{node.label}: {refusal}")
+            outputs = [Unknown("") for _ in node.outputs]
+        values.update(zip(node.outputs, outputs, strict=False))
+    logits = values.get(graph.output_name, Unknown("the output is not computed by any node"))
+    if isinstance(logits, Unknown):
+        if logits.reason:
+            reasons.append(f"output {graph.output_name!r}: {logits.reason}")
+    elif isinstance(logits, Constant):
+        reasons.append(f"output {graph.output_name!r} does not depend on the image")
+    elif len(logits.shape) != 1:
+        reasons.append(f"output {graph.output_name!r} has shape N x {logits.shape}, expected N x K logits")
+    if reasons or not isinstance(logits, View):
+        raise UnsupportedGraphError(reasons)
+    return _certificate(context, graph, logits, reports)
+
+
+def _image(context: Context, graph: Graph) -> View:
+    """The input: any image of the box, 8-bit pixels divided by 255 in float64 and cast to the graph's format."""
+    size = math.prod(graph.input_shape)
+    unit = FLOAT64.unit_roundoff
+    if graph.precision is not FLOAT64:
+        unit = add_up(
+            unit, mul_up(graph.precision.unit_roundoff, 1.0 + 2.0**-50), graph.precision.smallest_normal
+        )
+    return context.source(
+        np.full(graph.input_shape, 0.5), 1.0, mul_up(unit, sqrt_up(float(size))), error_max=unit
+    )
+
+
+def _outputs(
+    context: Context, node: Node, inputs: Sequence[Value | None], reports: list[NodeReport]
+) -> Sequence[Value]:
+    present = [value for value in inputs if value is not None]
+    entry = RULES.get(node.operator)
+    if node.operator == "Shape":
+        return [_shape(context, node, present)]
+    foldable = node.operator in _EXACT_FOLDS or node.operator in _INTEGER_FOLDS
+    if foldable and all(isinstance(value, Constant) for value in present):
+        return _folded(node, cast(Sequence[Constant | None], inputs))
+    if entry is None:
+        raise Refusal("no proved rule for this operator")
+    unread = node.attributes.keys() - entry.attributes
+    if unread:
+        raise Refusal(f"no proved rule for attribute {', '.join(sorted(unread))}")
+    for value in present:
+        if isinstance(value, Unknown):
+            raise Refusal(value.reason)
+    if all(isinstance(value, Constant) for value in present):
+        raise Refusal("arithmetic on constants rounds; fold it before the export")
+    outputs = entry.apply(context, node, cast(Sequence[Value], inputs))
+    for output in outputs:
+        if isinstance(output, View):
+            facts = context.domain.joint(output)
+            reports.append(NodeReport(node.label, facts.lipschitz, facts.error, entry.theorem))
+            break
+    return outputs
+
+
+def _shape(context: Context, node: Node, inputs: Sequence[Value]) -> Constant:
+    if node.attributes:
+        raise Refusal("no proved rule for its attributes; take the whole shape")
+    (value,) = inputs
+    if isinstance(value, Unknown):
+        raise Refusal(value.reason)
+    if isinstance(value, Constant):
+        return Constant(np.array(value.array.shape, dtype=np.int64), value.depends_on_batch)
+    return Constant(np.array((context.batch, *value.shape), dtype=np.int64), depends_on_batch=True)
+
+
+def _folded(node: Node, inputs: Sequence[Constant | None]) -> list[Value]:
+    depends_on_batch = any(value is not None and value.depends_on_batch for value in inputs)
+    integers = all(value is None or value.array.dtype.kind in "iub" for value in inputs)
+    if node.operator in _INTEGER_FOLDS and not integers:
+        raise Refusal("arithmetic on constants rounds; fold it before the export")
+    feeds = {
+        name: value.array
+        for name, value in zip(node.inputs, inputs, strict=True)
+        if value is not None and name
+    }
+    try:
+        # ReferenceEvaluator is annotated too narrowly: a single node is fine.
+        run = cast(Callable[..., list[np.ndarray]], ReferenceEvaluator(node.proto).run)
+        arrays = run(None, feeds)
+    except Exception as error:  # the reference implementation raises whatever its numpy code raises
+        raise Refusal(f"its constant inputs do not fit: {error}") from error
+    folded = [np.asarray(array) for array in arrays]
+    if depends_on_batch and any(array.dtype.kind == "f" for array in folded):
+        raise Refusal("a number computed from the batch size")
+    if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in folded):
+        raise Refusal("a constant that is not finite")
+    return [Constant(array, depends_on_batch) for array in folded]
+
+
+def _certificate(context: Context, graph: Graph, logits: View, reports: Sequence[NodeReport]) -> Certificate:
+    facts = context.domain.joint(logits)
+    n_outputs = logits.shape[0]
+    if n_outputs == 1:
+        # The margin of (f, -f) is 2 f.
+        bounds_KK = np.array([[0.0, 1.0], [1.0, 0.0]]) * mul_up(2.0, facts.lipschitz)
+    else:
+        # |d_i - d_j| <= sqrt(2) ||d||, whatever the last layer is.
+        bounds_KK = np.full((n_outputs, n_outputs), mul_up(sqrt_up(2.0), facts.lipschitz))
+        np.fill_diagonal(bounds_KK, 0.0)
+        affine = logits.source.affine
+        if affine is not None and (logits.index >= 0).all():
+            rows = affine.rows[logits.index]
+            bounds_KK = np.minimum(bounds_KK, replace(affine, rows=rows).margin_bounds())
+    return Certificate(
+        input_shape=graph.input_shape,
+        n_outputs=n_outputs,
+        precision=graph.precision.name,
+        lipschitz_bound=facts.lipschitz,
+        margin_bounds_KK=bounds_KK,
+        logit_error=min(facts.error, logits.source.error_max),
+        nodes=tuple(reports),
+    )

@@ -1,0 +1,179 @@
+"""ONNX bytes -> a checked list of nodes with their constants folded.
+
+What cannot be read unambiguously is refused here: several inputs or outputs, other operator domains, external weights,
+functions, number formats without an error analysis. All reasons are collected before anything is raised.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from service.certificate.rounding import FLOAT32, FLOAT64, Precision
+
+PROBE_BATCH = 7919
+"""Stands for the batch size N wherever a shape holds it: a prime that no real dimension equals."""
+
+PRECISIONS: dict[int, Precision] = {onnx.TensorProto.DOUBLE: FLOAT64, onnx.TensorProto.FLOAT: FLOAT32}
+
+_OPSETS = range(13, 25)
+
+_WHY_NOT = {
+    onnx.TensorProto.FLOAT16: "float16 has too little precision for a certificate; export float64 (or float32)",
+    onnx.TensorProto.BFLOAT16: "bfloat16 has too little precision for a certificate; export float64 (or float32)",
+}
+
+
+class UnsupportedGraphError(Exception):
+    """No bound can be proved for this graph.
+
+    Attributes:
+        reasons: every node (or input, output, weight) that stands in the way, with why, one line each.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(
+            "the graph cannot be certified:\n" + "\n".join(f"  - {reason}" for reason in reasons)
+        )
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator of the graph, attributes decoded to Python values."""
+
+    label: str
+    """Operator, and the node's name or first output: how messages name it."""
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, object]
+    proto: onnx.NodeProto
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What the certifier needs of an ONNX model."""
+
+    input_name: str
+    input_shape: tuple[int, ...]
+    """Without the batch axis, e.g. `(C, H, W)`."""
+    batch: int
+    """The batch size of the graph's input; `PROBE_BATCH` where it is free."""
+    precision: Precision
+    output_name: str
+    initializers: dict[str, NDArray[np.generic]]
+    nodes: tuple[Node, ...]
+    refusals: tuple[str, ...]
+    """What stands in the way of a proof already, so that the operators are still looked at before all is said."""
+
+
+def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | None:
+    return dimension.dim_value if dimension.HasField("dim_value") and dimension.dim_value > 0 else None
+
+
+def _attribute(attribute: onnx.AttributeProto) -> object:
+    value = onnx.helper.get_attribute_value(attribute)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, onnx.TensorProto):
+        return numpy_helper.to_array(value)
+    return value
+
+
+def _type_name(data_type: int) -> str:
+    try:
+        return onnx.TensorProto.DataType.Name(data_type).lower()
+    except ValueError:
+        return f"type {data_type}"
+
+
+def read_graph(model_bytes: bytes) -> Graph:
+    """Parse and check an ONNX model.
+
+    Raises:
+        UnsupportedGraphError: not an ONNX model. Everything else that stands in the way is in `Graph.refusals`.
+    """
+    try:
+        model = onnx.load_model_from_string(model_bytes)
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedGraphError([f"not a valid ONNX model: {first_line}"]) from error
+
+    reasons: list[str] = []
+    opset = 0
+    for imported in model.opset_import:
+        if imported.domain in ("", "ai.onnx"):
+            opset = imported.version
+    if opset not in _OPSETS:
+        reasons.append(
+            f"opset {opset}: the rules are proved for opsets {_OPSETS.start} to {_OPSETS.stop - 1}"
+        )
+    if model.functions:
+        reasons.append("the model defines functions of its own; inline them before the export")
+
+    graph = model.graph
+    if graph.sparse_initializer:
+        reasons.append("sparse initializers; store them dense")
+    initializers: dict[str, NDArray[np.generic]] = {}
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            reasons.append(
+                f"weight {tensor.name!r} is stored outside the file, where its digest does not reach"
+            )
+            continue
+        array = numpy_helper.to_array(tensor)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            reasons.append(f"weight {tensor.name!r} holds NaN or infinity")
+            continue
+        initializers[tensor.name] = array
+
+    inputs = [value for value in graph.input if value.name not in initializers]
+    if len(inputs) < len(graph.input):
+        reasons.append("an initializer is also a graph input, so that a caller could replace the weight")
+    input_name, input_shape, batch, precision = "", (), PROBE_BATCH, FLOAT64
+    if len(inputs) != 1:
+        reasons.append(f"{len(inputs)} inputs; the certifier needs exactly one, the image")
+    else:
+        input_name = inputs[0].name
+        tensor_type = inputs[0].type.tensor_type
+        element = tensor_type.elem_type
+        dimensions = [_dimension(dimension) for dimension in tensor_type.shape.dim]
+        if element in PRECISIONS:
+            precision = PRECISIONS[element]
+        else:
+            why = _WHY_NOT.get(element, "the certifier has an error analysis for float64 and float32 only")
+            reasons.append(f"input {input_name!r} is {_type_name(element)}: {why}")
+        if len(dimensions) < 2 or any(size is None for size in dimensions[1:]):
+            reasons.append(
+                f"input {input_name!r} needs a fixed shape after the batch axis, found {dimensions}"
+            )
+        else:
+            input_shape = tuple(size for size in dimensions[1:] if size is not None)
+            batch = dimensions[0] or PROBE_BATCH
+    if len(graph.output) != 1:
+        reasons.append(f"{len(graph.output)} outputs; the certifier needs exactly one, the logits")
+    output_name = graph.output[0].name if graph.output else ""
+
+    nodes: list[Node] = []
+    for proto in graph.node:
+        label = f"{proto.op_type} {proto.name or (proto.output[0] if proto.output else '')!r}"
+        standard = proto.domain in ("", "ai.onnx")
+        nodes.append(
+            Node(
+                label=label,
+                operator=proto.op_type if standard else f"{proto.domain}::{proto.op_type}",
+                inputs=tuple(proto.input),
+                outputs=tuple(proto.output),
+                attributes={attribute.name: _attribute(attribute) for attribute in proto.attribute},
+                proto=proto,
+            )
+        )
+    return Graph(
+        input_name, input_shape, batch, precision, output_name, initializers, tuple(nodes), tuple(reasons)
+    )
