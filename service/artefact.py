@@ -215,7 +215,7 @@ def _prove(folder: Path, card: Card, model_bytes: bytes, transport_bytes: bytes)
     except UnsupportedGraphError as error:
         raise ArtefactError(
             model_path,
-            f"the graph has no proved Lipschitz bound, so it is not served. {error} "
+            f"the graph has no proved Lipschitz bound, so it is not served: {error}\n"
             "Change the network to operators that the certifier knows, and export it again.",
         ) from error
     if tuple(certificate.input_shape) != card.input.shape:

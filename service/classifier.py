@@ -1,0 +1,276 @@
+"""One loaded artefact: classes, certified radii and counterfactuals for images of any size it can be asked
+for.
+
+Axes: N batch, C channels, H and W of the image that was sent, A and B of the one that the model takes, K
+classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64
+
+from service.artefact import MODEL_FILE, TRANSPORT_FILE, Artefact, Card, read_artefact
+from service.certificate import Certificate, Radii, certified_radius, two_class_logits
+from service.counterfactual import Counterfactual, find_counterfactuals
+from service.engine import Engine, GraphError, Provider, resolve_provider
+from service.errors import (
+    ArtefactError,
+    ChannelsError,
+    ImageSizeError,
+    PixelRangeError,
+    TargetIsPredictedClassError,
+)
+from service.preprocessing import Resize, resize_map
+
+_log = logging.getLogger(__name__)
+
+# Sizes whose certificate is kept: they are the client's choice, so there is a bound.
+_CACHED_SIZES = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer about one image; the radius is about the image that was sent, before any resize."""
+
+    class_id: int
+    logits_K: Float64[np.ndarray, " K"]
+    """As computed; `(f, -f)` for a model with one output."""
+    radius: float
+    """L2, in [0, 1] pixel units, proved, rounded down; 0 where nothing is certified."""
+    certified: bool
+    runner_up: int
+    """The class that decides the radius."""
+    lipschitz_bound: float
+    """`K_ij` of the margin between `class_id` and `runner_up`."""
+    logit_error: float
+    """Bound of |computed logit - exact logit|."""
+
+
+class Classifier:
+    """A model with its proof. All methods may be called from several threads at once."""
+
+    name: str
+    digest: str
+    """`sha256:<hex>` of the bytes of `model.onnx` that are loaded, which are those that the certificate is
+    about."""
+    labels: tuple[str, ...]
+    card: Card
+    certificate: Certificate
+    """About images of the model's own size."""
+    provider: str
+    """The execution provider that runs it, for example `CPUExecutionProvider`."""
+    input_shape: tuple[int, int, int]
+    """(C, A, B)."""
+
+    def __init__(self, artefact: Artefact, model: Engine, transport: Engine) -> None:
+        """Use `load`, unless the graphs are already loaded.
+
+        Raises:
+            ArtefactError: the two graphs do not agree on the logits.
+        """
+        self.card = artefact.card
+        self.name = artefact.card.name
+        self.digest = artefact.digest
+        self.labels = tuple(artefact.card.labels)
+        self.certificate = artefact.certificate
+        self.provider = model.provider
+        self.input_shape = artefact.card.input.shape
+        self._model = model
+        self._transport = transport
+        self._certificates: dict[tuple[int, int], Certificate] = {}
+        self._check_transport(artefact.folder / TRANSPORT_FILE)
+
+    @classmethod
+    def load(cls, folder: Path, provider: Provider, threads: int) -> Classifier:
+        """Read, prove and load the artefact in `folder`.
+
+        Args:
+            folder: holds `model.onnx`, `transport.onnx` and `card.json`.
+            provider: `auto` takes CUDA where there is one.
+            threads: threads inside one operator, at least 1.
+
+        Raises:
+            ArtefactError: a file is missing, damaged, without proof, or cannot be run.
+            ProviderError: the provider cannot be had.
+        """
+        artefact = read_artefact(folder)
+        resolved = resolve_provider(provider)
+        engines: list[Engine] = []
+        for file, graph in ((MODEL_FILE, artefact.model_bytes), (TRANSPORT_FILE, artefact.transport_bytes)):
+            try:
+                engines.append(Engine(graph, resolved, threads))
+            except GraphError as error:
+                raise ArtefactError(
+                    folder / file,
+                    f"ONNX Runtime cannot run the graph ({error}). Export it with operators it has.",
+                ) from error
+        classifier = cls(artefact, *engines)
+        _log.info(
+            "loaded model %s (%s) on %s: %d classes, images %s, logit error %.3g",
+            classifier.name,
+            classifier.digest,
+            classifier.provider,
+            len(classifier.labels),
+            classifier.input_shape,
+            classifier.certificate.logit_error,
+        )
+        return classifier
+
+    def predict(self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False) -> list[Prediction]:
+        """Class and certified radius of each image.
+
+        Args:
+            image_NCHW: pixels in [0, 1].
+            resize: resize images of another size than the model's; the radius stays about the image that was
+                sent.
+
+        Raises:
+            ImageSizeError: another height or width than the model's, and `resize` is false.
+            ChannelsError: another number of channels than the model's.
+            PixelRangeError: a pixel is NaN, infinite or outside [0, 1], where the proof says nothing.
+        """
+        view = self._view(image_NCHW, resize)
+        if not ((image_NCHW >= 0.0) & (image_NCHW <= 1.0)).all():
+            raise PixelRangeError("a pixel is NaN, infinite or outside [0, 1]; divide 8-bit pixels by 255")
+        logits_NK, radii = view.classify(image_NCHW)
+        return [
+            Prediction(
+                class_id=int(radii.class_id_N[n]),
+                logits_K=logits_NK[n],
+                radius=float(radii.radius_N[n]),
+                certified=bool(radii.certified_N[n]),
+                runner_up=int(radii.runner_up_N[n]),
+                lipschitz_bound=float(radii.lipschitz_bound_N[n]),
+                logit_error=view.certificate.logit_error,
+            )
+            for n in range(len(image_NCHW))
+        ]
+
+    def counterfactual(
+        self,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        predictions: list[Prediction],
+        target: int | None,
+        resize: bool = False,
+    ) -> list[Counterfactual]:
+        """The nearest image found with another class, for each image; see `find_counterfactuals`.
+
+        Args:
+            image_NCHW: the images of `predictions`.
+            predictions: what `predict` answered about them with the same `resize`.
+            target: the class to reach; None for the nearest other one.
+            resize: as in `predict`. The search moves the pixels of the image that was sent.
+
+        Raises:
+            TargetIsPredictedClassError: an image already has class `target`; in a batch it is named.
+            ImageSizeError: as in `predict`.
+        """
+        view = self._view(image_NCHW, resize)
+        for index, prediction in enumerate(predictions):
+            if target is not None and prediction.class_id == target:
+                error = TargetIsPredictedClassError(self.labels[target])
+                raise error.at_index(index) if len(predictions) > 1 else error
+        return find_counterfactuals(
+            view,
+            image_NCHW,
+            class_id_N=np.array([prediction.class_id for prediction in predictions], np.int64),
+            runner_up_N=np.array([prediction.runner_up for prediction in predictions], np.int64),
+            radius_N=np.array([prediction.radius for prediction in predictions], np.float64),
+            n_classes=len(self.labels),
+            target=target,
+        )
+
+    def _view(self, image_NCHW: np.ndarray, resize: bool) -> _View:
+        """How images of this size are seen; refuses those that the model cannot see."""
+        channels, height, width = self.input_shape
+        if image_NCHW.shape[1] != channels:
+            raise ChannelsError(
+                f"the image has {image_NCHW.shape[1]} channels and the model takes {channels}; send "
+                f"{'a grey image' if channels == 1 else f'an image with {channels} channels'}"
+            )
+        sent_height, sent_width = image_NCHW.shape[2:]
+        if (sent_height, sent_width) == (height, width):
+            return self._view_of(self.certificate, None)
+        if not resize:
+            raise ImageSizeError(sent_height, sent_width, height, width)
+        mapping = resize_map(sent_height, sent_width, height, width)
+        certificate = self._certificates.get((sent_height, sent_width))
+        if certificate is None:
+            certificate = self.certificate.after_preprocessing(mapping.norm, mapping.error_l2(channels))
+            if len(self._certificates) >= _CACHED_SIZES:
+                self._certificates.clear()
+            self._certificates[(sent_height, sent_width)] = certificate
+        return self._view_of(certificate, mapping)
+
+    def _view_of(self, certificate: Certificate, mapping: Resize | None) -> _View:
+        return _View(self._model, self._transport, certificate, self._model.output_size == 1, mapping)
+
+    def _check_transport(self, file: Path) -> None:
+        """Both graphs must be of one network; otherwise no counterfactual would ever be reached."""
+        view = self._view_of(self.certificate, None)
+        image_NCHW = np.linspace(0.0, 1.0, int(np.prod(self.input_shape))).reshape(1, *self.input_shape)
+        weights_NK = np.zeros((1, len(self.labels)))
+        weights_NK[0, :2] = (1.0, -1.0)
+        try:
+            logits_NK, _ = view.classify(image_NCHW)
+            transport_NK, gradient_NCHW = view.margin_gradient(image_NCHW, weights_NK)
+        except Exception as error:  # Whatever the runtime raises, the artefact cannot be served.
+            raise ArtefactError(
+                file, f"model.onnx or transport.onnx cannot be run ({error}). Export the artefact again."
+            ) from error
+        tolerance = 4.0 * self.certificate.logit_error + 1e-5 * (1.0 + np.abs(logits_NK).max())
+        if (
+            transport_NK.shape != logits_NK.shape
+            or gradient_NCHW.shape != image_NCHW.shape
+            or not np.allclose(transport_NK, logits_NK, rtol=0.0, atol=tolerance)
+        ):
+            raise ArtefactError(
+                file,
+                "its logits are not those of model.onnx, so it belongs to another network. "
+                "Export both together.",
+            )
+
+
+@dataclass(frozen=True)
+class _View:
+    """The model as images of one size see it: the one path from pixels that were sent to a class and a
+    radius."""
+
+    model: Engine
+    transport: Engine
+    certificate: Certificate
+    single_output: bool
+    resize: Resize | None
+
+    def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
+        """Logits N x K and radii."""
+        seen_NCAB = image_NCHW if self.resize is None else self.resize(image_NCHW)
+        (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NCAB})
+        logits_NK = _two_or_more(raw_NK)
+        return logits_NK, certified_radius(
+            logits_NK, self.certificate.margin_bounds_KK, self.certificate.logit_error
+        )
+
+    def margin_gradient(
+        self, image_NCHW: np.ndarray, weights_NK: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits N x K and the gradient of their weighted sum with respect to the image that was sent."""
+        seen_NCAB = image_NCHW if self.resize is None else self.resize(image_NCHW)
+        if self.single_output:
+            # One output f stands for the logits (f, -f): their weighted sum is (w_0 - w_1) f.
+            weights_NK = weights_NK[:, :1] - weights_NK[:, 1:]
+        raw_NK, gradient_NCAB = self.transport.run(
+            ("logits", "gradient"), {"image": seen_NCAB, "margin_weights": weights_NK}
+        )
+        gradient = gradient_NCAB.astype(np.float64)
+        return _two_or_more(raw_NK), gradient if self.resize is None else self.resize.adjoint(gradient)
+
+
+def _two_or_more(raw_NK: np.ndarray) -> np.ndarray:
+    logits_NK = raw_NK.astype(np.float64, copy=False)
+    return two_class_logits(logits_NK) if logits_NK.shape[1] == 1 else logits_NK

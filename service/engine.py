@@ -1,0 +1,170 @@
+"""ONNX Runtime: which execution provider runs a graph, and with which options.
+
+The certificate's error analysis covers correctly rounded operations summed in any order. The options here
+keep the runtime inside it: no TF32, a convolution algorithm that does not depend on the batch, no rewriting
+of weights, subnormal numbers kept. A provider that was asked for and cannot be had is an error, never a
+silent fall-back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+
+from service.errors import ProviderError
+
+Provider = Literal["auto", "cpu", "cuda"]
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+_log = logging.getLogger(__name__)
+
+_CUDA_OPTIONS = {
+    # TF32 keeps 11 bits of each factor: outside the error analysis.
+    "use_tf32": "0",
+    # The default searches anew for every batch size, and may pick FFT or Winograd, whose errors are not
+    # analysed.
+    "cudnn_conv_algo_search": "DEFAULT",
+}
+# These fold a scale into the weights of the layer before it: another network, by one rounding of every
+# weight.
+_REWRITING_OPTIMIZERS = [
+    "ConvMulFusion",
+    "ConvAddFusion",
+    "ConvBNFusion",
+    "MatMulBNFusion",
+    "MatMulScaleFusion",
+]
+# Errors and worse: the runtime's warnings are about its own attempts, and this module reports those in its
+# own words.
+_LOG_SEVERITY_ERROR = 3
+_DTYPES: dict[str, Any] = {"tensor(double)": np.float64, "tensor(float)": np.float32}
+
+
+class GraphError(Exception):
+    """ONNX Runtime cannot load the graph; the message is the runtime's."""
+
+
+class Engine:
+    """One ONNX graph, loaded and ready; `run` may be called from several threads at once."""
+
+    provider: str
+    """The provider that the runtime really gave, for example `CPUExecutionProvider`."""
+
+    def __init__(self, graph_bytes: bytes, provider: Literal["cpu", "cuda"], threads: int) -> None:
+        """Load a graph.
+
+        Args:
+            graph_bytes: a serialised ONNX model.
+            provider: what `resolve_provider` chose.
+            threads: threads inside one operator; at least 1.
+
+        Raises:
+            GraphError: the runtime refuses the graph.
+            ProviderError: CUDA was asked for and the runtime gave something else.
+            ValueError: `threads` below 1.
+        """
+        if threads < 1:
+            raise ValueError(f"an engine needs 1 thread or more, got {threads}")
+        wanted: list[Any] = [(CUDA, _CUDA_OPTIONS), CPU] if provider == "cuda" else [CPU]
+        try:
+            self._session = onnxruntime.InferenceSession(
+                graph_bytes,
+                sess_options=_session_options(threads),
+                providers=wanted,
+                disabled_optimizers=_REWRITING_OPTIMIZERS,
+                enable_fallback=0,
+            )
+        except Exception as error:  # The runtime's exceptions share no base of their own.
+            raise GraphError(str(error)) from error
+        self._session.disable_fallback()
+        self.provider = self._session.get_providers()[0]
+        if provider == "cuda" and self.provider != CUDA:
+            raise ProviderError(
+                "the NVIDIA driver is there, but ONNX Runtime could not start its CUDA provider and offered "
+                f"{self.provider} instead. Most often a CUDA or cuDNN library is missing or of another "
+                "version: "
+                "install the `gpu` extra (onnxruntime-gpu[cuda,cudnn]), or set LIPCERT_PROVIDER=cpu."
+            )
+        self._dtypes = {value.name: _dtype(value.name, value.type) for value in self._session.get_inputs()}
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.output_names = tuple(value.name for value in self._session.get_outputs())
+        self.output_size: int | str | None = self._session.get_outputs()[0].shape[-1]
+        """Last axis of the first output, as the graph declares it."""
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Evaluate `outputs` on `inputs`, each converted to the precision that the graph declares."""
+        feed = {name: np.ascontiguousarray(value, self._dtypes[name]) for name, value in inputs.items()}
+        return self._session.run(list(outputs), feed)  # type: ignore[return-value]
+
+
+def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
+    """Choose the provider once, before a graph is loaded; `auto` logs why it does not take CUDA.
+
+    Raises:
+        ProviderError: `cuda` was asked for; the message says what is missing.
+    """
+    if provider == "cpu":
+        return "cpu"
+    missing = _missing_for_cuda()
+    if missing is None:
+        # The CUDA and cuDNN wheels are not on the loader's path; a no-op where the system has the libraries.
+        onnxruntime.preload_dlls()
+        return "cuda"
+    if provider == "cuda":
+        raise ProviderError(
+            f"LIPCERT_PROVIDER=cuda cannot be had: {missing} Or set LIPCERT_PROVIDER=auto or cpu."
+        )
+    _log.info("serving on the CPU: %s", missing)
+    return "cpu"
+
+
+def _missing_for_cuda() -> str | None:
+    """What keeps this process from using CUDA, as a sentence with its cure; None if nothing is known to.
+
+    Asks the driver itself: a failed attempt of the runtime would be reported on stderr by native code.
+    """
+    if CUDA not in onnxruntime.get_available_providers():
+        return "the installed ONNX Runtime has no CUDA provider; install the `gpu` extra instead of `cpu`."
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return (
+            "the NVIDIA driver library libcuda.so.1 cannot be loaded; install the driver, and in a container "
+            "start it with the GPU (docker run --gpus all)."
+        )
+    status = driver.cuInit(0)
+    if status != 0:
+        return f"the NVIDIA driver does not start (cuInit returned {status}); check it with nvidia-smi."
+    count = ctypes.c_int(0)
+    if driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi."
+    return None
+
+
+def _session_options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # Constant folding and fusions of MatMul with Add; the level above rewrites constants.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = _LOG_SEVERITY_ERROR
+    # Idle threads that spin would take a whole core of a small machine between requests.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "0")
+    return options
+
+
+def _dtype(name: str, onnx_type: str) -> Any:
+    try:
+        return _DTYPES[onnx_type]
+    except KeyError:
+        raise GraphError(
+            f"input {name!r} is {onnx_type}; it must be tensor(double) or tensor(float)"
+        ) from None
