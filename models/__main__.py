@@ -34,9 +34,7 @@ def commands() -> None:
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(sorted(RECIPES))}.")],
-    out: Annotated[
-        Path, typer.Option(help="Results go to OUT/RECIPE, checkpoints to OUT/.checkpoints/RECIPE.")
-    ],
+    out: Annotated[Path, typer.Option(help="Results go to OUT/RECIPE, checkpoints to OUT/.checkpoints/RECIPE.")],
     data: Annotated[
         Path, typer.Option(help="Folder with the idx files (or mnist/ in it); what is missing is downloaded.")
     ] = Path("data"),

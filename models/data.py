@@ -1,8 +1,8 @@
 """MNIST from its four idx files, checked against the published checksums, and a small affine augmentation.
 
-The files are looked for in DIR and in DIR/mnist, raw or gzip-compressed; where they are missing they are downloaded to
-DIR/mnist. What counts is the md5 of the uncompressed content, so a repacked archive is fine and a wrong one is
-refused. The data is by LeCun, Cortes and Burges, licence CC BY-SA 3.0.
+The files are looked for in DIR and in DIR/mnist, raw or gzip-compressed; where they are missing they are
+downloaded to DIR/mnist. What counts is the md5 of the uncompressed content, so a repacked archive is fine and
+a wrong one is refused. The data is by LeCun, Cortes and Burges, licence CC BY-SA 3.0.
 
 Axes: N images, H height, W width.
 """
@@ -94,7 +94,7 @@ def load_mnist(
         mirrors: addresses to download from.
 
     Raises:
-        DataError: a file is missing and cannot be downloaded, has another content than published, or is no idx file.
+        DataError: a file is missing and cannot be downloaded, has the wrong content, or is no idx file.
     """
     content = {name: _checked(directory, name, md5[name], mirrors) for name in md5}
     train_images, train_labels, test_images, test_labels = content
@@ -135,7 +135,7 @@ def augment(
 ) -> Float[Tensor, "N C H W"]:
     """Rotate, scale, shear and shift each image by its own random map; bilinear, zero outside.
 
-    The random numbers come from `generator` (on the CPU) alone, so equal seeds give equal batches on any device.
+    The random numbers come from `generator` alone (on the CPU): equal seeds, equal batches on any device.
     """
     N, _, H, W = image_NCHW.shape
     angle, scale, shear, dx, dy = (2 * torch.rand(5, N, generator=generator) - 1).unbind()
@@ -171,9 +171,7 @@ def _checked(directory: Path, name: str, md5: str, mirrors: Sequence[str]) -> by
 
 
 def _find(directory: Path, name: str) -> Path | None:
-    candidates = [
-        folder / f"{name}{suffix}" for folder in (directory, directory / "mnist") for suffix in ("", ".gz")
-    ]
+    candidates = [folder / f"{name}{suffix}" for folder in (directory, directory / "mnist") for suffix in ("", ".gz")]
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -201,9 +199,7 @@ def _read_idx(content: bytes, magic: int, dimensions: int, what: str) -> UInt8[n
         raise DataError(f"the {what} are {len(content)} bytes, too short for an idx file: replace the file")
     found, *shape = struct.unpack(f">{1 + dimensions}I", content[:header])
     if found != magic:
-        raise DataError(
-            f"the {what} start with {found:#x}, an idx file of this kind with {magic:#x}: replace the file"
-        )
+        raise DataError(f"the {what} start with {found:#x}, an idx file of this kind with {magic:#x}: replace the file")
     if len(content) - header != math.prod(shape):
         raise DataError(
             f"the {what} hold {len(content) - header} bytes, their header promises {math.prod(shape)}: "

@@ -1,8 +1,8 @@
 """From a trained network to an artefact: fold, emit both graphs, prove, compare, measure, write - or refuse.
 
-Refused is: a graph that the server's certifier cannot bound; a proved bound above the declared one; logits of ONNX
-Runtime that differ from torch's by more than the proved error; a transport gradient that differs from autograd's. In each
-case nothing is written.
+Refused is: a graph that the server's certifier cannot bound; a proved bound above the declared one; logits of
+ONNX Runtime that differ from torch's by more than the proved error; a transport gradient that differs from
+autograd's. In each case nothing is written.
 
 Axes: N batch, C channels, H height, W width, K classes.
 """
@@ -32,7 +32,7 @@ from service.artefact import MODEL_FILE, TRANSPORT_FILE, Card, CertifiedAccuracy
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
 
 BOUND_TOLERANCE = 1e-3
-"""How far the proved bound may lie above the declared one, relative; more means that a layer is not what it says."""
+"""How far the proved bound may lie above the declared one, relative; more means a layer is misstated."""
 GRADIENT_TOLERANCE = 1e-9
 """Largest absolute difference between transport gradient and autograd, both float64, gradients of order 1."""
 PROBES = 64
@@ -80,7 +80,8 @@ def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) 
     Args:
         network: the trained network.
         graphs: what `emit_graphs` made of it.
-        lipschitz_constant: declared for f (one output) or for the body (several: `K_ij` is it times `||w_i - w_j||`).
+        lipschitz_constant: declared for f (one output) or for the body (several outputs: `K_ij` is
+            `lipschitz_constant * ||w_i - w_j||`).
 
     Raises:
         UnsupportedGraphError: the certifier has no bound; the message names every node.
@@ -90,8 +91,7 @@ def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) 
     rows = network.fold().head.weight()
     rows = torch.cat([rows, -rows]) if len(rows) == 1 else rows
     declared_KK = (
-        lipschitz_constant
-        * torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
+        lipschitz_constant * torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
     )
     excess_KK = certificate.margin_bounds_KK - declared_KK * (1 + BOUND_TOLERANCE)
     np.fill_diagonal(excess_KK, -np.inf)
@@ -145,7 +145,7 @@ def run_graph(graph: bytes, inputs: Mapping[str, Float64[np.ndarray, ...]]) -> d
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    return {name: np.asarray(value) for name, value in zip(names, session.run(names, dict(inputs)), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,7 @@ class Measured:
     n: int
 
 
-def measure(
-    graphs: Graphs, certificate: Certificate, test: LabelledImages, epsilons: tuple[float, ...]
-) -> Measured:
+def measure(graphs: Graphs, certificate: Certificate, test: LabelledImages, epsilons: tuple[float, ...]) -> Measured:
     """Classify the test set with the exported graph, as it is served, and certify every answer.
 
     An image counts as certified at epsilon if its class is right and its proved radius is above epsilon.
@@ -191,8 +189,8 @@ def export_artefact(
     """Write `model.onnx`, `transport.onnx` and `card.json` to `folder`, replacing an artefact that is there.
 
     Raises:
-        UnsupportedGraphError, ExportRefusedError, service.errors.ArtefactError: the artefact would not keep its
-            promise; `folder` is as it was.
+        UnsupportedGraphError, ExportRefusedError, ArtefactError: the artefact would not keep its promise;
+            `folder` is as it was.
     """
     graphs = emit_graphs(network)
     certificate = prove(network, graphs, lipschitz_constant)
@@ -210,8 +208,7 @@ def export_artefact(
         code_version=code_version(),
         accuracy=measured.accuracy,
         certified_accuracy=[
-            CertifiedAccuracy(epsilon=e, value=v, n=measured.n)
-            for e, v in measured.certified_accuracy.items()
+            CertifiedAccuracy(epsilon=e, value=v, n=measured.n) for e, v in measured.certified_accuracy.items()
         ],
         licence=data.get("licence"),
         environment=environment(wall_time_s),
@@ -241,7 +238,7 @@ def environment(wall_time_s: float) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """The commit of this source tree, with `-dirty` where files differ from it; the package version outside git."""
+    """The commit of this source tree (`-dirty` where files differ), or outside git the package version."""
     git = shutil.which("git")
     if git is not None:
         described = subprocess.run(

@@ -56,9 +56,10 @@ class Layer(nn.Module):
 def cayley(raw_OD: Float[Tensor, "O D"]) -> Float[Tensor, "O D"]:
     """Map any matrix to one with orthonormal rows (O <= D) or columns (O >= D).
 
-    For a tall matrix `[U; V]` with U square: `A = U - U^T + V^T V`, and `[(I - A)(I + A)^-1; -2 V (I + A)^-1]` has
-    orthonormal columns (Trockman and Kolter, Orthogonalizing convolutional layers with the Cayley transform,
-    ICLR 2021, section 4). `I + A` is always invertible, since the symmetric part of A is `V^T V >= 0`.
+    For a tall matrix `[U; V]` with U square and `A = U - U^T + V^T V`, the columns of
+    `[(I - A)(I + A)^-1; -2 V (I + A)^-1]` are orthonormal (Trockman and Kolter, Orthogonalizing convolutional
+    layers with the Cayley transform, ICLR 2021, section 4). `I + A` is always invertible, since the symmetric
+    part of A is `V^T V >= 0`.
     """
     if raw_OD.shape[0] < raw_OD.shape[1]:
         return cayley(raw_OD.T).T
@@ -71,9 +72,10 @@ def cayley(raw_OD: Float[Tensor, "O D"]) -> Float[Tensor, "O D"]:
 
 
 def newton_schulz(near_OD: Float[Tensor, "O D"], iterations: int) -> Float[Tensor, "O D"]:
-    """Pull a nearly orthogonal matrix back to its polar factor: `W <- 3/2 W - 1/2 W W^T W`, quadratically convergent.
+    """Pull a nearly orthogonal matrix back to its polar factor: `W <- 3/2 W - 1/2 W W^T W`.
 
-    Converges for singular values in (0, sqrt 3) (Bjorck and Bowie, SIAM J. Numer. Anal. 8, 1971).
+    Converges, at the end quadratically, for singular values in (0, sqrt 3) (Bjorck and Bowie, SIAM Journal on
+    Numerical Analysis 8, 1971).
     """
     for _ in range(iterations):
         if near_OD.shape[0] <= near_OD.shape[1]:
@@ -86,14 +88,12 @@ def newton_schulz(near_OD: Float[Tensor, "O D"], iterations: int) -> Float[Tenso
 class OrthogonalMatrix(nn.Module):
     """A trainable O x D matrix with orthonormal rows or columns, whichever are fewer.
 
-    `cayley` keeps an unconstrained parameter and applies the Cayley transform in every forward pass. `stiefel`
-    keeps the parameter itself orthogonal: the trainer calls `project_gradients_` before and `retract_` after each
-    step of the optimiser, which costs products instead of an inverse.
+    `cayley` keeps an unconstrained parameter and applies the Cayley transform in every forward pass.
+    `stiefel` keeps the parameter itself orthogonal: the trainer calls `project_gradients_` before and
+    `retract_` after each step of the optimiser, which costs products instead of an inverse.
     """
 
-    def __init__(
-        self, out_features: int, in_features: int, parametrisation: Parametrisation = "cayley"
-    ) -> None:
+    def __init__(self, out_features: int, in_features: int, parametrisation: Parametrisation = "cayley") -> None:
         super().__init__()
         self.parametrisation: Parametrisation = parametrisation
         self.raw = nn.Parameter(torch.empty(out_features, in_features))
@@ -110,18 +110,18 @@ class OrthogonalMatrix(nn.Module):
 
 
 def project_gradients_(network: nn.Module) -> None:
-    """Project the gradients of `stiefel` matrices to the tangent space: `G - 1/2 (G W^T + W G^T) W`, in place."""
+    """Project gradients of `stiefel` matrices to the tangent space, in place: `G - 1/2 (G W^T + W G^T) W`."""
     with torch.no_grad():
         for matrix in _stiefel_matrices(network):
             gradient, W = matrix.raw.grad, matrix.raw
             if gradient is None:
                 continue
             if W.shape[0] <= W.shape[1]:
-                S = gradient @ W.T
-                gradient -= 0.5 * (S + S.T) @ W
+                product = gradient @ W.T
+                gradient -= 0.5 * (product + product.T) @ W
             else:
-                S = W.T @ gradient
-                gradient -= 0.5 * W @ (S + S.T)
+                product = W.T @ gradient
+                gradient -= 0.5 * W @ (product + product.T)
 
 
 def retract_(network: nn.Module, iterations: int = 2) -> None:
@@ -164,11 +164,9 @@ class Affine(Layer):
 
 
 class OrthogonalDense(Layer):
-    """Dense layer with orthogonal weights. Constant: 1, attained in some directions (gradient norm preserving)."""
+    """Dense layer with orthogonal weights. Constant: 1, and it is attained (gradient norm preserving)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, parametrisation: Parametrisation = "cayley"
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, parametrisation: Parametrisation = "cayley") -> None:
         super().__init__()
         self.matrix = OrthogonalMatrix(out_features, in_features, parametrisation)
         self.bias_O = nn.Parameter(torch.zeros(out_features))
@@ -193,8 +191,8 @@ class OrthogonalDense(Layer):
 class UnitHead(Layer):
     """Last layer: one row of unit norm for each class, so that every logit is 1-Lipschitz on its own.
 
-    `lipschitz_constant` is the constant of each logit. The logit map as a whole may have up to `sqrt(K)`, which
-    is why radii are computed from the pairs: `f_i - f_j` has the constant `||w_i - w_j|| <= 2`.
+    `lipschitz_constant` is the constant of each logit. The logit map as a whole may have up to `sqrt(K)`,
+    which is why radii are computed from the pairs: `f_i - f_j` has the constant `||w_i - w_j|| <= 2`.
     """
 
     def __init__(self, in_features: int, classes: int) -> None:
@@ -212,9 +210,7 @@ class UnitHead(Layer):
 
     def fold(self) -> Affine:
         """The same map with its rows normalised."""
-        return Affine(
-            _exact_in_float32(F.normalize(self.raw.detach().double(), dim=1)), self.bias_K.detach().double()
-        )
+        return Affine(_exact_in_float32(F.normalize(self.raw.detach().double(), dim=1)), self.bias_K.detach().double())
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """As `Affine`."""
@@ -292,14 +288,14 @@ class ChannelAffine(Layer):
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """MatMul on `N x C x P`, since ONNX Runtime's CPU provider has no float64 Conv."""
         C, H, W = x.shape
-        O = self.bias_O.shape[0]
+        out = self.bias_O.shape[0]
         weight = _numpy(self.weight_OC)
         bias = graph.float64(_numpy(self.bias_O)[:, None])
-        mixed = graph.node("MatMul", [graph.weight(weight), graph.reshape(x, [C, H * W])], [O, H * W])
-        y = graph.reshape(graph.node("Add", [mixed, bias], mixed.shape), [O, H, W])
+        mixed = graph.node("MatMul", [graph.weight(weight), graph.reshape(x, [C, H * W])], [out, H * W])
+        y = graph.reshape(graph.node("Add", [mixed, bias], mixed.shape), [out, H, W])
 
         def pullback(g: Value) -> Value:
-            flat = graph.reshape(g, [O, H * W])
+            flat = graph.reshape(g, [out, H * W])
             back = graph.node("MatMul", [graph.weight(np.ascontiguousarray(weight.T)), flat], [C, H * W])
             return graph.reshape(back, x.shape)
 
@@ -307,7 +303,7 @@ class ChannelAffine(Layer):
 
 
 class OrthogonalConv2d(Layer):
-    """Zero-padded k x k convolution of norm at most 1: channel groups shifted, then mixed by an orthogonal matrix.
+    """Zero-padded k x k convolution of norm at most 1: shift channel groups, mix them orthogonally.
 
     It is one factor of the block-orthogonal convolutions BCOP (Li et al., Preventing gradient attenuation in
     Lipschitz constrained convolutional networks, NeurIPS 2019) and the shift-and-mix of LipNeXt. Constant: 1
@@ -378,9 +374,9 @@ class Chain(Layer):
 class GroupSort2(Layer):
     """Sort in groups of two: channel c of the first half with channel c of the second half. Constant: 1.
 
-    `(a, b) -> (max(a, b), min(a, b))` permutes the coordinates, so the Jacobian is orthogonal wherever it exists
-    (Anil, Lucas and Grosse, Sorting out Lipschitz function approximation, ICML 2019). At ties either order is
-    a valid element of the generalised Jacobian.
+    `(a, b) -> (max(a, b), min(a, b))` permutes the coordinates, so the Jacobian is orthogonal wherever it
+    exists (Anil, Lucas and Grosse, Sorting out Lipschitz function approximation, ICML 2019). At ties either
+    order is a valid element of the generalised Jacobian.
     """
 
     def forward(self, x: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C ..."]:
@@ -395,9 +391,7 @@ class GroupSort2(Layer):
         half = (x.shape[0] // 2, *x.shape[1:])
         split = graph.int64([half[0], half[0]])
         a, b = graph.nodes("Split", [x, split], [half, half], axis=1)
-        y = graph.node(
-            "Concat", [graph.node("Max", [a, b], half), graph.node("Min", [a, b], half)], x.shape, axis=1
-        )
+        y = graph.node("Concat", [graph.node("Max", [a, b], half), graph.node("Min", [a, b], half)], x.shape, axis=1)
 
         def pullback(g: Value) -> Value:
             kept = graph.node("GreaterOrEqual", [a, b], half)
@@ -418,15 +412,13 @@ class FullSort(Layer):
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """TopK of all; the adjoint scatters the cotangent to where the values came from."""
-        y, order = graph.nodes(
-            "TopK", [x, graph.int64([x.shape[0]])], [x.shape, x.shape], axis=1, largest=1, sorted=1
-        )
+        y, order = graph.nodes("TopK", [x, graph.int64([x.shape[0]])], [x.shape, x.shape], axis=1, largest=1, sorted=1)
         # Every place is written once, so the data that ScatterElements starts from does not matter.
         return y, lambda g: graph.node("ScatterElements", [g, order, g], x.shape, axis=1)
 
 
 class L2Pool2d(Layer):
-    """Euclidean norm of each non-overlapping k x k window. Constant: 1, by the triangle inequality in each window."""
+    """Euclidean norm of each non-overlapping k x k window. Constant: 1 (triangle inequality)."""
 
     def __init__(self, kernel_size: int) -> None:
         super().__init__()
@@ -449,7 +441,7 @@ class L2Pool2d(Layer):
         y = graph.node("ReduceL2", [windows, axes], [C, h, w], keepdims=0)
 
         def pullback(g: Value) -> Value:
-            positive = graph.node("Max", [y, graph.float64(np.float64(np.finfo(np.float64).tiny))], y.shape)
+            positive = graph.node("Max", [y, graph.float64(np.array(np.finfo(np.float64).tiny))], y.shape)
             ratio = graph.reshape(graph.node("Div", [g, positive], y.shape), [C, h, 1, w, 1])
             return graph.reshape(graph.node("Mul", [windows, ratio], windows.shape), x.shape)
 
@@ -459,7 +451,7 @@ class L2Pool2d(Layer):
 class ScaledAvgPool2d(Layer):
     """k times the average of each non-overlapping k x k window. Constant: 1.
 
-    A window's sum has norm `sqrt(k^2) = k`; the sum divided by k has norm 1 (the plain average would have 1/k).
+    A window's sum has norm `sqrt(k^2) = k`; the sum divided by k has norm 1 (a plain average: 1/k).
     """
 
     def __init__(self, kernel_size: int) -> None:
@@ -479,7 +471,7 @@ class ScaledAvgPool2d(Layer):
         """Reshape, ReduceSum, Div; the adjoint spreads `g / k` over the window."""
         C, h, k, w, _ = _windows(x.shape, self.kernel_size)
         windows = graph.reshape(x, [C, h, k, w, k])
-        divisor = graph.float64(np.float64(k))
+        divisor = graph.float64(np.array(float(k)))
         total = graph.node("ReduceSum", [windows, graph.int64([3, 5])], [C, h, w], keepdims=0)
         y = graph.node("Div", [total, divisor], total.shape)
 
@@ -492,7 +484,7 @@ class ScaledAvgPool2d(Layer):
 
 
 class SpaceToDepth(Layer):
-    """Move each k x k window into the channels: `C x H x W -> C k^2 x H/k x W/k`. Constant: 1 (a permutation).
+    """Move each k x k window into the channels: `C x H x W -> C k^2 x H/k x W/k`. Constant: 1.
 
     The order of channels is that of `torch.nn.PixelUnshuffle`: `c k^2 + i k + j`.
     """
@@ -537,7 +529,7 @@ class Flatten(Layer):
 
 
 class Normalize(Layer):
-    """`(x - mean) / std` for each channel, as the first layer of a network, so that images stay in [0, 1] outside.
+    """`(x - mean) / std` for each channel: a first layer, so that images stay in [0, 1] outside.
 
     Constant: `1 / min(std)`: the channel with the smallest std stretches most.
     """
@@ -580,9 +572,7 @@ def _require_even(channels: int) -> None:
 
 
 def _stiefel_matrices(network: nn.Module) -> list[OrthogonalMatrix]:
-    return [
-        m for m in network.modules() if isinstance(m, OrthogonalMatrix) and m.parametrisation == "stiefel"
-    ]
+    return [m for m in network.modules() if isinstance(m, OrthogonalMatrix) and m.parametrisation == "stiefel"]
 
 
 def _exact_in_float32(weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The hKR loss family. One convention for all: `-(KR term) + alpha * (hinge term)`, averaged over the batch.
 
-Other libraries write the margin as `min_margin / 2`, or weigh the terms by `1 - alpha` and `alpha` with alpha in
-[0, 1]; here `alpha >= 0` multiplies the hinge and `min_margin` is the value a score must reach to pay no hinge.
+Other libraries write the margin as `min_margin / 2`, or weigh the terms by `1 - alpha` and `alpha` with alpha
+in [0, 1]; here `alpha >= 0` multiplies the hinge, and a score of `min_margin` pays no hinge.
 
 Source: Serrurier, Mamalet, Gonzalez-Sanz, Boissin, Loubes, del Barrio, Achieving robustness in classification
 using optimal transport with hinge regularization, CVPR 2021.
@@ -21,9 +21,9 @@ from torch import Tensor
 def kr_loss(logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"]) -> Float[Tensor, ""]:
     """Negative Kantorovich-Rubinstein term: `-sum_k (mean_{y = k} f_k - mean_{y != k} f_k)`.
 
-    One output f: `-(mean_{y = 0} f - mean_{y = 1} f)`; over all 1-Lipschitz f its infimum is minus the Wasserstein
-    distance W1 between the two classes (Kantorovich-Rubinstein duality). A class that is absent from the batch,
-    or alone in it, contributes nothing.
+    One output f: `-(mean_{y = 0} f - mean_{y = 1} f)`; over all 1-Lipschitz f its infimum is minus the
+    Wasserstein distance W1 between the two classes (Kantorovich-Rubinstein duality). A class that is absent
+    from the batch, or alone in it, contributes nothing.
     """
     member_NK = _membership(logits_NK, labels_N).to(logits_NK.dtype)
     inside_K, outside_K = member_NK.sum(0), (1 - member_NK).sum(0)
@@ -33,9 +33,7 @@ def kr_loss(logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"]) -> Flo
     return -((inside_mean_K - outside_mean_K) * both_present_K).sum()
 
 
-def hinge_loss(
-    logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"], min_margin: float
-) -> Float[Tensor, ""]:
+def hinge_loss(logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"], min_margin: float) -> Float[Tensor, ""]:
     """Hinge term: `mean_n sum_k relu(min_margin - s_nk f_k)`, with `s_nk = 1` if `y_n = k`, else `-1`.
 
     One output f: `mean_n relu(min_margin - s_n f)` with `s = +1` for class 0 and `-1` for class 1.
@@ -49,8 +47,8 @@ def hkr_loss(
 ) -> Float[Tensor, ""]:
     """`kr_loss + alpha * hinge_loss`: two classes with one output, or K classes one against all the others.
 
-    For K outputs each logit must be 1-Lipschitz on its own (`UnitHead` normalises each row), as in the paper's
-    section on several classes.
+    For K outputs each logit must be 1-Lipschitz on its own (`UnitHead` normalises each row), as in the
+    paper's section on several classes.
     """
     return kr_loss(logits_NK, labels_N) + alpha * hinge_loss(logits_NK, labels_N, min_margin)
 
@@ -65,8 +63,8 @@ def hkr_margin_loss(
 ) -> Float[Tensor, ""]:
     """hKR on the margin that decides the class: `mean(-m + alpha relu(min_margin - m))`.
 
-    `m = min_{j != y} (f_y - f_j)`, or `min_{j != y} (f_y - f_j) / K_yj` when the constants `K_ij` of the differences
-    are given; m is then a radius in pixel units.
+    `m = min_{j != y} (f_y - f_j)`, or `min_{j != y} (f_y - f_j) / K_yj` when the constants `K_ij` of the
+    differences are given; m is then a radius in pixel units.
     """
     difference_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
     if margin_bounds_KK is not None:

@@ -25,7 +25,7 @@ from models.layers import (
 
 
 class LipschitzNetwork(nn.Module):
-    """`head(body(image))`, where the head is affine; the constant of `f_i - f_j` follows from the head's rows."""
+    """`head(body(image))` with an affine head, whose rows give the constant of each `f_i - f_j`."""
 
     def __init__(self, input_shape: tuple[int, int, int], body: Chain, head: UnitHead | Affine) -> None:
         super().__init__()
@@ -56,9 +56,9 @@ class LipschitzNetwork(nn.Module):
         Used by losses and progress bars. The bound that is served is proved from the exported bytes instead.
         For one output f the classes are `(f, -f)`: a 2 x 2 matrix with `2 ||w||` off the diagonal.
         """
-        W = self.head.weight()
-        W = torch.cat([W, -W]) if W.shape[0] == 1 else W
-        difference = W[:, None, :] - W[None, :, :]
+        weight_KD = self.head.weight()
+        rows_KD = torch.cat([weight_KD, -weight_KD]) if self.outputs == 1 else weight_KD
+        difference = rows_KD[:, None, :] - rows_KD[None, :, :]
         # The clamp keeps the infinite slope of the root at 0 out of the gradient of the diagonal.
         return self.body.lipschitz_constant * difference.square().sum(2).clamp(min=1e-30).sqrt()
 
@@ -96,17 +96,14 @@ def convolutional_network(
     *,
     parametrisation: Parametrisation = "cayley",
 ) -> LipschitzNetwork:
-    """Stages of `SpaceToDepth(2)` and `blocks` orthogonal convolutions each, then the dense layers and the head."""
-    C, H, W = input_shape
+    """Stages of `SpaceToDepth(2)` and `blocks` orthogonal convolutions, then dense layers and the head."""
+    features, height, width = input_shape
     layers: list[Layer] = []
-    features = C
-    for width in channels:
+    for out in channels:
         layers.append(SpaceToDepth(2))
-        features, H, W = 4 * features, H // 2, W // 2
+        features, height, width = 4 * features, height // 2, width // 2
         for _ in range(blocks):
-            layers += [OrthogonalConv2d(features, width, 3, parametrisation), GroupSort2()]
-            features = width
-    tail = dense_network((features, H, W), widths, outputs, parametrisation=parametrisation)
-    return LipschitzNetwork(
-        input_shape, Chain([*layers, tail.body]), UnitHead(tail.head.weight().shape[1], outputs)
-    )
+            layers += [OrthogonalConv2d(features, out, 3, parametrisation), GroupSort2()]
+            features = out
+    tail = dense_network((features, height, width), widths, outputs, parametrisation=parametrisation)
+    return LipschitzNetwork(input_shape, Chain([*layers, tail.body]), UnitHead(tail.head.weight().shape[1], outputs))

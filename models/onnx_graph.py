@@ -1,8 +1,8 @@
 """A small builder of ONNX graphs: every node is written on purpose, none is traced.
 
-The builder keeps what the two graphs of an artefact need and no more: float64 values with a dynamic batch axis,
-weights stored as float32 and cast to float64 (half the bytes, still exact numbers to the certifier), names that
-depend on the order of calls only, so that the same network gives the same bytes.
+The builder keeps what the two graphs of an artefact need and no more: float64 values with a dynamic batch
+axis, weights stored as float32 and cast to float64 (half the bytes, still exact numbers to the certifier),
+names that depend on the order of calls only, so that the same network gives the same bytes.
 
 Shapes in this module leave the batch axis out: a `Value` of shape `(1, 28, 28)` is `N x 1 x 28 x 28`.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -60,14 +61,12 @@ class GraphBuilder:
         """
         single = array.astype(np.float32)
         if not np.array_equal(single.astype(np.float64), array):
-            raise ValueError(
-                "the weight is not exact in float32: call fold() on the layer before it is emitted"
-            )
+            raise ValueError("the weight is not exact in float32: call fold() on the layer before it is emitted")
         stored, known = self._constant(single, "weight")
-        cast = f"{stored}_float64"
+        double = f"{stored}_float64"
         if not known:
-            self._nodes.append(helper.make_node("Cast", [stored], [cast], name=cast, to=TensorProto.DOUBLE))
-        return cast
+            self._nodes.append(helper.make_node("Cast", [stored], [double], name=double, to=TensorProto.DOUBLE))
+        return double
 
     def float64(self, array: Float64[np.ndarray, ...]) -> str:
         """Store a float64 constant (biases, masks, means)."""
@@ -78,19 +77,19 @@ class GraphBuilder:
         return self._constant(np.asarray(array, dtype=np.int64), "index")[0]
 
     def node(
-        self, op: str, inputs: Sequence[Value | str], shape: Sequence[int], **attributes: object
+        self, op: str, inputs: Sequence[Value | str], shape: Sequence[int], **attributes: int | Sequence[int]
     ) -> Value:
         """Add a node with one output of the given shape (batch axis left out)."""
         return self.nodes(op, inputs, [shape], **attributes)[0]
 
     def nodes(
-        self, op: str, inputs: Sequence[Value | str], shapes: Sequence[Sequence[int]], **attributes: object
+        self, op: str, inputs: Sequence[Value | str], shapes: Sequence[Sequence[int]], **attributes: int | Sequence[int]
     ) -> list[Value]:
         """Add a node with one output for each of the shapes."""
         name = self._fresh(op.lower())
         names = [name] if len(shapes) == 1 else [f"{name}_{i}" for i in range(len(shapes))]
         sources = [i.name if isinstance(i, Value) else i for i in inputs]
-        self._nodes.append(helper.make_node(op, sources, names, name=name, **attributes))
+        self._nodes.append(helper.make_node(op, sources, names, name=name, **cast(dict[str, Any], attributes)))
         return [Value(n, tuple(s)) for n, s in zip(names, shapes, strict=True)]
 
     def reshape(self, x: Value, shape: Sequence[int]) -> Value:
@@ -138,9 +137,7 @@ class GraphBuilder:
             return self._constants[key], True
         name = self._fresh(stem)
         self._constants[key] = name
-        self._initialisers.append(
-            numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
-        )
+        self._initialisers.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name, False
 
 

@@ -1,6 +1,6 @@
-"""What is trained, as frozen data: every number of a run is here or on the command line, and lands in the card.
+"""What is trained, as frozen data: every number of a run is here or on the command line, and in the card.
 
-`--set key=value` replaces one field (nested fields with dots); unknown keys and values of the wrong type are refused.
+`--set key=value` replaces one field (nested fields with dots); what does not fit is refused.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Recipe(_Frozen):
     loss: Loss
     schedule: Schedule
     lipschitz_constant: float = 1.0
-    """Declared constant of the body (several classes) or of f (one output); the export is refused above it."""
+    """Declared constant of the body (several classes) or of f (one output); above it there is no export."""
 
 
 class MnistRecipe(Recipe):
@@ -87,7 +87,7 @@ class MnistRecipe(Recipe):
     digits: tuple[int, ...]
     """The classes in order. Two digits give one output f with class 0 where f > 0."""
     epsilons: tuple[float, ...]
-    """Radii (L2, pixels in [0, 1]) at which certified accuracy is reported; the last decides which epoch is best."""
+    """Radii (L2, pixels in [0, 1]) of the reported certified accuracy; the last says which epoch is best."""
     augment: Augment | None = None
     validation_images: int = Field(default=0, ge=0)
     """Held out from the end of the training set for the figures during training; 0 trains on everything."""
@@ -102,7 +102,7 @@ class TwoMoonsRecipe(Recipe):
 
 
 class SquaresRecipe(Recipe):
-    """The oracle: W1 between a black image and a centred square of value +1 or -1 at equal odds is the square's side."""
+    """The oracle: W1 between a black image and a square of +1 or -1 (equal odds) is the square's side."""
 
     kind: Literal["wasserstein-squares"] = "wasserstein-squares"
     image_size: int = 64
@@ -153,8 +153,8 @@ RECIPES: dict[str, AnyRecipe] = {
 def recipe_by_name(name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Look up a recipe and apply `key=value` overrides.
 
-    Values are read as JSON where they parse as JSON, as text otherwise: `schedule.epochs=8`, `network.widths=[64,64]`,
-    `loss.kind=hkr`, `augment=null`.
+    Values are read as JSON where they parse as JSON, as text otherwise: `schedule.epochs=8`,
+    `network.widths=[64,64]`, `loss.kind=hkr`, `augment=null`.
 
     Raises:
         RecipeError: unknown recipe or key, or a value that does not fit the field.

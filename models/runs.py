@@ -109,9 +109,7 @@ def run_recipe(
             network = fit(
                 build_network(recipe.network, MOONS_SHAPE, 1),
                 Run(
-                    batches=SampledBatches(
-                        sample_moons, recipe.schedule.batch_size, recipe.steps_per_epoch, seed
-                    ),
+                    batches=SampledBatches(sample_moons, recipe.schedule.batch_size, recipe.steps_per_epoch, seed),
                     objective=objective_of(recipe.loss),
                     schedule=recipe.schedule,
                     checkpoints=checkpoints,
@@ -197,9 +195,7 @@ def _split(train: LabelledImages, held_out: int) -> tuple[LabelledImages, Labell
     )
 
 
-def _write_metrics(
-    folder: Path, metrics: dict[str, Any], identity: dict[str, Any], wall_time_s: float
-) -> None:
+def _write_metrics(folder: Path, metrics: dict[str, Any], identity: dict[str, Any], wall_time_s: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {**metrics, **identity, "code_version": code_version(), "environment": environment(wall_time_s)}
     (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")

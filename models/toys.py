@@ -24,10 +24,12 @@ from matplotlib import pyplot as plt
 
 MOONS_SHAPE = (1, 1, 2)
 """A point of the plane as an image of two pixels."""
+GRID = 200
+"""Points of the plot in each direction."""
 
 
 def two_moons(size: int, noise: float, generator: torch.Generator) -> Batch:
-    """Two interleaved half-circles of radius 1/4 in the unit square, with Gaussian noise of the given deviation / 4.
+    """Two interleaved half-circles of radius 1, with Gaussian noise of the given standard deviation.
 
     Returns:
         Points `N x 1 x 1 x 2` and labels: 0 the upper moon, 1 the lower one.
@@ -38,8 +40,7 @@ def two_moons(size: int, noise: float, generator: torch.Generator) -> Batch:
     lower = torch.stack([1 - torch.cos(angle_N), 0.5 - torch.sin(angle_N)], dim=1)
     point_ND = torch.where(labels_N[:, None] == 0, upper, lower)
     point_ND = point_ND + noise * torch.randn(size, 2, generator=generator)
-    centred = (point_ND - torch.tensor([0.5, 0.25])) / 4 + 0.5
-    return centred[:, None, None, :], labels_N
+    return point_ND[:, None, None, :], labels_N
 
 
 def potential_and_gradient(
@@ -53,23 +54,23 @@ def potential_and_gradient(
 
 
 def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[Path, Path]:
-    """Write `levels.png` (level lines of f) and `transport.png` (points moved to `x - t f grad f`, t = 1 and 2).
+    """Write `levels.png` (level lines of f) and `transport.png` (points moved to `x - t f grad f`).
 
-    At t = 1 a point lands on the boundary `f = 0` where f is the distance to it; t = 2 mirrors it to the other side.
+    Where f is the distance to the boundary `f = 0`, a point lands on it at t = 1 and beyond it at t = 2.
     """
     folder.mkdir(parents=True, exist_ok=True)
     points, labels = batch
     x_N, y_N = points[:, 0, 0, 0].numpy(), points[:, 0, 0, 1].numpy()
     colours = np.where(labels.numpy() == 0, "tab:blue", "tab:orange")
-    axis = torch.linspace(0, 1, 200)
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 1, 1, 2)
+    axis_x, axis_y = torch.linspace(-1.6, 2.6, GRID), torch.linspace(-1.1, 1.6, GRID)
+    grid = torch.stack(torch.meshgrid(axis_x, axis_y, indexing="xy"), dim=-1).reshape(-1, 1, 1, 2)
     with torch.no_grad():
-        level_HW = network(grid).reshape(200, 200).numpy()
+        level_HW = network(grid).reshape(GRID, GRID).numpy()
 
     levels_path, transport_path = folder / "levels.png", folder / "transport.png"
-    figure, axes = plt.subplots(figsize=(6, 5.4))
-    lines = axes.contour(axis, axis, level_HW, levels=15, cmap="coolwarm_r", linewidths=0.8)
-    axes.contour(axis, axis, level_HW, levels=[0.0], colors="black", linewidths=2)
+    figure, axes = plt.subplots(figsize=(7, 4.6))
+    lines = axes.contour(axis_x, axis_y, level_HW, levels=15, cmap="coolwarm_r", linewidths=0.8)
+    axes.contour(axis_x, axis_y, level_HW, levels=[0.0], colors="black", linewidths=2)
     axes.scatter(x_N, y_N, s=5, c=colours)
     axes.set(title="Level lines of f (black: f = 0)", aspect="equal")
     figure.colorbar(lines)
@@ -77,8 +78,8 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
     plt.close(figure)
 
     value_N, gradient = potential_and_gradient(network, points)
-    figure, axes = plt.subplots(figsize=(6, 5.4))
-    axes.contour(axis, axis, level_HW, levels=[0.0], colors="black", linewidths=1)
+    figure, axes = plt.subplots(figsize=(7, 4.6))
+    axes.contour(axis_x, axis_y, level_HW, levels=[0.0], colors="black", linewidths=1)
     axes.scatter(x_N, y_N, s=8, c=colours)
     for t, marker in ((1, "."), (2, "x")):
         moved = (points - t * value_N[:, None, None, None] * gradient)[:, 0, 0].numpy()
@@ -92,7 +93,7 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
 
 
 def squares_sampler(image_size: int, square_size: int) -> Callable[[int, torch.Generator], Batch]:
-    """Batches of P (class 0, black images) and Q (class 1, a centred square of +1 or -1 at equal odds), half each."""
+    """Batches, half P (class 0: black) and half Q (class 1: a centred square of +1 or -1, equal odds)."""
     square = centred_square(image_size, square_size)
 
     def sample(size: int, generator: torch.Generator) -> Batch:
@@ -125,7 +126,7 @@ def true_squares_distance(image_size: int, square_size: int) -> float:
 
 
 def learned_squares_distance(network: LipschitzNetwork, image_size: int, square_size: int) -> float:
-    """`E_P f - E_Q f` in float64 over the whole support of P and Q; a lower bound of W1 for any 1-Lipschitz f."""
+    """`E_P f - E_Q f` over the whole support, in float64; a lower bound of W1 for any 1-Lipschitz f."""
     square = centred_square(image_size, square_size).double()
     images = torch.stack([torch.zeros_like(square), square, -square])
     with torch.no_grad():

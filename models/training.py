@@ -1,7 +1,7 @@
-"""The training loop: one-cycle Adam, checkpoints, exact resume, and a guard against numbers that are not finite.
+"""The training loop: one-cycle Adam, checkpoints, exact resume, and a guard against NaN and infinity.
 
-Randomness is a function of (seed, epoch, step): the order of an epoch and the augmentation of a step come from
-generators seeded by those numbers. So a run that is interrupted and resumed, even within an epoch, gives
+Randomness is a function of (seed, epoch, step): the order of an epoch and the augmentation of a step come
+from generators seeded by those numbers. So a run that is interrupted and resumed, even within an epoch, gives
 bit for bit the network of an uninterrupted one on the same machine with the same number of threads.
 
 Axes: N batch, K classes.
@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,13 +78,9 @@ def generator_for(seed: int, *stream: int) -> torch.Generator:
 class ImageBatches:
     """Shuffled, augmented batches of a data set; an incomplete last batch is dropped."""
 
-    def __init__(
-        self, data: LabelledImages, batch_size: int, seed: int, augmentation: Augmentation | None
-    ) -> None:
+    def __init__(self, data: LabelledImages, batch_size: int, seed: int, augmentation: Augmentation | None) -> None:
         if len(data) < batch_size:
-            raise TrainingError(
-                f"{len(data)} images do not fill one batch of {batch_size}: lower schedule.batch_size"
-            )
+            raise TrainingError(f"{len(data)} images do not fill one batch of {batch_size}: lower schedule.batch_size")
         self._data = data
         self._batch_size = batch_size
         self._seed = seed
@@ -157,11 +153,7 @@ class Scores:
 
     def __str__(self) -> str:
         certified = ", ".join(f"{value:.2%} at {epsilon:g}" for epsilon, value in self.certified.items())
-        return (
-            f"accuracy {self.accuracy:.2%}, certified {certified}"
-            if certified
-            else f"accuracy {self.accuracy:.2%}"
-        )
+        return f"accuracy {self.accuracy:.2%}, certified {certified}" if certified else f"accuracy {self.accuracy:.2%}"
 
 
 def correct_within(
@@ -179,9 +171,7 @@ def correct_within(
     return margin_NK.scatter(1, labels_N[:, None], torch.inf).amin(1) > 0
 
 
-def score(
-    network: LipschitzNetwork, data: LabelledImages, epsilons: Sequence[float], batch_size: int = 4096
-) -> Scores:
+def score(network: LipschitzNetwork, data: LabelledImages, epsilons: Sequence[float], batch_size: int = 4096) -> Scores:
     """Accuracy and certified accuracy (declared constants) over a data set."""
     device = next(network.parameters()).device
     counts = torch.zeros(1 + len(epsilons), dtype=torch.int64)
@@ -192,16 +182,14 @@ def score(
                 data.images_NHW[start : start + batch_size], data.labels_N[start : start + batch_size]
             )
             logits, labels = network(part.pixels().to(device)), part.labels_N.to(device)
-            counts += torch.stack(
-                [correct_within(logits, labels, bounds, e).sum() for e in (0.0, *epsilons)]
-            ).cpu()
+            counts += torch.stack([correct_within(logits, labels, bounds, e).sum() for e in (0.0, *epsilons)]).cpu()
     accuracy, *certified = (counts / len(data)).tolist()
     return Scores(accuracy, dict(zip(epsilons, certified, strict=True)))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that `fit` needs besides the network; `identity` is what a checkpoint must agree on to be resumed."""
+    """Everything that `fit` needs besides the network."""
 
     batches: BatchSource
     objective: Objective
@@ -209,17 +197,17 @@ class Run:
     checkpoints: Path
     """Folder of `last.pt` and `best.pt`."""
     identity: Mapping[str, Any]
-    """JSON-like description of recipe and seed."""
+    """JSON-like description of recipe and seed; a checkpoint with another one is not resumed."""
     device: torch.device
     epsilons: tuple[float, ...] = ()
     validation: LabelledImages | None = None
 
 
 def fit(network: LipschitzNetwork, run: Run, *, resume: bool = False) -> LipschitzNetwork:
-    """Train the network and return the one to evaluate (the averaged weights where the schedule asks for them).
+    """Train the network and return the one to evaluate (averaged weights where the schedule asks for them).
 
-    The last epoch is returned, not the best: the one-cycle schedule ends at its optimum, and choosing the best epoch
-    by the figures of a test set would make them too good. `best.pt` is kept for inspection.
+    The last epoch is returned, not the best: the one-cycle schedule ends at its optimum, and choosing the
+    best epoch by the figures of a test set would make them too good. `best.pt` is kept for inspection.
 
     Raises:
         TrainingError: a checkpoint is in the way, is missing, or belongs to another run.
@@ -304,9 +292,7 @@ class _Session:
             raise self._non_finite("a weight is not finite")
         run = self.run
         held_out = score(evaluated, run.validation, run.epsilons) if run.validation is not None else None
-        scores, what = (
-            (held_out, "held-out images") if held_out is not None else (self._running_scores(), "training")
-        )
+        scores, what = (held_out, "held-out images") if held_out is not None else (self._running_scores(), "training")
         log.info("epoch %d/%d, %s: %s", self.epoch + 1, run.schedule.epochs, what, scores)
         self.epoch, self.step = self.epoch + 1, 0
         merit = scores.certified[run.epsilons[-1]] if run.epsilons else scores.accuracy
@@ -320,7 +306,7 @@ class _Session:
         if self.average is None:
             return self.network
         evaluated = copy.deepcopy(self.average)
-        # An average of orthogonal matrices is a contraction; its polar factor is the orthogonal matrix next to it.
+        # An average of orthogonal matrices is a contraction; its polar factor is the nearest orthogonal one.
         retract_(evaluated, iterations=8)
         return evaluated
 
@@ -416,8 +402,8 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that no step is cut in half; a second one acts at once."""
+def _stop_requests() -> Generator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag, so that no step is cut in half; a second acts at once."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 
