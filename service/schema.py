@@ -39,9 +39,7 @@ class Options(_Wire):
     @model_validator(mode="after")
     def _target_needs_counterfactual(self) -> Self:
         if self.target is not None and not self.counterfactual:
-            raise ValueError(
-                "target is the label wanted by the counterfactual; set counterfactual=true with it"
-            )
+            raise ValueError("target is the label wanted by the counterfactual; set counterfactual=true with it")
         return self
 
 
@@ -63,7 +61,7 @@ class ClassLabel(_Wire):
     """A class of the model."""
 
     class_id: int
-    """Index into `labels` and `logits`. A model with one logit f has class 0 where f > 0, else class 1."""
+    """Index into `labels` and `logits`; a model with one output f has class 0 where f > 0."""
     label: str
 
 
@@ -117,6 +115,7 @@ class PredictAnswer(_Wire):
     class_id: int
     label: str
     logits: list[float | None]
+    """As computed, one per class; `(f, -f)` for a model with one output f."""
     certificate: CertificateAnswer
     counterfactual: CounterfactualAnswer | None
     """Null when not asked for."""

@@ -49,8 +49,8 @@ class Settings(BaseSettings):
     max_batch: Annotated[int, Field(ge=1)] = 256
     """Most images in one `/predict/batch`."""
 
-    threads: Annotated[int, Field(ge=0)] = 1
-    """Threads of one inference; 0 lets ONNX Runtime take one per core. Requests run side by side anyway."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads inside one inference; requests run side by side anyway, so more only help large models."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
@@ -73,17 +73,13 @@ def read_settings() -> Settings:
             expected.
     """
     known = variable_names()
-    unknown = sorted(
-        name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known
-    )
+    unknown = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
     if unknown:
         raise SettingsError("; ".join(_unknown(name, known) for name in unknown))
     try:
         return Settings()
     except ValidationError as error:
-        raise SettingsError(
-            "; ".join(_invalid(fault["loc"], fault["msg"]) for fault in error.errors())
-        ) from None
+        raise SettingsError("; ".join(_invalid(fault["loc"], fault["msg"]) for fault in error.errors())) from None
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -1,0 +1,97 @@
+"""`python -m service`: serve the models of `LIPCERT_MODELS` over HTTP; settings in `service.settings`.
+
+Exit status: 0 stopped on request; 1 a model, the provider or the port is not to be had; 2 a setting is not valid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import uvicorn
+
+from service.app import create_app
+from service.errors import LipcertError, SettingsError
+from service.settings import Settings, read_settings
+
+_log = logging.getLogger("service")
+
+_DRAIN_S = 10
+_BACKLOG = 2048
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command of `python -m service`; without one, serve. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    parser.set_defaults(run=_serve)
+    commands = parser.add_subparsers(title="commands")
+    commands.add_parser("serve", help="serve over HTTP (what happens without a command)").set_defaults(run=_serve)
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        return chosen.run()
+    except SettingsError as error:
+        _log.error("%s", error)
+        return 2
+    except LipcertError as error:
+        _log.error("%s", error)
+        return 1
+
+
+def _serve() -> int:
+    settings = read_settings()
+    logging.getLogger().setLevel(settings.log_level.upper())
+    logging.captureWarnings(True)
+    # uvicorn raises the signal again once it has drained the connections: this ends the process with status 0. Before
+    # it runs, the same handler ends the loading.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, _stop)
+    try:
+        # Taken before the models are proved: a port in use is then reported at once.
+        listener = _bind(settings)
+    except OSError as error:
+        _log.error(
+            "port %d of %s cannot be had (%s); stop what holds it, or set LIPCERT_PORT or LIPCERT_HOST",
+            settings.port,
+            settings.host,
+            error.strerror or error,
+        )
+        return 1
+    with listener:
+        app = create_app(settings)
+        host, port = listener.getsockname()[:2]
+        listener.listen(_BACKLOG)
+        _log.info("serving on http://%s:%d - the API is at /docs", f"[{host}]" if ":" in host else host, port)
+        config = uvicorn.Config(app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=_DRAIN_S)
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """A socket that is bound and does not listen yet; raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    del signal_number, frame
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

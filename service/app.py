@@ -1,0 +1,158 @@
+"""The application: models loaded and proved, routes, and every error as problem details."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service.classifier import Classifier
+from service.errors import ArtefactError, LipcertError, SettingsError
+from service.metrics import MetricsMiddleware
+from service.openapi import STATIC, document, make_examples
+from service.problem import problem, problem_of
+from service.routes import Service, build_router
+from service.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_DESCRIPTION = """
+Image classifiers whose every answer carries a proof. For an image x the service answers a class and a `radius`: for
+every other valid image x' with L2 distance below the radius (pixels in [0, 1]), this service gives the same class,
+whatever the batch, the threads or the processor. `radius` is rounded down; where nothing can be proved it is 0 and
+`certified` is false. A counterfactual is the nearest image of another class that was found, measured by the same path.
+
+The radius says nothing about whether the class is right, about changes that are small in another sense than L2
+(rotation, lighting), or about images larger changes away.
+
+Errors are RFC 9457 problem details, `application/problem+json`; `detail` says what to do.
+"""
+
+
+def load_classifiers(settings: Settings) -> dict[str, Classifier]:
+    """Load and prove every artefact in `settings.models`, by name.
+
+    Raises:
+        ArtefactError: the folder cannot be read or holds no artefact, or a file of one is missing, damaged or without
+            proof.
+        ProviderError: the provider cannot be had.
+    """
+    try:
+        folders = sorted(
+            path for path in settings.models.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))
+        )
+    except OSError as error:
+        raise ArtefactError(
+            settings.models, f"the folder of models cannot be read ({error.strerror}); set LIPCERT_MODELS"
+        ) from None
+    if not folders:
+        raise ArtefactError(settings.models, "the folder holds no artefact; set LIPCERT_MODELS to one that does")
+    classifiers: dict[str, Classifier] = {}
+    for folder in folders:
+        classifier = Classifier.load(folder, settings.provider, settings.threads)
+        if classifier.name in classifiers:
+            raise ArtefactError(
+                folder / "card.json", f"the name {classifier.name!r} is taken by another artefact; change one"
+            )
+        classifiers[classifier.name] = classifier
+    return classifiers
+
+
+def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None = None) -> FastAPI:
+    """The application, ready to answer.
+
+    Args:
+        settings: see `service.settings`.
+        classifiers: by name; loaded from `settings.models` if absent.
+
+    Raises:
+        ArtefactError, ProviderError: see `load_classifiers`.
+        SettingsError: there is no model of the default name.
+    """
+    if classifiers is None:
+        classifiers = load_classifiers(settings)
+        if settings.default_model not in classifiers:
+            raise SettingsError(
+                f"LIPCERT_DEFAULT_MODEL={settings.default_model!r}: {settings.models} has no such model; it has "
+                f"{', '.join(classifiers)}"
+            )
+    default = classifiers.get(settings.default_model)
+    # This is also the warm-up: the first request finds memory and caches in place.
+    examples = None if default is None else make_examples(default)
+    service = Service(settings, classifiers, examples)
+
+    app = FastAPI(
+        title="lipcert",
+        version="0.1.0",
+        summary="Image classification with a proof in every answer.",
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        openapi_tags=[
+            {"name": "predict", "description": "Classes, certified radii and counterfactuals."},
+            {"name": "models", "description": "What is served, and what is proved of it."},
+            {"name": "operations", "description": "Health and metrics."},
+        ],
+    )
+    app.include_router(build_router(service))
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.add_middleware(MetricsMiddleware, metrics=service.metrics)
+    _add_error_handlers(app)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = document(app, examples)
+        return app.openapi_schema
+
+    app.openapi = openapi
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(LipcertError)
+    async def domain_error(request: Request, error: LipcertError) -> Response:
+        answer = problem_of(error, request.url.path)
+        if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            _log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+        return answer
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        detail = str(error.detail)
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            detail = f"there is nothing at {path}; /docs lists what there is"
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            detail = f"{request.method} does nothing at {path}; use {allowed}"
+        return problem(error.status_code, detail, instance=path, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, faults, instance=request.url.path)
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(request: Request, error: ClientDisconnect) -> Response:
+        # Nobody reads this; without it a client that hangs up would count as an error of the server.
+        del request, error
+        return Response(status_code=HTTPStatus.BAD_REQUEST)
+
+    @app.exception_handler(Exception)
+    async def unexpected_error(request: Request, error: Exception) -> Response:
+        # Starlette raises it again after this answer, and the server logs it with its traceback.
+        del error
+        return problem(
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            "the server failed on this request; its log says more",
+            instance=request.url.path,
+        )
