@@ -66,9 +66,7 @@ def test_import_contracts_hold_in_a_copy_without_a_planted_violation(copied_tree
         ("models-and-service", "models/evaluation.py", "import service.settings"),
     ],
 )
-def test_planted_violation_breaks_its_contract(
-    copied_tree: Path, contract: str, module: str, planted: str
-) -> None:
+def test_planted_violation_breaks_its_contract(copied_tree: Path, contract: str, module: str, planted: str) -> None:
     path = copied_tree / module
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     path.write_text(f"{before}\n{planted}\n", encoding="utf-8")
@@ -91,9 +89,8 @@ def test_certificate_needs_numpy_and_onnx_only() -> None:
 
 def test_everything_that_service_imports_is_in_the_lock_of_make_serve() -> None:
     graph = grimp.build_graph("service", include_external_packages=True, cache_dir=None)
-    third_party = {
-        module for module in graph.modules if graph.is_module_squashed(module)
-    } - sys.stdlib_module_names
+    third_party = {module for module in graph.modules if graph.is_module_squashed(module)} - sys.stdlib_module_names
+    assert "numpy" in third_party
     lock = (ROOT / "requirements/serve-cpu.txt").read_text(encoding="utf-8")
     locked = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
     locked.add("onnxruntime-gpu")  # takes the place of onnxruntime in serve-gpu.txt
