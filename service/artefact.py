@@ -94,9 +94,7 @@ class Card(_Contract):
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> Card:
         if len(set(self.labels)) != len(self.labels):
-            raise ValueError(
-                "labels repeat; a counterfactual target names a class by its label, so make them distinct"
-            )
+            raise ValueError("labels repeat; a counterfactual target names a class by its label, so make them distinct")
         return self
 
 
@@ -147,12 +145,9 @@ def read_card(folder: Path) -> Card:
         return Card.model_validate_json(_read(path))
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'card'}: {fault['msg']}"
-            for fault in error.errors()
+            f"{'.'.join(str(part) for part in fault['loc']) or 'card'}: {fault['msg']}" for fault in error.errors()
         )
-        raise ArtefactError(
-            path, f"not a valid card ({faults}). Correct it, or export the artefact again."
-        ) from error
+        raise ArtefactError(path, f"not a valid card ({faults}). Correct it, or export the artefact again.") from error
 
 
 def write_artefact(folder: Path, card: Card, model_bytes: bytes, transport_bytes: bytes) -> Artefact:

@@ -231,8 +231,7 @@ class Classifier:
         ):
             raise ArtefactError(
                 file,
-                "its logits are not those of model.onnx, so it belongs to another network. "
-                "Export both together.",
+                "its logits are not those of model.onnx, so it belongs to another network. Export both together.",
             )
 
 
@@ -252,13 +251,9 @@ class _View:
         seen_NCAB = image_NCHW if self.resize is None else self.resize(image_NCHW)
         (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NCAB})
         logits_NK = _two_or_more(raw_NK)
-        return logits_NK, certified_radius(
-            logits_NK, self.certificate.margin_bounds_KK, self.certificate.logit_error
-        )
+        return logits_NK, certified_radius(logits_NK, self.certificate.margin_bounds_KK, self.certificate.logit_error)
 
-    def margin_gradient(
-        self, image_NCHW: np.ndarray, weights_NK: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits N x K and the gradient of their weighted sum with respect to the image that was sent."""
         seen_NCAB = image_NCHW if self.resize is None else self.resize(image_NCHW)
         if self.single_output:

@@ -69,9 +69,7 @@ class Counterfactual:
 class Differentiable(Protocol):
     """A classifier as the search sees it: pixels of the image that was sent, in [0, 1]."""
 
-    def classify(
-        self, image_NCHW: Float64[np.ndarray, "N C H W"]
-    ) -> tuple[Float64[np.ndarray, "N K"], Radii]:
+    def classify(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> tuple[Float64[np.ndarray, "N K"], Radii]:
         """Logits and radii, by the path that serves predictions."""
         ...
 

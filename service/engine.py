@@ -117,9 +117,7 @@ def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
         onnxruntime.preload_dlls()
         return "cuda"
     if provider == "cuda":
-        raise ProviderError(
-            f"LIPCERT_PROVIDER=cuda cannot be had: {missing} Or set LIPCERT_PROVIDER=auto or cpu."
-        )
+        raise ProviderError(f"LIPCERT_PROVIDER=cuda cannot be had: {missing} Or set LIPCERT_PROVIDER=auto or cpu.")
     _log.info("serving on the CPU: %s", missing)
     return "cpu"
 
@@ -165,6 +163,4 @@ def _dtype(name: str, onnx_type: str) -> Any:
     try:
         return _DTYPES[onnx_type]
     except KeyError:
-        raise GraphError(
-            f"input {name!r} is {onnx_type}; it must be tensor(double) or tensor(float)"
-        ) from None
+        raise GraphError(f"input {name!r} is {onnx_type}; it must be tensor(double) or tensor(float)") from None

@@ -94,7 +94,5 @@ def _pixel_error(rows_AH: Float64[np.ndarray, "A H"], columns_BW: Float64[np.nda
     row_sum = max(sum_up(row) for row in rows_AH)
     column_sum = max(sum_up(row) for row in columns_BW)
     gamma_rows, gamma_columns = gamma_up(height), gamma_up(width)
-    relative = add_up(
-        gamma_rows, mul_up(gamma_columns, add_up(1.0, gamma_rows)), mul_up(FLOAT64.unit_roundoff, 2.0)
-    )
+    relative = add_up(gamma_rows, mul_up(gamma_columns, add_up(1.0, gamma_rows)), mul_up(FLOAT64.unit_roundoff, 2.0))
     return add_up(mul_up(row_sum, column_sum, relative), mul_up(4.0 * (height + width), SMALLEST_NORMAL))

@@ -46,9 +46,7 @@ def dense(
     model.network(hidden, head)
     transport = _Graph()
     pullback = transport.network(hidden, head)
-    transport.node(
-        "Reshape", [pullback("margin_weights"), transport.constant(np.array([0, *shape]))], "gradient"
-    )
+    transport.node("Reshape", [pullback("margin_weights"), transport.constant(np.array([0, *shape]))], "gradient")
     image = _info("image", shape)
     n_outputs = len(head[1])
     return Graphs(
@@ -69,10 +67,7 @@ def random_groupsort(
     1-Lipschitz."""
     random = np.random.default_rng(seed)
     sizes = [int(np.prod(shape)), *[width] * depth]
-    hidden = [
-        (_orthogonal(random, rows, columns), random.normal(size=rows) / 4)
-        for columns, rows in pairwise(sizes)
-    ]
+    hidden = [(_orthogonal(random, rows, columns), random.normal(size=rows) / 4) for columns, rows in pairwise(sizes)]
     head = random.normal(size=(n_outputs, sizes[-1]))
     head /= np.linalg.norm(head, axis=1, keepdims=True)
     return dense(hidden, (head, random.normal(size=n_outputs) / 4), shape)
@@ -115,9 +110,7 @@ class _Graph:
 
     def node(self, operator: str, inputs: Sequence[str], *outputs: str, **attributes: object) -> str:
         names = list(outputs) or [f"value_{len(self._nodes)}"]
-        self._nodes.append(
-            helper.make_node(operator, inputs, names, name=f"node_{len(self._nodes)}", **attributes)
-        )
+        self._nodes.append(helper.make_node(operator, inputs, names, name=f"node_{len(self._nodes)}", **attributes))
         return names[0]
 
     def network(self, hidden: Sequence[Affine], head: Affine) -> Callable[[str], str]:
@@ -129,9 +122,7 @@ class _Graph:
             value = self.affine(value, weight_MN, bias_M)
             left, right = self.halves(value, len(bias_M))
             sorts.append((weight_MN, left, right))
-            value = self.node(
-                "Concat", [self.node("Max", [left, right]), self.node("Min", [left, right])], axis=1
-            )
+            value = self.node("Concat", [self.node("Max", [left, right]), self.node("Min", [left, right])], axis=1)
         self.affine(value, *head, output="logits")
 
         def pullback(weights: str) -> str:

@@ -1,0 +1,114 @@
+"""Execution providers: what was asked for is what runs, or an error that says what is missing."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnxruntime
+import pytest
+from builders import linear
+
+from service import engine
+from service.engine import CPU, CUDA, Engine, GraphError, resolve_provider
+from service.errors import ProviderError
+
+GRAPHS = linear(np.arange(8.0).reshape(2, 4) / 8, np.array([0.5, -0.5]), (1, 2, 2))
+
+
+def test_engine_computes_what_the_graph_says() -> None:
+    image = np.random.default_rng(0).random((3, 1, 2, 2))
+    loaded = Engine(GRAPHS.model, "cpu", threads=1)
+    (logits,) = loaded.run(["logits"], {"image": image})
+    expected = image.reshape(3, 4) @ (np.arange(8.0).reshape(2, 4) / 8).T + [0.5, -0.5]
+    np.testing.assert_allclose(logits, expected, rtol=1e-14)
+    assert loaded.provider == CPU
+
+
+def test_inputs_are_converted_to_the_precision_of_the_graph() -> None:
+    loaded = Engine(GRAPHS.model, "cpu", threads=1)
+    (logits,) = loaded.run(["logits"], {"image": np.zeros((1, 1, 2, 2), np.float32)})
+    assert logits.dtype == np.float64
+
+
+def test_bytes_that_are_no_graph_are_refused() -> None:
+    with pytest.raises(GraphError):
+        Engine(b"garbage", "cpu", threads=1)
+
+
+def test_engine_without_a_thread_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 thread"):
+        Engine(GRAPHS.model, "cpu", threads=0)
+
+
+def test_cpu_never_asks_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_missing_for_cuda", lambda: pytest.fail("asked"))
+    assert resolve_provider("cpu") == "cpu"
+
+
+def test_auto_falls_to_the_cpu_and_logs_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(engine, "_missing_for_cuda", lambda: "no driver; install one.")
+    with caplog.at_level(logging.INFO):
+        assert resolve_provider("auto") == "cpu"
+    assert "no driver" in caplog.text
+
+
+def test_cuda_without_cuda_is_an_error_that_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    with pytest.raises(ProviderError, match="install the `gpu` extra"):
+        resolve_provider("cuda")
+
+
+def test_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(engine.ctypes, "CDLL", no_library)
+    with pytest.raises(ProviderError, match=r"libcuda\.so\.1"):
+        resolve_provider("cuda")
+    assert resolve_provider("auto") == "cpu"
+
+
+class _Driver:
+    def __init__(self, init: int, devices: int) -> None:
+        self._init, self._devices = init, devices
+
+    def cuInit(self, flags: int) -> int:
+        return self._init
+
+    def cuDeviceGetCount(self, pointer: object) -> int:
+        pointer._obj.value = self._devices  # type: ignore[attr-defined]
+        return 0
+
+
+@pytest.mark.parametrize(("driver", "complaint"), [(_Driver(100, 0), "cuInit returned 100"), (_Driver(0, 0), "no GPU")])
+def test_driver_without_a_gpu_is_told_apart(monkeypatch: pytest.MonkeyPatch, driver: _Driver, complaint: str) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda name: driver)
+    with pytest.raises(ProviderError, match=complaint):
+        resolve_provider("cuda")
+
+
+def test_silent_fall_back_of_the_runtime_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = onnxruntime.InferenceSession
+
+    def falls_back(graph: bytes, providers: list[object], **options: object) -> object:
+        assert providers[0][0] == CUDA  # type: ignore[index]
+        assert providers[0][1]["use_tf32"] == "0"  # type: ignore[index]
+        return real(graph, providers=[CPU])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
+    with pytest.raises(ProviderError, match="could not start its CUDA provider"):
+        Engine(GRAPHS.model, "cuda", threads=1)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_logits_of_the_cpu() -> None:
+    if missing := engine._missing_for_cuda():
+        pytest.skip(missing)
+    image = np.random.default_rng(0).random((5, 1, 2, 2))
+    (on_cpu,) = Engine(GRAPHS.model, "cpu", threads=1).run(["logits"], {"image": image})
+    loaded = Engine(GRAPHS.model, resolve_provider("cuda"), threads=1)
+    assert loaded.provider == CUDA
+    np.testing.assert_allclose(loaded.run(["logits"], {"image": image})[0], on_cpu, rtol=1e-13)
