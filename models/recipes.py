@@ -137,7 +137,7 @@ RECIPES: dict[str, AnyRecipe] = {
         TwoMoonsRecipe(
             name="two-moons",
             network=Network(widths=(64, 64, 32)),
-            loss=Loss(kind="hkr", alpha=10.0, min_margin=0.1),
+            loss=Loss(kind="hkr", alpha=50.0, min_margin=0.1),
             schedule=Schedule(epochs=20, batch_size=256),
         ),
         SquaresRecipe(

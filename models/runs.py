@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from models.toys import (
     two_moons,
 )
 from models.training import (
+    Batch,
+    BatchSource,
     ImageBatches,
     Run,
     SampledBatches,
@@ -36,6 +38,17 @@ log = logging.getLogger(__name__)
 
 MNIST_SHAPE = (1, 28, 28)
 MOONS_DRAWN = 400
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What the command line adds to a recipe."""
+
+    data: Path
+    out: Path
+    resume: bool
+    seed: int
+    device: torch.device
 
 
 def run_recipe(
@@ -59,98 +72,93 @@ def run_recipe(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    device = _device(device_name)
-    checkpoints = out / ".checkpoints" / recipe.name
-    identity = {"recipe": recipe.model_dump(mode="json"), "seed": seed}
-    started = time.monotonic()
+    setting = _Setting(data, out, resume, seed, _device(device_name))
     match recipe:
         case MnistRecipe():
-            train, test = load_mnist(data)
-            train, test = train.only(recipe.digits), test.only(recipe.digits)
-            train, validation = _split(train, recipe.validation_images)
-            augmentation = Augmentation(**recipe.augment.model_dump()) if recipe.augment is not None else None
-            outputs = 1 if len(recipe.digits) == 2 else len(recipe.digits)
-            network = fit(
-                build_network(recipe.network, MNIST_SHAPE, outputs),
-                Run(
-                    batches=ImageBatches(train, recipe.schedule.batch_size, seed, augmentation),
-                    objective=objective_of(recipe.loss),
-                    schedule=recipe.schedule,
-                    checkpoints=checkpoints,
-                    identity=identity,
-                    device=device,
-                    epsilons=recipe.epsilons,
-                    validation=validation,
-                ),
-                resume=resume,
-            )
-            measured = export_artefact(
-                network.cpu(),
-                out / recipe.name,
-                labels=[str(digit) for digit in recipe.digits],
-                lipschitz_constant=recipe.lipschitz_constant,
-                test=test,
-                epsilons=recipe.epsilons,
-                data={**MNIST_CARD, "n_train": len(train), "n_test": len(test)},
-                recipe=recipe.model_dump(mode="json"),
-                seed=seed,
-                wall_time_s=time.monotonic() - started,
-            )
-            certified = ", ".join(f"{v:.2%} at {e:g}" for e, v in measured.certified_accuracy.items())
-            return (
-                f"{out / recipe.name}: accuracy {measured.accuracy:.2%}, certified {certified} "
-                f"(n = {measured.n}, proved radius)"
-            )
+            return _train_digits(recipe, setting)
         case TwoMoonsRecipe():
-
-            def sample_moons(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-                return two_moons(size, recipe.noise, generator)
-
-            network = fit(
-                build_network(recipe.network, MOONS_SHAPE, 1),
-                Run(
-                    batches=SampledBatches(sample_moons, recipe.schedule.batch_size, recipe.steps_per_epoch, seed),
-                    objective=objective_of(recipe.loss),
-                    schedule=recipe.schedule,
-                    checkpoints=checkpoints,
-                    identity=identity,
-                    device=device,
-                ),
-                resume=resume,
-            ).cpu()
-            points, labels = sample_moons(MOONS_DRAWN, generator_for(seed, 3))
-            plots = plot_moons(network, (points, labels), out / recipe.name)
-            with torch.no_grad():
-                accuracy = ((network(points)[:, 0] > 0) == (labels == 0)).double().mean().item()
-            metrics = {"accuracy": accuracy, "n": MOONS_DRAWN}
-            _write_metrics(out / recipe.name, metrics, identity, time.monotonic() - started)
-            return f"accuracy {accuracy:.2%} on {MOONS_DRAWN} fresh points; {', '.join(map(str, plots))}"
+            return _train_moons(recipe, setting)
         case SquaresRecipe():
-            size, side = recipe.image_size, recipe.square_size
-            network = fit(
-                build_network(recipe.network, (1, size, size), 1),
-                Run(
-                    batches=SampledBatches(
-                        squares_sampler(size, side), recipe.schedule.batch_size, recipe.steps_per_epoch, seed
-                    ),
-                    objective=objective_of(recipe.loss),
-                    schedule=recipe.schedule,
-                    checkpoints=checkpoints,
-                    identity=identity,
-                    device=device,
-                ),
-                resume=resume,
-            )
-            true, learned = true_squares_distance(size, side), learned_squares_distance(network, size, side)
-            error = abs(learned - true) / true
-            metrics = {"true_distance": true, "learned_distance": learned, "relative_error": error}
-            _write_metrics(out / recipe.name, metrics, identity, time.monotonic() - started)
-            if error > recipe.tolerance:
-                raise TrainingError(
-                    f"the learned distance {learned:.4f} is {error:.2%} from the true {true:.4f}, allowed is "
-                    f"{recipe.tolerance:.2%}: train longer (--epochs)"
-                )
-            return f"W1 true {true:.4f}, learned {learned:.4f}, relative error {error:.3%}"
+            return _train_squares(recipe, setting)
+
+
+def _train_digits(recipe: MnistRecipe, setting: _Setting) -> str:
+    train, test = load_mnist(setting.data)
+    train, test = train.only(recipe.digits), test.only(recipe.digits)
+    train, validation = _split(train, recipe.validation_images)
+    augmentation = Augmentation(**recipe.augment.model_dump()) if recipe.augment is not None else None
+    outputs = 1 if len(recipe.digits) == 2 else len(recipe.digits)
+    run = replace(
+        _run(recipe, setting, ImageBatches(train, recipe.schedule.batch_size, setting.seed, augmentation)),
+        epsilons=recipe.epsilons,
+        validation=validation,
+    )
+    trained = fit(build_network(recipe.network, MNIST_SHAPE, outputs), run, resume=setting.resume)
+    folder = setting.out / recipe.name
+    measured = export_artefact(
+        trained.network.cpu(),
+        folder,
+        labels=[str(digit) for digit in recipe.digits],
+        lipschitz_constant=recipe.lipschitz_constant,
+        test=test,
+        epsilons=recipe.epsilons,
+        data={**MNIST_CARD, "n_train": len(train), "n_test": len(test)},
+        recipe=recipe.model_dump(mode="json"),
+        seed=setting.seed,
+        wall_time_s=trained.seconds,
+    )
+    certified = ", ".join(f"{v:.2%} at {e:g}" for e, v in measured.certified_accuracy.items())
+    return f"{folder}: accuracy {measured.accuracy:.2%}, certified {certified} (n = {measured.n}, proved radius)"
+
+
+def _train_moons(recipe: TwoMoonsRecipe, setting: _Setting) -> str:
+    def sample(size: int, generator: torch.Generator) -> Batch:
+        return two_moons(size, recipe.noise, generator)
+
+    batches = SampledBatches(sample, recipe.schedule.batch_size, recipe.steps_per_epoch, setting.seed)
+    network = build_network(recipe.network, MOONS_SHAPE, 1)
+    trained = fit(network, _run(recipe, setting, batches), resume=setting.resume)
+    network = trained.network.cpu()
+    points, labels = sample(MOONS_DRAWN, generator_for(setting.seed, 3))
+    plots = plot_moons(network, (points, labels), setting.out / recipe.name)
+    with torch.no_grad():
+        accuracy = ((network(points)[:, 0] > 0) == (labels == 0)).double().mean().item()
+    _write_metrics(recipe, setting, {"accuracy": accuracy, "n": MOONS_DRAWN}, trained.seconds)
+    return f"accuracy {accuracy:.2%} on {MOONS_DRAWN} fresh points; {', '.join(map(str, plots))}"
+
+
+def _train_squares(recipe: SquaresRecipe, setting: _Setting) -> str:
+    size, side = recipe.image_size, recipe.square_size
+    sample = squares_sampler(size, side)
+    batches = SampledBatches(sample, recipe.schedule.batch_size, recipe.steps_per_epoch, setting.seed)
+    run = replace(_run(recipe, setting, batches), classifies=False)
+    trained = fit(build_network(recipe.network, (1, size, size), 1), run, resume=setting.resume)
+    true, learned = true_squares_distance(size, side), learned_squares_distance(trained.network, size, side)
+    error = abs(learned - true) / true
+    metrics = {"true_distance": true, "learned_distance": learned, "relative_error": error}
+    _write_metrics(recipe, setting, metrics, trained.seconds)
+    if error > recipe.tolerance:
+        raise TrainingError(
+            f"the learned distance {learned:.4f} is {error:.2%} from the true {true:.4f}, allowed is "
+            f"{recipe.tolerance:.2%}: train longer (--epochs)"
+        )
+    return f"W1 true {true:.4f}, learned {learned:.4f}, relative error {error:.4%}"
+
+
+def _identity(recipe: AnyRecipe, setting: _Setting) -> dict[str, Any]:
+    return {"recipe": recipe.model_dump(mode="json"), "seed": setting.seed}
+
+
+def _run(recipe: AnyRecipe, setting: _Setting, batches: BatchSource) -> Run:
+    return Run(
+        batches=batches,
+        objective=objective_of(recipe.loss),
+        schedule=recipe.schedule,
+        # Beside the artefacts but hidden: a server that is pointed at `out` must not take it for one.
+        checkpoints=setting.out / ".checkpoints" / recipe.name,
+        identity=_identity(recipe, setting),
+        device=setting.device,
+    )
 
 
 def build_network(network: Network, input_shape: tuple[int, int, int], outputs: int) -> LipschitzNetwork:
@@ -195,7 +203,9 @@ def _split(train: LabelledImages, held_out: int) -> tuple[LabelledImages, Labell
     )
 
 
-def _write_metrics(folder: Path, metrics: dict[str, Any], identity: dict[str, Any], wall_time_s: float) -> None:
+def _write_metrics(recipe: AnyRecipe, setting: _Setting, metrics: dict[str, Any], wall_time_s: float) -> None:
+    folder = setting.out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    content = {**metrics, **identity, "code_version": code_version(), "environment": environment(wall_time_s)}
+    origin = {"code_version": code_version(), "environment": environment(wall_time_s)}
+    content = {**metrics, **_identity(recipe, setting), **origin}
     (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")

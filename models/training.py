@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,9 +202,20 @@ class Run:
     device: torch.device
     epsilons: tuple[float, ...] = ()
     validation: LabelledImages | None = None
+    classifies: bool = True
+    """Whether the sign or the largest of the logits is a class: with the KR term alone f has no zero level."""
 
 
-def fit(network: LipschitzNetwork, run: Run, *, resume: bool = False) -> LipschitzNetwork:
+@dataclass(frozen=True)
+class Trained:
+    """The result of a run."""
+
+    network: LipschitzNetwork
+    seconds: float
+    """Wall time of training, summed over resumed parts."""
+
+
+def fit(network: LipschitzNetwork, run: Run, *, resume: bool = False) -> Trained:
     """Train the network and return the one to evaluate (averaged weights where the schedule asks for them).
 
     The last epoch is returned, not the best: the one-cycle schedule ends at its optimum, and choosing the
@@ -232,7 +244,7 @@ def fit(network: LipschitzNetwork, run: Run, *, resume: bool = False) -> Lipschi
                             f"{run.checkpoints / 'last.pt'}: run the same command with --resume to go on"
                         )
             session.finish_epoch()
-    return session.network_to_evaluate()
+    return Trained(session.network_to_evaluate(), session.elapsed())
 
 
 class _Session:
@@ -252,7 +264,9 @@ class _Session:
             pct_start=run.schedule.warm_up,
         )
         self.average = copy.deepcopy(network) if run.schedule.ema_decay is not None else None
-        self._seen = 0
+        self.seconds = 0.0
+        self._resumed_at = time.monotonic()
+        self._seen, self._loss_sum = 0, 0.0
         self._counts = torch.zeros(1 + len(run.epsilons), dtype=torch.int64)
 
     def close(self) -> None:
@@ -261,7 +275,7 @@ class _Session:
 
     def progress_bar(self) -> tqdm[Any]:
         total = self.run.batches.steps_per_epoch
-        self._seen = 0
+        self._seen, self._loss_sum = 0, 0.0
         self._counts.zero_()
         description = f"epoch {self.epoch + 1}/{self.run.schedule.epochs}"
         # disable=None: no bar where the output is not a terminal; the log has one line an epoch.
@@ -281,26 +295,32 @@ class _Session:
         retract_(self.network)
         self._update_average()
         self.step += 1
-        self._count(logits.detach(), labels)
+        self._count(loss.detach(), logits.detach(), labels)
         bar.update()
         if self.step % 10 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {self._running_scores()}", refresh=False)
+            bar.set_postfix_str(self._running_text(), refresh=False)
 
     def finish_epoch(self) -> None:
         evaluated = self.network_to_evaluate()
         if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
             raise self._non_finite("a weight is not finite")
         run = self.run
-        held_out = score(evaluated, run.validation, run.epsilons) if run.validation is not None else None
-        scores, what = (held_out, "held-out images") if held_out is not None else (self._running_scores(), "training")
-        log.info("epoch %d/%d, %s: %s", self.epoch + 1, run.schedule.epochs, what, scores)
+        log.info("epoch %d/%d: %s", self.epoch + 1, run.schedule.epochs, self._running_text())
+        scores = self._running_scores()
+        if run.validation is not None:
+            scores = score(evaluated, run.validation, run.epsilons)
+            log.info("held-out images: %s", scores)
         self.epoch, self.step = self.epoch + 1, 0
-        merit = scores.certified[run.epsilons[-1]] if run.epsilons else scores.accuracy
+        merit = scores.certified[run.epsilons[-1]] if run.epsilons else -self._loss_sum
         is_best = merit > self.best
         self.best = max(self.best, merit)
         self.save("last.pt")
         if is_best:
             self.save("best.pt")
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.seconds + time.monotonic() - self._resumed_at
 
     def network_to_evaluate(self) -> LipschitzNetwork:
         if self.average is None:
@@ -318,6 +338,7 @@ class _Session:
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
+            "seconds": self.elapsed(),
             "network": self.network.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "optimiser": self.optimiser.state_dict(),
@@ -353,6 +374,7 @@ class _Session:
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random_state"].cpu())
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.seconds = state["seconds"]
         log.info("resumed at epoch %d, step %d", self.epoch + 1, self.step)
 
     def refuse_to_overwrite(self) -> None:
@@ -370,16 +392,23 @@ class _Session:
             for mean, current in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 mean.lerp_(current, 1 - decay)
 
-    def _count(self, logits: Tensor, labels: Tensor) -> None:
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self._seen += len(labels)
+        self._loss_sum += loss.item() * len(labels)
+        if not self.run.classifies:
+            return
         with torch.no_grad():
             bounds = self.network.declared_margin_bounds_KK()
             within = [correct_within(logits, labels, bounds, e).sum() for e in (0.0, *self.run.epsilons)]
         self._counts += torch.stack(within).cpu()
-        self._seen += len(labels)
 
     def _running_scores(self) -> Scores:
         accuracy, *certified = (self._counts / max(self._seen, 1)).tolist()
         return Scores(accuracy, dict(zip(self.run.epsilons, certified, strict=True)))
+
+    def _running_text(self) -> str:
+        loss = f"loss {self._loss_sum / max(self._seen, 1):.4f}"
+        return f"{loss}, {self._running_scores()}" if self.run.classifies else loss
 
     def _non_finite(self, what: str) -> NonFiniteError:
         last = self.run.checkpoints / "last.pt"
