@@ -37,6 +37,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 _SEND = f"send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 _NPY_MAGIC = b"\x93NUMPY"
+_PNG_END = b"IEND\xaeB`\x82"
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 
 
@@ -64,9 +65,7 @@ def decode_base64(text: str) -> bytes:
     """
     if not text:
         raise EmptyBodyError(f"the image is an empty string; {_SEND}, encoded as base64")
-    expected = (
-        "expected the bytes of an image file as standard base64 (RFC 4648: A-Z a-z 0-9 + /, padded with =)"
-    )
+    expected = "expected the bytes of an image file as standard base64 (RFC 4648: A-Z a-z 0-9 + /, padded with =)"
     if text[:5].lower() == "data:":
         raise Base64Error(f"{expected}; this is a data: URI, send only what comes after its comma")
     try:
@@ -167,6 +166,8 @@ def _load(picture: Image.Image, data: bytes) -> Image.Image:
         if picture.format == "PNG":
             # Decoding stops at the last row; `verify` reads on to the end and checks every checksum.
             Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+            if _PNG_END not in data:
+                raise EOFError("no IEND chunk")
         if picture.format == "GIF" and not data.rstrip(b"\0").endswith(b";"):
             raise EOFError("no GIF trailer")
         picture.load()
@@ -174,8 +175,7 @@ def _load(picture: Image.Image, data: bytes) -> Image.Image:
     except Exception:
         # See _open: the decoders' errors have no common type.
         raise NotAnImageError(
-            f"the {picture.format} file is truncated or damaged, not every pixel can be read; send the "
-            "whole file"
+            f"the {picture.format} file is truncated or damaged, not every pixel can be read; send the whole file"
         ) from None
 
 
@@ -194,15 +194,12 @@ def _grey(picture: Image.Image) -> UInt8[np.ndarray, "H W"]:
 def _rgb(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if picture.mode in ("1", "L"):
         raise ChannelsError(
-            "the image is grey and the model takes 3 channels (RGB); save it as RGB, the grey value in all "
-            "three"
+            "the image is grey and the model takes 3 channels (RGB); save it as RGB, the grey value in all three"
         )
     return np.asarray(picture.convert("RGB"))
 
 
-def decode_array(
-    data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int
-) -> Float64[np.ndarray, "C H W"]:
+def decode_array(data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
     """Pixels in [0, 1] of one npy array: C x H x W, H x W x C, or H x W where the model has one channel.
 
     C is told from H and W by the number of channels of the model; where both ends of the shape have it, the
@@ -242,9 +239,7 @@ def decode_array_batch(
     elif len(shape) == 4:
         pixels_NCHW = _channels_first(array, 1, input_shape_CHW)
     else:
-        raise ArrayError(
-            f"the array has shape {shape}; expected a batch, N images of shape {_shapes(input_shape_CHW)}"
-        )
+        raise ArrayError(f"the array has shape {shape}; expected a batch, N images of shape {_shapes(input_shape_CHW)}")
     if len(pixels_NCHW) > max_batch:
         raise BatchTooLargeError(len(pixels_NCHW), max_batch)
     return _unit_range(pixels_NCHW)
@@ -252,9 +247,7 @@ def decode_array_batch(
 
 def _shapes(input_shape_CHW: tuple[int, int, int]) -> str:
     channels, height, width = input_shape_CHW
-    shapes = [(channels, height, width), (height, width, channels)] + (
-        [(height, width)] if channels == 1 else []
-    )
+    shapes = [(channels, height, width), (height, width, channels)] + ([(height, width)] if channels == 1 else [])
     return " or ".join(str(shape) for shape in shapes)
 
 
@@ -282,8 +275,7 @@ def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, 
         )
     if not (dtype.kind == "u" and dtype.itemsize == 1) and not (dtype.kind == "f" and dtype.itemsize <= 8):
         raise ArrayError(
-            f"the array has dtype {dtype.name}; expected uint8 (0..255), or float16, float32 or float64 in "
-            "[0, 1]"
+            f"the array has dtype {dtype.name}; expected uint8 (0..255), or float16, float32 or float64 in [0, 1]"
         )
     if not shape or any(type(length) is not int or length < 1 for length in shape):
         raise ArrayError(f"the array has shape {shape}; expected at least one value along every axis")

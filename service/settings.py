@@ -83,8 +83,10 @@ def read_settings() -> Settings:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name.upper(), known, n=1)
-    advice = f"did you mean {nearest[0]}?" if nearest else f"known are: {', '.join(known)}"
+    # Without the prefix, which they all share and which would make everything look alike.
+    suffixes = {variable.removeprefix(PREFIX): variable for variable in known}
+    nearest = difflib.get_close_matches(name.upper().removeprefix(PREFIX), suffixes, n=1)
+    advice = f"did you mean {suffixes[nearest[0]]}?" if nearest else f"known are: {', '.join(known)}"
     return f"{name} is not a setting of this server; {advice}"
 
 

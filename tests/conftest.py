@@ -1,0 +1,98 @@
+"""Models whose radii are known in closed form, and a client of the application that serves them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import builders
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.classifier import Classifier
+from service.settings import Settings
+
+HEIGHT, WIDTH = 4, 5
+LIMITS = {"max_body_bytes": 20_000, "max_pixels": 2_000, "max_batch": 4}
+
+
+@pytest.fixture(scope="session")
+def linear_weights() -> dict[str, tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]:
+    """Weight K x D, bias K and input shape of the linear models: grey, colour, and one output."""
+    random = np.random.default_rng(7)
+    shapes = {"grey": (3, (1, HEIGHT, WIDTH)), "colour": (3, (3, HEIGHT, WIDTH)), "binary": (1, (1, HEIGHT, WIDTH))}
+    return {
+        name: (random.normal(size=(n_outputs, int(np.prod(shape)))), random.normal(size=n_outputs), shape)
+        for name, (n_outputs, shape) in shapes.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def zoo(linear_weights: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the artefacts of `linear_weights`."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for name, weights in linear_weights.items():
+        builders.write(folder / name, builders.linear(*weights), name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifiers(zoo: Path) -> Mapping[str, Classifier]:
+    """The loaded artefacts of `zoo`."""
+    return {folder.name: Classifier.load(folder, "cpu", 1) for folder in zoo.iterdir()}
+
+
+class Client:
+    """Requests to an ASGI application inside this process, one at a time."""
+
+    def __init__(self, app: FastAPI, runner: asyncio.Runner) -> None:
+        self.app = app
+        self._runner = runner
+
+    def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """As `httpx.request`; an exception of the application becomes the answer that a client would see."""
+
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+                return await http.request(method, path, **arguments)
+
+        return self._runner.run(send())
+
+    def get(self, path: str, **arguments: Any) -> httpx.Response:
+        """GET."""
+        return self.request("GET", path, **arguments)
+
+    def post(self, path: str, **arguments: Any) -> httpx.Response:
+        """POST."""
+        return self.request("POST", path, **arguments)
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    """One event loop for all requests."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def client(classifiers: Mapping[str, Classifier], runner: asyncio.Runner) -> Client:
+    """A client of the application; the default model is `grey`, the limits are `LIMITS`."""
+    return Client(create_app(Settings(default_model="grey", **LIMITS), classifiers), runner)
+
+
+@pytest.fixture(scope="session")
+def grey_HW() -> np.ndarray:
+    """A grey image, uint8, of the size of the models."""
+    return np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def colour_HWC() -> np.ndarray:
+    """A colour image, uint8, of the size of the models."""
+    return np.random.default_rng(2).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
