@@ -1,7 +1,7 @@
 """`certify`: from the bytes of an ONNX classifier to what is proved about it.
 
-The walk visits the nodes in order. Nodes whose inputs are all constant are folded, if folding them is exact; the others go
-through `rules.RULES`. Nothing is believed from the file but its numbers.
+The walk visits the nodes in order. Nodes whose inputs are all constant are folded, if folding
+them is exact; the others go through `rules.RULES`. Nothing is believed from the file but its numbers.
 """
 
 import math
@@ -55,7 +55,10 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is proved about one classifier for every image in [0, 1]^d. K classes; see `two_class_logits` for one output."""
+    """What is proved about one classifier for every image in [0, 1]^d.
+
+    Axes: K classes; a graph with one output counts as two, see `two_class_logits`.
+    """
 
     input_shape: tuple[int, ...]
     """Without the batch axis, e.g. `(C, H, W)`."""
@@ -78,9 +81,7 @@ class Certificate:
             norm: proved bound of the preprocessing, from the image that was sent to the graph's input.
             error_l2: bound of the L2 norm of the computed minus the exact input of the graph, in [0, 1] pixel units.
         """
-        bounds_KK = np.where(
-            self.margin_bounds_KK > 0.0, np.nextafter(self.margin_bounds_KK * norm, np.inf), 0.0
-        )
+        bounds_KK = np.where(self.margin_bounds_KK > 0.0, np.nextafter(self.margin_bounds_KK * norm, np.inf), 0.0)
         return replace(
             self,
             lipschitz_bound=mul_up(self.lipschitz_bound, norm),
@@ -130,12 +131,8 @@ def _image(context: Context, graph: Graph) -> View:
     size = math.prod(graph.input_shape)
     unit = FLOAT64.unit_roundoff
     if graph.precision is not FLOAT64:
-        unit = add_up(
-            unit, mul_up(graph.precision.unit_roundoff, 1.0 + 2.0**-50), graph.precision.smallest_normal
-        )
-    return context.source(
-        np.full(graph.input_shape, 0.5), 1.0, mul_up(unit, sqrt_up(float(size))), error_max=unit
-    )
+        unit = add_up(unit, mul_up(graph.precision.unit_roundoff, 1.0 + 2.0**-50), graph.precision.smallest_normal)
+    return context.source(np.full(graph.input_shape, 0.5), 1.0, mul_up(unit, sqrt_up(float(size))), error_max=unit)
 
 
 def _outputs(
@@ -183,11 +180,7 @@ def _folded(node: Node, inputs: Sequence[Constant | None]) -> list[Value]:
     integers = all(value is None or value.array.dtype.kind in "iub" for value in inputs)
     if node.operator in _INTEGER_FOLDS and not integers:
         raise Refusal("arithmetic on constants rounds; fold it before the export")
-    feeds = {
-        name: value.array
-        for name, value in zip(node.inputs, inputs, strict=True)
-        if value is not None and name
-    }
+    feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=True) if value is not None and name}
     try:
         # ReferenceEvaluator is annotated too narrowly: a single node is fine.
         run = cast(Callable[..., list[np.ndarray]], ReferenceEvaluator(node.proto).run)

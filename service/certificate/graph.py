@@ -22,7 +22,7 @@ PRECISIONS: dict[int, Precision] = {onnx.TensorProto.DOUBLE: FLOAT64, onnx.Tenso
 
 _OPSETS = range(13, 25)
 
-_WHY_NOT = {
+_WHY_NOT: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "float16 has too little precision for a certificate; export float64 (or float32)",
     onnx.TensorProto.BFLOAT16: "bfloat16 has too little precision for a certificate; export float64 (or float32)",
 }
@@ -37,9 +37,7 @@ class UnsupportedGraphError(Exception):
 
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
-        super().__init__(
-            "the graph cannot be certified:\n" + "\n".join(f"  - {reason}" for reason in reasons)
-        )
+        super().__init__("the graph cannot be certified:\n" + "\n".join(f"  - {reason}" for reason in reasons))
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,12 @@ def read_graph(model_bytes: bytes) -> Graph:
     """
     try:
         model = onnx.load_model_from_string(model_bytes)
+        # Before the checker, which would look for the files.
+        outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        if outside:
+            raise UnsupportedGraphError(
+                [f"weight {name!r} is stored outside the file, where its digest does not reach" for name in outside]
+            )
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -111,9 +115,7 @@ def read_graph(model_bytes: bytes) -> Graph:
         if imported.domain in ("", "ai.onnx"):
             opset = imported.version
     if opset not in _OPSETS:
-        reasons.append(
-            f"opset {opset}: the rules are proved for opsets {_OPSETS.start} to {_OPSETS.stop - 1}"
-        )
+        reasons.append(f"opset {opset}: the rules are proved for opsets {_OPSETS.start} to {_OPSETS.stop - 1}")
     if model.functions:
         reasons.append("the model defines functions of its own; inline them before the export")
 
@@ -122,11 +124,6 @@ def read_graph(model_bytes: bytes) -> Graph:
         reasons.append("sparse initializers; store them dense")
     initializers: dict[str, NDArray[np.generic]] = {}
     for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            reasons.append(
-                f"weight {tensor.name!r} is stored outside the file, where its digest does not reach"
-            )
-            continue
         array = numpy_helper.to_array(tensor)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             reasons.append(f"weight {tensor.name!r} holds NaN or infinity")
@@ -150,9 +147,7 @@ def read_graph(model_bytes: bytes) -> Graph:
             why = _WHY_NOT.get(element, "the certifier has an error analysis for float64 and float32 only")
             reasons.append(f"input {input_name!r} is {_type_name(element)}: {why}")
         if len(dimensions) < 2 or any(size is None for size in dimensions[1:]):
-            reasons.append(
-                f"input {input_name!r} needs a fixed shape after the batch axis, found {dimensions}"
-            )
+            reasons.append(f"input {input_name!r} needs a fixed shape after the batch axis, found {dimensions}")
         else:
             input_shape = tuple(size for size in dimensions[1:] if size is not None)
             batch = dimensions[0] or PROBE_BATCH
@@ -174,6 +169,4 @@ def read_graph(model_bytes: bytes) -> Graph:
                 proto=proto,
             )
         )
-    return Graph(
-        input_name, input_shape, batch, precision, output_name, initializers, tuple(nodes), tuple(reasons)
-    )
+    return Graph(input_name, input_shape, batch, precision, output_name, initializers, tuple(nodes), tuple(reasons))

@@ -32,8 +32,8 @@ def spectral_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
     computed, of the smaller side n, and `s` any number. If a floating-point Cholesky factorisation of
     `A = s I - G` runs to completion, then `A` plus a perturbation of norm at most
     `gamma_{n+1} / (1 - gamma_{n+1}) * trace(A)` is positive semidefinite (Higham 2002, theorem 10.3), so that
-    `||W||^2 <= s + that + the rounding of G and of the diagonal of A`. The guess for `s` is a computed eigenvalue; a guess
-    that is too small makes the factorisation fail, never the bound.
+    `||W||^2 <= s + that + the rounding of G and of the diagonal of A`. The guess for `s` is a computed eigenvalue;
+    a guess that is too small makes the factorisation fail, never the bound.
 
     Assumes that matrix products and the factorisation sum in any order but do not use Strassen-like schemes, as in
     OpenBLAS and MKL. Where every guess fails, the Frobenius norm is returned.
@@ -56,11 +56,7 @@ def spectral_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
     if scaled.shape[1] > 1:
         bound = min(bound, _cholesky_bound(scaled, frobenius))
     # ldexp of the bound may round only when it is subnormal; one ulp more covers that.
-    return (
-        mul_up(bound, 2.0**exponent)
-        if exponent < 1023
-        else mul_up(bound, 2.0**1022, 2.0 ** (exponent - 1022))
-    )
+    return mul_up(bound, 2.0**exponent) if exponent < 1023 else mul_up(bound, 2.0**1022, 2.0 ** (exponent - 1022))
 
 
 def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> float:
@@ -70,9 +66,7 @@ def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> fl
     # The lower triangle alone is meant: mirrored, so that what is factorised is exactly symmetric.
     gram = np.tril(gram) + np.tril(gram, -1).T
     guess = float(np.linalg.eigvalsh(gram)[-1])
-    gram_error = add_up(
-        mul_up(gamma_up(n_rows), frobenius, frobenius), mul_up(4.0 * n_rows * n, SMALLEST_NORMAL)
-    )
+    gram_error = add_up(mul_up(gamma_up(n_rows), frobenius, frobenius), mul_up(4.0 * n_rows * n, SMALLEST_NORMAL))
     gamma = gamma_up(n + 1)
     for factor in _GUESS_FACTORS:
         # Room for the rounding that the factorisation itself commits, so that the first guess usually passes.
@@ -87,9 +81,7 @@ def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> fl
             continue
         trace = sum_up(np.abs(np.diagonal(difference)))
         diagonal_error = mul_up(2.0 * unit, add_up(shift, mul_up(frobenius, frobenius)))
-        factor_error = add_up(
-            mul_up(div_up(gamma, down(1.0 - gamma)), trace), mul_up(8.0 * n * n, SMALLEST_NORMAL)
-        )
+        factor_error = add_up(mul_up(div_up(gamma, down(1.0 - gamma)), trace), mul_up(8.0 * n * n, SMALLEST_NORMAL))
         return sqrt_up(add_up(shift, diagonal_error, factor_error, gram_error))
     return math.inf
 
@@ -97,7 +89,8 @@ def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> fl
 def absolute_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
     """Upper bound of the spectral norm of the matrix of absolute values: the factor of rounding errors in `W x`.
 
-    The smaller of the Frobenius norm and `sqrt(||W||_1 ||W||_inf)` (Schur's test), both of which see only absolute values.
+    The smaller of the Frobenius norm and `sqrt(||W||_1 ||W||_inf)` (Schur's test): both see only absolute
+    values.
     """
     if matrix_MN.size == 0:
         return 0.0

@@ -43,8 +43,8 @@ def certified_radius(
     Proof. Computed margin at x' >= exact margin at x' - 2E >= exact margin at x - 2E - K_ij ||x' - x||
     >= computed margin at x - 4E - K_ij ||x' - x|| > 0.
 
-    A tie, a logit that is not finite, or a margin of at most `4 E` gives radius 0 and `certified` false. The subtraction,
-    `4 E` and the division are each rounded down.
+    A tie, a logit that is not finite, or a margin of at most `4 E` gives radius 0 and `certified` false. The
+    subtractions and the division are each rounded down.
 
     Args:
         logits_NK: computed logits; K >= 2 (see `two_class_logits`).
@@ -56,20 +56,16 @@ def certified_radius(
     """
     n_images, n_classes = logits_NK.shape
     if n_classes < 2:
-        raise ValueError(
-            "certified_radius needs two classes or more; use two_class_logits for a single output"
-        )
+        raise ValueError("certified_radius needs two classes or more; use two_class_logits for a single output")
     if margin_bounds_KK.shape != (n_classes, n_classes):
-        raise ValueError(
-            f"margin_bounds has shape {margin_bounds_KK.shape}, expected {(n_classes, n_classes)}"
-        )
+        raise ValueError(f"margin_bounds has shape {margin_bounds_KK.shape}, expected {(n_classes, n_classes)}")
     if not (np.isfinite(margin_bounds_KK).all() and (margin_bounds_KK >= 0).all()):
         raise ValueError("margin_bounds must be finite and non-negative")
     if not (np.isfinite(logit_error) and logit_error >= 0):
         raise ValueError(f"logit_error must be finite and non-negative, got {logit_error}")
 
     row_N = np.arange(n_images)
-    finite_N = np.isfinite(logits_NK).all(axis=1)
+    finite_N = np.all(np.isfinite(logits_NK), axis=1)
     safe_NK = np.where(finite_N[:, None], logits_NK, 0.0)
     class_id_N = np.argmax(safe_NK, axis=1)
     with np.errstate(over="ignore"):

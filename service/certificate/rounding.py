@@ -102,10 +102,10 @@ def norm_up(values: NDArray[np.float64]) -> float:
     peak = float(np.max(np.abs(values)))
     if peak == 0.0 or not math.isfinite(peak):
         return peak
+    if peak > 2.0**1000:
+        # The power of two above the peak may itself overflow.
+        return mul_up(2.0**100, norm_up(values / 2.0**100))
     scale = 2.0 ** math.frexp(peak)[1]
-    # scale is infinite for values next to overflow; halving first keeps it finite and stays exact.
-    if math.isinf(scale):
-        return mul_up(2.0, norm_up(values / 2.0))
     squares = np.square(values / scale)
     total = add_up(sum_up(squares), mul_up(float(values.size), 4.0 * SMALLEST_NORMAL))
     # Each square carries one rounding (1 + u); sum_up's 2 n covers it together with the additions.

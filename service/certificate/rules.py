@@ -1,10 +1,10 @@
 """One rule per ONNX operator: what it does to the Lipschitz bound and to the rounding error.
 
-Every rule states its theorem. An operator, attribute, mode or operand without a proved rule is refused. Throughout, `x` is the
-exact input of the operator, `x^` the computed one with `||x^ - x||_2 <= e`, `u` the unit roundoff of the graph's
-format, `gamma_n = n u / (1 - n u)`. A sum of products of n terms, biases included, is off by at most
-`gamma_n sum |w| |x^|` in any order, with or without fused multiply-add (Higham 2002, section 3.1). Underflow, flush-to-zero
-included, adds at most the smallest normal number for each operation; overflow is excluded.
+Every rule states its theorem. An operator, attribute, mode or operand without a proved rule is refused. Throughout,
+`x` is the exact input of the operator, `x^` the computed one with `||x^ - x||_2 <= e`, `u` the unit roundoff of the
+graph's format, `gamma_n = n u / (1 - n u)`. A sum of products of n terms, biases included, is off by at most
+`gamma_n sum |w| |x^|` in any order, with or without fused multiply-add (Higham 2002, section 3.1). Underflow,
+flush-to-zero included, adds at most the smallest normal number for each operation; overflow is excluded.
 """
 
 import math
@@ -60,9 +60,7 @@ class Context:
         """A new source, seen whole."""
         if not (np.isfinite(center).all() and math.isfinite(lipschitz) and math.isfinite(error)):
             raise Refusal("its bounds are not finite")
-        made = Source(
-            center, lipschitz, error, min(error, error_max if error_max is not None else error), affine
-        )
+        made = Source(center, lipschitz, error, min(error, error_max if error_max is not None else error), affine)
         return View(made, np.arange(center.size).reshape(center.shape))
 
 
@@ -201,9 +199,7 @@ def _dense(context: Context, view: View, weight_NM: Array, bias_M: Array | None,
     context.no_overflow(add_up(mul_up(column_norm, computed_norm), bias_peak))
     gamma = context.gamma(n + 1 + roundings)
     tiny = context.precision.smallest_normal
-    underflow = mul_up(
-        4.0 * (n + 2 + roundings), tiny, add_up(1.0, facts.largest, float(np.max(np.abs(weight_NM))))
-    )
+    underflow = mul_up(4.0 * (n + 2 + roundings), tiny, add_up(1.0, facts.largest, float(np.max(np.abs(weight_NM)))))
     error = add_up(
         mul_up(norm, facts.error),
         mul_up(gamma, add_up(mul_up(spread, computed_norm), bias_norm)),
@@ -235,12 +231,12 @@ def gemm(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     bias: Array | None = None
     bias_value = _operand(inputs, 2)
     if bias_value is not None:
-        bias = _floats(bias_value, "the bias")
-        if bias.ndim == 2 and bias.shape[0] == 1:
-            bias = bias[0]
-        if bias.ndim > 1 or bias.shape not in ((), (1,), (weight.shape[1],)):
-            raise Refusal(f"a bias of shape {bias.shape} does not fit {weight.shape[1]} outputs")
-        bias = np.broadcast_to(bias, (weight.shape[1],))
+        given = _floats(bias_value, "the bias")
+        if given.ndim == 2 and given.shape[0] == 1:
+            given = given[0]
+        if given.shape not in ((), (1,), (weight.shape[1],)):
+            raise Refusal(f"a bias of shape {given.shape} does not fit {weight.shape[1]} outputs")
+        bias = np.broadcast_to(given, (weight.shape[1],))
     return [_dense(context, view, weight, bias)]
 
 
@@ -520,9 +516,7 @@ def reduce_max(context: Context, node: Node, inputs: Sequence[Value]) -> list[Va
         return [_with_axes(_half(_sorted_pair(context, left, right), 0 if largest else 1), axes, keep)]
     facts = context.domain.joint(grouped)
     center = grouped.center.max(axis=-1) if largest else grouped.center.min(axis=-1)
-    return [
-        _with_axes(context.source(center, facts.lipschitz, facts.error, view.source.error_max), axes, keep)
-    ]
+    return [_with_axes(context.source(center, facts.lipschitz, facts.error, view.source.error_max), axes, keep)]
 
 
 @rule("TopK", attributes=("axis", "largest", "sorted"))
@@ -608,9 +602,7 @@ def cast(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     view = _data(inputs[0])
     wanted = {"float64": 11, "float32": 1}[context.precision.name]
     if _attribute_int(node, "to", 0) != wanted:
-        raise Refusal(
-            f"a cast of data away from {context.precision.name}: the analysis covers one format per graph"
-        )
+        raise Refusal(f"a cast of data away from {context.precision.name}: the analysis covers one format per graph")
     return [view]
 
 
@@ -638,9 +630,7 @@ def reshape(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
     if target.count(-1) == 1 and known > 0 and total % known == 0:
         target[target.index(-1)] = total // known
     if math.prod(target) != total or target[0] != context.batch:
-        raise Refusal(
-            "the new shape does not keep the batch axis: give it as 0 or -1 and the rest as numbers"
-        )
+        raise Refusal("the new shape does not keep the batch axis: give it as 0 or -1 and the rest as numbers")
     return [view.rearranged(view.index.reshape(target[1:]))]
 
 
@@ -709,11 +699,8 @@ def slice_(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         position = _image_axis(axis, view)
         length = index.shape[position]
-        if step <= 0:
-            # ONNX counts a negative end past the front once; numpy's slice needs None there.
-            stop = None if end < -length else end
-        else:
-            stop = min(end, length)
+        # ONNX counts a negative end past the front once; numpy's slice needs None there.
+        stop = (None if end < -length else end) if step <= 0 else min(end, length)
         index = index[(slice(None),) * position + (slice(start, stop, step),)]
     if index.size == 0:
         raise Refusal("nothing is left of the tensor")

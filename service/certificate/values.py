@@ -1,8 +1,8 @@
 """What the analysis knows of a tensor.
 
-A `Source` is the result of one operator that computes. Operators that only move elements (Reshape, Transpose, Slice, Split,
-Gather, Concat, Pad...) make a `View`: an array of positions in a source. So the Lipschitz bound of any
-rearrangement is exact bookkeeping: it is that of the source times the square root of how often one element is used at most.
+A `Source` is the result of one operator that computes. Operators that only move elements (Reshape, Transpose, Slice,
+Split, Gather, Concat, Pad...) make a `View`: an array of positions in a source. So the Lipschitz bound of any
+rearrangement is exact bookkeeping: that of the source times the square root of how often one element is used at most.
 
 Shapes leave the batch axis out: a rule that would mix images is refused.
 """

@@ -1,0 +1,328 @@
+"""The certifier: bounds that hold for random graphs, refusals that name everything, and the command."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+from random_graphs import GraphBuilder, exact_logits, random_model
+
+from service.certificate import Certificate, UnsupportedGraphError, certify, spectral_norm_bound
+from service.certificate import rules as rules_module
+
+N_RANDOM_GRAPHS = 400
+
+
+def run(model_bytes: bytes, image_NX: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model_bytes, providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": image_NX})[0]
+
+
+def jacobian_norm(model_bytes: bytes, image: np.ndarray, step: float) -> float:
+    """Norm of the Jacobian at `image` by central differences: exact on a linear piece, up to rounding."""
+    size = image.size
+    moved = np.concatenate([step * np.eye(size), -step * np.eye(size)]) + image.reshape(1, -1)
+    logits = run(model_bytes, moved.reshape(2 * size, *image.shape).astype(image.dtype)).astype(np.float64)
+    return float(np.linalg.norm((logits[:size] - logits[size:]).T / (2 * step), 2))
+
+
+def lipschitz_violation(model_bytes: bytes, image: np.ndarray, certificate: Certificate) -> bool:
+    step = 1e-6 if image.dtype == np.float64 else 1e-4
+    slack = 2 * certificate.logit_error / step * np.sqrt(image.size * certificate.n_outputs)
+    return jacobian_norm(model_bytes, image, step) > certificate.lipschitz_bound * (1 + 1e-9) + slack
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_random_graphs_never_violate_their_bounds(dtype: type) -> None:
+    violations: list[str] = []
+    for seed in range(N_RANDOM_GRAPHS // 2):
+        model_bytes, shape = random_model(seed, dtype)
+        certificate = certify(model_bytes)
+        pixels = np.random.default_rng(seed).integers(0, 256, shape)
+        image = (pixels / 255).astype(dtype)
+        computed = run(model_bytes, image[None])[0]
+        exact = exact_logits(model_bytes, np.vectorize(lambda v: Fraction(int(v), 255), otypes=[object])(pixels))
+        error = max(abs(Fraction(float(c)) - e) for c, e in zip(computed, exact, strict=True))
+        if error > Fraction(certificate.logit_error):
+            violations.append(f"seed {seed}: error {float(error)} > {certificate.logit_error}")
+        if lipschitz_violation(model_bytes, image, certificate):
+            violations.append(f"seed {seed}: Lipschitz bound {certificate.lipschitz_bound}")
+    assert violations == []
+
+
+def flat_model(build: Callable[[GraphBuilder, str], str], n: int, m: int) -> bytes:
+    b = GraphBuilder(np.random.default_rng(0))
+    return b.model((n,), build(b, "image"), m)
+
+
+def test_a_linear_classifier_has_its_closed_form_bounds() -> None:
+    weight = np.random.default_rng(3).standard_normal((6, 4))
+    certificate = certify(flat_model(lambda b, x: b.one("Gemm", x, b.constant(weight)), 6, 4))
+    assert np.linalg.norm(weight, 2) <= certificate.lipschitz_bound <= np.linalg.norm(weight, 2) * (1 + 1e-9)
+    for i in range(4):
+        for j in range(4):
+            true = np.linalg.norm(weight[:, i] - weight[:, j])
+            assert true <= certificate.margin_bounds_KK[i, j] * (1 + 1e-15) <= true * (1 + 1e-12)
+    assert 0 < certificate.logit_error < 1e-13
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("operator", ["Mul", "Div"])
+def test_scaling_and_shifting_the_logits_keeps_the_pairwise_bounds(operator: str, offset: bool) -> None:
+    # Rows that nearly agree: were the scaled rows rounded, their small difference would be lost.
+    weight = np.ones((6, 2)) + 1e-15 * np.random.default_rng(3).integers(0, 4, (6, 2))
+
+    def build(b: GraphBuilder, x: str) -> str:
+        z = b.one("Gemm", x, b.constant(weight))
+        z = b.one(operator, z, b.constant(np.array(0.3)))
+        return b.one("Add", z, b.constant(np.array([1.0, 5.0]))) if offset else z
+
+    certificate = certify(flat_model(build, 6, 2))
+    difference = [Fraction(a) - Fraction(b) for a, b in weight]
+    scale = Fraction(0.3) if operator == "Mul" else 1 / Fraction(0.3)
+    assert Fraction(certificate.margin_bounds_KK[0, 1]) ** 2 >= sum(d * d for d in difference) * scale**2
+
+
+def test_a_sorted_pair_costs_nothing_in_every_form_that_exporters_write() -> None:
+    weight = np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))[0]
+
+    def split_max(b: GraphBuilder, x: str) -> str:
+        z = b.one("Gemm", x, b.constant(weight))
+        left, right = b.add("Split", z, outputs=2, axis=1, num_outputs=2)
+        return b.one("Concat", b.one("Max", left, right), b.one("Min", left, right), axis=1)
+
+    def reduce_pairs(b: GraphBuilder, x: str) -> str:
+        z = b.one("Gemm", x, b.constant(weight))
+        pairs = b.one("Reshape", z, b.constant(np.array([0, 4, 2])))
+        axes = b.constant(np.array([2]))
+        halves = [b.one(name, pairs, axes) for name in ("ReduceMax", "ReduceMin")]
+        return b.one("Reshape", b.one("Concat", *halves, axis=2), b.constant(np.array([0, 8])))
+
+    def top_k(b: GraphBuilder, x: str) -> str:
+        z = b.one("Gemm", x, b.constant(weight))
+        return b.add("TopK", z, b.constant(np.array([8])), outputs=2, axis=1)[0]
+
+    for build in (split_max, reduce_pairs, top_k):
+        assert certify(flat_model(build, 8, 8)).lipschitz_bound < 1 + 1e-6
+
+
+def test_a_maximum_and_a_minimum_of_different_pairs_are_not_taken_for_a_sort() -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        left, right = b.add("Split", x, outputs=2, axis=1, num_outputs=2)
+        return b.one("Concat", b.one("Max", left, right), b.one("Max", left, right), axis=1)
+
+    assert certify(flat_model(build, 8, 8)).lipschitz_bound >= np.sqrt(2.0)
+
+
+def test_reflect_padding_and_repeated_gather_raise_the_norm() -> None:
+    def reflect(b: GraphBuilder, x: str) -> str:
+        return b.one("Pad", x, b.constant(np.array([0, 1, 0, 1])), mode="reflect")
+
+    def repeat(b: GraphBuilder, x: str) -> str:
+        return b.one("Gather", x, b.constant(np.array([0, 0, 0, 1])), axis=1)
+
+    assert certify(flat_model(reflect, 4, 6)).lipschitz_bound >= np.sqrt(2.0)
+    assert certify(flat_model(repeat, 4, 4)).lipschitz_bound >= np.sqrt(3.0)
+
+
+def test_normalisation_multiplies_the_bound_by_one_over_the_smallest_deviation() -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        centred = b.one("Sub", x, b.constant(np.array([0.5, 0.4, 0.3]).reshape(1, 3, 1, 1)))
+        scaled = b.one("Div", centred, b.constant(np.array([0.2, 0.25, 0.5]).reshape(1, 3, 1, 1)))
+        return b.one("Flatten", scaled, axis=1)
+
+    b = GraphBuilder(np.random.default_rng(0))
+    bound = certify(b.model((3, 2, 2), build(b, "image"), 12)).lipschitz_bound
+    assert 5.0 <= bound < 5.0 * (1 + 1e-12)
+
+
+def test_huge_biases_that_cancel_are_paid_for_in_the_error() -> None:
+    for size in (1e6, 1e12):
+
+        def build(b: GraphBuilder, x: str, size: float = size) -> str:
+            up = b.one("Gemm", x, b.constant(np.eye(4)), b.constant(np.full(4, size)))
+            return b.one("Gemm", up, b.constant(np.eye(4)), b.constant(np.full(4, -size)))
+
+        certificate = certify(flat_model(build, 4, 4))
+        pixels = np.array([1, 77, 130, 254])
+        image = pixels / 255
+        error = np.abs(run(flat_model(build, 4, 4), image[None])[0] - image).max()
+        assert error <= certificate.logit_error
+        assert certificate.logit_error >= size * 2.0**-53
+
+
+def test_one_output_is_the_two_class_case() -> None:
+    weight = np.array([[3.0], [4.0]])
+    certificate = certify(flat_model(lambda b, x: b.one("Gemm", x, b.constant(weight)), 2, 1))
+    assert certificate.n_outputs == 1
+    assert 5.0 <= certificate.lipschitz_bound < 5.0 + 1e-9
+    assert 10.0 <= certificate.margin_bounds_KK[0, 1] < 10.0 + 1e-9
+
+
+def test_preprocessing_scales_the_bounds_and_adds_its_error() -> None:
+    weight = np.random.default_rng(3).standard_normal((6, 4))
+    certificate = certify(flat_model(lambda b, x: b.one("Gemm", x, b.constant(weight)), 6, 4))
+    after = certificate.after_preprocessing(norm=0.5, error_l2=1e-10)
+    assert after.lipschitz_bound == pytest.approx(certificate.lipschitz_bound / 2)
+    np.testing.assert_allclose(after.margin_bounds_KK, certificate.margin_bounds_KK / 2, rtol=1e-12)
+    assert after.logit_error >= certificate.logit_error + certificate.lipschitz_bound * 1e-10
+
+
+def power_iteration(matrix: np.ndarray) -> float:
+    vector = np.random.default_rng(0).standard_normal(matrix.shape[1])
+    for _ in range(20):
+        vector = matrix.T @ (matrix @ vector)
+        vector /= np.linalg.norm(vector)
+    return float(np.linalg.norm(matrix @ vector))
+
+
+def near_isometry_model() -> bytes:
+    matrix = np.diag(np.linspace(1.0, 0.98, 50))
+    return flat_model(lambda b, x: b.one("Gemm", x, b.constant(matrix)), 50, 50)
+
+
+def test_a_bound_from_power_iteration_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model_bytes, image = near_isometry_model(), np.full(50, 0.5)
+    assert not lipschitz_violation(model_bytes, image, certify(model_bytes))
+    monkeypatch.setattr(rules_module, "spectral_norm_bound", power_iteration)
+    assert lipschitz_violation(model_bytes, image, certify(model_bytes))
+    assert spectral_norm_bound is not power_iteration
+
+
+def test_dropping_the_rounding_of_sums_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((200, 3))
+    model_bytes = flat_model(lambda b, x: b.one("Gemm", x, b.constant(weight), b.constant(np.full(3, 1e9))), 200, 3)
+    pixels = rng.integers(0, 256, 200)
+    exact = exact_logits(model_bytes, np.vectorize(lambda v: Fraction(int(v), 255), otypes=[object])(pixels))
+    computed = run(model_bytes, (pixels / 255)[None])[0]
+    error = max(abs(Fraction(c) - e) for c, e in zip(computed, exact, strict=True))
+    assert error <= Fraction(certify(model_bytes).logit_error)
+    monkeypatch.setattr(rules_module.Context, "gamma", lambda self, n: 0.0)
+    assert error > Fraction(certify(model_bytes).logit_error)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refusal(model_bytes: bytes) -> str:
+    with pytest.raises(UnsupportedGraphError) as caught:
+        certify(model_bytes)
+    return str(caught.value)
+
+
+def test_every_unsupported_node_is_named_not_only_the_first() -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        b.nodes.append(helper.make_node("Sin", [x], ["s"], name="first"))
+        b.nodes.append(helper.make_node("Erf", ["s"], ["e"], name="second"))
+        b.nodes.append(helper.make_node("FusedThing", ["e"], ["f"], name="third", domain="com.example"))
+        return "f"
+
+    b = GraphBuilder(np.random.default_rng(0))
+    model = onnx.load_model_from_string(b.model((4,), build(b, "image"), 4))
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    message = refusal(model.SerializeToString())
+    for name in ("first", "second", "third"):
+        assert name in message
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda b, x: b.one("Mul", x, x), "no Lipschitz constant"),
+        (lambda b, x: b.one("Div", b.constant(np.ones(4)), x), "no Lipschitz constant"),
+        (lambda b, x: b.one("MatMul", x, b.one("Transpose", x, perm=[1, 0])), "batch axis"),
+        (lambda b, x: b.one("ReduceMax", x, b.constant(np.array([0])), keepdims=0), "batch axis"),
+        (lambda b, x: b.one("Reshape", x, b.constant(np.array([4, -1]))), "batch axis"),
+        (lambda b, x: b.one("Concat", x, x, axis=0), "batch axis"),
+        (lambda b, x: b.one("Slice", x, *[b.constant(np.array([k])) for k in (0, 1, 0)]), "batch axis"),
+        (lambda b, x: b.one("Gemm", x, b.constant(np.eye(4)), alpha=2.0), "alpha"),
+        (lambda b, x: b.one("Div", x, b.constant(np.zeros(4))), "divides by zero"),
+        (lambda b, x: b.one("Cast", x, to=TensorProto.FLOAT), "cast"),
+        (lambda b, x: b.one("Pad", x, b.constant(np.array([0, 1, 0, 1])), b.constant(np.array(1.0))), "padding value"),
+        (lambda b, x: b.one("Add", x, b.one("Exp", b.constant(np.ones(4)))), "Exp"),
+        (lambda b, x: b.one("Gemm", x, b.constant(np.full((4, 4), np.nan))), "NaN"),
+        (lambda b, x: b.one("Gemm", x, b.constant(np.eye(4) * 1e308), b.constant(np.full(4, 1e308))), "overflow"),
+        (lambda b, x: b.constant(np.ones((1, 4))), "does not depend on the image"),
+        (lambda b, x: b.add("TopK", x, b.constant(np.array([2])), outputs=2)[1], "indices of a sort"),
+    ],
+)
+def test_what_is_not_understood_is_refused(build: Callable[[GraphBuilder, str], str], expected: str) -> None:
+    assert expected in refusal(flat_model(build, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("element", "expected"),
+    [(TensorProto.FLOAT16, "float16"), (TensorProto.BFLOAT16, "bfloat16"), (TensorProto.UINT8, "uint8")],
+)
+def test_formats_without_error_analysis_are_refused(element: int, expected: str) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["image"], ["logits"])],
+        "g",
+        [helper.make_tensor_value_info("image", element, ["N", 4])],
+        [helper.make_tensor_value_info("logits", element, ["N", 4])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    assert expected in refusal(model.SerializeToString())
+
+
+def test_weights_outside_of_the_file_are_refused(tmp_path: Path) -> None:
+    model = onnx.load_model_from_string(flat_model(lambda b, x: b.one("Gemm", x, b.constant(np.eye(64))), 64, 64))
+    onnx.save_model(model, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0)
+    assert "outside the file" in refusal((tmp_path / "m.onnx").read_bytes())
+
+
+def test_a_number_computed_from_the_batch_size_is_refused_but_shapes_from_it_are_read() -> None:
+    def scaled_by_batch(b: GraphBuilder, x: str) -> str:
+        batch = b.one("Gather", b.one("Shape", x), b.constant(np.array(0)))
+        return b.one("Mul", x, b.one("Cast", batch, to=TensorProto.DOUBLE))
+
+    def reshaped(b: GraphBuilder, x: str) -> str:
+        batch = b.one("Gather", b.one("Shape", x), b.constant(np.array([0])), axis=0)
+        return b.one("Reshape", x, b.one("Concat", batch, b.constant(np.array([4])), axis=0))
+
+    assert "batch size" in refusal(flat_model(scaled_by_batch, 4, 4))
+    assert certify(flat_model(reshaped, 4, 4)).lipschitz_bound == 1.0
+
+
+@pytest.mark.parametrize("garbage", [b"", b"not a model", b"\x08\x07\x12\x00"])
+def test_bytes_that_are_no_model_are_refused(garbage: bytes) -> None:
+    assert refusal(garbage)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service.certificate", str(path)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_prints_one_json_object(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(flat_model(lambda b, x: b.one("Gemm", x, b.constant(np.eye(3))), 3, 3))
+    done = command(path)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert report["lipschitz_bound"] >= 1.0
+    assert np.array(report["margin_bounds"]).shape == (3, 3)
+    assert 0.0 < report["logit_error"] < 1e-12
+    assert [node["node"] for node in report["nodes"]]
+
+
+def test_the_command_exits_2_and_names_every_reason(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(flat_model(lambda b, x: b.one("Erf", b.one("Sin", x)), 3, 3))
+    done = command(path)
+    assert done.returncode == 2
+    assert "Sin" in done.stderr
+    assert "Erf" in done.stderr
+    assert command(tmp_path / "missing.onnx").returncode == 2
