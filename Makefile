@@ -43,7 +43,7 @@ format: $(VENV)/test  ## format the code and mend what ruff can mend
 	$(RUN) -m ruff format .
 
 readme: $(VENV)/test $(VENV)/project  ## write the generated blocks of README.md from the shipped artefacts
-	$(RUN) -m tests.test_readme
+	$(RUN) docs/readme.py
 
 lock:  ## resolve the dependencies of pyproject.toml again and write requirements/*.txt
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
