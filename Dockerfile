@@ -32,7 +32,8 @@ WORKDIR /app
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    LIPCERT_HOST=0.0.0.0
+    LIPCERT_HOST=0.0.0.0 \
+    ORT_DISABLE_TELEMETRY=1
 # A number, so that a cluster can check that it is not root; no name and no home are needed.
 USER 10001:10001
 EXPOSE 8000

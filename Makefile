@@ -21,6 +21,9 @@ endif
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
 UV    := uv==0.13.9
 
+# ONNX Runtime otherwise reports its use to its makers.
+export ORT_DISABLE_TELEMETRY := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test format readme lock image clean
 .DELETE_ON_ERROR:

@@ -86,6 +86,12 @@ def test_image_states_port_entry_and_labels(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_image_reports_to_nobody(target: str) -> None:
+    variables = " ".join(arguments for name, arguments in lineage(target) if name == "ENV").split()
+    assert "ORT_DISABLE_TELEMETRY=1" in variables
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
 def test_image_takes_the_lock_of_its_target_and_nothing_else(target: str) -> None:
     copied = [arguments for name, arguments in lineage(target) if name == "COPY"]
     assert copied == [f"--from=venv-{target} /opt/venv /opt/venv", "--from=app /app /app"]
