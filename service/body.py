@@ -56,7 +56,7 @@ class EncodedImage:
     def decode(self, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
         """Pixels in [0, 1]; raises `InputError`, see `service.images`."""
         data = decode_base64(self.data) if isinstance(self.data, str) else self.data
-        return to_unit(decode_image(data, input_shape_CHW[0], max_pixels))
+        return to_unit(decode_image(data, input_shape_CHW[0], max_pixels, used_pixels))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class EncodedBatch:
         for index, text in enumerate(self.texts):
             used = sum(image[0].size for image in images)
             try:
-                image = EncodedImage(text).decode(input_shape_CHW, max_pixels - used)
+                image = EncodedImage(text).decode(input_shape_CHW, max_pixels, used)
                 if not resize and image.shape != input_shape_CHW:
                     raise ImageSizeError(image.shape[1], image.shape[2], *input_shape_CHW[1:])
                 if images and image.shape != images[0].shape:
@@ -196,17 +196,14 @@ def parse_batch(
 def _refuse_query(query: Sequence[tuple[str, str]], place: str) -> None:
     if query:
         raise OptionError(
-            f"the query has {query[0][0]!r}; options of this form of request go into its {place}, leave the "
-            "query empty"
+            f"the query has {query[0][0]!r}; options of this form of request go into its {place}, leave the query empty"
         )
 
 
 def _from_json(wire: type[Wire], body: bytes) -> Wire:
     fields = ", ".join(wire.model_fields)
     try:
-        document: Any = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant
-        )
+        document: Any = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         # JSONDecodeError, UnicodeDecodeError and the errors of the two hooks are ValueErrors.
         raise MalformedBodyError(
@@ -311,8 +308,7 @@ def _from_form(body: bytes, content_type: str) -> tuple[bytes, list[tuple[str, s
     if len(images) != 1:
         count = "no file field image" if not images else f"{len(images)} file fields image"
         raise MalformedBodyError(
-            f"the form has {count}; send exactly one (curl -F image=@digit.png), and several images to "
-            "/predict/batch"
+            f"the form has {count}; send exactly one (curl -F image=@digit.png), and several images to /predict/batch"
         )
     return images[0], fields
 
@@ -323,9 +319,7 @@ def _parts(body: bytes, content_type: str) -> list[_Part]:
 
     def begin() -> None:
         if len(parts) == _MAX_PARTS:
-            raise MalformedBodyError(
-                f"the form has more than {_MAX_PARTS} parts; send one image and its options"
-            )
+            raise MalformedBodyError(f"the form has more than {_MAX_PARTS} parts; send one image and its options")
         parts.append(_Part(data=bytearray()))
 
     def header_name(data: bytes, start: int, end: int) -> None:

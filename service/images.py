@@ -79,13 +79,14 @@ def decode_base64(text: str) -> bytes:
     raise Base64Error(f"{expected}; this is not base64 or is cut short")
 
 
-def decode_image(data: bytes, channels: int, max_pixels: int) -> UInt8[np.ndarray, "C H W"]:
+def decode_image(data: bytes, channels: int, max_pixels: int, used_pixels: int = 0) -> UInt8[np.ndarray, "C H W"]:
     """Pixels of an encoded image, with as many channels as the model has.
 
     Args:
         data: a file in one of `FORMATS`; the bytes decide, not a name or media type.
         channels: 1 for grey, 3 for RGB.
         max_pixels: refuse images with more pixels than this, before they are decoded.
+        used_pixels: what other images of the same request have taken of it.
 
     Raises:
         EmptyBodyError: there are no bytes.
@@ -94,7 +95,7 @@ def decode_image(data: bytes, channels: int, max_pixels: int) -> UInt8[np.ndarra
         ImageFormatError: alpha, 16 bits, CMYK, or several frames.
         ChannelsError: colours for a grey model, grey for a colour model.
     """
-    picture = _open(data, max_pixels)
+    picture = _open(data, max_pixels, used_pixels)
     _refuse_lossy(picture)
     picture = _load(picture, data)
     if channels == 1:
@@ -107,7 +108,7 @@ def decode_image(data: bytes, channels: int, max_pixels: int) -> UInt8[np.ndarra
     )
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int, used_pixels: int) -> Image.Image:
     """Read the header only, and hold it against the limit: a small file can declare a huge picture."""
     if not data:
         raise EmptyBodyError(f"the image is empty; {_SEND}")
@@ -127,10 +128,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             f"the bytes are not an image that this server reads ({', '.join(FORMATS)}), or its header is "
             f"damaged; {_SEND}"
         ) from None
-    if picture.width * picture.height > max_pixels:
-        raise ImageTooLargeError(
-            f"it is {picture.width} x {picture.height} = {picture.width * picture.height} pixels", max_pixels
-        )
+    pixels = picture.width * picture.height
+    if pixels + used_pixels > max_pixels:
+        before = f" after {used_pixels} of the images before it" if used_pixels else ""
+        raise ImageTooLargeError(f"it is {picture.width} x {picture.height} = {pixels} pixels{before}", max_pixels)
     return picture
 
 
