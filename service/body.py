@@ -53,7 +53,9 @@ class EncodedImage:
 
     data: bytes | str
 
-    def decode(self, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
+    def decode(
+        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, used_pixels: int = 0
+    ) -> Float64[np.ndarray, "C H W"]:
         """Pixels in [0, 1]; raises `InputError`, see `service.images`."""
         data = decode_base64(self.data) if isinstance(self.data, str) else self.data
         return to_unit(decode_image(data, input_shape_CHW[0], max_pixels, used_pixels))
