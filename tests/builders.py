@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from service.artefact import Artefact, Card, InputShape, write_artefact
+from service.classifier import Classifier
 
 OPSET = 18
 Affine = tuple[np.ndarray, np.ndarray]
@@ -152,3 +154,10 @@ class _Graph:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
         onnx.checker.check_model(model, full_check=True)
         return model.SerializeToString()
+
+
+def load(graphs: Graphs, name: str = "test") -> Classifier:
+    """The classifier that serves `graphs`, from an artefact on disk that is gone afterwards."""
+    with TemporaryDirectory() as folder:
+        write(Path(folder), graphs, name)
+        return Classifier.load(Path(folder), "cpu", threads=1)

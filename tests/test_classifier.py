@@ -1,0 +1,220 @@
+"""A loaded artefact: closed-form radii, refusals, and answers that do not depend on the batch."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import Graphs, dense, linear, load, random_groupsort, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.classifier import Classifier
+from service.errors import (
+    ArtefactError,
+    ChannelsError,
+    ImageSizeError,
+    PixelRangeError,
+    ProviderError,
+    TargetIsPredictedClassError,
+)
+from service.preprocessing import resize_map
+
+SHAPE = (1, 3, 3)
+WEIGHT_KD = np.random.default_rng(0).normal(size=(3, 9))
+BIAS_K = np.array([0.1, -0.2, 0.3])
+
+
+@cache
+def linear_classifier() -> Classifier:
+    return load(linear(WEIGHT_KD, BIAS_K, SHAPE))
+
+
+@cache
+def groupsort_classifier(seed: int, n_outputs: int = 3) -> Classifier:
+    return load(random_groupsort(seed, n_outputs=n_outputs))
+
+
+def images(seed: int, n: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size=(n, *shape)) / 255
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_radius_of_a_linear_model_is_its_distance_to_the_boundary(seed: int) -> None:
+    (prediction,) = linear_classifier().predict(images(seed, 1))
+    logits = WEIGHT_KD @ images(seed, 1).ravel() + BIAS_K
+    i = int(np.argmax(logits))
+    others = [j for j in range(3) if j != i]
+    exact = {j: (logits[i] - logits[j]) / np.linalg.norm(WEIGHT_KD[i] - WEIGHT_KD[j]) for j in others}
+    nearest = min(exact, key=lambda j: exact[j])
+    assert prediction.class_id == i
+    assert prediction.runner_up == nearest
+    assert prediction.certified
+    assert exact[nearest] * (1 - 1e-8) - 1e-12 <= prediction.radius <= exact[nearest]
+    np.testing.assert_allclose(prediction.logits_K, logits, atol=prediction.logit_error)
+
+
+def test_single_output_is_the_two_class_case() -> None:
+    weight = WEIGHT_KD[:1]
+    classifier = load(linear(weight, np.array([0.25]), SHAPE))
+    for image in images(1, 8):
+        (prediction,) = classifier.predict(image[None])
+        f = float(weight[0] @ image.ravel() + 0.25)
+        assert prediction.class_id == (0 if f > 0 else 1)
+        np.testing.assert_allclose(prediction.logits_K, [f, -f], atol=prediction.logit_error)
+        exact = abs(f) / np.linalg.norm(weight)
+        assert exact * (1 - 1e-8) - 1e-12 <= prediction.radius <= exact
+
+
+def test_tie_is_an_answer_that_is_not_certified() -> None:
+    classifier = load(linear(np.ones((2, 9)), np.zeros(2), SHAPE))
+    (prediction,) = classifier.predict(images(0, 1))
+    assert prediction.radius == 0.0
+    assert not prediction.certified
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 3), st.integers(0, 2**32 - 1), st.integers(1, 9))
+def test_batch_never_changes_an_answer_beyond_the_error(seed: int, image_seed: int, n: int) -> None:
+    classifier = groupsort_classifier(seed)
+    batch = images(image_seed, n, classifier.input_shape)
+    together = classifier.predict(batch)
+    for image, prediction in zip(batch, together, strict=True):
+        (alone,) = classifier.predict(image[None])
+        np.testing.assert_allclose(prediction.logits_K, alone.logits_K, rtol=0, atol=2 * alone.logit_error)
+        if prediction.certified:
+            assert alone.class_id == prediction.class_id
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 3), st.integers(0, 2**32 - 1), st.booleans(), st.floats(0.5, 0.999999))
+def test_nothing_inside_the_radius_flips_the_class(seed: int, image_seed: int, resized: bool, share: float) -> None:
+    """Worst directions first: along the gradient of the margin that decides the radius."""
+    classifier = groupsort_classifier(seed)
+    random = np.random.default_rng(image_seed)
+    image = random.random((1, 1, 7, 5)) if resized else random.random((1, *classifier.input_shape))
+    (prediction,) = classifier.predict(image, resize=resized)
+    weights = np.zeros((1, 3))
+    weights[0, prediction.class_id], weights[0, prediction.runner_up] = 1.0, -1.0
+    _, gradient = classifier._view(image, resized).margin_gradient(image, weights)
+    for direction in (-gradient, random.normal(size=image.shape)):
+        norm = np.linalg.norm(direction)
+        if norm == 0:
+            continue
+        moved = np.clip(image + share * prediction.radius * direction / norm, 0.0, 1.0)
+        (after,) = classifier.predict(moved, resize=resized)
+        if prediction.certified:
+            assert after.class_id == prediction.class_id
+
+
+def test_radius_of_a_resized_image_is_about_the_image_that_was_sent() -> None:
+    classifier = linear_classifier()
+    sent = images(3, 1, (1, 6, 8))
+    (prediction,) = classifier.predict(sent, resize=True)
+    mapping = resize_map(6, 8, 3, 3)
+    (inner,) = classifier.predict(mapping(sent))
+    assert prediction.class_id == inner.class_id
+    row = WEIGHT_KD[prediction.class_id] - WEIGHT_KD[prediction.runner_up]
+    composed = mapping.adjoint(row.reshape(1, 1, 3, 3)).ravel()
+    margin = inner.logits_K[prediction.class_id] - inner.logits_K[prediction.runner_up]
+    exact = margin / np.linalg.norm(composed)
+    assert 0 < prediction.radius <= exact
+    assert prediction.radius == pytest.approx(inner.radius / mapping.norm, rel=1e-6)
+
+
+def test_resize_of_an_image_of_the_right_size_changes_nothing() -> None:
+    classifier = linear_classifier()
+    with_resize, without = (classifier.predict(images(0, 2), resize=flag) for flag in (True, False))
+    for one, other in zip(with_resize, without, strict=True):
+        np.testing.assert_array_equal(one.logits_K, other.logits_K)
+        assert one.radius == other.radius
+
+
+def test_certificates_of_sizes_are_bounded_in_number() -> None:
+    classifier = load(linear(WEIGHT_KD, BIAS_K, SHAPE))
+    for width in range(4, 104):
+        classifier.predict(np.zeros((1, 1, 3, width)), resize=True)
+    assert len(classifier._certificates) <= 64
+
+
+def test_image_of_another_size_is_refused() -> None:
+    with pytest.raises(ImageSizeError, match=r"4 x 3.*3 x 3.*resize=true"):
+        linear_classifier().predict(np.zeros((1, 1, 4, 3)))
+
+
+def test_image_with_other_channels_is_refused() -> None:
+    with pytest.raises(ChannelsError, match=r"3 channels.*takes 1"):
+        linear_classifier().predict(np.zeros((1, 3, 3, 3)), resize=True)
+
+
+@pytest.mark.parametrize("pixel", [np.nan, np.inf, -np.inf, -1e-300, 1.0000000000000002])
+def test_pixel_outside_the_proof_is_refused(pixel: float) -> None:
+    image = np.full((1, *SHAPE), 0.5)
+    image[0, 0, 1, 1] = pixel
+    with pytest.raises(PixelRangeError):
+        linear_classifier().predict(image)
+
+
+def test_empty_batch_has_no_answers() -> None:
+    assert linear_classifier().predict(np.zeros((0, *SHAPE))) == []
+
+
+def test_target_that_is_the_predicted_class_is_refused_and_named_in_a_batch() -> None:
+    classifier = linear_classifier()
+    batch = images(0, 6)
+    predictions = classifier.predict(batch)
+    class_id = predictions[4].class_id
+    first = next(index for index, prediction in enumerate(predictions) if prediction.class_id == class_id)
+    with pytest.raises(TargetIsPredictedClassError, match=f"image {first}: .*'class {class_id}'"):
+        classifier.counterfactual(batch, predictions, class_id)
+    with pytest.raises(TargetIsPredictedClassError, match=f"^target 'class {class_id}'"):
+        classifier.counterfactual(batch[4:5], predictions[4:5], class_id)
+
+
+def test_threads_get_the_answers_that_one_thread_gets() -> None:
+    classifier = groupsort_classifier(0)
+    batches = [images(seed, 3, classifier.input_shape) for seed in range(16)]
+    expected = [[p.class_id for p in classifier.predict(batch)] for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        answers = [[p.class_id for p in answer] for answer in pool.map(classifier.predict, batches)]
+    assert answers == expected
+
+
+def test_loading_tells_what_is_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    artefact = write(tmp_path, random_groupsort(0), "named")
+    with caplog.at_level(logging.INFO):
+        classifier = Classifier.load(tmp_path, "cpu", threads=1)
+    assert classifier.name == "named"
+    assert classifier.digest == artefact.digest
+    assert classifier.labels == ("class 0", "class 1", "class 2")
+    assert classifier.provider == "CPUExecutionProvider"
+    assert classifier.input_shape == (1, 4, 4)
+    assert "CPUExecutionProvider" in caplog.text
+    assert classifier.digest in caplog.text
+
+
+def test_cuda_without_cuda_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine._missing_for_cuda", lambda: "there is no driver; install it.")
+    write(tmp_path, random_groupsort(0))
+    with pytest.raises(ProviderError, match="no driver"):
+        Classifier.load(tmp_path, "cuda", threads=1)
+
+
+def test_transport_graph_of_another_network_is_refused(tmp_path: Path) -> None:
+    ours, other = random_groupsort(0), random_groupsort(1)
+    write(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
+    with pytest.raises(ArtefactError, match="another network") as caught:
+        Classifier.load(tmp_path, "cpu", threads=1)
+    assert caught.value.file.name == "transport.onnx"
+
+
+def test_transport_graph_of_another_image_size_is_refused(tmp_path: Path) -> None:
+    ours = random_groupsort(0)
+    other = dense([], (np.eye(3, 9), np.zeros(3)), (1, 3, 3))
+    write(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
+    with pytest.raises(ArtefactError, match="cannot be run"):
+        Classifier.load(tmp_path, "cpu", threads=1)
