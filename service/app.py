@@ -31,7 +31,7 @@ whatever the batch, the threads or the processor. `radius` is rounded down; wher
 `certified` is false. A counterfactual is the nearest image of another class that was found, measured by the same path.
 
 The radius says nothing about whether the class is right, about changes that are small in another sense than L2
-(rotation, lighting), or about images larger changes away.
+(rotation, lighting), or about anything at that distance or further.
 
 Errors are RFC 9457 problem details, `application/problem+json`; `detail` says what to do.
 """
@@ -97,6 +97,7 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         openapi_tags=[
             {"name": "predict", "description": "Classes, certified radii and counterfactuals."},
             {"name": "models", "description": "What is served, and what is proved of it."},

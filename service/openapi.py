@@ -211,6 +211,10 @@ def _option_schema(name: str) -> Json:
     # refused.
     schema.pop("default", None)
     schema.pop("title", None)
+    # Absent is how a form or a query says null.
+    for variant in schema.pop("anyOf", []):
+        if variant.get("type") != "null":
+            schema.update(variant)
     return schema
 
 

@@ -76,7 +76,13 @@ def build_router(service: Service) -> APIRouter:
 def _add_predictions(router: APIRouter, service: Service) -> None:
     settings = service.settings
 
-    @router.post("/predict", tags=["predict"], response_model=PredictAnswer, responses=_BODY_PROBLEMS)
+    @router.post(
+        "/predict",
+        tags=["predict"],
+        summary="Classify one image",
+        response_model=PredictAnswer,
+        responses=_BODY_PROBLEMS,
+    )
     async def predict_one(request: Request) -> Response:
         """Classify one image, with a proved radius around the answer.
 
@@ -106,7 +112,13 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
         service.metrics.count_predictions([answer])
         return _json(answer)
 
-    @router.post("/predict/batch", tags=["predict"], response_model=BatchAnswer, responses=_BODY_PROBLEMS)
+    @router.post(
+        "/predict/batch",
+        tags=["predict"],
+        summary="Classify several images of one size",
+        response_model=BatchAnswer,
+        responses=_BODY_PROBLEMS,
+    )
     async def predict_batch(request: Request) -> Response:
         """Classify several images of one size; answers in their order. One bad image refuses the batch.
 
@@ -130,20 +142,26 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
 def _add_models(router: APIRouter, service: Service) -> None:
     default_model = service.settings.default_model
 
-    @router.get("/models", tags=["models"], response_model=ModelsAnswer)
+    @router.get("/models", tags=["models"], summary="What is served", response_model=ModelsAnswer)
     async def list_models() -> Response:
         """The models that are served: labels, input, proved bound, digest."""
         models = [describe(classifier, default_model) for classifier in service.classifiers.values()]
         return _json(ModelsAnswer(models=models))
 
-    @router.get("/models/{name}", tags=["models"], response_model=ModelAnswer, responses=problem_responses(404))
+    @router.get(
+        "/models/{name}",
+        tags=["models"],
+        summary="One model, with its card",
+        response_model=ModelAnswer,
+        responses=problem_responses(404),
+    )
     async def show_model(name: str) -> Response:
         """One model: what is proved of it, what serves it, and its card."""
         return _json(describe_in_full(service.classifier(name), default_model))
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:
-    @router.get("/health/live", tags=["operations"], response_model=HealthAnswer)
+    @router.get("/health/live", tags=["operations"], summary="Is the process alive", response_model=HealthAnswer)
     async def live() -> Response:
         """Whether the process answers."""
         return _json(HealthAnswer(status="live"))
@@ -151,6 +169,7 @@ def _add_operations(router: APIRouter, service: Service) -> None:
     @router.get(
         "/health/ready",
         tags=["operations"],
+        summary="Can it answer",
         response_model=HealthAnswer,
         responses={503: {"model": HealthAnswer, "description": "No default model is loaded."}},
     )
@@ -159,7 +178,7 @@ def _add_operations(router: APIRouter, service: Service) -> None:
         is_ready = service.settings.default_model in service.classifiers
         return _json(HealthAnswer(status="ready" if is_ready else "not ready"), status=200 if is_ready else 503)
 
-    @router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
+    @router.get("/metrics", tags=["operations"], summary="Counters for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Requests, latency, predictions and abstentions, for Prometheus."""
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
