@@ -232,7 +232,7 @@ def fit(network: LipschitzNetwork, run: Run, *, resume: bool = False) -> Trained
     else:
         session.refuse_to_overwrite()
     total_epochs = run.schedule.epochs
-    with _stop_requests() as stop_requested, contextlib.closing(session):
+    with _stop_requests() as stop_requested:
         while session.epoch < total_epochs:
             with session.progress_bar() as bar:
                 while session.step < run.batches.steps_per_epoch:
@@ -256,22 +256,21 @@ class _Session:
         self.epoch, self.step = 0, 0
         self.best = -math.inf
         total_steps = run.schedule.epochs * run.batches.steps_per_epoch
+        if total_steps < 3:
+            raise TrainingError(f"{total_steps} steps are too few for the learning rate to rise and fall: train longer")
         self.optimiser = torch.optim.Adam(network.parameters(), lr=run.schedule.learning_rate)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimiser,
             run.schedule.learning_rate,
             total_steps=total_steps,
-            pct_start=run.schedule.warm_up,
+            # The rise takes two steps at least: with one torch divides by zero.
+            pct_start=max(run.schedule.warm_up, 2 / total_steps),
         )
         self.average = copy.deepcopy(network) if run.schedule.ema_decay is not None else None
         self.seconds = 0.0
         self._resumed_at = time.monotonic()
         self._seen, self._loss_sum = 0, 0.0
         self._counts = torch.zeros(1 + len(run.epsilons), dtype=torch.int64)
-
-    def close(self) -> None:
-        """Let go of the optimiser's memory."""
-        self.optimiser.zero_grad(set_to_none=True)
 
     def progress_bar(self) -> tqdm[Any]:
         total = self.run.batches.steps_per_epoch

@@ -1,0 +1,241 @@
+"""Training is reproducible, resumes exactly, and stops with the step that broke it."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import training
+from models.data import Augmentation, LabelledImages
+from models.layers import GroupSort2
+from models.networks import LipschitzNetwork, dense_network
+from models.recipes import Loss, Schedule
+from models.training import (
+    ImageBatches,
+    Interrupted,
+    NonFiniteError,
+    Run,
+    TrainingError,
+    correct_within,
+    fit,
+    generator_for,
+    objective_of,
+    score,
+)
+
+EPOCHS, BATCH = 3, 16
+STEPS = 4
+"""Of an epoch: 70 images in batches of 16, the incomplete one dropped."""
+LOSS = Loss(kind="hkr_margin", alpha=5.0, min_margin=0.5, per_pair_bound=True)
+
+
+class StopHere(Exception):
+    """Stands for a killed process."""
+
+
+def small_set() -> LabelledImages:
+    """Three kinds of bright bars, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(70) % 3
+    images = torch.randint(0, 40, (70, 6, 6), generator=generator, dtype=torch.uint8)
+    for n, label in enumerate(labels.tolist()):
+        images[n, 2 * label] += 200
+    return LabelledImages(images, labels)
+
+
+def small_network(parametrisation: Any = "cayley") -> LipschitzNetwork:
+    torch.manual_seed(1)
+    return dense_network((1, 6, 6), (12, 8), 3, parametrisation=parametrisation)
+
+
+def small_run(folder: Path, *, ema_decay: float | None = None) -> Run:
+    return Run(
+        batches=ImageBatches(small_set(), BATCH, seed=0, augmentation=Augmentation()),
+        objective=objective_of(LOSS),
+        schedule=Schedule(epochs=EPOCHS, batch_size=BATCH, ema_decay=ema_decay),
+        checkpoints=folder,
+        identity={"recipe": {"epochs": EPOCHS}, "seed": 0},
+        device=torch.device("cpu"),
+        epsilons=(0.1, 0.5),
+    )
+
+
+def interrupt_after(run: Run, steps: int, how: str) -> Run:
+    """The same run, cut at the given step by an exception or by a signal."""
+    taken = 0
+
+    def objective(network: LipschitzNetwork, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        nonlocal taken
+        if taken == steps and how == "crash":
+            raise StopHere
+        taken += 1
+        if taken == steps and how == "signal":
+            os.kill(os.getpid(), signal.SIGINT)
+        return run.objective(network, images, labels)
+
+    return replace(run, objective=objective)
+
+
+def assert_equal_networks(one: LipschitzNetwork, other: LipschitzNetwork) -> None:
+    theirs = other.state_dict()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("parametrisation", ["cayley", "stiefel"])
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, parametrisation: str, ema_decay: float | None
+) -> None:
+    whole = fit(small_network(parametrisation), small_run(tmp_path / "whole", ema_decay=ema_decay)).network
+    run = small_run(tmp_path / "cut", ema_decay=ema_decay)
+    with pytest.raises(Interrupted, match=r"epoch 2 after step 2.*--resume"):
+        fit(small_network(parametrisation), interrupt_after(run, STEPS + 2, "signal"))
+    torch.manual_seed(99)  # what the new process starts with must not matter
+    resumed = fit(dense_network((1, 6, 6), (12, 8), 3, parametrisation=parametrisation), run, resume=True).network  # type: ignore[arg-type]
+    assert_equal_networks(whole, resumed)
+
+
+def test_killed_run_resumes_at_the_last_epoch_and_ends_the_same(tmp_path: Path) -> None:
+    whole = fit(small_network(), small_run(tmp_path / "whole")).network
+    run = small_run(tmp_path / "cut")
+    with pytest.raises(StopHere):
+        fit(small_network(), interrupt_after(run, STEPS + 2, "crash"))
+    assert_equal_networks(whole, fit(small_network(), run, resume=True).network)
+
+
+def test_resuming_a_finished_run_returns_its_network(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    finished = fit(small_network(), run).network
+    assert_equal_networks(finished, fit(small_network(), run, resume=True).network)
+
+
+def test_equal_seeds_give_equal_networks_and_other_seeds_other_batches(tmp_path: Path) -> None:
+    assert_equal_networks(
+        fit(small_network(), small_run(tmp_path / "a")).network, fit(small_network(), small_run(tmp_path / "b")).network
+    )
+    one, other = (ImageBatches(small_set(), BATCH, seed, None).batch(0, 0)[0] for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_an_epoch_shows_every_image_at_most_once_in_a_new_order() -> None:
+    images = torch.arange(70, dtype=torch.uint8)[:, None, None].expand(70, 1, 1)
+    batches = ImageBatches(LabelledImages(images, torch.zeros(70, dtype=torch.int64)), BATCH, 0, None)
+    epochs = [
+        [round(255 * v) for step in range(STEPS) for v in batches.batch(epoch, step)[0].flatten().tolist()]
+        for epoch in (0, 1)
+    ]
+    assert batches.steps_per_epoch == STEPS
+    assert all(len(set(epoch)) == STEPS * BATCH for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_streams_of_random_numbers_differ_in_each_of_their_numbers() -> None:
+    streams = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0), (0, 1), (1, 0), (0, 0)]
+    first = {torch.rand((), generator=generator_for(*stream), dtype=torch.float64).item() for stream in streams}
+    assert len(first) == len(streams)
+
+
+def test_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    taken = 0
+
+    def objective(network: LipschitzNetwork, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        nonlocal taken
+        taken += 1
+        loss, logits = run.objective(network, images, labels)
+        return (loss * torch.nan if taken == STEPS + 3 else loss), logits
+
+    with pytest.raises(NonFiniteError, match=r"the loss is nan in epoch 2, step 3; .*last\.pt is from before"):
+        fit(small_network(), replace(run, objective=objective))
+    kept = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (kept["epoch"], kept["step"]) == (1, 0)
+    assert all(torch.isfinite(value).all() for value in kept["network"].values())
+
+
+def test_weight_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(network: LipschitzNetwork, iterations: int = 2) -> None:
+        with torch.no_grad():
+            network.head.get_parameter("bias_K").fill_(torch.inf)
+
+    run = small_run(tmp_path)
+    batches = ImageBatches(small_set(), 70, 0, None)  # one step an epoch: no later loss shows it
+    monkeypatch.setattr(training, "retract_", spoil)
+    with pytest.raises(NonFiniteError, match="a weight is not finite in epoch 1"):
+        fit(small_network(), replace(run, batches=batches))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_earlier_checkpoint_is_not_overwritten_without_being_asked(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    fit(small_network(), run)
+    with pytest.raises(TrainingError, match="add --resume"):
+        fit(small_network(), run)
+
+
+def test_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    fit(small_network(), run)
+    with pytest.raises(TrainingError, match=r"recipe\.epochs was 3, now 5"):
+        fit(small_network(), replace(run, identity={"recipe": {"epochs": 5}, "seed": 0}), resume=True)
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        fit(small_network(), small_run(tmp_path), resume=True)
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        fit(small_network(), small_run(tmp_path), resume=True)
+
+
+def test_checkpoints_leave_no_temporary_file(tmp_path: Path) -> None:
+    fit(small_network(), small_run(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "best.pt"}
+
+
+def test_data_set_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(TrainingError, match="batch_size"):
+        ImageBatches(small_set(), 71, 0, None)
+
+
+def test_fewer_steps_than_the_schedule_needs_are_refused(tmp_path: Path) -> None:
+    batches = ImageBatches(small_set(), 70, 0, None)
+    run = replace(small_run(tmp_path), batches=batches, schedule=Schedule(epochs=2, batch_size=70))
+    with pytest.raises(TrainingError, match="2 steps are too few"):
+        fit(small_network(), run)
+
+
+def test_training_learns_the_bars(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    run = replace(run, schedule=Schedule(epochs=15, batch_size=BATCH, learning_rate=2e-2))
+    run = replace(run, batches=ImageBatches(small_set(), BATCH, 0, None))
+    scores = score(fit(small_network(), run).network, small_set(), (0.1,))
+    assert scores.accuracy == 1.0
+    assert scores.certified[0.1] > 0.9
+
+
+def test_certified_share_counts_margins_above_epsilon_times_the_pairs_constant() -> None:
+    logits = torch.tensor([[3.0, 0.0, -9.0], [3.0, 0.0, 2.9], [0.0, 3.0, 0.0]])
+    labels = torch.tensor([0, 0, 0])
+    bounds = torch.tensor([[0.0, 2.0, 0.5], [2.0, 0.0, 1.0], [0.5, 1.0, 0.0]])
+    assert correct_within(logits, labels, bounds, 0.0).tolist() == [True, True, False]
+    assert correct_within(logits, labels, bounds, 1.4).tolist() == [True, False, False]
+    assert correct_within(logits, labels, bounds, 1.5).tolist() == [False, False, False]
+
+
+def test_certified_share_of_one_output_is_its_absolute_value() -> None:
+    network = LipschitzNetwork(
+        (1, 1, 2), dense_network((1, 1, 2), (2,), 1).body, dense_network((1, 1, 2), (2,), 1).head
+    )
+    assert any(isinstance(layer, GroupSort2) for layer in network.modules())
+    logits, labels = torch.tensor([[0.8], [-0.8], [0.3]]), torch.tensor([0, 1, 1])
+    bounds = network.declared_margin_bounds_KK().detach()
+    assert correct_within(logits, labels, bounds, 0.79).tolist() == [True, True, False]
+    assert correct_within(logits, labels, bounds, 0.81).tolist() == [False, False, False]
