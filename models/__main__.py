@@ -83,5 +83,50 @@ def train(
     typer.echo(summary)
 
 
+class ProviderName(StrEnum):
+    """Execution provider, as the server's LIPCERT_PROVIDER."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@app.command()
+def evaluate(
+    artefact: Annotated[Path, typer.Argument(help="Folder with model.onnx, transport.onnx and card.json.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder with the idx files (or mnist/ in it); what is missing is downloaded.")
+    ] = Path("data"),
+    attacks: Annotated[bool, typer.Option(help="Run DeepFool, PGD and Carlini-Wagner inside the radius.")] = True,
+    n_attack: Annotated[int, typer.Option(min=1, help="Attack the first so many test images.")] = 1000,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images; the card stays.")] = None,
+    provider: Annotated[ProviderName, typer.Option(help="auto: CUDA where there is one.")] = ProviderName.AUTO,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; ARTEFACT/report by default.")] = None,
+) -> None:
+    """Measure an artefact as it is served; write its report and its card."""
+    from models.data import DataError
+    from models.evaluation import EvaluationError
+    from models.evaluation import evaluate as evaluate_artefact
+    from service.artefact import ArtefactError
+    from service.engine import ProviderError
+
+    try:
+        report = evaluate_artefact(
+            artefact,
+            data,
+            attacks=attacks,
+            n_attack=n_attack,
+            limit=limit,
+            provider=provider.value,
+            threads=threads,
+            out=out,
+        )
+    except (ArtefactError, DataError, EvaluationError, ProviderError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(report)
+
+
 if __name__ == "__main__":
     app()

@@ -151,6 +151,21 @@ class Classifier:
             for n in range(len(image_NCHW))
         ]
 
+    def classify(
+        self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False
+    ) -> tuple[Float64[np.ndarray, "N K"], Radii]:
+        """Logits and radii as arrays: what `predict` answers, without the check of the pixels."""
+        return self._view(image_NCHW, resize).classify(image_NCHW)
+
+    def margin_gradient(
+        self,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        weights_NK: Float64[np.ndarray, "N K"],
+        resize: bool = False,
+    ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
+        """Logits, and the gradient of `sum_k weights[k] logits[k]` with respect to the image: the adjoint."""
+        return self._view(image_NCHW, resize).margin_gradient(image_NCHW, weights_NK)
+
     def counterfactual(
         self,
         image_NCHW: Float64[np.ndarray, "N C H W"],

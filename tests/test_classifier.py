@@ -100,7 +100,7 @@ def test_nothing_inside_the_radius_flips_the_class(seed: int, image_seed: int, r
     (prediction,) = classifier.predict(image, resize=resized)
     weights = np.zeros((1, 3))
     weights[0, prediction.class_id], weights[0, prediction.runner_up] = 1.0, -1.0
-    _, gradient = classifier._view(image, resized).margin_gradient(image, weights)
+    _, gradient = classifier.margin_gradient(image, weights, resized)
     for direction in (-gradient, random.normal(size=image.shape)):
         norm = np.linalg.norm(direction)
         if norm == 0:

@@ -107,9 +107,7 @@ def test_distance_of_a_linear_model_is_the_closed_form(n_outputs: int, eight_bit
 
 def test_gradient_of_a_model_with_one_output_is_that_of_its_margin() -> None:
     classifier = load(linear(np.full((1, 9), 0.5), np.zeros(1), (1, 3, 3)))
-    _, gradient = classifier._view(np.zeros((1, 1, 3, 3)), False).margin_gradient(
-        np.zeros((1, 1, 3, 3)), np.array([[1.0, -1.0]])
-    )
+    _, gradient = classifier.margin_gradient(np.zeros((1, 1, 3, 3)), np.array([[1.0, -1.0]]))
     np.testing.assert_array_equal(gradient, 1.0)
 
 
