@@ -71,9 +71,7 @@ class MediaTypeError(InputError):
 
     def __init__(self, content_type: str | None, accepted: Iterable[str]) -> None:
         got = (
-            "there is no Content-Type header"
-            if not content_type
-            else f"Content-Type {content_type!r} is not read here"
+            "there is no Content-Type header" if not content_type else f"Content-Type {content_type!r} is not read here"
         )
         self.accepted = tuple(accepted)
         super().__init__(f"{got}; send one of: {', '.join(self.accepted)}")
@@ -154,9 +152,7 @@ class BatchTooLargeError(InputError):
     """More images in a batch than the server takes at once."""
 
     def __init__(self, images: int, limit: int) -> None:
-        super().__init__(
-            f"the batch has {images} images and this server takes 1 to {limit} at once; split it"
-        )
+        super().__init__(f"the batch has {images} images and this server takes 1 to {limit} at once; split it")
 
 
 class UnknownModelError(InputError):

@@ -90,6 +90,4 @@ def problem(
     if instance is not None:
         body["instance"] = instance
     # ensure_ascii: the detail may quote what the client sent, surrogates included.
-    return Response(
-        json.dumps(body, ensure_ascii=True), status_code=status, media_type=MEDIA_TYPE, headers=headers
-    )
+    return Response(json.dumps(body, ensure_ascii=True), status_code=status, media_type=MEDIA_TYPE, headers=headers)
