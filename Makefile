@@ -37,7 +37,7 @@ serve: $(VENV)/serve-$(ACCELERATOR) $(VENV)/project  ## install what serving nee
 test: $(VENV)/test $(VENV)/project  ## install what the tests need, then lint, types, import contracts, tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 	$(VENV)/bin/lint-imports
 	$(RUN) -m pytest
 
