@@ -109,7 +109,6 @@ def evaluate(
     from models.evaluation import EvaluationError
     from models.evaluation import evaluate as evaluate_artefact
     from service.artefact import ArtefactError
-    from service.engine import ProviderError
 
     try:
         report = evaluate_artefact(
@@ -122,7 +121,7 @@ def evaluate(
             threads=threads,
             out=out,
         )
-    except (ArtefactError, DataError, EvaluationError, ProviderError) as error:
+    except (ArtefactError, DataError, EvaluationError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(report)

@@ -88,9 +88,8 @@ def newton_schulz(near_OD: Float[Tensor, "O D"], iterations: int) -> Float[Tenso
 class OrthogonalMatrix(nn.Module):
     """A trainable O x D matrix with orthonormal rows or columns, whichever are fewer.
 
-    `cayley` keeps an unconstrained parameter and applies the Cayley transform in every forward pass.
-    `stiefel` keeps the parameter itself orthogonal: the trainer calls `project_gradients_` before and
-    `retract_` after each step of the optimiser, which costs products instead of an inverse.
+    `cayley` keeps an unconstrained parameter and applies the Cayley transform in every forward pass. `stiefel`
+    keeps the parameter itself orthogonal, which is up to `models.optimisers.StiefelMuon`.
     """
 
     def __init__(self, out_features: int, in_features: int, parametrisation: Parametrisation = "cayley") -> None:
@@ -109,26 +108,9 @@ class OrthogonalMatrix(nn.Module):
         return _exact_in_float32(cayley(raw) if self.parametrisation == "cayley" else newton_schulz(raw, 4))
 
 
-def project_gradients_(network: nn.Module) -> None:
-    """Project gradients of `stiefel` matrices to the tangent space, in place: `G - 1/2 (G W^T + W G^T) W`."""
-    with torch.no_grad():
-        for matrix in _stiefel_matrices(network):
-            gradient, W = matrix.raw.grad, matrix.raw
-            if gradient is None:
-                continue
-            if W.shape[0] <= W.shape[1]:
-                product = gradient @ W.T
-                gradient -= 0.5 * (product + product.T) @ W
-            else:
-                product = W.T @ gradient
-                gradient -= 0.5 * W @ (product + product.T)
-
-
-def retract_(network: nn.Module, iterations: int = 2) -> None:
-    """Pull the `stiefel` matrices back to orthogonality after a step of the optimiser, in place."""
-    with torch.no_grad():
-        for matrix in _stiefel_matrices(network):
-            matrix.raw.copy_(newton_schulz(matrix.raw, iterations))
+def stiefel_matrices(network: nn.Module) -> list[OrthogonalMatrix]:
+    """The matrices whose parameter itself is orthogonal and must be kept so by its optimiser."""
+    return [m for m in network.modules() if isinstance(m, OrthogonalMatrix) and m.parametrisation == "stiefel"]
 
 
 class Affine(Layer):
@@ -569,10 +551,6 @@ def _windows(shape: tuple[int, ...], k: int) -> tuple[int, int, int, int, int]:
 def _require_even(channels: int) -> None:
     if channels % 2:
         raise ValueError(f"GroupSort2 pairs channels and needs an even number of them, not {channels}")
-
-
-def _stiefel_matrices(network: nn.Module) -> list[OrthogonalMatrix]:
-    return [m for m in network.modules() if isinstance(m, OrthogonalMatrix) and m.parametrisation == "stiefel"]
 
 
 def _exact_in_float32(weight: Tensor) -> Tensor:

@@ -46,11 +46,14 @@ class Augment(_Frozen):
 
 
 class Schedule(_Frozen):
-    """Adam under a one-cycle learning rate."""
+    """One-cycle learning rate, of Adam and of the descent on `stiefel` matrices."""
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(default=512, ge=1)
     learning_rate: float = Field(default=4e-3, gt=0)
+    """Highest of Adam, which trains all but the `stiefel` matrices."""
+    rotation_rate: float = Field(default=0.03, gt=0)
+    """Highest of `models.optimisers.StiefelMuon`, which turns the `stiefel` matrices; radians a step."""
     warm_up: float = Field(default=0.2, gt=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)

@@ -1,4 +1,4 @@
-"""The training loop: one-cycle Adam, checkpoints, exact resume, and a guard against NaN and infinity.
+"""The training loop: one-cycle learning rate, checkpoints, exact resume, and a guard against NaN and infinity.
 
 Randomness is a function of (seed, epoch, step): the order of an epoch and the augmentation of a step come
 from generators seeded by those numbers. So a run that is interrupted and resumed, even within an epoch, gives
@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from models import losses
 from models.data import Augmentation, LabelledImages, augment
-from models.layers import project_gradients_, retract_
+from models.layers import newton_schulz, stiefel_matrices
 from models.networks import LipschitzNetwork, both_logits
+from models.optimisers import optimisers_of
 from models.recipes import Loss, Schedule
 
 log = logging.getLogger(__name__)
@@ -258,14 +259,18 @@ class _Session:
         total_steps = run.schedule.epochs * run.batches.steps_per_epoch
         if total_steps < 3:
             raise TrainingError(f"{total_steps} steps are too few for the learning rate to rise and fall: train longer")
-        self.optimiser = torch.optim.Adam(network.parameters(), lr=run.schedule.learning_rate)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser,
-            run.schedule.learning_rate,
-            total_steps=total_steps,
-            # The rise takes two steps at least: with one torch divides by zero.
-            pct_start=max(run.schedule.warm_up, 2 / total_steps),
-        )
+        self.optimisers = optimisers_of(network, run.schedule)
+        self.schedulers = [
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimiser,
+                optimiser.defaults["lr"],
+                total_steps=total_steps,
+                # The rise takes two steps at least: with one torch divides by zero.
+                pct_start=max(run.schedule.warm_up, 2 / total_steps),
+                cycle_momentum=isinstance(optimiser, torch.optim.Adam),
+            )
+            for optimiser in self.optimisers
+        ]
         self.average = copy.deepcopy(network) if run.schedule.ema_decay is not None else None
         self.seconds = 0.0
         self._resumed_at = time.monotonic()
@@ -283,15 +288,15 @@ class _Session:
     def train_step(self, bar: tqdm[Any]) -> None:
         images, labels = self.run.batches.batch(self.epoch, self.step)
         images, labels = images.to(self.run.device), labels.to(self.run.device)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         loss, logits = self.run.objective(self.network, images, labels)
         if not bool(torch.isfinite(loss)):
             raise self._non_finite(f"the loss is {loss.item()}")
         torch.autograd.backward(loss)
-        project_gradients_(self.network)
-        self.optimiser.step()
-        self.scheduler.step()
-        retract_(self.network)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
         self._update_average()
         self.step += 1
         self._count(loss.detach(), logits.detach(), labels)
@@ -326,7 +331,9 @@ class _Session:
             return self.network
         evaluated = copy.deepcopy(self.average)
         # An average of orthogonal matrices is a contraction; its polar factor is the nearest orthogonal one.
-        retract_(evaluated, iterations=8)
+        with torch.no_grad():
+            for matrix in stiefel_matrices(evaluated):
+                matrix.raw.copy_(newton_schulz(matrix.raw, 8))
         return evaluated
 
     def save(self, name: str) -> None:
@@ -340,8 +347,8 @@ class _Session:
             "seconds": self.elapsed(),
             "network": self.network.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
-            "optimiser": self.optimiser.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "random_state": torch.get_rng_state(),
         }
         path = self.run.checkpoints / name
@@ -369,8 +376,10 @@ class _Session:
         self.network.load_state_dict(state["network"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
         torch.set_rng_state(state["random_state"].cpu())
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.seconds = state["seconds"]
