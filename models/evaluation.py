@@ -30,7 +30,7 @@ from models.export import code_version, environment
 from service.artefact import Card, CertifiedAccuracy, read_card, write_card
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
-from service.engine import Provider
+from service.engine import Provider, ProviderError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -87,11 +87,14 @@ def evaluate(
         The report as Markdown.
 
     Raises:
-        EvaluationError: the artefact is no classifier of MNIST digits.
-        ArtefactError, ProviderError, DataError: see their modules.
+        EvaluationError: the artefact is no classifier of MNIST digits, or the provider cannot be had.
+        ArtefactError, DataError: see their modules.
     """
     started = time.monotonic()
-    classifier = Classifier.load(artefact, provider, threads)
+    try:
+        classifier = Classifier.load(artefact, provider, threads)
+    except ProviderError as error:
+        raise EvaluationError(str(error)) from error
     image_NCHW, label_N = _test_images(classifier, data)
     if limit is not None:
         image_NCHW, label_N = image_NCHW[:limit], label_N[:limit]

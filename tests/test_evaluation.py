@@ -105,6 +105,14 @@ def test_artefact_of_another_image_size_is_refused(artefact: Path, tmp_path: Pat
         evaluate(tmp_path / "large", Path("unused"), provider="cpu")
 
 
+def test_provider_that_cannot_be_had_is_an_error_of_the_evaluation(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine._missing_for_cuda", lambda: "there is no driver; install it.")
+    with pytest.raises(EvaluationError, match="no driver"):
+        evaluate(artefact, Path("unused"), provider="cuda")
+
+
 def test_command_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "nothing"), "--data", str(tmp_path)])
     assert result.exit_code == 1
