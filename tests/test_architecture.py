@@ -60,6 +60,8 @@ def test_import_contracts_hold_in_a_copy_without_a_planted_violation(copied_tree
         ("service-without-training", "service/engine.py", "def f():\n    import torch"),
         ("service-without-training", "service/engine.py", "import models.data"),
         ("service-without-training", "service/certificate/rounding.py", "from models import data"),
+        ("models-layers", "models/layers.py", "import models.training"),
+        ("models-layers", "models/unplaced.py", ""),
         ("models-and-service", "models/data.py", "from service import settings"),
         ("models-and-service", "models/data.py", "import service.engine"),
         ("models-and-service", "models/unplaced.py", "import service.errors"),
