@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float64
@@ -15,6 +16,7 @@ from service.schema import (
     CertificateAnswer,
     ClassLabel,
     CounterfactualAnswer,
+    ImageOptions,
     InputAnswer,
     ModelAnswer,
     ModelSummary,
@@ -25,15 +27,15 @@ from service.schema import (
 )
 
 
-def predict(
-    classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: Options
-) -> list[PredictAnswer]:
-    """Classify images, certify each answer, and find the counterfactuals that `options` asks for.
+def classify(
+    classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: ImageOptions
+) -> list[tuple[Prediction, Counterfactual | None]]:
+    """Classify and certify images, and find the counterfactuals that `options` asks for.
 
     Args:
-        classifier: the model that `options` names.
+        classifier: the model.
         image_NCHW: pixels in [0, 1].
-        options: `model` is not looked at any more.
+        options: counterfactual, target, resize.
 
     Raises:
         UnknownLabelError: the target is no label of the model; nothing is computed then.
@@ -41,9 +43,16 @@ def predict(
     """
     target = None if options.target is None else class_of(classifier, options.target)
     predictions = classifier.predict(image_NCHW, resize=options.resize)
-    counterfactuals: list[Counterfactual] | list[None] = [None] * len(predictions)
+    counterfactuals: Sequence[Counterfactual | None] = [None] * len(predictions)
     if options.counterfactual:
         counterfactuals = classifier.counterfactual(image_NCHW, predictions, target, resize=options.resize)
+    return list(zip(predictions, counterfactuals, strict=True))
+
+
+def predict(
+    classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: Options
+) -> list[PredictAnswer]:
+    """`classify`, in the words of the wire."""
     return [
         PredictAnswer(
             model=classifier.name,
@@ -54,7 +63,7 @@ def predict(
             certificate=_certificate(classifier, prediction, options.epsilon),
             counterfactual=_counterfactual(classifier, counterfactual),
         )
-        for prediction, counterfactual in zip(predictions, counterfactuals, strict=True)
+        for prediction, counterfactual in classify(classifier, image_NCHW, options)
     ]
 
 

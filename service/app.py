@@ -14,6 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from service import __version__, open_inference
 from service.classifier import Classifier
 from service.errors import ArtefactError, LipcertError, SettingsError
 from service.metrics import MetricsMiddleware
@@ -91,7 +92,7 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
 
     app = FastAPI(
         title="lipcert",
-        version="0.1.0",
+        version=__version__,
         summary="Image classification with a proof in every answer.",
         description=_DESCRIPTION,
         docs_url=None,
@@ -102,16 +103,18 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
             {"name": "predict", "description": "Classes, certified radii and counterfactuals."},
             {"name": "models", "description": "What is served, and what is proved of it."},
             {"name": "operations", "description": "Health and metrics."},
+            {"name": "open inference protocol", "description": "The same models for clients of version 2."},
         ],
     )
     app.include_router(build_router(service))
+    app.include_router(open_inference.build_router(service))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(MetricsMiddleware, metrics=service.metrics)
     _add_error_handlers(app)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = document(app, examples)
+            app.openapi_schema = document(app, examples, [open_inference.InferRequest])
         return app.openapi_schema
 
     app.openapi = openapi
@@ -121,9 +124,10 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(LipcertError)
     async def domain_error(request: Request, error: LipcertError) -> Response:
-        answer = problem_of(error, request.url.path)
+        path = request.url.path
+        answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
         if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            _log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+            _log.error("%s %s: %s", request.method, path, error, exc_info=error)
         return answer
 
     @app.exception_handler(HTTPException)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float64
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
@@ -44,7 +44,7 @@ BATCH_TYPES = (JSON, NPY)
 _MAX_PARTS = 32
 _DISCARD_BYTES = 64 * 1024 * 1024
 
-Wire = TypeVar("Wire", bound=Options)
+Wire = TypeVar("Wire", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,11 @@ def parse_predict(
         MalformedBodyError, OptionError, UnknownOptionError, EmptyBodyError
     """
     if media_type == JSON:
-        _refuse_query(query, "JSON object")
-        request = _from_json(PredictRequest, body)
+        refuse_query(query, "JSON object")
+        request = parse_json(PredictRequest, body)
         return request, EncodedImage(request.image)
     if media_type == FORM:
-        _refuse_query(query, "form fields")
+        refuse_query(query, "form fields")
         image, fields = _from_form(body, content_type)
         return _from_strings(fields, "form", also="image"), EncodedImage(image)
     options = _from_strings(query, "query")
@@ -189,20 +189,26 @@ def parse_batch(
 ) -> tuple[Options, EncodedBatch | ArrayBatch]:
     """Options and images of one `/predict/batch`; as `parse_predict`, with the types of `BATCH_TYPES`."""
     if media_type == JSON:
-        _refuse_query(query, "JSON object")
-        request = _from_json(BatchRequest, body)
+        refuse_query(query, "JSON object")
+        request = parse_json(BatchRequest, body)
         return request, EncodedBatch(tuple(request.images))
     return _from_strings(query, "query"), ArrayBatch(body)
 
 
-def _refuse_query(query: Sequence[tuple[str, str]], place: str) -> None:
+def refuse_query(query: Sequence[tuple[str, str]], place: str) -> None:
+    """Raise `OptionError` if there is a query: its options would be lost."""
     if query:
         raise OptionError(
             f"the query has {query[0][0]!r}; options of this form of request go into its {place}, leave the query empty"
         )
 
 
-def _from_json(wire: type[Wire], body: bytes) -> Wire:
+def parse_json(wire: type[Wire], body: bytes) -> Wire:
+    """One JSON object as `wire`, strictly: no field twice or unknown, no text for numbers, no NaN.
+
+    Raises:
+        MalformedBodyError, OptionError, UnknownOptionError
+    """
     fields = ", ".join(wire.model_fields)
     try:
         document: Any = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
@@ -269,8 +275,12 @@ def _fault(location: tuple[int | str, ...], kind: str, reason: str) -> str:
     if not location:
         return reason.removeprefix("Value error, ")
     name = ".".join(str(step) for step in location)
-    what = "is missing" if kind == "missing" else "is not valid"
-    return f"{name} {what}; expected {_EXPECTED[str(location[0])]}"
+    if kind == "extra_forbidden":
+        return f"{name} is not a field that is read here; leave it out"
+    expected = _EXPECTED.get(str(location[-1])) or _EXPECTED.get(str(location[0]))
+    if expected is None:
+        return f"{name}: {reason.removeprefix('Value error, ')}"
+    return f"{name} {'is missing' if kind == 'missing' else 'is not valid'}; expected {expected}"
 
 
 @dataclass

@@ -17,7 +17,7 @@ import io
 from math import prod
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64, Num, UInt8
 from PIL import Image, ImageOps
 
 from service.errors import (
@@ -222,7 +222,7 @@ def decode_array(data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels:
         pixels_CHW = _channels_first(array, 0, input_shape_CHW)
     else:
         raise ArrayError(f"the array has shape {shape}; expected {_shapes(input_shape_CHW)}")
-    return _unit_range(pixels_CHW)
+    return unit_range(pixels_CHW)
 
 
 def decode_array_batch(
@@ -243,7 +243,7 @@ def decode_array_batch(
         raise ArrayError(f"the array has shape {shape}; expected a batch, N images of shape {_shapes(input_shape_CHW)}")
     if len(pixels_NCHW) > max_batch:
         raise BatchTooLargeError(len(pixels_NCHW), max_batch)
-    return _unit_range(pixels_NCHW)
+    return unit_range(pixels_NCHW)
 
 
 def _shapes(input_shape_CHW: tuple[int, int, int]) -> str:
@@ -316,8 +316,12 @@ def _channels_first(array: np.ndarray, axis: int, input_shape_CHW: tuple[int, in
     )
 
 
-def _unit_range(pixels: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1], exactly the values that were sent; uint8 as `to_unit`."""
+def unit_range(pixels: Num[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:
+    """float64 in [0, 1], exactly the values that were sent; uint8 as `to_unit`.
+
+    Raises:
+        PixelRangeError: a value is NaN, infinite or outside [0, 1]; the message says where.
+    """
     if pixels.dtype.kind == "u":
         return to_unit(pixels)
     values = np.ascontiguousarray(pixels, dtype=np.float64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
 from service import body, errors, problem
 from service.answers import describe, describe_in_full, predict
@@ -80,11 +82,16 @@ def make_examples(classifier: Classifier) -> Examples:
     )
 
 
-def document(app: FastAPI, examples: Examples | None) -> Json:
+def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[BaseModel]] = ()) -> Json:
     """The OpenAPI document of `app`; computed once by FastAPI's own cache, see `app.openapi_schema`.
 
     FastAPI describes the routes and their answers. The bodies are added here: one operation takes several media
     types, which a function signature cannot say.
+
+    Args:
+        app: with all its routes.
+        examples: shown where there are any.
+        bodies: models of further request bodies that routes refer to.
     """
     openapi = get_openapi(
         title=app.title,
@@ -95,8 +102,10 @@ def document(app: FastAPI, examples: Examples | None) -> Json:
         tags=app.openapi_tags,
     )
     schemas: Json = openapi["components"]["schemas"]
-    for model in (PredictRequest, BatchRequest, Problem):
-        schemas[model.__name__] = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    for model in (PredictRequest, BatchRequest, Problem, *bodies):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
     for path, body_of, form in (
         ("/predict", _predict_body, "JSON, a form, an image file or a npy array"),
         ("/predict/batch", _batch_body, "JSON or a npy array"),

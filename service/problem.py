@@ -51,7 +51,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
 """Status of each domain error; total over the tree of `service.errors`."""
 
 
-def problem_of(error: errors.LipcertError, instance: str | None = None) -> Response:
+def problem_of(error: errors.LipcertError, instance: str | None = None, error_member: bool = False) -> Response:
     """The answer to a domain error: status from `STATUS`, type and title from its class, detail its
     message."""
     words = re.findall(r"[A-Z][a-z0-9]*", type(error).__name__.removesuffix("Error"))
@@ -67,6 +67,7 @@ def problem_of(error: errors.LipcertError, instance: str | None = None) -> Respo
         title=" ".join(words).capitalize(),
         instance=instance,
         headers=headers,
+        error_member=error_member,
     )
 
 
@@ -78,6 +79,7 @@ def problem(
     title: str | None = None,
     instance: str | None = None,
     headers: Mapping[str, str] | None = None,
+    error_member: bool = False,
 ) -> Response:
     """An RFC 9457 answer; with the type `about:blank` the title is the phrase of the status (section
     4.2.1)."""
@@ -89,5 +91,8 @@ def problem(
     }
     if instance is not None:
         body["instance"] = instance
+    if error_member:
+        # An extension member (section 3.2), for protocols that look for their message under this name.
+        body["error"] = detail
     # ensure_ascii: the detail may quote what the client sent, surrogates included.
     return Response(json.dumps(body, ensure_ascii=True), status_code=status, media_type=MEDIA_TYPE, headers=headers)

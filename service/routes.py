@@ -109,7 +109,7 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
             return predict(classifier, pixels_CHW[None], options)[0]
 
         answer = await service.on_worker(work)
-        service.metrics.count_predictions([answer])
+        service.metrics.count_predictions(answer.model, [answer.certificate.certified])
         return _json(answer)
 
     @router.post(
@@ -135,7 +135,9 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
             return BatchAnswer(predictions=predict(classifier, image_NCHW, options))
 
         answer = await service.on_worker(work)
-        service.metrics.count_predictions(answer.predictions)
+        service.metrics.count_predictions(
+            answer.predictions[0].model, [one.certificate.certified for one in answer.predictions]
+        )
         return _json(answer)
 
 

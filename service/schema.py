@@ -18,14 +18,8 @@ class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Options(_Wire):
-    """What a request may ask for besides its image; the same names in JSON, form fields and query."""
-
-    model: str | None = None
-    """Name of the model, one of `GET /models`; the default model if absent."""
-
-    epsilon: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
-    """Radius that the caller needs (L2, pixels in [0, 1]); asks for `robust_at_epsilon`."""
+class ImageOptions(_Wire):
+    """What a request may ask of a model."""
 
     counterfactual: bool = False
     """Whether to look for the nearest image of another class that the transport direction leads to."""
@@ -41,6 +35,16 @@ class Options(_Wire):
         if self.target is not None and not self.counterfactual:
             raise ValueError("target is the label wanted by the counterfactual; set counterfactual=true with it")
         return self
+
+
+class Options(ImageOptions):
+    """What a request may ask for besides its image; the same names in JSON, form fields and query."""
+
+    model: str | None = None
+    """Name of the model, one of `GET /models`; the default model if absent."""
+
+    epsilon: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    """Radius that the caller needs (L2, pixels in [0, 1]); asks for `robust_at_epsilon`."""
 
 
 class PredictRequest(Options):

@@ -6,15 +6,19 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from conftest import Client
 from PIL import Image
 
+from service.app import create_app
 from service.body import BATCH_TYPES, PREDICT_TYPES
 from service.openapi import SAMPLE_DIGIT, STATIC
+from service.settings import Settings
 
 PAGES = ("/", "/docs")
 
@@ -202,6 +206,14 @@ def test_the_examples_of_problems_have_the_members_of_the_schema(document: dict[
 def test_the_sample_digit_is_grey_and_28_by_28() -> None:
     image = Image.open(io.BytesIO(SAMPLE_DIGIT.read_bytes()))
     assert (image.mode, image.size) == ("L", (28, 28))
+
+
+def test_a_digit_is_the_example_where_the_default_model_reads_digits(client: Client, tmp_path: Path) -> None:
+    builders.write(tmp_path / "mnist", builders.linear(np.eye(2, 784), np.zeros(2), (1, 28, 28)), "mnist")
+    digits = Client(create_app(Settings(models=tmp_path, provider="cpu")), client._runner)
+    digit = np.asarray(Image.open(SAMPLE_DIGIT))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(digits.get("/samples/image.png").content))), digit)
+    assert np.array_equal(np.load(io.BytesIO(digits.get("/samples/image.npy").content))[0], digit)
 
 
 def test_the_image_in_the_json_example_is_the_sample(client: Client, document: dict[str, Any]) -> None:

@@ -1,0 +1,237 @@
+"""The Open Inference Protocol, version 2 over REST: the same models for clients that speak it.
+
+Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
+`class_id`, `radius`, `certified`, and with the parameter `counterfactual` also the images found. `parameters` of a
+request are the options of `/predict` that concern images. Errors are RFC 9457 problem details with the
+member `error` that the protocol wants.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from jaxtyping import Float64
+from pydantic import BaseModel, ConfigDict, Field
+
+from service import __version__
+from service.answers import classify
+from service.body import JSON, media_type_of, parse_json, read_body, refuse_query
+from service.classifier import Classifier, Prediction
+from service.counterfactual import Counterfactual
+from service.errors import ArrayError, BatchTooLargeError, ImageTooLargeError, OptionError
+from service.images import unit_range
+from service.openapi import problem_responses
+from service.routes import Service
+from service.schema import ImageOptions, finite
+
+PREFIX = "/v2"
+
+Datatype = Literal["UINT8", "FP16", "FP32", "FP64"]
+_DTYPES: dict[Datatype, Any] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32, "FP64": np.float64}
+
+
+class _Protocol(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputTensor(_Protocol):
+    """The images: `data` in row-major order, flat or nested."""
+
+    name: Literal["image"]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)]
+    datatype: Datatype
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    data: list[Any]
+
+
+class OutputRequest(_Protocol):
+    """An output that the client wants."""
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class InferRequest(_Protocol):
+    """A request of the protocol."""
+
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
+    id: str | None = None
+    parameters: ImageOptions = ImageOptions()
+    outputs: list[OutputRequest] | None = None
+
+
+class OutputTensor(_Protocol):
+    """One output, flat in row-major order; null where a logit is not finite."""
+
+    name: str
+    datatype: Literal["FP64", "INT64", "BOOL", "UINT8"]
+    shape: list[int]
+    data: list[Any]
+
+
+class InferAnswer(_Protocol):
+    """An answer of the protocol; the version of a model is the digest of its bytes."""
+
+    model_name: str
+    model_version: str
+    id: str | None
+    outputs: list[OutputTensor]
+
+
+def build_router(service: Service) -> APIRouter:
+    """The paths of the protocol, over one `Service`."""
+    router = APIRouter(prefix=PREFIX, tags=["open inference protocol"])
+    settings = service.settings
+
+    @router.get("", summary="The server")
+    async def server() -> dict[str, Any]:
+        return {"name": "lipcert", "version": __version__, "extensions": []}
+
+    @router.get("/health/live", summary="Is the process alive")
+    async def server_live() -> dict[str, bool]:
+        return {"live": True}
+
+    @router.get("/health/ready", summary="Can it answer")
+    async def server_ready() -> Response:
+        is_ready = settings.default_model in service.classifiers
+        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
+
+    @router.get("/models/{name}", summary="Inputs and outputs of a model", responses=problem_responses(404))
+    async def model_metadata(name: str) -> dict[str, Any]:
+        return _metadata(service.classifier(name))
+
+    @router.get("/models/{name}/ready", summary="Is the model loaded", responses=problem_responses(404))
+    async def model_ready(name: str) -> dict[str, Any]:
+        return {"name": service.classifier(name).name, "ready": True}
+
+    @router.post(
+        "/models/{name}/infer",
+        summary="Classify images",
+        response_model=InferAnswer,
+        responses=problem_responses(400, 404, 413, 415, 422),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{InferRequest.__name__}"}}},
+            }
+        },
+    )
+    async def infer(name: str, request: Request) -> Response:
+        media_type_of(request, [JSON])
+        refuse_query(request.query_params.multi_items(), "`parameters`")
+        content = await read_body(request, settings.max_body_bytes)
+
+        def work() -> InferAnswer:
+            classifier = service.classifier(name)
+            question = parse_json(InferRequest, content)
+            image_NCHW = _images(question.inputs[0], settings.max_pixels, settings.max_batch)
+            results = classify(classifier, image_NCHW, question.parameters)
+            service.metrics.count_predictions(classifier.name, [prediction.certified for prediction, _ in results])
+            outputs = _outputs(results)
+            return InferAnswer(
+                model_name=classifier.name,
+                model_version=classifier.digest,
+                id=question.id,
+                outputs=_wanted(outputs, question.outputs),
+            )
+
+        return Response((await service.on_worker(work)).model_dump_json(), media_type=JSON)
+
+    return router
+
+
+def _metadata(classifier: Classifier) -> dict[str, Any]:
+    classes, shape = len(classifier.labels), [-1, *classifier.input_shape]
+    return {
+        "name": classifier.name,
+        "versions": [classifier.digest],
+        "platform": "onnx_onnxv1",
+        "inputs": [{"name": "image", "datatype": "FP64", "shape": shape}],
+        "outputs": [
+            {"name": "logits", "datatype": "FP64", "shape": [-1, classes]},
+            {"name": "class_id", "datatype": "INT64", "shape": [-1]},
+            {"name": "radius", "datatype": "FP64", "shape": [-1]},
+            {"name": "certified", "datatype": "BOOL", "shape": [-1]},
+            {"name": "counterfactual", "datatype": "UINT8", "shape": shape},
+            {"name": "counterfactual_class_id", "datatype": "INT64", "shape": [-1]},
+            {"name": "counterfactual_distance", "datatype": "FP64", "shape": [-1]},
+            {"name": "counterfactual_reached", "datatype": "BOOL", "shape": [-1]},
+        ],
+        "parameters": {"labels": list(classifier.labels)},
+    }
+
+
+def _images(tensor: InputTensor, max_pixels: int, max_batch: int) -> Float64[np.ndarray, "N C H W"]:
+    count, channels, height, width = tensor.shape
+    if count > max_batch:
+        raise BatchTooLargeError(count, max_batch)
+    if count * height * width > max_pixels:
+        raise ImageTooLargeError(f"the shape has {count * height * width} pixels", max_pixels)
+    expected = f"expected {prod(tensor.shape)} numbers, flat or nested as the shape {tensor.shape}"
+    try:
+        values = np.array(tensor.data)
+    except (ValueError, OverflowError):
+        raise ArrayError(f"data is ragged; {expected}") from None
+    if values.size != prod(tensor.shape) or (values.ndim > 1 and list(values.shape) != tensor.shape):
+        raise ArrayError(f"data has shape {values.shape}; {expected}")
+    if values.dtype.kind not in "iuf" or (tensor.datatype == "UINT8" and values.dtype.kind == "f"):
+        raise ArrayError(f"data does not hold numbers of type {tensor.datatype}; {expected}")
+    if tensor.datatype == "UINT8" and (values.min() < 0 or values.max() > 255):
+        raise ArrayError("data of datatype UINT8 holds values outside 0..255; send 0..255, or FP64 in [0, 1]")
+    typed = values.astype(_DTYPES[tensor.datatype]).reshape(count, channels, height, width)
+    return unit_range(typed)
+
+
+def _outputs(results: list[tuple[Prediction, Counterfactual | None]]) -> list[OutputTensor]:
+    count = len(results)
+    predictions = [prediction for prediction, _ in results]
+    found = [counterfactual for _, counterfactual in results if counterfactual is not None]
+    logits_NK = np.stack([prediction.logits_K for prediction in predictions])
+    outputs = [
+        OutputTensor(
+            name="logits",
+            datatype="FP64",
+            shape=list(logits_NK.shape),
+            data=[finite(logit) for logit in logits_NK.ravel().tolist()],
+        ),
+        OutputTensor(name="class_id", datatype="INT64", shape=[count], data=[p.class_id for p in predictions]),
+        OutputTensor(name="radius", datatype="FP64", shape=[count], data=[p.radius for p in predictions]),
+        OutputTensor(name="certified", datatype="BOOL", shape=[count], data=[p.certified for p in predictions]),
+    ]
+    if found:
+        pixels_NCHW = np.stack([counterfactual.pixels_CHW for counterfactual in found])
+        outputs += [
+            OutputTensor(
+                name="counterfactual",
+                datatype="UINT8",
+                shape=list(pixels_NCHW.shape),
+                data=pixels_NCHW.ravel().tolist(),
+            ),
+            OutputTensor(
+                name="counterfactual_class_id", datatype="INT64", shape=[count], data=[f.class_id for f in found]
+            ),
+            OutputTensor(
+                name="counterfactual_distance", datatype="FP64", shape=[count], data=[f.distance for f in found]
+            ),
+            OutputTensor(
+                name="counterfactual_reached", datatype="BOOL", shape=[count], data=[f.reached for f in found]
+            ),
+        ]
+    return outputs
+
+
+def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) -> list[OutputTensor]:
+    if not requested:
+        return outputs
+    by_name = {output.name: output for output in outputs}
+    unknown = [output.name for output in requested if output.name not in by_name]
+    if unknown:
+        raise OptionError(
+            f"there is no output {unknown[0]!r} in this answer; there are: {', '.join(by_name)} (those of the "
+            "counterfactual need parameters.counterfactual=true)"
+        )
+    return [by_name[output.name] for output in requested]
