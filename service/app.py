@@ -31,8 +31,11 @@ every other valid image x' with L2 distance below the radius (pixels in [0, 1]),
 whatever the batch, the threads or the processor. `radius` is rounded down; where nothing can be proved it is 0 and
 `certified` is false. A counterfactual is the nearest image of another class that was found, measured by the same path.
 
-The radius says nothing about whether the class is right, about changes that are small in another sense than L2
-(rotation, lighting), or about anything at that distance or further.
+The radius does not say that the class is right, and says nothing about changes that are small in another sense than L2
+(rotation, lighting) or that are as large as the radius.
+
+Pixels are those that were sent, after lossless decoding, over the channels of the model: a grey picture stored as RGB
+is grey for a grey model, and what cannot be read without loss is refused.
 
 Errors are RFC 9457 problem details, `application/problem+json`; `detail` says what to do.
 """

@@ -44,8 +44,7 @@ class Settings(BaseSettings):
     """Largest request body, in bytes; enforced while the body arrives."""
 
     max_pixels: Annotated[int, Field(ge=1, le=PILLOW_PIXEL_LIMIT)] = 2 * 1024 * 1024
-    """Most pixels (height x width, over all images) that one request may decode; checked before decoding. The search
-    for a counterfactual takes about 230 bytes and 2 microseconds for each."""
+    """Most pixels (of all images of a request) that are decoded; a counterfactual takes some 230 bytes for each."""
 
     max_batch: Annotated[int, Field(ge=1)] = 256
     """Most images in one `/predict/batch`."""
