@@ -60,8 +60,13 @@ def hkr_margin_loss(
     alpha: float,
     min_margin: float,
     margin_bounds_KK: Float[Tensor, "K K"] | None = None,
+    accuracy_alpha: float = 0.0,
+    accuracy_margin: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """hKR on the margin that decides the class: `mean(-m + alpha relu(min_margin - m))`.
+    """hKR on the margin that decides the class, with a second hinge near the boundary.
+
+    `mean(-m + alpha relu(min_margin - m) + accuracy_alpha relu(accuracy_margin - m))`. The first hinge asks every image
+    for a large radius; the second weighs those that are wrong, or nearly so, more than those that are merely near.
 
     `m = min_{j != y} (f_y - f_j)`, or `min_{j != y} (f_y - f_j) / K_yj` when the constants `K_ij` of the
     differences are given; m is then a radius in pixel units.
@@ -72,7 +77,8 @@ def hkr_margin_loss(
         bounds_KK = margin_bounds_KK + torch.eye(len(margin_bounds_KK)).to(margin_bounds_KK)
         difference_NK = difference_NK / bounds_KK[labels_N]
     margin_N = difference_NK.scatter(1, labels_N[:, None], torch.inf).amin(1)
-    return (-margin_N + alpha * F.relu(min_margin - margin_N)).mean()
+    hinges_N = alpha * F.relu(min_margin - margin_N) + accuracy_alpha * F.relu(accuracy_margin - margin_N)
+    return (hinges_N - margin_N).mean()
 
 
 def _membership(logits_NK: Tensor, labels_N: Tensor) -> Tensor:

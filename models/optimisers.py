@@ -15,7 +15,7 @@ from models.recipes import Schedule
 # Coefficients of an odd quintic polynomial that pulls singular values in (0, 1] quickly towards 1, not exactly
 # to it (Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024).
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-_QUINTIC_ITERATIONS = 5
+_QUINTIC_ITERATIONS = 4
 _RETRACTION_ITERATIONS = 2
 
 
@@ -25,7 +25,8 @@ class StiefelMuon(torch.optim.Optimizer):
     The momentum of the gradient is projected to the tangent space, its singular values are set to about 1 (Muon,
     Jordan et al. 2024), so that a step turns every direction by about the learning rate in radians, and the
     result is pulled back to the manifold by `newton_schulz`. Measured on MNIST (dense 3 x 512, hKR on the margin,
-    8 epochs): 69.4 % certified at 1.58, against 66.3 % for Adam under the Cayley transform, for twice its time.
+    8 epochs, n = 10,000): 69.4 % certified at 1.58 (batches of 1024), against 66.3 % for Adam under the Cayley
+    transform (batches of 512), in no more time.
 
     Args:
         params: matrices that lie on the manifold.

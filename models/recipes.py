@@ -34,6 +34,9 @@ class Loss(_Frozen):
     min_margin: float = Field(default=1.0, ge=0)
     per_pair_bound: bool = False
     """`hkr_margin` only: divide each margin by its constant `K_ij`, so that min_margin is a radius."""
+    accuracy_alpha: float = Field(default=0.0, ge=0)
+    accuracy_margin: float = Field(default=0.0, ge=0)
+    """`hkr_margin` only: weight and margin of a second hinge near the boundary, for accuracy at small radii."""
 
 
 class Augment(_Frozen):

@@ -70,10 +70,19 @@ def test_hkr_is_kr_plus_alpha_hinge_as_written(
     outputs=st.integers(2, 5),
     alpha=st.floats(0, 50),
     min_margin=st.floats(0, 5),
+    accuracy_alpha=st.floats(0, 50),
+    accuracy_margin=st.floats(0, 5),
     per_pair=st.booleans(),
 )
 def test_margin_hkr_is_the_mean_over_deciding_margins(
-    seed: int, images: int, outputs: int, alpha: float, min_margin: float, per_pair: bool
+    seed: int,
+    images: int,
+    outputs: int,
+    alpha: float,
+    min_margin: float,
+    accuracy_alpha: float,
+    accuracy_margin: float,
+    per_pair: bool,
 ) -> None:
     logits, labels = sample(seed, images, outputs)
     bounds = None
@@ -84,8 +93,18 @@ def test_margin_hkr_is_the_mean_over_deciding_margins(
         margin_by_hand(row, y, bounds.tolist() if bounds is not None else None)
         for row, y in zip(logits.tolist(), labels.tolist(), strict=True)
     ]
-    expected = mean([-m + alpha * max(0.0, min_margin - m) for m in margins])
-    actual = hkr_margin_loss(logits, labels, alpha=alpha, min_margin=min_margin, margin_bounds_KK=bounds)
+    expected = mean(
+        [-m + alpha * max(0.0, min_margin - m) + accuracy_alpha * max(0.0, accuracy_margin - m) for m in margins]
+    )
+    actual = hkr_margin_loss(
+        logits,
+        labels,
+        alpha=alpha,
+        min_margin=min_margin,
+        margin_bounds_KK=bounds,
+        accuracy_alpha=accuracy_alpha,
+        accuracy_margin=accuracy_margin,
+    )
     assert actual.item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
