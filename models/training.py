@@ -140,6 +140,8 @@ def objective_of(loss: Loss) -> Objective:
                     alpha=loss.alpha,
                     min_margin=loss.min_margin,
                     margin_bounds_KK=network.declared_margin_bounds_KK() if loss.per_pair_bound else None,
+                    accuracy_alpha=loss.accuracy_alpha,
+                    accuracy_margin=loss.accuracy_margin,
                 )
         return value, logits
 
@@ -450,7 +452,9 @@ def _stop_requests() -> Generator[Callable[[], bool]]:
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, remember)
+            # A shell lets its background jobs ignore Ctrl-C, which is meant for the one in the foreground.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, remember)
     except ValueError:  # not the main thread: signals are somebody else's
         previous.clear()
     try:

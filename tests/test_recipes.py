@@ -9,11 +9,13 @@ import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from models import runs
 from models.__main__ import app
 from models.layers import OrthogonalConv2d
 from models.recipes import RECIPES, MnistRecipe, RecipeError, recipe_by_name
 from models.runs import build_network
 from models.toys import centred_square, squares_sampler, true_squares_distance, two_moons
+from models.training import Interrupted
 
 runner = CliRunner()
 
@@ -131,6 +133,16 @@ def test_two_moons_draws_level_lines_and_transport(tmp_path: Path) -> None:
     for picture in ("levels.png", "transport.png"):
         assert (tmp_path / "two-moons" / picture).read_bytes().startswith(b"\x89PNG")
     assert 0 <= json.loads((tmp_path / "two-moons" / "metrics.json").read_text())["accuracy"] <= 1
+
+
+def test_interrupted_command_exits_130_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **settings: object) -> str:
+        raise Interrupted("stopped; run the same command with --resume to go on")
+
+    monkeypatch.setattr(runs, "run_recipe", interrupted)
+    result = runner.invoke(app, ["train", "two-moons", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert "--resume" in result.output
 
 
 def test_error_of_the_command_is_one_line_without_a_traceback(tmp_path: Path) -> None:
