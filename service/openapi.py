@@ -183,7 +183,16 @@ def _predict_body(examples: Examples | None) -> Json:
         }
         # A binary body has no literal form in JSON; the server hands the same image out as a file.
         file: Json = {"sample": {"summary": "GET it and send it", "externalValue": f"{SAMPLES}/image.png"}}
-        content[body.FORM]["example"] = wanted
+        # The docs page fills in every field of a form, with the word "string" where it knows nothing better.
+        form: Json = {
+            "model": examples.answer.model,
+            **wanted,
+            "target": examples.counterfactual_answer.certificate.runner_up.label,
+            "resize": False,
+        }
+        content[body.FORM]["example"] = form
+        for name, value in form.items():
+            content[body.FORM]["schema"]["properties"][name]["example"] = value
         content["image/png"]["examples"] = file
         content[body.NPY]["examples"] = {
             "sample": {"summary": "GET it and send it", "externalValue": f"{SAMPLES}/image.npy"}
