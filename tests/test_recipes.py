@@ -107,7 +107,13 @@ def test_moons_without_noise_lie_on_their_half_circles() -> None:
 
 def test_learned_distance_of_small_squares_is_within_half_a_percent(tmp_path: Path) -> None:
     arguments = ["train", "wasserstein-squares", "--out", str(tmp_path), "--threads", "1", "--epochs", "2"]
-    changes = ["image_size=12", "square_size=7", "network.widths=[16,8]", "schedule.learning_rate=0.02"]
+    changes = [
+        "image_size=12",
+        "square_size=7",
+        "network.widths=[16,8]",
+        "schedule.learning_rate=0.02",
+        "steps_per_epoch=60",
+    ]
     result = runner.invoke(app, arguments + [part for change in changes for part in ("--set", change)])
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "wasserstein-squares" / "metrics.json").read_text())
