@@ -10,7 +10,7 @@ A layer emits itself once, as a pair: the forward value and its pullback, the fu
 Weights are trained in float32 through a parametrisation. `fold()` gives the layer that is served: the
 parametrisation evaluated in float64, rounded to float32, held in float64.
 
-Axes: N batch, C channels, H height, W width, D features, K classes, P pixels (H * W), O outputs.
+Axes: N batch, C channels, H height, W width (A, B after pooling), D features, K classes, P pixels (H * W), O outputs.
 """
 
 from __future__ import annotations
@@ -406,7 +406,7 @@ class L2Pool2d(Layer):
         super().__init__()
         self.kernel_size = kernel_size
 
-    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H//k W//k"]:
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C A B"]:
         """`sqrt(sum of squares)`; the gradient at an all-zero window is taken as zero.
 
         Raises:
@@ -440,7 +440,7 @@ class ScaledAvgPool2d(Layer):
         super().__init__()
         self.kernel_size = kernel_size
 
-    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H//k W//k"]:
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C A B"]:
         """`sum / k`.
 
         Raises:
@@ -475,7 +475,7 @@ class SpaceToDepth(Layer):
         super().__init__()
         self.kernel_size = kernel_size
 
-    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C*k*k H//k W//k"]:
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D A B"]:
         """The permutation.
 
         Raises:

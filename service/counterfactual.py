@@ -26,7 +26,7 @@ Axes: N batch, C channels, H and W of the image that was sent, K classes, D = C 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
@@ -69,6 +69,7 @@ class Counterfactual:
     """Gradients that were computed."""
 
 
+@runtime_checkable
 class Differentiable(Protocol):
     """A classifier as the search sees it: pixels of the image that was sent, in [0, 1]."""
 

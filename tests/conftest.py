@@ -9,6 +9,7 @@ from typing import Any
 
 import builders
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 from fastapi import FastAPI
@@ -16,6 +17,10 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.classifier import Classifier
 from service.settings import Settings
+
+# No timed unit tests: a busy machine is no defect.
+hypothesis.settings.register_profile("lipcert", deadline=None)
+hypothesis.settings.load_profile("lipcert")
 
 HEIGHT, WIDTH = 4, 5
 LIMITS = {"max_body_bytes": 20_000, "max_pixels": 2_000, "max_batch": 4}

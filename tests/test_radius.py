@@ -96,7 +96,6 @@ def test_two_class_logits_are_f_and_minus_f() -> None:
     ("logits", "bounds", "error"),
     [
         (np.zeros((1, 1)), np.ones((1, 1)), 0.0),
-        (np.zeros((1, 2)), np.ones((3, 3)), 0.0),
         (np.zeros((1, 2)), np.full((2, 2), np.nan), 0.0),
         (np.zeros((1, 2)), -np.ones((2, 2)), 0.0),
         (np.zeros((1, 2)), np.ones((2, 2)), np.inf),
@@ -106,3 +105,9 @@ def test_two_class_logits_are_f_and_minus_f() -> None:
 def test_bounds_that_are_no_bounds_are_refused(logits: np.ndarray, bounds: np.ndarray, error: float) -> None:
     with pytest.raises(ValueError, match=r"two classes|expected|finite"):
         certified_radius(logits, bounds, error)
+
+
+def test_bounds_of_another_number_of_classes_are_refused() -> None:
+    # The shapes in the annotations are checked under test, before the function's own check.
+    with pytest.raises((ValueError, TypeError)):
+        certified_radius(np.zeros((1, 2)), np.ones((3, 3)), 0.0)

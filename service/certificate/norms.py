@@ -22,7 +22,8 @@ from service.certificate.rounding import (
     sum_up,
 )
 
-_GUESS_FACTORS = (1.0 + 2.0**-40, 1.0 + 2.0**-30, 1.0 + 2.0**-20, 1.0 + 2.0**-10)
+_KRYLOV_STEPS = 48
+_GUESS_FACTORS = (1.0 + 2.0**-40, 1.0 + 2.0**-30, 1.0 + 2.0**-20, 1.0 + 2.0**-16, 1.0 + 2.0**-13, 1.0 + 2.0**-8)
 
 
 def spectral_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
@@ -32,8 +33,8 @@ def spectral_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
     computed, of the smaller side n, and `s` any number. If a floating-point Cholesky factorisation of
     `A = s I - G` runs to completion, then `A` plus a perturbation of norm at most
     `gamma_{n+1} / (1 - gamma_{n+1}) * trace(A)` is positive semidefinite (Higham 2002, theorem 10.3), so that
-    `||W||^2 <= s + that + the rounding of G and of the diagonal of A`. The guess for `s` is a computed eigenvalue;
-    a guess that is too small makes the factorisation fail, never the bound.
+    `||W||^2 <= s + that + the rounding of G and of the diagonal of A`. The guess for `s` comes from a
+    few steps of Lanczos' method; one that is too small makes the factorisation fail, never the bound.
 
     Assumes that matrix products and the factorisation sum in any order but do not use Strassen-like schemes, as in
     OpenBLAS and MKL. Where every guess fails, the Frobenius norm is returned.
@@ -65,7 +66,7 @@ def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> fl
     gram = tall_MN.T @ tall_MN
     # The lower triangle alone is meant: mirrored, so that what is factorised is exactly symmetric.
     gram = np.tril(gram) + np.tril(gram, -1).T
-    guess = float(np.linalg.eigvalsh(gram)[-1])
+    guess = _largest_eigenvalue_guess(gram)
     gram_error = add_up(mul_up(gamma_up(n_rows), frobenius, frobenius), mul_up(4.0 * n_rows * n, SMALLEST_NORMAL))
     gamma = gamma_up(n + 1)
     for factor in _GUESS_FACTORS:
@@ -84,6 +85,25 @@ def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> fl
         factor_error = add_up(mul_up(div_up(gamma, down(1.0 - gamma)), trace), mul_up(8.0 * n * n, SMALLEST_NORMAL))
         return sqrt_up(add_up(shift, diagonal_error, factor_error, gram_error))
     return math.inf
+
+
+def _largest_eigenvalue_guess(gram_NN: Float64[np.ndarray, "N N"]) -> float:
+    """The largest eigenvalue in a Krylov space: never above the largest of the matrix, and close to it."""
+    n = gram_NN.shape[0]
+    basis = np.zeros((min(n, _KRYLOV_STEPS), n))
+    # Deterministic, and no eigenvector of anything in practice: multiples of the golden angle.
+    vector = 1.0 + 0.5 * np.cos(2.399963229728653 * np.arange(n))
+    size = 0
+    for size in range(1, len(basis) + 1):
+        basis[size - 1] = vector / np.linalg.norm(vector)
+        vector = gram_NN @ basis[size - 1]
+        reach = float(np.linalg.norm(vector))
+        for _ in range(2):
+            vector -= basis[:size].T @ (basis[:size] @ vector)
+        if float(np.linalg.norm(vector)) <= 1e-13 * reach:
+            break
+    space = basis[:size]
+    return float(np.linalg.eigvalsh(space @ gram_NN @ space.T)[-1])
 
 
 def absolute_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:

@@ -51,13 +51,15 @@ class Context:
 
     def source(
         self,
-        center: Array,
+        computed: Array | np.float64,
         lipschitz: float,
         error: float,
         error_max: float | None = None,
         affine: Affine | None = None,
     ) -> View:
-        """A new source, seen whole."""
+        """A new source with the value `computed` at the centre of the box, seen whole."""
+        # Arithmetic on arrays without axes gives numpy scalars.
+        center = np.asarray(computed, dtype=np.float64)
         if not (np.isfinite(center).all() and math.isfinite(lipschitz) and math.isfinite(error)):
             raise Refusal("its bounds are not finite")
         made = Source(center, lipschitz, error, min(error, error_max if error_max is not None else error), affine)
