@@ -1,7 +1,9 @@
 """Random ONNX graphs of certified operators, and their exact evaluation in rational numbers."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -177,6 +179,91 @@ def random_model(seed: int, dtype: type = np.float64, n_steps: int = 6) -> tuple
     return b.model(input_shape, x, shape[0]), input_shape
 
 
+def _conv(b: GraphBuilder, x: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    channels, *size = shape
+    groups = int(b.rng.choice([g for g in (1, 2, 3) if channels % g == 0]))
+    out = groups * int(b.rng.integers(1, 3))
+    kernel = [int(b.rng.integers(1, min(n, 3) + 1)) for n in size]
+    strides = [int(s) for s in b.rng.integers(1, 4, len(size))]
+    dilations = [1 if (n < 2 * k - 1) else int(b.rng.integers(1, 3)) for n, k in zip(size, kernel, strict=True)]
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    weight = b.constant(_weights(b, out, channels // groups, *kernel))
+    bias = [b.constant(_weights(b, out))] if b.rng.integers(2) else []
+    common = {"group": groups, "strides": strides, "dilations": dilations, "kernel_shape": kernel}
+    # ONNX Runtime has no dilation with automatic padding.
+    if b.rng.integers(3) == 0 and max(dilations) == 1:
+        mode = str(b.rng.choice(["SAME_UPPER", "SAME_LOWER"]))
+        return b.one("Conv", x, weight, *bias, auto_pad=mode, **common), (
+            out,
+            *(-(-n // s) for n, s in zip(size, strides, strict=True)),
+        )
+    pads = [int(p) for p in b.rng.integers(0, 3, 2 * len(size))]
+    after = [
+        (n + pads[a] + pads[a + len(size)] - k) // s + 1
+        for a, (n, k, s) in enumerate(zip(size, extent, strides, strict=True))
+    ]
+    return b.one("Conv", x, weight, *bias, pads=pads, **common), (out, *after)
+
+
+def _conv_transpose(b: GraphBuilder, x: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    channels, *size = shape
+    groups = int(b.rng.choice([g for g in (1, 2) if channels % g == 0]))
+    per_group = int(b.rng.integers(1, 3))
+    kernel = [int(k) for k in b.rng.integers(2, 4, len(size))]
+    strides = [int(s) for s in b.rng.integers(1, 3, len(size))]
+    extra = [int(b.rng.integers(s)) for s in strides]
+    pads = [int(p) for p in b.rng.integers(0, 2, len(size))] * 2
+    if any((n - 1) * s + k - 2 * p + e < 1 for n, s, k, p, e in zip(size, strides, kernel, pads, extra, strict=False)):
+        return x, shape
+    weight = b.constant(_weights(b, channels, per_group, *kernel))
+    attributes = {"group": groups, "strides": strides, "pads": pads, "output_padding": extra, "kernel_shape": kernel}
+    after = [(n - 1) * s + k - 2 * p + e for n, s, k, p, e in zip(size, strides, kernel, pads, extra, strict=False)]
+    return b.one("ConvTranspose", x, weight, **attributes), (groups * per_group, *after)
+
+
+def _pool(b: GraphBuilder, x: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    channels, *size = shape
+    kernel = [int(b.rng.integers(1, min(n, 3) + 1)) for n in size]
+    strides = [int(s) for s in b.rng.integers(1, 4, len(size))]
+    pads = [int(b.rng.integers(0, k)) if k > 1 else 0 for k in kernel] * 2
+    after = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, pads, kernel, strides, strict=False)]
+    common = {"kernel_shape": kernel, "strides": strides, "pads": pads}
+    if b.rng.integers(2):
+        return b.one("MaxPool", x, **common), (channels, *after)
+    counted = int(b.rng.integers(2))
+    return b.one("AveragePool", x, count_include_pad=counted, **common), (channels, *after)
+
+
+def _batch_normalization(b: GraphBuilder, x: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    scale, bias, mean = (b.constant(_weights(b, shape[0])) for _ in range(3))
+    variance = b.constant(b.rng.uniform(0.1, 2.0, shape[0]))
+    return b.one("BatchNormalization", x, scale, bias, mean, variance, epsilon=1e-3), shape
+
+
+_SPATIAL_STEPS: list[Step] = [_conv, _conv, _conv, _conv_transpose, _pool, _batch_normalization, _pointwise]
+
+
+def random_spatial_model(seed: int) -> tuple[bytes, tuple[int, ...]]:
+    """A random float32 graph of convolutions, pools and normalisations, and the shape of its image.
+
+    float32, because ONNX Runtime has no float64 convolution on the CPU.
+    """
+    rng = np.random.default_rng(seed)
+    b = GraphBuilder(rng, np.float32)
+    axes = int(rng.integers(1, 3))
+    shape = (int(rng.integers(1, 5)), *(int(n) for n in rng.integers(2, 7, axes)))
+    input_shape = shape
+    x = "image"
+    for _ in range(int(rng.integers(1, 4))):
+        x, shape = _SPATIAL_STEPS[int(rng.integers(len(_SPATIAL_STEPS)))](b, x, shape)
+        if np.prod(shape) > 150:
+            break
+    if rng.integers(4) == 0:
+        x, shape = b.one("GlobalAveragePool", x), (shape[0], *[1] * axes)
+    x, shape = b.one("Flatten", x, axis=1), (int(np.prod(shape)),)
+    return b.model(input_shape, x, shape[0]), input_shape
+
+
 def exact_logits(model_bytes: bytes, image: np.ndarray) -> np.ndarray:
     """The graph's real-number output for one image, as an array of Fractions.
 
@@ -225,18 +312,124 @@ def _exact_gemm(i: list[np.ndarray], a: dict, n: int) -> list[np.ndarray]:
     return [i[0] @ weight + (i[2] if len(i) > 2 else Fraction(0))]
 
 
+def _exact_geometry(a: dict, size: tuple[int, ...], kernel: list[int]) -> tuple[list[int], list[int], list[int]]:
+    strides, dilations = a.get("strides", [1] * len(size)), a.get("dilations", [1] * len(size))
+    pads = list(a.get("pads", [0] * (2 * len(size))))
+    mode = a.get("auto_pad", b"NOTSET")
+    if mode != b"NOTSET":
+        for axis, (n, k, s) in enumerate(zip(size, kernel, strides, strict=True)):
+            total = max((-(-n // s) - 1) * s + k - n, 0)
+            less, more = total // 2, total - total // 2
+            pads[axis], pads[axis + len(size)] = (less, more) if mode == b"SAME_UPPER" else (more, less)
+    return list(strides), list(dilations), pads
+
+
+def _exact_windows(
+    image: np.ndarray, a: dict, kernel: list[int]
+) -> list[tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]]:
+    """For each output position: (position, [(tap, input position inside the image)])."""
+    size = image.shape[2:]
+    strides, dilations, pads = _exact_geometry(a, size, kernel)
+    after = [
+        (n + pads[x] + pads[x + len(size)] - ((k - 1) * d + 1)) // s + 1
+        for x, (n, k, d, s) in enumerate(zip(size, kernel, dilations, strides, strict=True))
+    ]
+    found = []
+    for out in itertools.product(*(range(n) for n in after)):
+        taps = []
+        for tap in itertools.product(*(range(k) for k in kernel)):
+            place = tuple(o * s + t * d - p for o, s, t, d, p in zip(out, strides, tap, dilations, pads, strict=False))
+            if all(0 <= i < n for i, n in zip(place, size, strict=True)):
+                taps.append((tap, place))
+        found.append((out, taps))
+    return found
+
+
+def _filled(channels: int, positions: list[tuple[int, ...]]) -> np.ndarray:
+    shape = tuple(1 + max(position[axis] for position in positions) for axis in range(len(positions[0])))
+    return np.full((1, channels, *shape), Fraction(0), dtype=object)
+
+
+def _exact_conv(i: list[np.ndarray], a: dict, n: int) -> list[np.ndarray]:
+    image, weight = i[0], i[1]
+    windows = _exact_windows(image, a, list(weight.shape[2:]))
+    result = _filled(len(weight), [out for out, _ in windows])
+    per_group = len(weight) // a["group"]
+    for o in range(len(weight)):
+        first = o // per_group * weight.shape[1]
+        for out, taps in windows:
+            total = i[2][o] if len(i) > 2 else Fraction(0)
+            for c in range(weight.shape[1]):
+                total += sum(weight[(o, c, *tap)] * image[(0, first + c, *place)] for tap, place in taps)
+            result[(0, o, *out)] = total
+    return [result]
+
+
+def _exact_conv_transpose(i: list[np.ndarray], a: dict, n: int) -> list[np.ndarray]:
+    image, weight = i[0], i[1]
+    size, kernel = image.shape[2:], weight.shape[2:]
+    strides, pads, extra = a["strides"], a["pads"], a["output_padding"]
+    after = [
+        (m - 1) * s + k - p - q + e
+        for m, s, k, p, q, e in zip(size, strides, kernel, pads, pads[len(size) :], extra, strict=False)
+    ]
+    per_group = len(weight) // a["group"]
+    result = np.full((1, weight.shape[1] * a["group"], *after), Fraction(0), dtype=object)
+    for c in range(len(weight)):
+        for place in itertools.product(*(range(m) for m in size)):
+            for tap in itertools.product(*(range(k) for k in kernel)):
+                out = tuple(x * s + t - p for x, s, t, p in zip(place, strides, tap, pads, strict=False))
+                if all(0 <= x < m for x, m in zip(out, after, strict=True)):
+                    for o in range(weight.shape[1]):
+                        channel = c // per_group * weight.shape[1] + o
+                        result[(0, channel, *out)] += weight[(c, o, *tap)] * image[(0, c, *place)]
+    return [result]
+
+
+def _exact_pool(i: list[np.ndarray], a: dict, n: int, mean: bool) -> list[np.ndarray]:
+    image = i[0]
+    windows = _exact_windows(image, a, list(a["kernel_shape"]))
+    result = _filled(image.shape[1], [out for out, _ in windows])
+    for c in range(image.shape[1]):
+        for out, taps in windows:
+            values = [image[(0, c, *place)] for _, place in taps]
+            divisor = int(np.prod(a["kernel_shape"])) if a.get("count_include_pad") else len(values)
+            result[(0, c, *out)] = sum(values) / divisor if mean else max(values)
+    return [result]
+
+
+def _exact_batch_normalization(i: list[np.ndarray], a: dict, n: int) -> list[np.ndarray]:
+    image, scale, bias, mean, variance = i
+    shape = (1, -1, *[1] * (image.ndim - 2))
+    epsilon = Fraction(float(np.float32(a["epsilon"])))
+    # A square root is not rational; 60 digits are exact enough for an error of 1e-7.
+    with localcontext() as context:
+        context.prec = 60
+        roots = [(Decimal(v.numerator) / Decimal(v.denominator)).sqrt() for v in variance + epsilon]
+    factors = np.array([s / Fraction(r) for s, r in zip(scale, roots, strict=True)], dtype=object)
+    return [(image - mean.reshape(shape)) * factors.reshape(shape) + bias.reshape(shape)]
+
+
 _EXACT: dict[str, Callable[[list[np.ndarray], dict, int], list[np.ndarray]]] = {
     "Abs": lambda i, a, n: [np.abs(i[0])],
     "Add": lambda i, a, n: [i[0] + i[1]],
+    "AveragePool": lambda i, a, n: _exact_pool(i, a, n, mean=True),
+    "BatchNormalization": _exact_batch_normalization,
     "Clip": lambda i, a, n: [np.minimum(np.maximum(i[0], i[1]), i[2])],
     "Concat": lambda i, a, n: [np.concatenate(i, axis=a["axis"])],
+    "Conv": _exact_conv,
+    "ConvTranspose": _exact_conv_transpose,
     "Div": lambda i, a, n: [i[0] / i[1]],
     "Flatten": lambda i, a, n: [i[0].reshape(len(i[0]), -1)],
     "Gather": lambda i, a, n: [np.take(i[0], i[1], axis=a["axis"])],
     "Gemm": _exact_gemm,
+    "GlobalAveragePool": lambda i, a, n: [
+        np.sum(i[0], axis=tuple(range(2, i[0].ndim)), keepdims=True) / int(np.prod(i[0].shape[2:]))
+    ],
     "Identity": lambda i, a, n: [i[0]],
     "LeakyRelu": lambda i, a, n: [np.where(i[0] >= 0, i[0], i[0] * Fraction(a["alpha"]))],
     "MatMul": lambda i, a, n: [i[0] @ i[1]],
+    "MaxPool": lambda i, a, n: _exact_pool(i, a, n, mean=False),
     "Max": lambda i, a, n: [np.maximum(i[0], i[1])],
     "Min": lambda i, a, n: [np.minimum(i[0], i[1])],
     "Mul": lambda i, a, n: [i[0] * i[1]],

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Float64
 from onnx.reference import ReferenceEvaluator
 
+from service.certificate import rules, spatial
 from service.certificate.graph import Graph, Node, UnsupportedGraphError, read_graph
+from service.certificate.operators import RULES, Context, Refusal
 from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
-from service.certificate.rules import RULES, Context, Refusal
 from service.certificate.values import Constant, Domain, Unknown, Value, View
 
 _EXACT_FOLDS = frozenset(
@@ -37,6 +38,9 @@ _EXACT_FOLDS = frozenset(
         "Unsqueeze",
     ]
 )
+# Importing these modules fills the table of operators.
+RULE_MODULES = (rules, spatial)
+
 _INTEGER_FOLDS = frozenset(["Add", "Div", "Mod", "Mul", "Range", "ReduceProd", "Sub"])
 
 
@@ -103,9 +107,9 @@ def certify(model_bytes: bytes) -> Certificate:
     values: dict[str, Value] = {name: Constant(array) for name, array in graph.initializers.items()}
     values[graph.input_name] = _image(context, graph) if graph.input_shape else Unknown("")
     for node in graph.nodes:
-        inputs = [values.get(name, Unknown("it is not in the graph")) for name in node.inputs if name]
-        if "" in node.inputs:
-            inputs = [values.get(name, Unknown("")) if name else None for name in node.inputs]  # type: ignore[assignment]
+        inputs = [values.get(name, Unknown("an input is not in the graph")) if name else None for name in node.inputs]
+        while inputs and inputs[-1] is None:
+            inputs.pop()
         try:
             outputs = _outputs(context, node, inputs, reports)
         except Refusal as refusal:
@@ -155,7 +159,11 @@ def _outputs(
             raise Refusal(value.reason)
     if all(isinstance(value, Constant) for value in present):
         raise Refusal("arithmetic on constants rounds; fold it before the export")
-    outputs = entry.apply(context, node, cast(Sequence[Value], inputs))
+    try:
+        outputs = entry.apply(context, node, cast(Sequence[Value], inputs))
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+        # A malformed node: what numpy cannot evaluate has no proof either.
+        raise Refusal(f"its operands do not fit: {error}") from error
     for output in outputs:
         if isinstance(output, View):
             facts = context.domain.joint(output)
@@ -180,7 +188,7 @@ def _folded(node: Node, inputs: Sequence[Constant | None]) -> list[Value]:
     integers = all(value is None or value.array.dtype.kind in "iub" for value in inputs)
     if node.operator in _INTEGER_FOLDS and not integers:
         raise Refusal("arithmetic on constants rounds; fold it before the export")
-    feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=True) if value is not None and name}
+    feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=False) if value is not None and name}
     try:
         # ReferenceEvaluator is annotated too narrowly: a single node is fine.
         run = cast(Callable[..., list[np.ndarray]], ReferenceEvaluator(node.proto).run)

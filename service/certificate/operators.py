@@ -1,0 +1,162 @@
+"""What the rules share: the table of operators, the context of one analysis, and the reading of operands."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.certificate.graph import Node
+from service.certificate.rounding import Precision, add_up, gamma_up, mul_up, sqrt_up
+from service.certificate.values import Affine, Constant, Domain, Facts, Source, Value, View
+
+Array = NDArray[np.float64]
+
+
+class Refusal(Exception):
+    """Why one node has no proved rule."""
+
+
+@dataclass
+class Context:
+    """What the rules share during the analysis of one graph."""
+
+    domain: Domain
+    precision: Precision
+    batch: int
+    """The batch size that shapes are computed with."""
+    sorted_pairs: dict[frozenset[tuple[int, bytes]], Source] = field(
+        default_factory=dict[frozenset[tuple[int, bytes]], Source]
+    )
+
+    def gamma(self, n: int) -> float:
+        try:
+            return gamma_up(n, self.precision.unit_roundoff)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+
+    def no_overflow(self, bound: float) -> None:
+        """Raises Refusal unless every intermediate result of size `bound` stays far below overflow."""
+        if not bound < self.precision.largest / 4.0:
+            raise Refusal(f"overflow cannot be excluded: intermediate values may reach {bound:.3g}")
+
+    def source(
+        self,
+        computed: Array | np.float64,
+        lipschitz: float,
+        error: float,
+        error_max: float | None = None,
+        affine: Affine | None = None,
+    ) -> View:
+        """A new source with the value `computed` at the centre of the box, seen whole."""
+        # Arithmetic on arrays without axes gives numpy scalars.
+        center = np.asarray(computed, dtype=np.float64)
+        if not (np.isfinite(center).all() and math.isfinite(lipschitz) and math.isfinite(error)):
+            raise Refusal("its bounds are not finite")
+        made = Source(center, lipschitz, error, min(error, error_max if error_max is not None else error), affine)
+        return View(made, np.arange(center.size).reshape(center.shape))
+
+
+Rule = Callable[[Context, Node, Sequence[Value]], list[Value]]
+
+
+@dataclass(frozen=True)
+class RuleEntry:
+    """A rule and the attributes that it reads; any other attribute is refused."""
+
+    apply: Rule
+    attributes: frozenset[str]
+    theorem: str
+
+
+RULES: dict[str, RuleEntry] = {}
+
+
+def rule(*operators: str, attributes: Sequence[str] = ()) -> Callable[[Rule], Rule]:
+    """Register a rule; the first line of its docstring is the theorem that reports quote."""
+
+    def register(function: Rule) -> Rule:
+        theorem = (function.__doc__ or "").strip().splitlines()[0]
+        for operator in operators:
+            RULES[operator] = RuleEntry(function, frozenset(attributes), theorem)
+        return function
+
+    return register
+
+
+def data_operand(value: Value, what: str = "its input") -> View:
+    if isinstance(value, View):
+        return value
+    raise Refusal(f"{what} must depend on the image")
+
+
+def float_operand(value: Value, what: str) -> Array:
+    """A constant operand as the exact float64 numbers that it holds."""
+    if not isinstance(value, Constant) or value.depends_on_batch:
+        raise Refusal(f"{what} must be a constant")
+    if value.array.dtype.kind != "f":
+        raise Refusal(f"{what} must hold floating-point numbers")
+    return value.array.astype(np.float64)
+
+
+def integer_operand(value: Value, what: str) -> list[int]:
+    if not isinstance(value, Constant) or value.array.dtype.kind not in "iu":
+        raise Refusal(f"{what} must be constant integers")
+    return [int(entry) for entry in value.array.ravel()]
+
+
+def optional_operand(inputs: Sequence[Value], position: int) -> Value | None:
+    return inputs[position] if position < len(inputs) else None
+
+
+def int_attribute(node: Node, name: str, default: int) -> int:
+    value = node.attributes.get(name, default)
+    if not isinstance(value, int):
+        raise Refusal(f"attribute {name} must be an integer")
+    return value
+
+
+def float_attribute(node: Node, name: str, default: float) -> float:
+    value = node.attributes.get(name, default)
+    if not isinstance(value, (int, float)):
+        raise Refusal(f"attribute {name} must be a number")
+    return float(value)
+
+
+def image_axis(axis: int, view: View) -> int:
+    """An ONNX axis, which counts the batch, as an axis of the image's own shape."""
+    rank = len(view.shape) + 1
+    if not -rank <= axis < rank:
+        raise Refusal(f"axis {axis} is outside of the {rank} axes")
+    axis %= rank
+    if axis == 0:
+        raise Refusal("it works along the batch axis and would mix images")
+    return axis - 1
+
+
+def broadcast_constant(constant: Array, view: View) -> tuple[Array, View]:
+    """Numpy broadcasting of a constant against the image's own axes; a view may repeat its elements."""
+    rank = len(view.shape)
+    if constant.ndim == rank + 1:
+        if constant.shape[0] != 1:
+            raise Refusal("a constant has its own batch axis")
+        constant = constant[0]
+    if constant.ndim > rank:
+        raise Refusal("a constant has more axes than the image's tensor")
+    try:
+        shape = np.broadcast_shapes(constant.shape, view.shape)
+    except ValueError as error:
+        raise Refusal(f"shapes {constant.shape} and {view.shape} do not broadcast") from error
+    spread = view if shape == view.shape else view.rearranged(np.broadcast_to(view.index, shape))
+    return np.broadcast_to(constant, shape), spread
+
+
+def rounding_of(context: Context, facts: Facts, view_size: int) -> tuple[float, float]:
+    """Error, in L2 and of a component, that one rounding per element adds to values bounded by `facts`.
+
+    Counted twice: the centre, from which `facts` may come, is rounded as well.
+    """
+    unit, tiny = 2.0 * context.precision.unit_roundoff, context.precision.smallest_normal
+    in_l2 = add_up(mul_up(unit, add_up(facts.norm, facts.error)), mul_up(sqrt_up(float(view_size)), tiny))
+    return in_l2, add_up(mul_up(unit, facts.largest), tiny)

@@ -1,0 +1,301 @@
+"""Rules of operators that work on images: convolution, pooling, batch normalisation. Notation as in `rules`."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from service.certificate.convolutions import (
+    absolute_convolution_bound,
+    convolution_norm_bound,
+    convolve,
+    transposed_convolve,
+)
+from service.certificate.graph import Node
+from service.certificate.norms import row_norms_up
+from service.certificate.operators import (
+    Array,
+    Context,
+    Refusal,
+    data_operand,
+    float_attribute,
+    float_operand,
+    int_attribute,
+    optional_operand,
+    rule,
+)
+from service.certificate.rounding import add_up, div_up, mul_up, norm_up, sqrt_up
+from service.certificate.values import Value, View
+
+
+def _numbers(node: Node, name: str, default: Sequence[int]) -> list[int]:
+    value = node.attributes.get(name, list(default))
+    if not isinstance(value, (list, tuple)):
+        raise Refusal(f"attribute {name} must be a list of integers")
+    numbers = [int(number) for number in value]  # type: ignore[reportUnknownArgumentType]
+    if len(numbers) != len(default):
+        raise Refusal(f"attribute {name} has {len(numbers)} entries, expected {len(default)}")
+    return numbers
+
+
+def _pads(node: Node, size: Sequence[int], extent: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Zeros before and after each spatial axis; `auto_pad` as ONNX defines it."""
+    mode = node.attributes.get("auto_pad", "NOTSET")
+    if mode == "NOTSET":
+        pads = _numbers(node, "pads", [0] * (2 * len(size)))
+        if min(pads, default=0) < 0:
+            raise Refusal("negative pads; use Slice")
+        return list(zip(pads[: len(size)], pads[len(size) :], strict=True))
+    if mode == "VALID":
+        return [(0, 0)] * len(size)
+    if mode not in ("SAME_UPPER", "SAME_LOWER"):
+        raise Refusal(f"auto_pad {mode!r} has no proved rule")
+    found: list[tuple[int, int]] = []
+    for n, k, s in zip(size, extent, strides, strict=True):
+        total = max((-(-n // s) - 1) * s + k - n, 0)
+        small, large = total // 2, total - total // 2
+        found.append((small, large) if mode == "SAME_UPPER" else (large, small))
+    return found
+
+
+def _kernel(node: Node, weight: Array) -> Array:
+    if weight.ndim not in (3, 4):
+        raise Refusal(f"a kernel with {weight.ndim - 2} spatial axes; the rule covers 1 and 2")
+    if _numbers(node, "kernel_shape", weight.shape[2:]) != list(weight.shape[2:]):
+        raise Refusal("kernel_shape is not the shape of the weight")
+    return weight
+
+
+def _bias(inputs: Sequence[Value], channels: int) -> Array:
+    value = optional_operand(inputs, 2)
+    bias = float_operand(value, "the bias") if value is not None else np.zeros(channels)
+    if bias.shape != (channels,):
+        raise Refusal(f"a bias of shape {bias.shape} does not fit {channels} channels")
+    return bias
+
+
+def _linear_result(
+    context: Context, view: View, center: Array, bias: Array, norm: float, spread: float, row_norm: float, terms: int
+) -> View:
+    """A linear map of norm `norm` plus a bias per channel, sums of at most `terms` products.
+
+    `spread` bounds the norm of the map with absolute weights, `row_norm` the Euclidean norm of the weights of
+    one output.
+    """
+    facts = context.domain.joint(view)
+    center = center + bias.reshape(-1, *[1] * (center.ndim - 1))
+    bias_norm = norm_up(np.broadcast_to(bias.reshape(-1, *[1] * (center.ndim - 1)), center.shape))
+    bias_peak = float(np.max(np.abs(bias), initial=0.0))
+    computed_norm = add_up(facts.norm, facts.error)
+    context.no_overflow(add_up(mul_up(row_norm, computed_norm), bias_peak))
+    gamma = context.gamma(terms + 1)
+    underflow = mul_up(4.0 * (terms + 2), context.precision.smallest_normal, add_up(1.0, facts.largest, row_norm))
+    error = add_up(
+        mul_up(norm, facts.error),
+        mul_up(gamma, add_up(mul_up(spread, computed_norm), bias_norm)),
+        mul_up(underflow, sqrt_up(float(center.size))),
+    )
+    error_max = add_up(
+        mul_up(row_norm, facts.error),
+        mul_up(gamma, add_up(mul_up(row_norm, computed_norm), bias_peak)),
+        underflow,
+    )
+    return context.source(center, mul_up(norm, facts.lipschitz), error, error_max)
+
+
+_CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+
+
+@rule("Conv", attributes=_CONV_ATTRIBUTES)
+def conv(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+    """Zero-padded convolution: at most the largest norm of its symbol on a torus of n + k - 1 points."""
+    view = data_operand(inputs[0])
+    kernel = _kernel(node, float_operand(inputs[1], "the weight"))
+    axes = kernel.ndim - 2
+    groups = int_attribute(node, "group", 1)
+    if len(view.shape) != axes + 1 or view.shape[0] != kernel.shape[1] * groups or kernel.shape[0] % groups:
+        raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
+    size = view.shape[1:]
+    strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilations, strict=True)]
+    pads = _pads(node, size, extent, strides)
+    padded = np.pad(view.center, [(0, 0), *pads])
+    if any(n < k for n, k in zip(padded.shape[1:], extent, strict=True)):
+        raise Refusal("the kernel is larger than the padded image")
+    center = convolve(padded, kernel, strides, dilations, groups)
+    norm = convolution_norm_bound(kernel, size, strides, dilations, groups)
+    row_norm = float(np.max(row_norms_up(kernel.reshape(len(kernel), -1))))
+    spread = absolute_convolution_bound(kernel, groups)
+    terms = math.prod(kernel.shape[1:])
+    return [_linear_result(context, view, center, _bias(inputs, len(kernel)), norm, spread, row_norm, terms)]
+
+
+@rule("ConvTranspose", attributes=(*_CONV_ATTRIBUTES, "output_padding"))
+def conv_transpose(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+    """The adjoint of a zero-padded convolution (some results cut off): the same norm bound."""
+    view = data_operand(inputs[0])
+    kernel = _kernel(node, float_operand(inputs[1], "the weight"))
+    axes = kernel.ndim - 2
+    groups = int_attribute(node, "group", 1)
+    if len(view.shape) != axes + 1 or view.shape[0] != kernel.shape[0] or kernel.shape[0] % groups:
+        raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
+    if node.attributes.get("auto_pad", "NOTSET") != "NOTSET":
+        raise Refusal("auto_pad; give the pads as numbers")
+    strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
+    extra = _numbers(node, "output_padding", [0] * axes)
+    pads = _pads(node, view.shape[1:], [1] * axes, strides)
+    full = transposed_convolve(view.center, kernel, strides, dilations, groups)
+    kept = [slice(None)]
+    size: list[int] = []
+    for n, (low, high), more in zip(full.shape[1:], pads, extra, strict=True):
+        size.append(n + more - low - high)
+        kept.append(slice(low, low + size[-1]))
+    if min(size) < 1:
+        raise Refusal("nothing is left of the tensor")
+    center = np.pad(full, [(0, 0), *((0, more) for more in extra)])[tuple(kept)]
+    # As the convolution of an image as large as the full result.
+    whole = [n + more for n, more in zip(full.shape[1:], extra, strict=True)]
+    norm = convolution_norm_bound(kernel, whole, strides, dilations, groups)
+    channels = kernel.shape[1] * groups
+    per_output = np.swapaxes(kernel.reshape(groups, -1, *kernel.shape[1:]), 1, 2).reshape(channels, -1)
+    row_norm = float(np.max(row_norms_up(per_output)))
+    spread = absolute_convolution_bound(kernel, groups)
+    return [_linear_result(context, view, center, _bias(inputs, channels), norm, spread, row_norm, per_output.shape[1])]
+
+
+def _windows(values: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Array:
+    """`C x *out x window` of a padded `C x *S` array."""
+    axes = len(kernel)
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    if any(n < k for n, k in zip(values.shape[1:], extent, strict=True)):
+        raise Refusal("the window is larger than the padded image")
+    windows = np.lib.stride_tricks.sliding_window_view(values, extent, axis=tuple(range(1, axes + 1)))
+    picks = tuple(slice(None, None, stride) for stride in strides)
+    taps = tuple(slice(None, None, dilation) for dilation in dilations)
+    chosen = windows[(slice(None), *picks, *taps)]
+    return chosen.reshape(*chosen.shape[: axes + 1], -1)
+
+
+def _coverage(
+    size: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> Array:
+    """Indices into the image (one channel) of each window, -1 for padding: `*out x window`."""
+    positions = np.arange(math.prod(size), dtype=np.float64).reshape(1, *size)
+    return _windows(np.pad(positions, [(0, 0), *pads], constant_values=-1.0), kernel, strides, dilations)[0]
+
+
+def _pool_geometry(node: Node, view: View) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:
+    axes = len(view.shape) - 1
+    if axes not in (1, 2):
+        raise Refusal(f"{axes} spatial axes; the rule covers 1 and 2")
+    if int_attribute(node, "ceil_mode", 0):
+        raise Refusal("ceil_mode=1 has no proved rule")
+    kernel = _numbers(node, "kernel_shape", [0] * axes)
+    strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    return kernel, strides, dilations, _pads(node, view.shape[1:], extent, strides)
+
+
+_POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+
+
+@rule("MaxPool", attributes=(*_POOL_ATTRIBUTES, "storage_order"))
+def max_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+    """Maxima of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows (1 if they are disjoint). Exact."""
+    if len(node.outputs) > 1:
+        raise Refusal("the indices of a maximum jump and have no Lipschitz constant")
+    view = data_operand(inputs[0])
+    kernel, strides, dilations, pads = _pool_geometry(node, view)
+    padded = np.pad(view.center, [(0, 0), *pads], constant_values=-np.inf)
+    center = _windows(padded, kernel, strides, dilations).max(axis=-1)
+    if not np.isfinite(center).all():
+        raise Refusal("a window holds padding only")
+    used = _coverage(view.shape[1:], pads, kernel, strides, dilations).ravel()
+    times = float(np.bincount(used[used >= 0].astype(np.int64)).max())
+    facts = context.domain.joint(view)
+    factor = sqrt_up(times)
+    return [context.source(center, mul_up(factor, facts.lipschitz), mul_up(factor, facts.error), view.source.error_max)]
+
+
+@rule("AveragePool", attributes=(*_POOL_ATTRIBUTES, "count_include_pad"))
+def average_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+    """Means of windows: sqrt(largest row sum * largest column sum) of its weights (Schur's test)."""
+    view = data_operand(inputs[0])
+    kernel, strides, dilations, pads = _pool_geometry(node, view)
+    windows = _windows(np.pad(view.center, [(0, 0), *pads]), kernel, strides, dilations)
+    indices = _coverage(view.shape[1:], pads, kernel, strides, dilations)
+    inside = indices >= 0
+    n = math.prod(kernel)
+    if int_attribute(node, "count_include_pad", 0):
+        divisors = np.full(inside.shape[:-1], float(n))
+    else:
+        divisors = inside.sum(axis=-1).astype(np.float64)
+    if (divisors == 0.0).any():
+        raise Refusal("a window holds padding only")
+    center = windows.sum(axis=-1) / divisors
+    shares = np.broadcast_to((1.0 / divisors)[..., None], inside.shape)[inside]
+    columns = np.bincount(indices[inside].astype(np.int64), weights=shares)
+    # Row sums are at most 1; a column is a sum of at most n quotients, each rounded once.
+    column = mul_up(float(columns.max()), 1.0 + 4.0 * (n + 2) * 2.0**-53)
+    norm = sqrt_up(column)
+    row_norm = div_up(1.0, math.sqrt(float(divisors.min()))) * (1.0 + 2.0**-50)
+    zero = np.zeros(view.shape[0])
+    return [_linear_result(context, view, center, zero, norm, norm, row_norm, n + 1)]
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool")
+def global_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+    """Over a whole channel of n pixels: the mean has norm 1 / sqrt(n), the maximum is 1-Lipschitz and exact."""
+    view = data_operand(inputs[0])
+    flat = view.center.reshape(view.shape[0], -1)
+    shape = (view.shape[0], *[1] * (len(view.shape) - 1))
+    if node.operator == "GlobalMaxPool":
+        facts = context.domain.joint(view)
+        return [context.source(flat.max(axis=1).reshape(shape), facts.lipschitz, facts.error, view.source.error_max)]
+    n = flat.shape[1]
+    norm = div_up(sqrt_up(float(n)), float(n)) if n > 1 else 1.0
+    center = flat.mean(axis=1).reshape(shape)
+    return [_linear_result(context, view, center, np.zeros(view.shape[0]), norm, norm, norm, n + 1)]
+
+
+@rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))
+def batch_normalization(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+    """In inference form a diagonal map per channel: its norm is the largest |scale| / sqrt(variance + epsilon)."""
+    view = data_operand(inputs[0])
+    if int_attribute(node, "training_mode", 0) or len(node.outputs) > 1:
+        raise Refusal("its training form mixes the images of a batch")
+    scale, bias, mean, variance = (float_operand(value, "every parameter") for value in inputs[1:5])
+    if any(parameter.shape != (view.shape[0],) for parameter in (scale, bias, mean, variance)):
+        raise Refusal(f"its parameters do not fit {view.shape[0]} channels")
+    epsilon = float_attribute(node, "epsilon", 1e-5)
+    if not (variance + epsilon > 0.0).all():
+        raise Refusal("variance + epsilon must be positive")
+    # Five roundings in float64 at most; the slack covers them.
+    factor = np.abs(scale) / np.sqrt(variance + epsilon) * (1.0 + 2.0**-48)
+    peak = float(np.max(factor))
+    facts = context.domain.joint(view)
+    column = (-1, *[1] * (len(view.shape) - 1))
+    center = (view.center - mean.reshape(column)) * (scale / np.sqrt(variance + epsilon)).reshape(column)
+    center = center + bias.reshape(column)
+    # However a runtime arranges it, (x - mean) f + b or x f + (b - mean f), at most ten roundings touch the terms
+    # f x, f mean and b, each of relative size 1.
+    constant = factor * np.abs(mean) + np.abs(bias)
+    constant_norm = norm_up(np.broadcast_to(constant.reshape(column), center.shape))
+    gamma = context.gamma(10)
+    tiny = mul_up(16.0, context.precision.smallest_normal, add_up(1.0, peak))
+    context.no_overflow(add_up(mul_up(peak, facts.largest), mul_up(2.0, float(np.max(constant)))))
+    error = add_up(
+        mul_up(peak, facts.error),
+        mul_up(gamma, add_up(mul_up(peak, add_up(facts.norm, facts.error)), constant_norm)),
+        mul_up(tiny, sqrt_up(float(center.size))),
+    )
+    error_max = add_up(
+        mul_up(peak, view.source.error_max),
+        mul_up(gamma, add_up(mul_up(peak, facts.largest), mul_up(2.0, float(np.max(constant))))),
+        tiny,
+    )
+    return [context.source(center, mul_up(peak, facts.lipschitz), error, error_max)]
