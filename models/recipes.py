@@ -134,11 +134,18 @@ RECIPES: dict[str, AnyRecipe] = {
         MnistRecipe(
             name="mnist",
             digits=tuple(range(10)),
-            network=Network(widths=(512, 512, 512), parametrisation="stiefel"),
-            loss=Loss(kind="hkr_margin", alpha=10.0, min_margin=2.3, per_pair_bound=True),
-            schedule=Schedule(epochs=30, batch_size=512, learning_rate=8e-3),
+            network=Network(widths=(768, 768, 768), parametrisation="stiefel"),
+            loss=Loss(
+                kind="hkr_margin",
+                alpha=10.0,
+                min_margin=2.3,
+                per_pair_bound=True,
+                accuracy_alpha=15.0,
+                accuracy_margin=0.5,
+            ),
+            schedule=Schedule(epochs=40, batch_size=1024, learning_rate=8e-3, rotation_rate=0.06),
             epsilons=(0.3, 1.0, 1.58),
-            augment=Augment(),
+            augment=Augment(rotation_degrees=6.0, scale=0.06, shear=0.05, shift_pixels=0.8),
         ),
         TwoMoonsRecipe(
             name="two-moons",
