@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.certificate.graph import Node
-from service.certificate.rounding import Precision, add_up, gamma_up, mul_up, sqrt_up
+from service.certificate.rounding import Precision, add_up, gamma_up, mul_up, norm_up, sqrt_up
 from service.certificate.values import Affine, Constant, Domain, Facts, Source, Value, View
 
 Array = NDArray[np.float64]
@@ -160,3 +160,52 @@ def rounding_of(context: Context, facts: Facts, view_size: int) -> tuple[float, 
     unit, tiny = 2.0 * context.precision.unit_roundoff, context.precision.smallest_normal
     in_l2 = add_up(mul_up(unit, add_up(facts.norm, facts.error)), mul_up(sqrt_up(float(view_size)), tiny))
     return in_l2, add_up(mul_up(unit, facts.largest), tiny)
+
+
+def linear_result(
+    context: Context,
+    view: View,
+    image: Array | np.float64,
+    bias: Array | None,
+    *,
+    norm: float,
+    spread: float,
+    row_norm: float,
+    terms: int,
+    affine: Affine | None = None,
+) -> View:
+    """The result of a linear map and a bias: sums of at most `terms` products, in any order.
+
+    Lipschitz: `norm L`. Rounding: `||y^ - y|| <= norm e + gamma_{terms+1} (spread ||x^|| + ||b||)`, and for one
+    component with the norm of its own row.
+
+    Args:
+        view: the input of the map.
+        image: the map applied to the centre of `view`, bias left out.
+        bias: broadcasts against `image`.
+        norm: bound of the norm of the map.
+        spread: bound of the norm of the map with absolute weights.
+        row_norm: bound of the Euclidean norm of the weights of one output.
+        terms: products in one sum.
+        affine: what is known of the result as a function of the input.
+    """
+    facts = context.domain.joint(view)
+    added = np.zeros(()) if bias is None else bias
+    center = np.asarray(image + added)
+    bias_norm = norm_up(np.ascontiguousarray(np.broadcast_to(added, center.shape)))
+    bias_peak = float(np.max(np.abs(added), initial=0.0))
+    computed_norm = add_up(facts.norm, facts.error)
+    context.no_overflow(add_up(mul_up(row_norm, computed_norm), bias_peak))
+    gamma = context.gamma(terms + 1)
+    underflow = mul_up(4.0 * (terms + 2), context.precision.smallest_normal, add_up(1.0, facts.largest, row_norm))
+    error = add_up(
+        mul_up(norm, facts.error),
+        mul_up(gamma, add_up(mul_up(spread, computed_norm), bias_norm)),
+        mul_up(underflow, sqrt_up(float(center.size))),
+    )
+    error_max = add_up(
+        mul_up(row_norm, facts.error),
+        mul_up(gamma, add_up(mul_up(row_norm, computed_norm), bias_peak)),
+        underflow,
+    )
+    return context.source(center, mul_up(norm, facts.lipschitz), error, error_max, affine)

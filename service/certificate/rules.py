@@ -25,6 +25,7 @@ from service.certificate.operators import (
     image_axis,
     int_attribute,
     integer_operand,
+    linear_result,
     optional_operand,
     rounding_of,
     rule,
@@ -35,44 +36,25 @@ from service.certificate.values import Affine, Constant, Facts, Source, Unknown,
 # --- linear operators -------------------------------------------------------------------------------------------------
 
 
-def _dense(context: Context, view: View, weight_NM: Array, bias_M: Array | None, roundings: int = 0) -> View:
-    """`y = x W + b` along the last axis of `x`, for every position of the other axes.
-
-    Lipschitz: `||W||_2`, since the positions are disjoint. Rounding: with n terms, one bias and `roundings` more,
-    `||y^ - y|| <= ||W|| e + gamma_{n+1+r} (|| |W| || ||x^|| + ||b||)`, each component with the norm of its own column.
-    """
+def _dense(context: Context, view: View, weight_NM: Array, bias_M: Array | None) -> View:
+    """`y = x W + b` along the last axis of `x`: norm `||W||_2`, the positions of the other axes being disjoint."""
     n, m = weight_NM.shape
     if view.shape[-1:] != (n,):
         raise Refusal(f"the weight has {n} rows but the tensor ends with {view.shape[-1:]}")
     if m == 0 or n == 0:
         raise Refusal("the weight is empty")
-    facts = context.domain.joint(view)
-    norm = spectral_norm_bound(weight_NM)
-    spread = absolute_norm_bound(weight_NM)
-    column_norm = float(np.max(row_norms_up(weight_NM.T)))
-    center = view.center @ weight_NM
-    bias_norm, bias_peak = 0.0, 0.0
-    if bias_M is not None:
-        center = center + bias_M
-        bias_norm = norm_up(np.broadcast_to(bias_M, center.shape))
-        bias_peak = float(np.max(np.abs(bias_M)))
-    computed_norm = add_up(facts.norm, facts.error)
-    context.no_overflow(add_up(mul_up(column_norm, computed_norm), bias_peak))
-    gamma = context.gamma(n + 1 + roundings)
-    tiny = context.precision.smallest_normal
-    underflow = mul_up(4.0 * (n + 2 + roundings), tiny, add_up(1.0, facts.largest, float(np.max(np.abs(weight_NM)))))
-    error = add_up(
-        mul_up(norm, facts.error),
-        mul_up(gamma, add_up(mul_up(spread, computed_norm), bias_norm)),
-        mul_up(underflow, sqrt_up(float(center.size))),
+    image = view.center @ weight_NM
+    return linear_result(
+        context,
+        view,
+        image,
+        bias_M,
+        norm=spectral_norm_bound(weight_NM),
+        spread=absolute_norm_bound(weight_NM),
+        row_norm=float(np.max(row_norms_up(weight_NM.T))),
+        terms=n,
+        affine=Affine(weight_NM.T, context.domain.joint(view).lipschitz) if image.ndim == 1 else None,
     )
-    error_max = add_up(
-        mul_up(column_norm, facts.error),
-        mul_up(gamma, add_up(mul_up(column_norm, computed_norm), bias_peak)),
-        underflow,
-    )
-    affine = Affine(weight_NM.T, facts.lipschitz) if center.ndim == 1 else None
-    return context.source(center, mul_up(norm, facts.lipschitz), error, error_max, affine)
 
 
 @rule("Gemm", attributes=("alpha", "beta", "transA", "transB"))
@@ -204,12 +186,7 @@ def _scaled(context: Context, view: View, constant: Array, divide: bool) -> View
     else:
         factor = float(np.max(magnitude))
         center = view.center * constant
-    after = Facts(
-        mul_up(factor, facts.lipschitz),
-        mul_up(factor, facts.error),
-        mul_up(factor, facts.norm),
-        mul_up(factor, facts.largest),
-    )
+    after = facts.scaled(factor)
     context.no_overflow(after.largest)
     rounding, rounding_max = rounding_of(context, after, center.size)
     if divide:
@@ -293,11 +270,7 @@ def reduce_linear(context: Context, node: Node, inputs: Sequence[Value]) -> list
     norm = (div_up(root, float(n)) if n > 1 else 1.0) if mean else root
     center = grouped.center.mean(axis=-1) if mean else grouped.center.sum(axis=-1)
     context.no_overflow(mul_up(float(n), facts.largest))
-    gamma = context.gamma(n + 1)
-    tiny = mul_up(2.0 * (n + 1), context.precision.smallest_normal)
-    rounding = mul_up(gamma, norm, add_up(facts.norm, facts.error))
-    error = add_up(mul_up(norm, facts.error), rounding, mul_up(tiny, sqrt_up(float(center.size))))
-    result = context.source(center, mul_up(norm, facts.lipschitz), error)
+    result = linear_result(context, grouped, center, None, norm=norm, spread=norm, row_norm=norm, terms=n)
     return [_with_axes(result, axes, keep)]
 
 
@@ -413,12 +386,7 @@ def leaky_relu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Va
     alpha = float_attribute(node, "alpha", 0.01)
     factor = max(1.0, abs(alpha))
     facts = context.domain.joint(view)
-    scaled = Facts(
-        mul_up(factor, facts.lipschitz),
-        mul_up(factor, facts.error),
-        mul_up(factor, facts.norm),
-        mul_up(factor, facts.largest),
-    )
+    scaled = facts.scaled(factor)
     context.no_overflow(scaled.largest)
     rounding, _ = rounding_of(context, scaled, view.index.size)
     center = np.where(view.center >= 0.0, view.center, alpha * view.center)

@@ -21,6 +21,7 @@ from service.certificate.operators import (
     float_attribute,
     float_operand,
     int_attribute,
+    linear_result,
     optional_operand,
     rule,
 )
@@ -66,41 +67,13 @@ def _kernel(node: Node, weight: Array) -> Array:
     return weight
 
 
-def _bias(inputs: Sequence[Value], channels: int) -> Array:
+def _bias(inputs: Sequence[Value], channels: int, axes: int) -> Array:
+    """One number for each channel, with the axes of an image."""
     value = optional_operand(inputs, 2)
     bias = float_operand(value, "the bias") if value is not None else np.zeros(channels)
     if bias.shape != (channels,):
         raise Refusal(f"a bias of shape {bias.shape} does not fit {channels} channels")
-    return bias
-
-
-def _linear_result(
-    context: Context, view: View, center: Array, bias: Array, norm: float, spread: float, row_norm: float, terms: int
-) -> View:
-    """A linear map of norm `norm` plus a bias per channel, sums of at most `terms` products.
-
-    `spread` bounds the norm of the map with absolute weights, `row_norm` the Euclidean norm of the weights of
-    one output.
-    """
-    facts = context.domain.joint(view)
-    center = center + bias.reshape(-1, *[1] * (center.ndim - 1))
-    bias_norm = norm_up(np.broadcast_to(bias.reshape(-1, *[1] * (center.ndim - 1)), center.shape))
-    bias_peak = float(np.max(np.abs(bias), initial=0.0))
-    computed_norm = add_up(facts.norm, facts.error)
-    context.no_overflow(add_up(mul_up(row_norm, computed_norm), bias_peak))
-    gamma = context.gamma(terms + 1)
-    underflow = mul_up(4.0 * (terms + 2), context.precision.smallest_normal, add_up(1.0, facts.largest, row_norm))
-    error = add_up(
-        mul_up(norm, facts.error),
-        mul_up(gamma, add_up(mul_up(spread, computed_norm), bias_norm)),
-        mul_up(underflow, sqrt_up(float(center.size))),
-    )
-    error_max = add_up(
-        mul_up(row_norm, facts.error),
-        mul_up(gamma, add_up(mul_up(row_norm, computed_norm), bias_peak)),
-        underflow,
-    )
-    return context.source(center, mul_up(norm, facts.lipschitz), error, error_max)
+    return bias.reshape(-1, *[1] * axes)
 
 
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
@@ -127,7 +100,8 @@ def conv(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     row_norm = float(np.max(row_norms_up(kernel.reshape(len(kernel), -1))))
     spread = absolute_convolution_bound(kernel, groups)
     terms = math.prod(kernel.shape[1:])
-    return [_linear_result(context, view, center, _bias(inputs, len(kernel)), norm, spread, row_norm, terms)]
+    bias = _bias(inputs, len(kernel), axes)
+    return [linear_result(context, view, center, bias, norm=norm, spread=spread, row_norm=row_norm, terms=terms)]
 
 
 @rule("ConvTranspose", attributes=(*_CONV_ATTRIBUTES, "output_padding"))
@@ -160,7 +134,8 @@ def conv_transpose(context: Context, node: Node, inputs: Sequence[Value]) -> lis
     per_output = np.swapaxes(kernel.reshape(groups, -1, *kernel.shape[1:]), 1, 2).reshape(channels, -1)
     row_norm = float(np.max(row_norms_up(per_output)))
     spread = absolute_convolution_bound(kernel, groups)
-    return [_linear_result(context, view, center, _bias(inputs, channels), norm, spread, row_norm, per_output.shape[1])]
+    bias, terms = _bias(inputs, channels, axes), per_output.shape[1]
+    return [linear_result(context, view, center, bias, norm=norm, spread=spread, row_norm=row_norm, terms=terms)]
 
 
 def _windows(values: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Array:
@@ -243,8 +218,7 @@ def average_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[
     column = mul_up(float(columns.max()), 1.0 + 4.0 * (n + 2) * 2.0**-53)
     norm = sqrt_up(column)
     row_norm = div_up(1.0, math.sqrt(float(divisors.min()))) * (1.0 + 2.0**-50)
-    zero = np.zeros(view.shape[0])
-    return [_linear_result(context, view, center, zero, norm, norm, row_norm, n + 1)]
+    return [linear_result(context, view, center, None, norm=norm, spread=norm, row_norm=row_norm, terms=n + 1)]
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool")
@@ -259,7 +233,7 @@ def global_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[V
     n = flat.shape[1]
     norm = div_up(sqrt_up(float(n)), float(n)) if n > 1 else 1.0
     center = flat.mean(axis=1).reshape(shape)
-    return [_linear_result(context, view, center, np.zeros(view.shape[0]), norm, norm, norm, n + 1)]
+    return [linear_result(context, view, center, None, norm=norm, spread=norm, row_norm=norm, terms=n + 1)]
 
 
 @rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))

@@ -104,6 +104,10 @@ class Facts:
     largest: float
     """Bound of the largest component, of the exact and the computed value."""
 
+    def scaled(self, factor: float) -> "Facts":
+        """After a map that expands nothing by more than `factor`."""
+        return Facts(*(mul_up(factor, bound) for bound in (self.lipschitz, self.error, self.norm, self.largest)))
+
 
 @dataclass
 class Domain:
