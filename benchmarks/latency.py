@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="mnist")
     parser.add_argument("--requests", type=int, default=1000, help="timed requests of each kind")
     parser.add_argument("--warm-up", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=1, help="LIPCERT_THREADS of the server")
+    parser.add_argument("--threads", type=int, default=0, help="LIPCERT_THREADS of the server")
     parser.add_argument("--port", type=int, default=0, help="a free one by default")
     parser.add_argument("--write", action="store_true", help=f"replace the section of {RESULTS.name}")
     return parser.parse_args()

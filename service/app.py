@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -59,9 +60,12 @@ def load_classifiers(settings: Settings) -> dict[str, Classifier]:
         ) from None
     if not folders:
         raise ArtefactError(settings.models, "the folder holds no artefact; set LIPCERT_MODELS to one that does")
+    # Where the system tells, the CPUs that this process may use, which can be fewer than there are.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = settings.threads or cpus or 1
     classifiers: dict[str, Classifier] = {}
     for folder in folders:
-        classifier = Classifier.load(folder, settings.provider, settings.threads)
+        classifier = Classifier.load(folder, settings.provider, threads)
         if classifier.name in classifiers:
             raise ArtefactError(
                 folder / "card.json", f"the name {classifier.name!r} is taken by another artefact; change one"

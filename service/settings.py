@@ -49,8 +49,8 @@ class Settings(BaseSettings):
     max_batch: Annotated[int, Field(ge=1)] = 256
     """Most images in one `/predict/batch`."""
 
-    threads: Annotated[int, Field(ge=1)] = 1
-    """Threads inside one inference; requests run side by side anyway, so more only help large models."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads inside one inference; 0 takes as many as the process has CPUs. Requests run side by side anyway."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
