@@ -68,7 +68,7 @@ def test_a_variable_like_no_other_is_refused_with_the_known_names(monkeypatch: p
         ("LIPCERT_PROVIDER", "gpu"),
         ("LIPCERT_MAX_BODY_BYTES", "0"),
         ("LIPCERT_MAX_PIXELS", "1000000000"),
-        ("LIPCERT_THREADS", "0"),
+        ("LIPCERT_THREADS", "-1"),
         ("LIPCERT_LOG_LEVEL", "loud"),
         ("LIPCERT_DEFAULT_MODEL", ""),
     ],

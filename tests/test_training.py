@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def small_run(folder: Path, *, ema_decay: float | None = None) -> Run:
         device=torch.device("cpu"),
         epsilons=(0.1, 0.5),
     )
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches the tests, also where a shell started them in the background and lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_after(run: Run, steps: int, how: str) -> Run:
