@@ -305,6 +305,17 @@ def test_a_number_computed_from_the_batch_size_is_refused_but_shapes_from_it_are
     assert certify(flat_model(reshaped, 4, 4)).lipschitz_bound == 1.0
 
 
+def test_a_second_input_or_output_is_refused_once_and_not_for_every_node_behind_it() -> None:
+    model = onnx.load_model_from_string(flat_model(lambda b, x: b.one("Erf", b.one("Add", x, "other")), 4, 4))
+    model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.DOUBLE, ["N", 4]))
+    model.graph.output.append(helper.make_tensor_value_info("image", TensorProto.DOUBLE, ["N", 4]))
+    message = refusal(model.SerializeToString())
+    assert message.count("\n") == 3
+    assert "2 inputs" in message
+    assert "2 outputs" in message
+    assert "Erf" in message
+
+
 @pytest.mark.parametrize("garbage", [b"", b"not a model", b"\x08\x07\x12\x00"])
 def test_bytes_that_are_no_model_are_refused(garbage: bytes) -> None:
     assert refusal(garbage)

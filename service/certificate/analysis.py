@@ -105,7 +105,8 @@ def certify(model_bytes: bytes) -> Certificate:
     reports: list[NodeReport] = []
     context = Context(Domain(max(1, math.prod(graph.input_shape))), graph.precision, graph.batch)
     values: dict[str, Value] = {name: Constant(array) for name, array in graph.initializers.items()}
-    values[graph.input_name] = _image(context, graph) if graph.input_shape else Unknown("")
+    for name in graph.input_names:
+        values[name] = _image(context, graph) if graph.input_shape else Unknown("")
     for node in graph.nodes:
         inputs = [values.get(name, Unknown("an input is not in the graph")) if name else None for name in node.inputs]
         while inputs and inputs[-1] is None:

@@ -57,7 +57,8 @@ class Node:
 class Graph:
     """What the certifier needs of an ONNX model."""
 
-    input_name: str
+    input_names: tuple[str, ...]
+    """One, unless `refusals` says otherwise."""
     input_shape: tuple[int, ...]
     """Without the batch axis, e.g. `(C, H, W)`."""
     batch: int
@@ -133,7 +134,7 @@ def read_graph(model_bytes: bytes) -> Graph:
     inputs = [value for value in graph.input if value.name not in initializers]
     if len(inputs) < len(graph.input):
         reasons.append("an initializer is also a graph input, so that a caller could replace the weight")
-    input_name, input_shape, batch, precision = "", (), PROBE_BATCH, FLOAT64
+    input_shape, batch, precision = (), PROBE_BATCH, FLOAT64
     if len(inputs) != 1:
         reasons.append(f"{len(inputs)} inputs; the certifier needs exactly one, the image")
     else:
@@ -169,4 +170,5 @@ def read_graph(model_bytes: bytes) -> Graph:
                 proto=proto,
             )
         )
-    return Graph(input_name, input_shape, batch, precision, output_name, initializers, tuple(nodes), tuple(reasons))
+    names = tuple(value.name for value in inputs)
+    return Graph(names, input_shape, batch, precision, output_name, initializers, tuple(nodes), tuple(reasons))
