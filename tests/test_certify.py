@@ -126,6 +126,17 @@ def test_a_sorted_pair_costs_nothing_in_every_form_that_exporters_write() -> Non
         assert certify(flat_model(build, 8, 8)).lipschitz_bound < 1 + 1e-6
 
 
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_the_smaller_of_two_numbers_keeps_the_axes_that_onnx_gives_it(keepdims: int) -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        smaller = b.one("ReduceMin", x, b.constant(np.array([1])), keepdims=keepdims)
+        return smaller if keepdims else b.one("Unsqueeze", smaller, b.constant(np.array([1])))
+
+    certificate = certify(flat_model(build, 2, 1))
+    assert certificate.n_outputs == 1
+    assert certificate.lipschitz_bound == 1.0
+
+
 def test_a_maximum_and_a_minimum_of_different_pairs_are_not_taken_for_a_sort() -> None:
     def build(b: GraphBuilder, x: str) -> str:
         left, right = b.add("Split", x, outputs=2, axis=1, num_outputs=2)

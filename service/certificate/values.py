@@ -63,7 +63,9 @@ class View:
         return np.where(self.index >= 0, self.source.center.ravel()[self.index], 0.0)
 
     def rearranged(self, index: NDArray[np.int64]) -> "View":
-        return View(self.source, np.ascontiguousarray(index))
+        """The same source, seen through other positions of any shape."""
+        # np.ascontiguousarray would give an index without axes one.
+        return View(self.source, np.array(index, dtype=np.int64, order="C"))
 
     def whole(self) -> bool:
         """Whether this is the source itself, in order."""
