@@ -33,12 +33,14 @@ _CUDA_OPTIONS = {
 }
 # These fold a scale into the weights of the layer before it: another network, by one rounding of every
 # weight.
-_REWRITING_OPTIMIZERS = [
+_DISABLED_OPTIMIZERS = [
     "ConvMulFusion",
     "ConvAddFusion",
     "ConvBNFusion",
     "MatMulBNFusion",
     "MatMulScaleFusion",
+    # This one rewrites nothing that matters, but refuses every float64 Relu that is followed by a Clip.
+    "FuseReluClip",
 ]
 # Errors and worse: the runtime's warnings are about its own attempts, and this module reports those in its
 # own words.
@@ -77,7 +79,7 @@ class Engine:
                 graph_bytes,
                 sess_options=_session_options(threads),
                 providers=wanted,
-                disabled_optimizers=_REWRITING_OPTIMIZERS,
+                disabled_optimizers=_DISABLED_OPTIMIZERS,
                 enable_fallback=0,
             )
         except Exception as error:  # The runtime's exceptions share no base of their own.

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from builders import linear
+from onnx import TensorProto, helper, numpy_helper
 
 from service import engine
 from service.engine import CPU, CUDA, Engine, GraphError, resolve_provider
@@ -112,3 +113,20 @@ def test_cuda_gives_the_logits_of_the_cpu() -> None:
     loaded = Engine(GRAPHS.model, resolve_provider("cuda"), threads=1)
     assert loaded.provider == CUDA
     np.testing.assert_allclose(loaded.run(["logits"], {"image": image})[0], on_cpu, rtol=1e-13)
+
+
+def test_a_float64_clip_after_a_relu_is_served() -> None:
+    # ONNX Runtime 1.32 fails to load this graph where its FuseReluClip is on.
+    graph = helper.make_graph(
+        [
+            helper.make_node("Relu", ["image"], ["positive"]),
+            helper.make_node("Clip", ["positive", "", "top"], ["logits"]),
+        ],
+        "clip",
+        [helper.make_tensor_value_info("image", TensorProto.DOUBLE, ["N", 2])],
+        [helper.make_tensor_value_info("logits", TensorProto.DOUBLE, ["N", 2])],
+        [numpy_helper.from_array(np.array(0.5), "top")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    (logits,) = Engine(model.SerializeToString(), "cpu", 1).run(["logits"], {"image": np.array([[-1.0, 0.75]])})
+    np.testing.assert_array_equal(logits, [[0.0, 0.5]])
