@@ -31,7 +31,7 @@ _CUDA_OPTIONS = {
     # analysed.
     "cudnn_conv_algo_search": "DEFAULT",
 }
-# These fold a scale into the weights of the layer before it: another network, by one rounding of every
+# All but the last fold a scale into the weights of the layer before it: another network, by one rounding of every
 # weight.
 _DISABLED_OPTIMIZERS = [
     "ConvMulFusion",
