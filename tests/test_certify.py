@@ -327,6 +327,52 @@ def test_a_second_input_or_output_is_refused_once_and_not_for_every_node_behind_
     assert "Erf" in message
 
 
+def test_a_map_that_changes_with_the_batch_size_is_refused() -> None:
+    def parity(b: GraphBuilder, x: str) -> str:
+        batch = b.one("Gather", b.one("Shape", x), b.constant(np.array([0])), axis=0)
+        return b.one("Mod", batch, b.constant(np.array([2])))
+
+    def picked_by_parity(b: GraphBuilder, x: str) -> str:
+        return b.one("Gather", x, parity(b, x), axis=1)
+
+    def picked_by_batch(b: GraphBuilder, x: str) -> str:
+        batch = b.one("Gather", b.one("Shape", x), b.constant(np.array([0])), axis=0)
+        return b.one("Slice", x, b.constant(np.array([0])), batch, b.constant(np.array([1])))
+
+    def looked_up_by_batch(b: GraphBuilder, x: str) -> str:
+        batch = b.one("Gather", b.one("Shape", x), b.constant(np.array([0])), axis=0)
+        return b.one("Gather", x, b.one("Gather", b.constant(np.zeros(9000, np.int64)), batch, axis=0), axis=1)
+
+    for build in (picked_by_parity, picked_by_batch, looked_up_by_batch):
+        assert "batch size" in refusal(flat_model(build, 4, 1))
+
+
+def test_the_rest_of_a_shape_may_be_computed_with() -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        shape = b.one("Shape", x)
+        batch, size = (b.one("Gather", shape, b.constant(np.array([axis])), axis=0) for axis in (0, 1))
+        half = b.one("Div", size, b.constant(np.array([2])))
+        pairs = b.one("Concat", batch, half, b.constant(np.array([2])), axis=0)
+        return b.one("Flatten", b.one("Reshape", x, pairs), axis=1)
+
+    assert certify(flat_model(build, 4, 4)).lipschitz_bound == 1.0
+
+
+def test_equal_elements_in_another_shape_are_another_pair() -> None:
+    # Sorting (2, 3) and sorting the same elements as (3, 2) give tensors of different shapes.
+    def build(b: GraphBuilder, x: str) -> str:
+        left, right = b.add("Split", x, outputs=2, axis=1, num_outputs=2)
+        wide, tall = (b.constant(np.array([0, *shape])) for shape in ((2, 3), (3, 2)))
+        larger = b.one("Max", b.one("Reshape", left, wide), b.one("Reshape", right, wide))
+        smaller = b.one("Min", b.one("Reshape", left, tall), b.one("Reshape", right, tall))
+        sums = b.one("ReduceSum", smaller, b.constant(np.array([2])), keepdims=0)
+        return b.one("Concat", b.one("Flatten", larger, axis=1), sums, axis=1)
+
+    model_bytes = flat_model(build, 12, 9)
+    assert violations(model_bytes, (12,), np.float64, 0) == []
+    assert certify(model_bytes).n_outputs == 9
+
+
 @pytest.mark.parametrize("garbage", [b"", b"not a model", b"\x08\x07\x12\x00"])
 def test_bytes_that_are_no_model_are_refused(garbage: bytes) -> None:
     assert refusal(garbage)

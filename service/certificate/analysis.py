@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from onnx.reference import ReferenceEvaluator
 
 from service.certificate import rules, spatial
-from service.certificate.graph import Graph, Node, UnsupportedGraphError, read_graph
+from service.certificate.graph import PROBE_BATCH, Graph, Node, UnsupportedGraphError, read_graph
 from service.certificate.operators import RULES, Context, Refusal
 from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
 from service.certificate.values import Constant, Domain, Unknown, Value, View
@@ -38,10 +38,13 @@ _EXACT_FOLDS = frozenset(
         "Unsqueeze",
     ]
 )
+_INTEGER_FOLDS = frozenset(["Add", "Div", "Mod", "Mul", "Range", "ReduceProd", "Sub"])
+_PICKING_FOLDS = frozenset(
+    ["Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
+)
+"""What may be done with integers that hold the batch size: each entry of the result is one of the first operand's."""
 # Importing these modules fills the table of operators.
 RULE_MODULES = (rules, spatial)
-
-_INTEGER_FOLDS = frozenset(["Add", "Div", "Mod", "Mul", "Range", "ReduceProd", "Sub"])
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def _outputs(
         return [_shape(context, node, present)]
     foldable = node.operator in _EXACT_FOLDS or node.operator in _INTEGER_FOLDS
     if foldable and all(isinstance(value, Constant) for value in present):
-        return _folded(node, cast(Sequence[Constant | None], inputs))
+        return _folded(context, node, cast(Sequence[Constant | None], inputs))
     if entry is None:
         raise Refusal("no proved rule for this operator")
     unread = node.attributes.keys() - entry.attributes
@@ -180,12 +183,18 @@ def _shape(context: Context, node: Node, inputs: Sequence[Value]) -> Constant:
     if isinstance(value, Unknown):
         raise Refusal(value.reason)
     if isinstance(value, Constant):
-        return Constant(np.array(value.array.shape, dtype=np.int64), value.depends_on_batch)
-    return Constant(np.array((context.batch, *value.shape), dtype=np.int64), depends_on_batch=True)
+        return Constant(np.array(value.array.shape, dtype=np.int64))
+    # A batch size that the graph fixes is a number like any other.
+    free = context.batch == PROBE_BATCH
+    return Constant(np.array((context.batch, *value.shape), dtype=np.int64), depends_on_batch=free)
 
 
-def _folded(node: Node, inputs: Sequence[Constant | None]) -> list[Value]:
-    depends_on_batch = any(value is not None and value.depends_on_batch for value in inputs)
+def _folded(context: Context, node: Node, inputs: Sequence[Constant | None]) -> list[Value]:
+    on_batch = [value is not None and value.depends_on_batch for value in inputs]
+    depends_on_batch = any(on_batch)
+    picks = node.operator == "Concat" or (node.operator in _PICKING_FOLDS and not any(on_batch[1:]))
+    if depends_on_batch and not picks:
+        raise Refusal("it computes with the batch size, so that images of one batch size get another map than others")
     integers = all(value is None or value.array.dtype.kind in "iub" for value in inputs)
     if node.operator in _INTEGER_FOLDS and not integers:
         raise Refusal("arithmetic on constants rounds; fold it before the export")
@@ -197,11 +206,9 @@ def _folded(node: Node, inputs: Sequence[Constant | None]) -> list[Value]:
     except Exception as error:  # the reference implementation raises whatever its numpy code raises
         raise Refusal(f"its constant inputs do not fit: {error}") from error
     folded = [np.asarray(array) for array in arrays]
-    if depends_on_batch and any(array.dtype.kind == "f" for array in folded):
-        raise Refusal("a number computed from the batch size")
     if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in folded):
         raise Refusal("a constant that is not finite")
-    return [Constant(array, depends_on_batch) for array in folded]
+    return [Constant(array, depends_on_batch and bool((array == context.batch).any())) for array in folded]
 
 
 def _certificate(context: Context, graph: Graph, logits: View, reports: Sequence[NodeReport]) -> Certificate:

@@ -14,6 +14,10 @@ from service.certificate.values import Affine, Constant, Domain, Facts, Source, 
 Array = NDArray[np.float64]
 
 
+Identity = tuple[Source, tuple[int, ...], bytes]
+"""Source, shape and positions of a view: equal for equal tensors. The source itself, so that it stays alive."""
+
+
 class Refusal(Exception):
     """Why one node has no proved rule."""
 
@@ -26,9 +30,7 @@ class Context:
     precision: Precision
     batch: int
     """The batch size that shapes are computed with."""
-    sorted_pairs: dict[frozenset[tuple[int, bytes]], Source] = field(
-        default_factory=dict[frozenset[tuple[int, bytes]], Source]
-    )
+    sorted_pairs: dict[frozenset[Identity], Source] = field(default_factory=dict[frozenset[Identity], Source])
 
     def gamma(self, n: int) -> float:
         try:
@@ -100,10 +102,18 @@ def float_operand(value: Value, what: str) -> Array:
     return value.array.astype(np.float64)
 
 
-def integer_operand(value: Value, what: str) -> list[int]:
+def integer_operand(value: Value, what: str, batch_allowed: bool = False) -> list[int]:
+    """Constant integers; only a new shape may name the batch size, or the images of one batch size get another map."""
+    if isinstance(value, Constant) and value.depends_on_batch and not batch_allowed:
+        raise Refusal(f"{what} depends on the batch size")
     if not isinstance(value, Constant) or value.array.dtype.kind not in "iu":
         raise Refusal(f"{what} must be constant integers")
     return [int(entry) for entry in value.array.ravel()]
+
+
+def constant_shape(value: Value) -> tuple[int, ...]:
+    """The shape of a constant operand."""
+    return value.array.shape if isinstance(value, Constant) else ()
 
 
 def optional_operand(inputs: Sequence[Value], position: int) -> Value | None:

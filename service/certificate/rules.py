@@ -17,8 +17,10 @@ from service.certificate.norms import absolute_norm_bound, row_norms_up, spectra
 from service.certificate.operators import (
     Array,
     Context,
+    Identity,
     Refusal,
     broadcast_constant,
+    constant_shape,
     data_operand,
     float_attribute,
     float_operand,
@@ -309,8 +311,8 @@ def _sorted_pair(context: Context, left: View, right: View) -> Source:
     return context.sorted_pairs[key]
 
 
-def _identity(view: View) -> tuple[int, bytes]:
-    return id(view.source), view.index.tobytes()
+def _identity(view: View) -> Identity:
+    return view.source, view.shape, view.index.tobytes()
 
 
 def _half(source: Source, which: int) -> View:
@@ -448,7 +450,7 @@ def flatten(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
 def reshape(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """A rearrangement that keeps the batch axis: every element once, an isometry."""
     view = data_operand(inputs[0])
-    target = integer_operand(inputs[1], "the new shape")
+    target = integer_operand(inputs[1], "the new shape", batch_allowed=True)
     old = (context.batch, *view.shape)
     if not int_attribute(node, "allowzero", 0):
         if any(size == 0 and position >= len(old) for position, size in enumerate(target)):
@@ -540,10 +542,9 @@ def slice_(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
 def gather(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """Elements picked by constant positions: an element used m times counts sqrt(m)."""
     view = data_operand(inputs[0])
-    if not isinstance(inputs[1], Constant) or inputs[1].array.dtype.kind not in "iu":
-        raise Refusal("the positions must be constant integers")
     axis = image_axis(int_attribute(node, "axis", 0), view)
-    positions = inputs[1].array.astype(np.int64)
+    numbers = integer_operand(inputs[1], "the positions")
+    positions = np.array(numbers, dtype=np.int64).reshape(constant_shape(inputs[1]))
     length = view.shape[axis]
     if ((positions < -length) | (positions >= length)).any():
         raise Refusal(f"positions outside of an axis of {length}")

@@ -67,13 +67,6 @@ class View:
         # np.ascontiguousarray would give an index without axes one.
         return View(self.source, np.array(index, dtype=np.int64, order="C"))
 
-    def whole(self) -> bool:
-        """Whether this is the source itself, in order."""
-        return bool(
-            self.index.size == self.source.center.size
-            and np.array_equal(self.index.ravel(), np.arange(self.index.size))
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Constant:
@@ -81,7 +74,10 @@ class Constant:
 
     array: NDArray[np.generic]
     depends_on_batch: bool = False
-    """Computed from a shape that holds the batch size: of use as a shape only."""
+    """Integers among which the batch size stands, as `PROBE_BATCH`: of use as a shape only.
+
+    Every other entry is the same for all batch sizes: such a constant is only ever picked from, never computed with.
+    """
 
 
 @dataclass(frozen=True, eq=False)
