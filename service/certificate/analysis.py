@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 from onnx.reference import ReferenceEvaluator
 
-from service.certificate import rules, spatial
+from service.certificate import resizing, rules, smooth, spatial
 from service.certificate.graph import PROBE_BATCH, Graph, Node, UnsupportedGraphError, read_graph
 from service.certificate.operators import RULES, Context, Refusal
 from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
@@ -44,7 +44,7 @@ _PICKING_FOLDS = frozenset(
 )
 """What may be done with integers that hold the batch size: each entry of the result is one of the first operand's."""
 # Importing these modules fills the table of operators.
-RULE_MODULES = (rules, spatial)
+RULE_MODULES = (resizing, rules, smooth, spatial)
 
 
 @dataclass(frozen=True)

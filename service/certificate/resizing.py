@@ -1,0 +1,1 @@
+"""Rules of operators that resample images. Notation as in `rules`."""

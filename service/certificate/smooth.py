@@ -1,0 +1,1 @@
+"""Rules of activations that a runtime computes with transcendental functions. Notation as in `rules`."""
