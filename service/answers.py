@@ -11,11 +11,13 @@ from jaxtyping import Float64
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
 from service.errors import UnknownLabelError
-from service.images import encode_png
+from service.images import encode_png, image_digest
+from service.preprocessing import conversion_between
 from service.schema import (
     CertificateAnswer,
     ClassLabel,
     CounterfactualAnswer,
+    ImageAnswer,
     ImageOptions,
     InputAnswer,
     ModelAnswer,
@@ -60,10 +62,13 @@ def predict(
             class_id=prediction.class_id,
             label=classifier.labels[prediction.class_id],
             logits=[finite(logit) for logit in prediction.logits_K.tolist()],
+            image=_image(classifier, image_CHW),
             certificate=_certificate(classifier, prediction, options.epsilon),
             counterfactual=_counterfactual(classifier, counterfactual),
         )
-        for prediction, counterfactual in classify(classifier, image_NCHW, options)
+        for image_CHW, (prediction, counterfactual) in zip(
+            image_NCHW, classify(classifier, image_NCHW, options), strict=True
+        )
     ]
 
 
@@ -98,6 +103,16 @@ def describe_in_full(classifier: Classifier, default_model: str) -> ModelAnswer:
             [finite(bound) for bound in bounds_K] for bounds_K in classifier.certificate.margin_bounds_KK.tolist()
         ],
         card=classifier.card.model_dump(mode="json"),
+    )
+
+
+def _image(classifier: Classifier, image_CHW: Float64[np.ndarray, "C H W"]) -> ImageAnswer:
+    channels, height, width = image_CHW.shape
+    return ImageAnswer(
+        digest=image_digest(image_CHW),
+        shape=(channels, height, width),
+        conversion=conversion_between(channels, classifier.input_shape[0]),
+        resized=(height, width) != classifier.input_shape[1:],
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 from math import prod
 
@@ -46,6 +47,18 @@ def to_unit(
 ) -> Float64[np.ndarray, "*shape"]:
     """Pixel values 0..255 as float64 in [0, 1], each `v / 255` correctly rounded."""
     return pixels.astype(np.float64) / 255.0
+
+
+def image_digest(image_CHW: Float64[np.ndarray, "C H W"]) -> str:
+    """`sha256:<hex>` of an image with pixels in [0, 1]: what an answer that is kept calls its image.
+
+    Hashed are the ASCII line `CxHxW`, one newline, and the pixels as little-endian float64 in C order; the same
+    values give the same digest, whatever file or array they came in.
+    """
+    channels, height, width = image_CHW.shape
+    digest = hashlib.sha256(f"{channels}x{height}x{width}\n".encode("ascii"))
+    digest.update(np.ascontiguousarray(image_CHW, dtype="<f8").data)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def encode_png(pixels_CHW: UInt8[np.ndarray, "C H W"]) -> bytes:

@@ -1,9 +1,9 @@
 """The Open Inference Protocol, version 2 over REST: the same models for clients that speak it.
 
 Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
-`class_id`, `radius`, `certified`, and with the parameter `counterfactual` also the images found. `parameters` of a
-request are the options of `/predict` that concern images. Errors are RFC 9457 problem details with the
-member `error` that the protocol wants.
+`class_id`, `radius`, `certified`, `image_digest`, and with the parameter `counterfactual` also the images found.
+`parameters` of a request are the options of `/predict` that concern images. Errors are RFC 9457 problem details with
+the member `error` that the protocol wants.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from service.body import JSON, media_type_of, parse_json, read_body, refuse_quer
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
 from service.errors import ArrayError, BatchTooLargeError, ImageTooLargeError, OptionError
-from service.images import unit_range
+from service.images import image_digest, unit_range
 from service.openapi import problem_responses
 from service.routes import Service
 from service.schema import ImageOptions, finite
@@ -68,7 +68,7 @@ class OutputTensor(_Protocol):
     """One output, flat in row-major order; null where a logit is not finite."""
 
     name: str
-    datatype: Literal["FP64", "INT64", "BOOL", "UINT8"]
+    datatype: Literal["FP64", "INT64", "BOOL", "UINT8", "BYTES"]
     shape: list[int]
     data: list[Any]
 
@@ -131,7 +131,7 @@ def build_router(service: Service) -> APIRouter:
             image_NCHW = _images(question.inputs[0], settings.max_pixels, settings.max_batch)
             results = classify(classifier, image_NCHW, question.parameters)
             service.metrics.count_predictions(classifier.name, [prediction.certified for prediction, _ in results])
-            outputs = _outputs(results)
+            outputs = _outputs(image_NCHW, results)
             return InferAnswer(
                 model_name=classifier.name,
                 model_version=classifier.digest,
@@ -156,6 +156,7 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
             {"name": "class_id", "datatype": "INT64", "shape": [-1]},
             {"name": "radius", "datatype": "FP64", "shape": [-1]},
             {"name": "certified", "datatype": "BOOL", "shape": [-1]},
+            {"name": "image_digest", "datatype": "BYTES", "shape": [-1]},
             {"name": "counterfactual", "datatype": "UINT8", "shape": shape},
             {"name": "counterfactual_class_id", "datatype": "INT64", "shape": [-1]},
             {"name": "counterfactual_distance", "datatype": "FP64", "shape": [-1]},
@@ -186,7 +187,9 @@ def _images(tensor: InputTensor, max_pixels: int, max_batch: int) -> Float64[np.
     return unit_range(typed)
 
 
-def _outputs(results: list[tuple[Prediction, Counterfactual | None]]) -> list[OutputTensor]:
+def _outputs(
+    image_NCHW: Float64[np.ndarray, "N C H W"], results: list[tuple[Prediction, Counterfactual | None]]
+) -> list[OutputTensor]:
     count = len(results)
     predictions = [prediction for prediction, _ in results]
     found = [counterfactual for _, counterfactual in results if counterfactual is not None]
@@ -201,6 +204,9 @@ def _outputs(results: list[tuple[Prediction, Counterfactual | None]]) -> list[Ou
         OutputTensor(name="class_id", datatype="INT64", shape=[count], data=[p.class_id for p in predictions]),
         OutputTensor(name="radius", datatype="FP64", shape=[count], data=[p.radius for p in predictions]),
         OutputTensor(name="certified", datatype="BOOL", shape=[count], data=[p.certified for p in predictions]),
+        OutputTensor(
+            name="image_digest", datatype="BYTES", shape=[count], data=[image_digest(image) for image in image_NCHW]
+        ),
     ]
     if found:
         pixels_NCHW = np.stack([counterfactual.pixels_CHW for counterfactual in found])

@@ -13,12 +13,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64
 
 from service.certificate import spectral_norm_bound
 from service.certificate.rounding import FLOAT64, SMALLEST_NORMAL, add_up, gamma_up, mul_up, sqrt_up, sum_up
+
+Conversion = Literal["rgb_to_grey", "grey_to_rgb"]
+
+
+def conversion_between(sent_channels: int, model_channels: int) -> Conversion | None:
+    """What is done to the channels of an image; None where they are the model's.
+
+    Raises:
+        ValueError: neither equal nor 1 and 3.
+    """
+    if sent_channels == model_channels:
+        return None
+    if (sent_channels, model_channels) == (3, 1):
+        return "rgb_to_grey"
+    if (sent_channels, model_channels) == (1, 3):
+        return "grey_to_rgb"
+    raise ValueError(f"there is no conversion of {sent_channels} channels to {model_channels}")
+
 
 # Sizes seen are the client's choice: the cache is bounded, and an entry of 28 x 4096 takes 1 MB.
 _CACHED_SIZES = 64

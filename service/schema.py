@@ -69,6 +69,23 @@ class ClassLabel(_Wire):
     label: str
 
 
+class ImageAnswer(_Wire):
+    """The image that this answer is about, as it was sent: decoded, before any conversion and resize.
+
+    An answer that is kept names its image by `digest`; the radius counts the pixels of `shape`.
+    """
+
+    digest: str
+    """`sha256:` and the SHA-256, in hexadecimal, of the ASCII line `CxHxW` with the numbers of `shape`, one newline,
+    and the pixels in [0, 1] as little-endian float64 in C order; an 8-bit value v is v / 255, correctly rounded."""
+    shape: tuple[int, int, int]
+    """Channels, height, width."""
+    conversion: Literal["rgb_to_grey", "grey_to_rgb"] | None
+    """What was done to its channels for the model, within the certified map; null where they are the model's."""
+    resized: bool
+    """Whether it had another size than the model's and was resized, within the certified map."""
+
+
 class CertificateAnswer(_Wire):
     """What is proved about this answer.
 
@@ -120,6 +137,7 @@ class PredictAnswer(_Wire):
     label: str
     logits: list[float | None]
     """As computed, one per class; `(f, -f)` for a model with one output f."""
+    image: ImageAnswer
     certificate: CertificateAnswer
     counterfactual: CounterfactualAnswer | None
     """Null when not asked for."""

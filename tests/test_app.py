@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -96,7 +98,8 @@ def test_all_forms_and_the_batch_give_the_same_answer(client: Client, grey_HW: n
 
 def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_HW: np.ndarray) -> None:
     answer = FORMS["json"](client, grey_HW, {"epsilon": 0.5, "counterfactual": True}).json()
-    assert set(answer) == {"model", "digest", "class_id", "label", "logits", "certificate", "counterfactual"}
+    assert set(answer) == {"model", "digest", "class_id", "label", "logits", "image", "certificate", "counterfactual"}
+    assert set(answer["image"]) == {"digest", "shape", "conversion", "resized"}
     assert set(answer["certificate"]) == {
         "norm",
         "radius",
@@ -113,6 +116,52 @@ def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_
     assert answer["certificate"]["norm"] == "l2"
     assert answer["counterfactual"]["media_type"] == "image/png"
     assert answer["digest"].startswith("sha256:")
+
+
+def digest_of(image_CHW: np.ndarray) -> str:
+    """As the documentation of the field defines it, value by value."""
+    line = "x".join(str(length) for length in image_CHW.shape) + "\n"
+    return (
+        "sha256:" + hashlib.sha256(line.encode() + struct.pack(f"<{image_CHW.size}d", *image_CHW.ravel())).hexdigest()
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["grey", "colour"])
+def test_the_answer_names_its_image(
+    client: Client, grey_HW: np.ndarray, colour_HWC: np.ndarray, form: str, name: str
+) -> None:
+    pixels = colour_HWC if name == "colour" else grey_HW
+    levels_CHW = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+    exact_CHW = np.array([float(Fraction(int(v), 255)) for v in levels_CHW.ravel()]).reshape(levels_CHW.shape)
+    image = FORMS[form](client, pixels, {"model": name}).json()["image"]
+    assert image == {
+        "digest": digest_of(exact_CHW),
+        "shape": list(levels_CHW.shape),
+        "conversion": None,
+        "resized": False,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["<f8", ">f8", "<f4"])
+@pytest.mark.parametrize("fortran", [False, True])
+def test_the_digest_of_an_array_is_about_its_values_and_not_its_layout(
+    client: Client, dtype: str, fortran: bool
+) -> None:
+    values_HW = np.random.default_rng(8).random((HEIGHT, WIDTH)).astype(dtype)
+    sent = np.asfortranarray(values_HW) if fortran else values_HW
+    image = FORMS["npy body"](client, sent, {}).json()["image"]
+    assert image["digest"] == digest_of(values_HW.astype(float)[None])
+
+
+def test_in_a_batch_every_answer_names_its_own_image(client: Client) -> None:
+    pixels_NHW = np.random.default_rng(6).integers(0, 256, (3, HEIGHT + 1, WIDTH), dtype=np.uint8)
+    body = {"images": [text(encode(pixels_HW)) for pixels_HW in pixels_NHW], "resize": True}
+    answers = client.post("/predict/batch", json=body).json()["predictions"]
+    assert [answer["image"]["digest"] for answer in answers] == [digest_of(p[None] / 255.0) for p in pixels_NHW]
+    for answer in answers:
+        assert answer["image"]["shape"] == [1, HEIGHT + 1, WIDTH]
+        assert answer["image"]["resized"] is True
 
 
 def test_what_is_not_asked_for_is_null(client: Client, grey_HW: np.ndarray) -> None:

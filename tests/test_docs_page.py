@@ -122,7 +122,7 @@ def test_every_form_of_request_is_documented(document: dict[str, Any]) -> None:
 
 def test_every_field_of_the_answer_is_described(document: dict[str, Any]) -> None:
     self_evident = {"model", "label", "class_id", "norm", "media_type", "counterfactual"}
-    for name in ("PredictAnswer", "CertificateAnswer", "CounterfactualAnswer"):
+    for name in ("PredictAnswer", "ImageAnswer", "CertificateAnswer", "CounterfactualAnswer"):
         for field, schema in document["components"]["schemas"][name]["properties"].items():
             assert "description" in schema or "$ref" in schema or field in self_evident, f"{name}.{field}"
 

@@ -40,6 +40,10 @@ def test_the_server_and_its_models_describe_themselves(client: Client) -> None:
     assert client.get("/v2/models/grey/ready").json() == {"name": "grey", "ready": True}
     model = client.get("/v2/models/grey").json()
     assert model["inputs"] == [{"name": "image", "datatype": "FP64", "shape": [-1, 1, HEIGHT, WIDTH]}]
+    question_outputs = client.post(INFER, json={**GOOD, "parameters": {"counterfactual": True}}).json()["outputs"]
+    assert [(output["name"], output["datatype"]) for output in model["outputs"]] == [
+        (output["name"], output["datatype"]) for output in question_outputs
+    ]
     assert model["versions"] == [client.get("/models/grey").json()["digest"]]
 
 
@@ -60,6 +64,7 @@ def test_it_answers_as_predict_does(client: Client, levels_NCHW: np.ndarray, dat
     assert found["radius"].tolist() == [one["certificate"]["radius"] for one in batch]
     assert found["certified"].tolist() == [one["certificate"]["certified"] for one in batch]
     assert found["logits"].tolist() == [one["logits"] for one in batch]
+    assert found["image_digest"].tolist() == [one["image"]["digest"] for one in batch]
     assert answer["model_version"] == batch[0]["digest"]
 
 
