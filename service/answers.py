@@ -41,7 +41,7 @@ def classify(
 
     Raises:
         UnknownLabelError: the target is no label of the model; nothing is computed then.
-        InputError: the image has another size or other channels than the model, or the target's class already.
+        InputError: the image has a shape that the model does not take, or the target's class already.
     """
     target = None if options.target is None else class_of(classifier, options.target)
     predictions = classifier.predict(image_NCHW, resize=options.resize)

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from service.errors import (
     BatchTooLargeError,
     BodyTooLargeError,
+    ChannelsError,
     EmptyBodyError,
     ImageSizeError,
     InputError,
@@ -56,14 +57,20 @@ class EncodedImage:
     def decode(
         self, input_shape_CHW: tuple[int, int, int], max_pixels: int, used_pixels: int = 0
     ) -> Float64[np.ndarray, "C H W"]:
-        """Pixels in [0, 1]; raises `InputError`, see `service.images`."""
+        """Pixels in [0, 1], with the channels of the file; raises `InputError`, see `service.images`."""
+        channels = input_shape_CHW[0]
+        if channels not in (1, 3):
+            raise ChannelsError(
+                f"the model takes {channels} channels and image files have 1 or 3; send a npy array of shape "
+                f"({channels}, H, W) as application/x-npy"
+            )
         data = decode_base64(self.data) if isinstance(self.data, str) else self.data
-        return to_unit(decode_image(data, input_shape_CHW[0], max_pixels, used_pixels))
+        return to_unit(decode_image(data, max_pixels, used_pixels))
 
 
 @dataclass(frozen=True)
 class ArrayImage:
-    """An npy file."""
+    """An npy file; it has the model's channels, because its shape alone does not say what they are."""
 
     data: bytes
 
@@ -89,14 +96,23 @@ class EncodedBatch:
             used = sum(image[0].size for image in images)
             try:
                 image = EncodedImage(text).decode(input_shape_CHW, max_pixels, used)
-                if not resize and image.shape != input_shape_CHW:
+                if not resize and image.shape[1:] != input_shape_CHW[1:]:
                     raise ImageSizeError(image.shape[1], image.shape[2], *input_shape_CHW[1:])
-                if images and image.shape != images[0].shape:
+                if images and image.shape[1:] != images[0].shape[1:]:
                     raise MixedSizesError(image.shape[1:], images[0].shape[1:])
+                if images and image.shape[0] != images[0].shape[0]:
+                    raise ChannelsError(
+                        f"this image is {_colours(image)} and the first one is {_colours(images[0])}; a batch has "
+                        "images of one kind, send the others apart"
+                    )
             except InputError as error:
                 raise error.at_index(index) from None
             images.append(image)
         return np.stack(images)
+
+
+def _colours(image_CHW: np.ndarray) -> str:
+    return "grey" if len(image_CHW) == 1 else "RGB"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""One loaded artefact: classes, certified radii and counterfactuals for images of any size it can be asked
+"""One loaded artefact: classes, certified radii and counterfactuals for images of any shape it can be asked
 for.
 
-Axes: N batch, C channels, H and W of the image that was sent, A and B of the one that the model takes, K
-classes.
+Axes: N batch; C, H and W channels, height and width of the image that was sent; D, A and B of the one that the model
+takes; K classes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from service.errors import (
     PixelRangeError,
     TargetIsPredictedClassError,
 )
-from service.preprocessing import Resize, resize_map
+from service.preprocessing import Preprocessing, conversion_between, preprocessing_between
 
 _log = logging.getLogger(__name__)
 
-# Sizes whose certificate is kept: they are the client's choice, so there is a bound.
-_CACHED_SIZES = 64
+# Shapes whose certificate is kept: they are the client's choice, so there is a bound.
+_CACHED_SHAPES = 64
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer about one image; the radius is about the image that was sent, before any resize."""
+    """The answer about one image; the radius is about the image that was sent, before any conversion and resize."""
 
     class_id: int
     logits_K: Float64[np.ndarray, " K"]
@@ -65,7 +65,7 @@ class Classifier:
     provider: str
     """The execution provider that runs it, for example `CPUExecutionProvider`."""
     input_shape: tuple[int, int, int]
-    """(C, A, B)."""
+    """(D, A, B)."""
 
     def __init__(self, artefact: Artefact, model: Engine, transport: Engine) -> None:
         """Use `load`, unless the graphs are already loaded.
@@ -82,7 +82,7 @@ class Classifier:
         self.input_shape = artefact.card.input.shape
         self._model = model
         self._transport = transport
-        self._certificates: dict[tuple[int, int], Certificate] = {}
+        self._certificates: dict[tuple[int, int, int], Certificate] = {}
         self._check_transport(artefact.folder / TRANSPORT_FILE)
 
     @classmethod
@@ -125,13 +125,14 @@ class Classifier:
         """Class and certified radius of each image.
 
         Args:
-            image_NCHW: pixels in [0, 1].
+            image_NCHW: pixels in [0, 1]. Grey images of a model that takes RGB, and RGB images of one that takes grey,
+                are converted; the radius stays about the image that was sent.
             resize: resize images of another size than the model's; the radius stays about the image that was
                 sent.
 
         Raises:
             ImageSizeError: another height or width than the model's, and `resize` is false.
-            ChannelsError: another number of channels than the model's.
+            ChannelsError: a number of channels that there is no conversion of.
             PixelRangeError: a pixel is NaN, infinite or outside [0, 1], where the proof says nothing.
         """
         view = self._view(image_NCHW, resize)
@@ -201,28 +202,31 @@ class Classifier:
         )
 
     def _view(self, image_NCHW: np.ndarray, resize: bool) -> _View:
-        """How images of this size are seen; refuses those that the model cannot see."""
+        """How images of this shape are seen; refuses those that the model cannot see."""
+        sent_channels, sent_height, sent_width = image_NCHW.shape[1:]
         channels, height, width = self.input_shape
-        if image_NCHW.shape[1] != channels:
+        try:
+            conversion_between(sent_channels, channels)
+        except ValueError:
+            takes = {1: "1 (grey) or 3 (RGB)", 3: "3 (RGB) or 1 (grey)"}.get(channels, str(channels))
             raise ChannelsError(
-                f"the image has {image_NCHW.shape[1]} channels and the model takes {channels}; send "
-                f"{'a grey image' if channels == 1 else f'an image with {channels} channels'}"
-            )
-        sent_height, sent_width = image_NCHW.shape[2:]
-        if (sent_height, sent_width) == (height, width):
-            return self._view_of(self.certificate, None)
-        if not resize:
+                f"the image has {sent_channels} channels and the model takes {takes}; send an image of that kind"
+            ) from None
+        if not resize and (sent_height, sent_width) != (height, width):
             raise ImageSizeError(sent_height, sent_width, height, width)
-        mapping = resize_map(sent_height, sent_width, height, width)
-        certificate = self._certificates.get((sent_height, sent_width))
+        sent_shape = (sent_channels, sent_height, sent_width)
+        if sent_shape == self.input_shape:
+            return self._view_of(self.certificate, None)
+        mapping = preprocessing_between(sent_shape, self.input_shape)
+        certificate = self._certificates.get(sent_shape)
         if certificate is None:
-            certificate = self.certificate.after_preprocessing(mapping.norm, mapping.error_l2(channels))
-            if len(self._certificates) >= _CACHED_SIZES:
+            certificate = self.certificate.after_preprocessing(mapping.norm, mapping.error_l2)
+            if len(self._certificates) >= _CACHED_SHAPES:
                 self._certificates.clear()
-            self._certificates[(sent_height, sent_width)] = certificate
+            self._certificates[sent_shape] = certificate
         return self._view_of(certificate, mapping)
 
-    def _view_of(self, certificate: Certificate, mapping: Resize | None) -> _View:
+    def _view_of(self, certificate: Certificate, mapping: Preprocessing | None) -> _View:
         return _View(self._model, self._transport, certificate, self._model.output_size == 1, mapping)
 
     def _check_transport(self, file: Path) -> None:
@@ -252,33 +256,33 @@ class Classifier:
 
 @dataclass(frozen=True)
 class _View:
-    """The model as images of one size see it: the one path from pixels that were sent to a class and a
+    """The model as images of one shape see it: the one path from pixels that were sent to a class and a
     radius."""
 
     model: Engine
     transport: Engine
     certificate: Certificate
     single_output: bool
-    resize: Resize | None
+    preprocessing: Preprocessing | None
 
     def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
         """Logits N x K and radii."""
-        seen_NCAB = image_NCHW if self.resize is None else self.resize(image_NCHW)
-        (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NCAB})
+        seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
+        (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NDAB})
         logits_NK = _two_or_more(raw_NK)
         return logits_NK, certified_radius(logits_NK, self.certificate.margin_bounds_KK, self.certificate.logit_error)
 
     def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits N x K and the gradient of their weighted sum with respect to the image that was sent."""
-        seen_NCAB = image_NCHW if self.resize is None else self.resize(image_NCHW)
+        seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
         if self.single_output:
             # One output f stands for the logits (f, -f): their weighted sum is (w_0 - w_1) f.
             weights_NK = weights_NK[:, :1] - weights_NK[:, 1:]
-        raw_NK, gradient_NCAB = self.transport.run(
-            ("logits", "gradient"), {"image": seen_NCAB, "margin_weights": weights_NK}
+        raw_NK, gradient_NDAB = self.transport.run(
+            ("logits", "gradient"), {"image": seen_NDAB, "margin_weights": weights_NK}
         )
-        gradient = gradient_NCAB.astype(np.float64)
-        return _two_or_more(raw_NK), gradient if self.resize is None else self.resize.adjoint(gradient)
+        gradient = gradient_NDAB.astype(np.float64)
+        return _two_or_more(raw_NK), (gradient if self.preprocessing is None else self.preprocessing.adjoint(gradient))
 
 
 def _two_or_more(raw_NK: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@
       │   ├─ ArrayError                  npy: header, dtype or shape
       │   ├─ ImageSizeError              height and width are not the model's
       │   ├─ MixedSizesError             images of several sizes in one batch
-      │   ├─ ChannelsError               grey for a colour model, or the reverse
+      │   ├─ ChannelsError               channels that the model does not take, or of two kinds in one batch
       │   ├─ PixelRangeError             NaN, infinite, or outside [0, 1]
       │   ├─ BatchTooLargeError
       │   ├─ UnknownModelError
@@ -141,7 +141,7 @@ class MixedSizesError(InputError):
 
 
 class ChannelsError(InputError):
-    """The image has another number of channels than the model."""
+    """The image has channels that the model does not take, or others than the first of its batch."""
 
 
 class PixelRangeError(InputError):

@@ -1,10 +1,15 @@
 """Bytes to pixels, and back; what cannot be read without loss is refused here.
 
 The promise of the service is about decoded pixels, so an encoded image has to have one reading only: 8-bit
-grey or RGB values, as stored. Nothing is guessed: no alpha blending, no bit depth reduction, no colour
-conversion. What loses nothing is done: palettes are looked up, 1-, 2- and 4-bit grey is scaled to its exact
-8-bit value, EXIF orientation is applied, and a picture with R = G = B everywhere is grey for a grey model.
-Colour profiles and gamma chunks do not change the values.
+grey or RGB values, as stored. Nothing is guessed: no alpha blending, no bit depth reduction. What loses nothing is
+done: palettes are looked up, 1-, 2- and 4-bit grey is scaled to its exact 8-bit value, and EXIF orientation is
+applied. Colour profiles and gamma chunks do not change the values.
+
+How the file stores its pixels decides its channels, never their values and never the model: a grey file (Pillow's
+modes `1` and `L`) is 1 channel, an RGB file (mode `RGB`, to which YCbCr decodes) is 3, even if R = G = B everywhere. A
+palette (mode `P`) is 1 channel if all of its colours are grey, whether pixels use them or not, else 3. Where the model
+takes the other, `service.preprocessing` converts as part of the certified map: the radius is about the channels that
+were sent.
 
 Units: uint8 value v is v / 255 in float64. Axes: N images, C channels, H height, W width.
 """
@@ -39,6 +44,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _SEND = f"send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 _NPY_MAGIC = b"\x93NUMPY"
 _PNG_END = b"IEND\xaeB`\x82"
+_GREY_MODES = frozenset({"1", "L"})
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 
 
@@ -92,12 +98,11 @@ def decode_base64(text: str) -> bytes:
     raise Base64Error(f"{expected}; this is not base64 or is cut short")
 
 
-def decode_image(data: bytes, channels: int, max_pixels: int, used_pixels: int = 0) -> UInt8[np.ndarray, "C H W"]:
-    """Pixels of an encoded image, with as many channels as the model has.
+def decode_image(data: bytes, max_pixels: int, used_pixels: int = 0) -> UInt8[np.ndarray, "C H W"]:
+    """Pixels of an encoded image: 1 channel (grey) or 3 (RGB), as the file stores them.
 
     Args:
         data: a file in one of `FORMATS`; the bytes decide, not a name or media type.
-        channels: 1 for grey, 3 for RGB.
         max_pixels: refuse images with more pixels than this, before they are decoded.
         used_pixels: what other images of the same request have taken of it.
 
@@ -106,19 +111,19 @@ def decode_image(data: bytes, channels: int, max_pixels: int, used_pixels: int =
         NotAnImageError: no decoder recognises the bytes, or they are truncated or damaged.
         ImageTooLargeError: more than `max_pixels`.
         ImageFormatError: alpha, 16 bits, CMYK, or several frames.
-        ChannelsError: colours for a grey model, grey for a colour model.
     """
     picture = _open(data, max_pixels, used_pixels)
     _refuse_lossy(picture)
     picture = _load(picture, data)
-    if channels == 1:
-        return _grey(picture)[np.newaxis]
-    if channels == 3:
-        return np.moveaxis(_rgb(picture), -1, 0)
-    raise ChannelsError(
-        f"the model takes {channels} channels and image files have 1 or 3; send a npy array of shape "
-        f"({channels}, H, W) as application/x-npy"
-    )
+    if picture.mode in _GREY_MODES:
+        return np.asarray(picture.convert("L"))[np.newaxis]
+    channels = 1 if picture.mode == "P" and _has_grey_palette(picture) else 3
+    return np.ascontiguousarray(np.moveaxis(np.asarray(picture.convert("RGB"))[..., :channels], -1, 0))
+
+
+def _has_grey_palette(picture: Image.Image) -> bool:
+    red_P, green_P, blue_P = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3).T
+    return np.array_equal(red_P, green_P) and np.array_equal(red_P, blue_P)
 
 
 def _open(data: bytes, max_pixels: int, used_pixels: int) -> Image.Image:
@@ -170,7 +175,7 @@ def _refuse_lossy(picture: Image.Image) -> None:
             "the image does not have 8 bits per channel, so it would lose precision here; save it with 8 "
             "bits per channel, or send the values in [0, 1] as a float npy array (application/x-npy)"
         )
-    if picture.mode not in ("1", "L", "P", "RGB"):
+    if picture.mode not in (*_GREY_MODES, "P", "RGB"):
         raise ImageFormatError(f"the image has mode {picture.mode}; send 8-bit grey or RGB")
 
 
@@ -191,26 +196,6 @@ def _load(picture: Image.Image, data: bytes) -> Image.Image:
         raise NotAnImageError(
             f"the {picture.format} file is truncated or damaged, not every pixel can be read; send the whole file"
         ) from None
-
-
-def _grey(picture: Image.Image) -> UInt8[np.ndarray, "H W"]:
-    if picture.mode in ("1", "L"):
-        return np.asarray(picture.convert("L"))
-    red_HW, green_HW, blue_HW = np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
-    if not (np.array_equal(red_HW, green_HW) and np.array_equal(red_HW, blue_HW)):
-        raise ChannelsError(
-            "the image has colours and the model takes 1 channel (grey); convert it to grey first, in the "
-            "way that the model's data was converted"
-        )
-    return red_HW
-
-
-def _rgb(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    if picture.mode in ("1", "L"):
-        raise ChannelsError(
-            "the image is grey and the model takes 3 channels (RGB); save it as RGB, the grey value in all three"
-        )
-    return np.asarray(picture.convert("RGB"))
 
 
 def decode_array(data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:

@@ -22,11 +22,12 @@ from service.answers import classify
 from service.body import JSON, media_type_of, parse_json, read_body, refuse_query
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
-from service.errors import ArrayError, BatchTooLargeError, ImageTooLargeError, OptionError
+from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
 from service.images import image_digest, unit_range
 from service.openapi import problem_responses
 from service.routes import Service
 from service.schema import ImageOptions, finite
+from service.settings import Settings
 
 PREFIX = "/v2"
 
@@ -128,7 +129,7 @@ def build_router(service: Service) -> APIRouter:
         def work() -> InferAnswer:
             classifier = service.classifier(name)
             question = parse_json(InferRequest, content)
-            image_NCHW = _images(question.inputs[0], settings.max_pixels, settings.max_batch)
+            image_NCHW = _images(question.inputs[0], classifier, settings)
             results = classify(classifier, image_NCHW, question.parameters)
             service.metrics.count_predictions(classifier.name, [prediction.certified for prediction, _ in results])
             outputs = _outputs(image_NCHW, results)
@@ -166,12 +167,17 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
     }
 
 
-def _images(tensor: InputTensor, max_pixels: int, max_batch: int) -> Float64[np.ndarray, "N C H W"]:
+def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> Float64[np.ndarray, "N C H W"]:
     count, channels, height, width = tensor.shape
-    if count > max_batch:
-        raise BatchTooLargeError(count, max_batch)
-    if count * height * width > max_pixels:
-        raise ImageTooLargeError(f"the shape has {count * height * width} pixels", max_pixels)
+    if count > settings.max_batch:
+        raise BatchTooLargeError(count, settings.max_batch)
+    if count * height * width > settings.max_pixels:
+        raise ImageTooLargeError(f"the shape has {count * height * width} pixels", settings.max_pixels)
+    if channels != classifier.input_shape[0]:
+        raise ChannelsError(
+            f"the tensor has {channels} channels and the model takes {classifier.input_shape[0]}; send the model's, "
+            "image files alone are converted between grey and RGB"
+        )
     expected = f"expected {prod(tensor.shape)} numbers, flat or nested as the shape {tensor.shape}"
     try:
         values = np.array(tensor.data)

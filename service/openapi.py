@@ -160,7 +160,7 @@ def _predict_body(examples: Examples | None) -> Json:
                 "required": ["image"],
                 "additionalProperties": False,
                 "properties": {
-                    "image": {**binary, "description": "The image file, exactly one."},
+                    "image": {**binary, "description": "The image file, exactly one, grey or RGB."},
                     **fields,
                 },
             }
@@ -263,7 +263,7 @@ def _add_answers(paths: Json, examples: Examples) -> None:
 
 def _sample(input_shape_CHW: tuple[int, int, int]) -> np.ndarray:
     if input_shape_CHW == _MNIST_SHAPE:
-        return decode_image(SAMPLE_DIGIT.read_bytes(), channels=1, max_pixels=28 * 28)
+        return decode_image(SAMPLE_DIGIT.read_bytes(), max_pixels=28 * 28)
     row = np.linspace(0, 255, input_shape_CHW[2]).round().astype(np.uint8)
     return np.broadcast_to(row, input_shape_CHW).copy()
 

@@ -1,11 +1,20 @@
-"""Resizing as a linear map whose norm and rounding error are proved.
+"""From the image that was sent to the one that the model takes: a linear map in exact rationals, with proved norm and
+rounding error.
 
-With `resize=true` the radius is still about the image that was sent, so the resize is part of the certified
-map: bilinear (the triangle filter, widened where it shrinks), as two constant float64 matrices, `y = clip(R_h
-x R_w^T, 0, 1)` for each channel. The matrices *are* the definition of the map; that their entries approximate
-an ideal filter concerns no proof. Clipping is 1-Lipschitz and exact, so it costs nothing.
+The radius is about the image that was *sent*, so what happens to its channels and its size is part of the certified
+map. The map is defined in rationals, so that anybody can rebuild it from this text alone:
 
-Axes: N batch, C channels, H and W of the image that was sent, A and B (height, width) of the one that the
+* **conversion** of the channels: RGB to grey is `299/1000 R + 587/1000 G + 114/1000 B` (luma of ITU-R BT.601); grey to
+  RGB is three copies;
+* **resize** of each channel: `R_h x R_w^T` with the triangle filter (bilinear, widened where it shrinks) along each
+  axis, see `triangle_filter`.
+
+Both act on different axes, so their order does not matter to the exact map, and the norm of the whole is the product
+of the norms (Kronecker product). Computed is the cheaper order: to grey before the resize, to RGB after it. At last
+every pixel is clipped to [0, 1]; the exact map has averages of pixels for values, so clipping leaves it alone, and
+moves no computed value away from an exact one.
+
+Axes: N batch, C channels, H and W of the image that was sent; D channels, A and B (height, width) of the one that the
 model takes.
 """
 
@@ -19,9 +28,79 @@ import numpy as np
 from jaxtyping import Float64
 
 from service.certificate import spectral_norm_bound
-from service.certificate.rounding import FLOAT64, SMALLEST_NORMAL, add_up, gamma_up, mul_up, sqrt_up, sum_up
+from service.certificate.rounding import (
+    FLOAT64,
+    SMALLEST_NORMAL,
+    add_up,
+    div_up,
+    gamma_up,
+    mul_up,
+    sqrt_up,
+)
 
 Conversion = Literal["rgb_to_grey", "grey_to_rgb"]
+Shape = tuple[int, int, int]
+
+GREY_THOUSANDTHS = (299, 587, 114)
+"""Shares of R, G and B in a grey value, exact."""
+
+_RED, _GREEN, _BLUE = (share / 1000 for share in GREY_THOUSANDTHS)
+_NORMS: dict[Conversion | None, float] = {
+    None: 1.0,
+    "rgb_to_grey": div_up(sqrt_up(float(sum(share * share for share in GREY_THOUSANDTHS))), 1000.0),
+    "grey_to_rgb": sqrt_up(3.0),
+}
+"""Upper bounds of the L2 norms: `sqrt(0.299^2 + 0.587^2 + 0.114^2)`, 0.67 up to rounding, and `sqrt(3)`."""
+
+# Shapes seen are the client's choice: the cache is bounded, and a filter of 28 x 4096 takes 1 MB.
+_CACHED_SHAPES = 64
+# Below it every integer of `triangle_filter` is a float64.
+_LONGEST_SIDE = 2**25
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The map of images of one shape to those that the model takes, with what the certificate needs to know."""
+
+    conversion: Conversion | None
+    rows_AH: Float64[np.ndarray, "A H"] | None
+    """Filter along the height, correctly rounded entries; None where the heights are equal."""
+    columns_BW: Float64[np.ndarray, "B W"] | None
+    """Filter along the width."""
+    norm: float
+    """Upper bound of the L2 norm of the exact map."""
+    pixel_error: float
+    """Upper bound of |computed - exact| for each pixel of the result; see `_pixel_error`."""
+    error_l2: float
+    """Upper bound of the L2 distance between computed and exact result."""
+
+    def __call__(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> Float64[np.ndarray, "N D A B"]:
+        """The images that the model takes, pixels in [0, 1] as those of `image_NCHW`."""
+        pixels = image_NCHW
+        if self.conversion == "rgb_to_grey":
+            pixels = _RED * pixels[:, 0:1] + _GREEN * pixels[:, 1:2] + _BLUE * pixels[:, 2:3]
+        if self.rows_AH is not None:
+            pixels = self.rows_AH @ pixels
+        if self.columns_BW is not None:
+            pixels = pixels @ self.columns_BW.T
+        pixels = np.clip(pixels, 0.0, 1.0)
+        return np.repeat(pixels, 3, axis=1) if self.conversion == "grey_to_rgb" else pixels
+
+    def adjoint(self, gradient_NDAB: Float64[np.ndarray, "N D A B"]) -> Float64[np.ndarray, "N C H W"]:
+        """The gradient with respect to the image that was sent, from that with respect to the result.
+
+        Clipping acts on rounding errors only and is left out.
+        """
+        gradient = gradient_NDAB
+        if self.conversion == "grey_to_rgb":
+            gradient = gradient.sum(axis=1, keepdims=True)
+        if self.rows_AH is not None:
+            gradient = self.rows_AH.T @ gradient
+        if self.columns_BW is not None:
+            gradient = gradient @ self.columns_BW
+        if self.conversion == "rgb_to_grey":
+            gradient = np.concatenate([_RED * gradient, _GREEN * gradient, _BLUE * gradient], axis=1)
+        return gradient
 
 
 def conversion_between(sent_channels: int, model_channels: int) -> Conversion | None:
@@ -39,79 +118,83 @@ def conversion_between(sent_channels: int, model_channels: int) -> Conversion | 
     raise ValueError(f"there is no conversion of {sent_channels} channels to {model_channels}")
 
 
-# Sizes seen are the client's choice: the cache is bounded, and an entry of 28 x 4096 takes 1 MB.
-_CACHED_SIZES = 64
+@lru_cache(maxsize=_CACHED_SHAPES)
+def preprocessing_between(sent_CHW: Shape, model_DAB: Shape) -> Preprocessing:
+    """The map between images of two shapes, sides in pixels and at least 1.
 
-
-@dataclass(frozen=True)
-class Resize:
-    """A resize from `H x W` to `A x B`, with what the certificate needs to know about it."""
-
-    rows_AH: Float64[np.ndarray, "A H"]
-    columns_BW: Float64[np.ndarray, "B W"]
-    norm: float
-    """Upper bound of the L2 Lipschitz constant of the map, `||R_h|| ||R_w||`."""
-    pixel_error: float
-    """Upper bound of |computed - exact| for each pixel of the result; see `_pixel_error`."""
-
-    def __call__(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> Float64[np.ndarray, "N C A B"]:
-        """The resized images, pixels in [0, 1] as those of `image_NCHW`."""
-        return np.clip(self.rows_AH @ image_NCHW @ self.columns_BW.T, 0.0, 1.0)
-
-    def adjoint(self, gradient_NCAB: Float64[np.ndarray, "N C A B"]) -> Float64[np.ndarray, "N C H W"]:
-        """The gradient with respect to the image that was sent, from that with respect to the resized one.
-
-        Clipping acts on rounding errors only and is left out.
-        """
-        return self.rows_AH.T @ gradient_NCAB @ self.columns_BW
-
-    def error_l2(self, channels: int) -> float:
-        """Upper bound of the L2 distance between computed and exact result, for an image of `channels` in [0,
-        1]."""
-        pixels = channels * self.rows_AH.shape[0] * self.columns_BW.shape[0]
-        return mul_up(self.pixel_error, sqrt_up(float(pixels)))
-
-
-@lru_cache(maxsize=_CACHED_SIZES)
-def resize_map(from_height: int, from_width: int, to_height: int, to_width: int) -> Resize:
-    """The resize between two sizes in pixels, each at least 1."""
-    rows_AH = triangle_filter(from_height, to_height)
-    columns_BW = triangle_filter(from_width, to_width)
-    return Resize(
+    Raises:
+        ValueError: there is no conversion between these numbers of channels, or a side is not in 1..2^25.
+    """
+    conversion = conversion_between(sent_CHW[0], model_DAB[0])
+    (height, to_height), (width, to_width) = zip(sent_CHW[1:], model_DAB[1:], strict=True)
+    rows_AH = None if height == to_height else triangle_filter(height, to_height)
+    columns_BW = None if width == to_width else triangle_filter(width, to_width)
+    pixel_error = _pixel_error(conversion, rows_AH, columns_BW)
+    return Preprocessing(
+        conversion=conversion,
         rows_AH=rows_AH,
         columns_BW=columns_BW,
-        norm=mul_up(spectral_norm_bound(rows_AH), spectral_norm_bound(columns_BW)),
-        pixel_error=_pixel_error(rows_AH, columns_BW),
+        norm=mul_up(_NORMS[conversion], _filter_norm(rows_AH), _filter_norm(columns_BW)),
+        pixel_error=pixel_error,
+        error_l2=mul_up(pixel_error, sqrt_up(float(model_DAB[0] * to_height * to_width))),
     )
 
 
 def triangle_filter(n_in: int, n_out: int) -> Float64[np.ndarray, "n_out n_in"]:
-    """One-dimensional bilinear resampling: non-negative rows that sum to 1 up to rounding; read-only.
+    """One-dimensional bilinear resampling, each entry the float64 nearest to the exact rational; read-only.
 
-    Pixel centres lie at half-integers. Where the image shrinks, the triangle is widened by the factor, so
-    that every pixel counts (antialiasing); at the borders its rest is renormalised.
+    With `scale = n_in / n_out` and `width = max(scale, 1)`, the exact weight of input k for output j is
+    `max(0, 1 - |(j + 1/2) scale - (k + 1/2)| / width)`, divided by the sum of its row: pixel centres lie at
+    half-integers, and where the image shrinks, the triangle is widened by the factor, so that every pixel counts
+    (antialiasing).
+
+    Multiplied by `2 max(n_in, n_out)`, the weight is the integer `max(0, 2 max(n_in, n_out) - |(2j + 1) n_in - (2k + 1)
+    n_out|)`. Such integers and their sums are below 2^53, hence exact in float64, and one division of two of them
+    rounds the entry correctly.
+
+    Raises:
+        ValueError: a side is not in 1..2^25.
     """
-    scale = n_in / n_out
-    width = max(scale, 1.0)
-    centre_out = (np.arange(n_out) + 0.5) * scale
-    centre_in = np.arange(n_in) + 0.5
-    weights = np.maximum(0.0, 1.0 - np.abs(centre_out[:, None] - centre_in) / width)
-    weights /= weights.sum(axis=1, keepdims=True)
+    if not (1 <= n_in <= _LONGEST_SIDE and 1 <= n_out <= _LONGEST_SIDE):
+        raise ValueError(f"a side of {n_in} pixels cannot be resized to {n_out}; sides are 1 to {_LONGEST_SIDE} pixels")
+    centre_out = (2 * np.arange(n_out, dtype=np.int64) + 1) * n_in
+    centre_in = (2 * np.arange(n_in, dtype=np.int64) + 1) * n_out
+    share = np.maximum(0, 2 * max(n_in, n_out) - np.abs(centre_out[:, None] - centre_in))
+    weights = share / share.sum(axis=1, keepdims=True)
     weights.setflags(write=False)
     return weights
 
 
-def _pixel_error(rows_AH: Float64[np.ndarray, "A H"], columns_BW: Float64[np.ndarray, "B W"]) -> float:
-    """Bound of the error of each pixel of `fl(fl(R_h x) R_w^T)`, for any order of summation.
+def _filter_norm(weights_MN: Float64[np.ndarray, "M N"] | None) -> float:
+    """Upper bound of the L2 norm of the exact filter whose rounded entries are `weights_MN`.
 
-    Let s and t be the largest row sums of `R_h` and `R_w`, and every pixel of x be in [0, 1]. Then
-    `|fl(R_h x) - R_h x| <= gamma_H s` and, with the second product's own error, the result is off by at most
-    `s t (gamma_H + gamma_W (1 + gamma_H))` (Higham 2002, section 3.5). A pixel v / 255 of the image is itself
-    rounded, by at most u: `s t u` more. Underflow adds less than the smallest normal number for each product.
+    A correctly rounded entry is off by at most u times itself, and no entry is negative, so the difference of both
+    matrices has at most u times the norm of the rounded one.
     """
-    height, width = rows_AH.shape[1], columns_BW.shape[1]
-    row_sum = max(sum_up(row) for row in rows_AH)
-    column_sum = max(sum_up(row) for row in columns_BW)
-    gamma_rows, gamma_columns = gamma_up(height), gamma_up(width)
-    relative = add_up(gamma_rows, mul_up(gamma_columns, add_up(1.0, gamma_rows)), mul_up(FLOAT64.unit_roundoff, 2.0))
-    return add_up(mul_up(row_sum, column_sum, relative), mul_up(4.0 * (height + width), SMALLEST_NORMAL))
+    if weights_MN is None:
+        return 1.0
+    return mul_up(spectral_norm_bound(weights_MN), add_up(1.0, FLOAT64.unit_roundoff))
+
+
+def _pixel_error(
+    conversion: Conversion | None,
+    rows_AH: Float64[np.ndarray, "A H"] | None,
+    columns_BW: Float64[np.ndarray, "B W"] | None,
+) -> float:
+    """Bound of the error of each pixel of the result, for any order of summation.
+
+    The exact pixel is a sum of non-negative products. Each of them is computed with at most n factors `1 + d`,
+    `|d| <= u`: one from the pixel v / 255 itself, one from each rounded coefficient, and n_k from a sum of n_k products
+    (Higham 2002, lemmas 3.1 and 3.3). So the computed pixel is off by at most `gamma_n` times the exact one, which is
+    at most 1. Each operation that underflows adds less than the smallest normal number, and later weights sum to 1.
+    """
+    roundings, operations = 1, 1
+    for terms in (
+        3 if conversion == "rgb_to_grey" else 0,
+        0 if rows_AH is None else rows_AH.shape[1],
+        0 if columns_BW is None else columns_BW.shape[1],
+    ):
+        roundings += terms + 1 if terms else 0
+        operations += 2 * terms
+    # Twice as many cover the rounding of the later weights.
+    return add_up(gamma_up(roundings), mul_up(2.0 * operations, SMALLEST_NORMAL))

@@ -96,6 +96,11 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
 
         Options stand in the JSON object, in form fields, or, for an image or npy body, in the query. An image
         that cannot be read without loss is refused, with what to do in `detail`.
+
+        An RGB file is converted to grey where the model takes grey (0.299 R + 0.587 G + 0.114 B), and a grey file to
+        RGB where it takes RGB (three copies); `image.conversion` says so. The conversion is part of what is proved:
+        radius, counterfactual and distance are about the image that was sent, in its own channels. An array must have
+        the model's channels.
         """
         media_type = media_type_of(request, PREDICT_TYPES)
         content_type = request.headers["content-type"]
@@ -120,7 +125,7 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
         responses=_BODY_PROBLEMS,
     )
     async def predict_batch(request: Request) -> Response:
-        """Classify several images of one size; answers in their order. One bad image refuses the batch.
+        """Classify several images of one size, all grey or all RGB; answers in their order. One bad image refuses all.
 
         The answer to an image does not depend on the batch it is in: its class and radius hold either way.
         """

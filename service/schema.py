@@ -1,7 +1,7 @@
 """The wire: what requests and answers look like.
 
-Distances and radii are L2 norms over all pixels and channels of the model, in [0, 1] pixel units. Floats are
-written with the fewest digits that read back as the same float64 (Python's `repr`), so no radius grows on
+Distances and radii are L2 norms over all pixels and channels of the image that was sent, in [0, 1] pixel units.
+Floats are written with the fewest digits that read back as the same float64 (Python's `repr`), so no radius grows on
 its way. A value that is not finite, which only an abstention can hold, is written as null.
 """
 
@@ -28,7 +28,8 @@ class ImageOptions(_Wire):
     """Label that the counterfactual shall have; needs `counterfactual`. The nearest other class if absent."""
 
     resize: bool = False
-    """Whether an image of another size is resized; otherwise it is refused."""
+    """Whether an image of another size is resized; otherwise it is refused. The radius stays about the image that was
+    sent."""
 
     @model_validator(mode="after")
     def _target_needs_counterfactual(self) -> Self:
@@ -51,11 +52,11 @@ class PredictRequest(Options):
     """One image with its options."""
 
     image: str
-    """A PNG, JPEG, WEBP, BMP or GIF file as standard base64, in one line, without a `data:` prefix."""
+    """A PNG, JPEG, WEBP, BMP or GIF file, grey or RGB, as standard base64, in one line, without a `data:` prefix."""
 
 
 class BatchRequest(Options):
-    """Images of one size, with options for all of them."""
+    """Images of one size, all grey or all RGB, with options for all of them."""
 
     images: Annotated[list[str], Field(min_length=1)]
     """Each a file as in `PredictRequest.image`."""
@@ -116,7 +117,8 @@ class CounterfactualAnswer(_Wire):
     """An 8-bit image near the one that was sent, classified again by the same path."""
 
     image: str
-    """PNG file as base64; posting it back gives the stated class."""
+    """PNG file as base64, with the size and the channels of the image that was sent; posting it back with the same
+    options gives the stated class."""
     media_type: Literal["image/png"] = "image/png"
     class_id: int
     label: str
@@ -150,7 +152,11 @@ class BatchAnswer(_Wire):
 
 
 class InputAnswer(_Wire):
-    """Shape of the images that the model takes; pixels in [0, 1]."""
+    """Shape of the images that the model takes; pixels in [0, 1].
+
+    Image files of the other kind, grey (1 channel) or RGB (3), are converted, and of another size resized where the
+    option `resize` says so.
+    """
 
     channels: int
     height: int

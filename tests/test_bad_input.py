@@ -6,8 +6,10 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import builders
 import httpx
 import numpy as np
 import pytest
@@ -56,8 +58,6 @@ IMAGES: dict[str, tuple[bytes, int, str]] = {
         422,
         "the model takes 4 x 5; send that size, or set resize=true",
     ),
-    "colours": (encode(Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3))), 422, "takes 1 channel (grey)"),
-    "colours in a palette": (encode(Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3)).quantize(4)), 422, "takes 1 channel"),
     "alpha": (encode(Image.new("RGBA", (WIDTH, HEIGHT))), 422, "flatten it"),
     "transparent palette": (encode(Image.new("P", (WIDTH, HEIGHT)), transparency=0), 422, "flatten it"),
     "16 bits": (encode(np.zeros((HEIGHT, WIDTH), np.uint16)), 422, "save it with 8 bits per channel"),
@@ -86,9 +86,46 @@ def test_a_bad_image_is_refused_in_every_form(client: Client, form: str, kind: s
     assert response.json()["instance"] == ("/predict/batch" if form == "batch" else "/predict")
 
 
-def test_grey_for_a_colour_model_is_refused(client: Client) -> None:
-    response = client.post("/predict", json={"image": text(GOOD), "model": "colour"})
-    assert_problem(response, 422, "takes 3 channels (RGB)", "save it as RGB")
+COLOUR = encode(Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3)))
+PALETTE = encode(Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3)).quantize(4))
+
+
+@pytest.mark.parametrize("model", ["grey", "colour"])
+@pytest.mark.parametrize("resize", [False, True])
+@pytest.mark.parametrize(("first", "then", "said"), [(GOOD, COLOUR, "is RGB"), (PALETTE, GOOD, "is grey")])
+def test_grey_and_colour_do_not_make_a_batch(
+    client: Client, model: str, resize: bool, first: bytes, then: bytes, said: str
+) -> None:
+    body = {"images": [text(first), text(first), text(then)], "model": model, "resize": resize}
+    response = client.post("/predict/batch", json=body)
+    assert_problem(response, 422, "image 2: ", said, "send the others apart")
+
+
+def test_arrays_and_tensors_are_not_converted(client: Client) -> None:
+    grey, colour = np.zeros((HEIGHT, WIDTH), np.uint8), np.zeros((3, HEIGHT, WIDTH), np.uint8)
+    for model, array in (("grey", colour), ("colour", grey), ("colour", grey[None])):
+        one = client.post("/predict", content=npy(array), headers=NPY, params={"model": model})
+        assert_problem(one, 422)
+        batch = client.post("/predict/batch", content=npy(array[None]), headers=NPY, params={"model": model})
+        assert_problem(batch, 422)
+        shape = [1, *array.reshape(-1, HEIGHT, WIDTH).shape]
+        tensor = {"name": "image", "shape": shape, "datatype": "UINT8", "data": array.ravel().tolist()}
+        for parameters in ({}, {"resize": True}):
+            infer = client.post(f"/v2/models/{model}/infer", json={"inputs": [tensor], "parameters": parameters})
+            assert_problem(infer, 422, "channels", "image files alone are converted")
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_image_files_are_refused_by_a_model_of_other_channels(client: Client, tmp_path: Path, channels: int) -> None:
+    shape = (channels, HEIGHT, WIDTH)
+    builders.write(tmp_path / "other", builders.linear(np.ones((2, int(np.prod(shape)))), np.zeros(2), shape), "other")
+    app = create_app(Settings(default_model="other", models=tmp_path, provider="cpu"))
+    other = Client(app, client._runner)
+    for image in (GOOD, COLOUR):
+        said = f"takes {channels} channels and image files have 1 or 3"
+        assert_problem(other.post("/predict", json={"image": text(image)}), 422, said, "application/x-npy")
+    array = npy(np.zeros(shape, np.uint8))
+    assert other.post("/predict", content=array, headers=NPY).json()["image"]["shape"] == list(shape)
 
 
 def with_value(value: float) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from service.errors import (
     ProviderError,
     TargetIsPredictedClassError,
 )
-from service.preprocessing import resize_map
+from service.preprocessing import preprocessing_between
 
 SHAPE = (1, 3, 3)
 WEIGHT_KD = np.random.default_rng(0).normal(size=(3, 9))
@@ -115,7 +116,7 @@ def test_radius_of_a_resized_image_is_about_the_image_that_was_sent() -> None:
     classifier = linear_classifier()
     sent = images(3, 1, (1, 6, 8))
     (prediction,) = classifier.predict(sent, resize=True)
-    mapping = resize_map(6, 8, 3, 3)
+    mapping = preprocessing_between((1, 6, 8), SHAPE)
     (inner,) = classifier.predict(mapping(sent))
     assert prediction.class_id == inner.class_id
     row = WEIGHT_KD[prediction.class_id] - WEIGHT_KD[prediction.runner_up]
@@ -134,6 +135,100 @@ def test_resize_of_an_image_of_the_right_size_changes_nothing() -> None:
         assert one.radius == other.radius
 
 
+GREY_SHARES = [Fraction(299, 1000), Fraction(587, 1000), Fraction(114, 1000)]
+
+
+def converted_exactly(row_D: np.ndarray, from_channels: int, to_channels: int) -> np.ndarray:
+    """The row of a linear model in rationals, as an image of `from_channels` sees it."""
+    exact_CP = np.vectorize(Fraction, otypes=[object])(row_D).reshape(to_channels, -1)
+    if (from_channels, to_channels) == (3, 1):
+        return np.concatenate([share * exact_CP[0] for share in GREY_SHARES])
+    return exact_CP.sum(axis=0)
+
+
+def exactly(image: np.ndarray) -> np.ndarray:
+    """8-bit pixels v / 255 as the rationals that they stand for."""
+    return np.array([Fraction(int(level), 255) for level in np.rint(image * 255).ravel()], dtype=object)
+
+
+@pytest.mark.parametrize(("sent", "taken"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize("seed", range(4))
+def test_radius_of_a_converted_image_is_its_distance_to_the_boundary_in_its_own_channels(
+    sent: int, taken: int, seed: int
+) -> None:
+    """In rationals: squares are compared, so no oracle rounds."""
+    random = np.random.default_rng(seed)
+    weight_KD, bias_K = random.normal(size=(3, taken * 9)), random.normal(size=3)
+    classifier = load(linear(weight_KD, bias_K, (taken, 3, 3)))
+    image = images(seed, 1, (sent, 3, 3))
+    (prediction,) = classifier.predict(image)
+    assert prediction.certified
+    i = prediction.class_id
+    squares: list[Fraction] = []
+    for j in {0, 1, 2} - {i}:
+        row = converted_exactly(weight_KD[i], sent, taken) - converted_exactly(weight_KD[j], sent, taken)
+        margin = sum(row * exactly(image), start=Fraction(bias_K[i]) - Fraction(bias_K[j]))
+        assert margin > 0
+        bound = Fraction(classifier._view(image, False).certificate.margin_bounds_KK[i, j])
+        assert bound**2 >= sum(row * row)
+        squares.append(margin**2 / sum(row * row))
+    assert Fraction(prediction.radius) ** 2 <= min(squares)
+    # To grey nothing is lost: the adjoint of the conversion scales every row alike.
+    if taken == 1:
+        assert Fraction(prediction.radius) ** 2 >= min(squares) * (1 - Fraction(1, 10**7))
+
+
+@pytest.mark.parametrize(("sent", "taken"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize("size", [(3, 3), (5, 4)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_worst_change_inside_the_radius_of_a_converted_image_keeps_the_exact_class(
+    sent: int, taken: int, size: tuple[int, int], seed: int
+) -> None:
+    """Along the gradient of the margin, in the pixels that were sent; the moved float64 image is judged exactly."""
+    random = np.random.default_rng(seed)
+    weight_KD, bias_K = random.normal(size=(3, taken * 9)), random.normal(size=3)
+    classifier = load(linear(weight_KD, bias_K, (taken, 3, 3)))
+    image = 0.25 + images(seed, 1, (sent, *size)) / 2
+    (prediction,) = classifier.predict(image, resize=True)
+    assert prediction.certified
+    rival = prediction.runner_up
+    weights = np.zeros((1, 3))
+    weights[0, prediction.class_id], weights[0, rival] = 1.0, -1.0
+    _, gradient = classifier.margin_gradient(image, weights, resize=True)
+    for share in (0.5, 0.999999):
+        step = share * prediction.radius * gradient / np.linalg.norm(gradient)
+        moved = np.clip(image - step, 0.0, 1.0)
+        change = sum(Fraction(a) ** 2 for a in (moved - image).ravel().tolist())
+        assert change < Fraction(prediction.radius) ** 2
+        (after,) = classifier.predict(moved, resize=True)
+        assert after.class_id == prediction.class_id
+        if size == (3, 3):
+            row = converted_exactly(weight_KD[prediction.class_id], sent, taken)
+            row = row - converted_exactly(weight_KD[rival], sent, taken)
+            pixels = np.array([Fraction(value) for value in moved.ravel().tolist()], dtype=object)
+            offset = Fraction(bias_K[prediction.class_id]) - Fraction(bias_K[rival])
+            assert sum(row * pixels, start=offset) > 0
+
+
+def test_conversion_and_resize_compose() -> None:
+    """The radius of an RGB image of another size, against the grey one: `||conversion||` once, `||resize||` once."""
+    classifier = linear_classifier()
+    colour = images(3, 1, (3, 6, 8))
+    (prediction,) = classifier.predict(colour, resize=True)
+    grey = np.tensordot([0.299, 0.587, 0.114], colour, axes=(0, 1))[:, None]
+    (alone,) = classifier.predict(np.clip(grey, 0.0, 1.0), resize=True)
+    assert prediction.class_id == alone.class_id
+    assert prediction.radius == pytest.approx(alone.radius / np.sqrt(0.446966), rel=1e-6)
+
+
+def test_a_colour_image_with_equal_channels_is_still_a_colour_image() -> None:
+    classifier = linear_classifier()
+    grey = images(3, 1)
+    (one,), (three,) = classifier.predict(grey), classifier.predict(np.repeat(grey, 3, axis=1))
+    assert three.class_id == one.class_id
+    assert three.radius == pytest.approx(one.radius / np.sqrt(0.446966), rel=1e-6)
+
+
 def test_certificates_of_sizes_are_bounded_in_number() -> None:
     classifier = load(linear(WEIGHT_KD, BIAS_K, SHAPE))
     for width in range(4, 104):
@@ -146,9 +241,11 @@ def test_image_of_another_size_is_refused() -> None:
         linear_classifier().predict(np.zeros((1, 1, 4, 3)))
 
 
-def test_image_with_other_channels_is_refused() -> None:
-    with pytest.raises(ChannelsError, match=r"3 channels.*takes 1"):
-        linear_classifier().predict(np.zeros((1, 3, 3, 3)), resize=True)
+@pytest.mark.parametrize(("channels", "taken"), [(2, 1), (4, 1), (2, 3), (4, 3), (1, 2), (3, 2), (1, 4), (3, 4)])
+def test_image_with_channels_that_have_no_conversion_is_refused(channels: int, taken: int) -> None:
+    classifier = load(linear(np.ones((2, taken * 9)), np.zeros(2), (taken, 3, 3)))
+    with pytest.raises(ChannelsError, match=rf"{channels} channels.*takes {taken}"):
+        classifier.predict(np.zeros((1, channels, 3, 3)), resize=True)
 
 
 @pytest.mark.parametrize("pixel", [np.nan, np.inf, -np.inf, -1e-300, 1.0000000000000002])
