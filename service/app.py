@@ -35,8 +35,10 @@ whatever the batch, the threads or the processor. `radius` is rounded down; wher
 The radius does not say that the class is right, and says nothing about changes that are small in another sense than L2
 (rotation, lighting) or that are as large as the radius.
 
-Pixels are those that were sent, after lossless decoding, over the channels of the model: a grey picture stored as RGB
-is grey for a grey model, and what cannot be read without loss is refused.
+Pixels are those that were sent, after lossless decoding, in the channels of the file: what cannot be read without loss
+is refused. A colour file is converted to grey for a grey model (0.299 R + 0.587 G + 0.114 B), a grey file to RGB for a
+colour model, and with `resize` to the model's size. These maps are part of the proof, so that the radius is about the
+image that was sent; `image` in the answer names it.
 
 Errors are RFC 9457 problem details, `application/problem+json`; `detail` says what to do.
 """

@@ -20,15 +20,16 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @cache
-def groupsort_classifier(seed: int, n_outputs: int) -> Classifier:
-    return load(random_groupsort(seed, shape=(1, 5, 4), n_outputs=n_outputs))
+def groupsort_classifier(seed: int, n_outputs: int, channels: int = 1) -> Classifier:
+    return load(random_groupsort(seed, shape=(channels, 5, 4), n_outputs=n_outputs))
 
 
 def posted_back(pixels_CHW: np.ndarray) -> np.ndarray:
     """The image as the service would see it after a round trip through a PNG file."""
     file = io.BytesIO()
-    Image.fromarray(pixels_CHW[0]).save(file, "PNG")
-    return np.asarray(Image.open(file))[None] / 255
+    Image.fromarray(pixels_CHW[0] if len(pixels_CHW) == 1 else np.moveaxis(pixels_CHW, 0, -1)).save(file, "PNG")
+    pixels = np.asarray(Image.open(file)) / 255
+    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
 
 def check_invariants(
@@ -70,6 +71,49 @@ def test_invariants_hold_for_any_other_class(
     predictions = classifier.predict(image, resize=resize)
     answers = classifier.counterfactual(image, predictions, None, resize=resize)
     check_invariants(classifier, image, predictions, answers, None, resize)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 3),
+    channels=st.sampled_from([(3, 1), (1, 3)]),
+    image_seed=SEEDS,
+    n=st.integers(1, 4),
+    resize=st.booleans(),
+    target=st.sampled_from([None, 0, 3]),
+)
+def test_invariants_hold_for_converted_images_in_the_channels_that_were_sent(
+    seed: int, channels: tuple[int, int], image_seed: int, n: int, resize: bool, target: int | None
+) -> None:
+    sent, taken = channels
+    classifier = groupsort_classifier(seed, 4, taken)
+    random = np.random.default_rng(image_seed)
+    image = random.integers(0, 256, (n, sent, *((7, 9) if resize else (5, 4)))) / 255
+    predictions = classifier.predict(image, resize=resize)
+    kept = [n for n, prediction in enumerate(predictions) if prediction.class_id != target]
+    image, predictions = image[kept], [predictions[n] for n in kept]
+    answers = classifier.counterfactual(image, predictions, target, resize=resize)
+    check_invariants(classifier, image, predictions, answers, target, resize)
+
+
+@pytest.mark.parametrize(("sent", "taken"), [(3, 1), (1, 3)])
+def test_distance_of_a_converted_image_of_a_linear_model_is_the_closed_form(sent: int, taken: int) -> None:
+    """The radius of a linear model is its distance to the boundary, here among the images that were sent."""
+    random = np.random.default_rng(5)
+    image = random.integers(90, 166, (20, sent, 20, 20)) / 255
+    if taken == 1:
+        weight_PK, seen = random.normal(size=(400, 3)) / 20, np.tensordot(image, [0.299, 0.587, 0.114], axes=(1, 0))
+    else:
+        # The same for each channel, so that three copies lose nothing of the norm.
+        weight_PK, seen = np.tile(random.normal(size=(400, 3)) / 20, (3, 1)), np.repeat(image, 3, axis=1)
+    bias_K = -weight_PK.T @ seen[0].ravel() + random.normal(size=3) / 3
+    classifier = load(linear(weight_PK.T, bias_K, (taken, 20, 20)))
+    predictions = classifier.predict(image)
+    answers = classifier.counterfactual(image, predictions, None)
+    check_invariants(classifier, image, predictions, answers, None)
+    for prediction, answer in zip(predictions, answers, strict=True):
+        assert answer.reached
+        assert answer.distance <= 1.02 * prediction.radius + 0.02
 
 
 @settings(max_examples=40, deadline=None)
