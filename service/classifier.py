@@ -23,9 +23,10 @@ from service.errors import (
     ChannelsError,
     ImageSizeError,
     PixelRangeError,
+    SideTooLongError,
     TargetIsPredictedClassError,
 )
-from service.preprocessing import Preprocessing, conversion_between, preprocessing_between
+from service.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class Classifier:
 
         Raises:
             ImageSizeError: another height or width than the model's, and `resize` is false.
+            SideTooLongError: a side is too long to be resized.
             ChannelsError: a number of channels that there is no conversion of.
             PixelRangeError: a pixel is NaN, infinite or outside [0, 1], where the proof says nothing.
         """
@@ -214,6 +216,9 @@ class Classifier:
             ) from None
         if not resize and (sent_height, sent_width) != (height, width):
             raise ImageSizeError(sent_height, sent_width, height, width)
+        for sent_side, side in ((sent_height, height), (sent_width, width)):
+            if sent_side != side and max(sent_side, side) > LONGEST_SIDE:
+                raise SideTooLongError(sent_side, side, LONGEST_SIDE)
         sent_shape = (sent_channels, sent_height, sent_width)
         if sent_shape == self.input_shape:
             return self._view_of(self.certificate, None)

@@ -16,6 +16,7 @@
       │   ├─ ImageTooLargeError          more pixels than the server decodes
       │   ├─ ArrayError                  npy: header, dtype or shape
       │   ├─ ImageSizeError              height and width are not the model's
+      │   ├─ SideTooLongError            a height or width that is not resized
       │   ├─ MixedSizesError             images of several sizes in one batch
       │   ├─ ChannelsError               channels that the model does not take, or of two kinds in one batch
       │   ├─ PixelRangeError             NaN, infinite, or outside [0, 1]
@@ -127,6 +128,16 @@ class ImageSizeError(InputError):
             f"the image is {height} x {width} (height x width) and the model takes {expected_height} x "
             f"{expected_width}; send that size, or set resize=true to have it resized (the radius then "
             "speaks about the image that was sent)"
+        )
+
+
+class SideTooLongError(InputError):
+    """Height or width, the image's or the model's, is more than the server resizes; in pixels."""
+
+    def __init__(self, side: int, expected_side: int, limit: int) -> None:
+        super().__init__(
+            f"a side of {side} pixels is not resized to {expected_side}, because this server resizes from and to at "
+            f"most {limit}; send a smaller image, best of the model's size"
         )
 
 

@@ -52,10 +52,11 @@ _NORMS: dict[Conversion | None, float] = {
 }
 """Upper bounds of the L2 norms: `sqrt(0.299^2 + 0.587^2 + 0.114^2)`, 0.67 up to rounding, and `sqrt(3)`."""
 
-# Shapes seen are the client's choice: the cache is bounded, and a filter of 28 x 4096 takes 1 MB.
-_CACHED_SHAPES = 64
-# Below it every integer of `triangle_filter` is a float64.
-_LONGEST_SIDE = 2**25
+LONGEST_SIDE = 8192
+"""Longest side that is resized, in pixels: the filters are dense, and a file of few bytes can declare any side."""
+
+# Shapes seen are the client's choice: the cache is bounded, and a filter of 28 x 8192 takes 2 MB.
+_CACHED_SHAPES = 32
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def preprocessing_between(sent_CHW: Shape, model_DAB: Shape) -> Preprocessing:
     """The map between images of two shapes, sides in pixels and at least 1.
 
     Raises:
-        ValueError: there is no conversion between these numbers of channels, or a side is not in 1..2^25.
+        ValueError: there is no conversion between these numbers of channels, or a side that has to be resized is longer
+            than `LONGEST_SIDE`.
     """
     conversion = conversion_between(sent_CHW[0], model_DAB[0])
     (height, to_height), (width, to_width) = zip(sent_CHW[1:], model_DAB[1:], strict=True)
@@ -149,14 +151,14 @@ def triangle_filter(n_in: int, n_out: int) -> Float64[np.ndarray, "n_out n_in"]:
     (antialiasing).
 
     Multiplied by `2 max(n_in, n_out)`, the weight is the integer `max(0, 2 max(n_in, n_out) - |(2j + 1) n_in - (2k + 1)
-    n_out|)`. Such integers and their sums are below 2^53, hence exact in float64, and one division of two of them
-    rounds the entry correctly.
+    n_out|)`. For sides of at most `LONGEST_SIDE` such integers and their sums are far below 2^53, hence exact in
+    float64, and one division of two of them rounds the entry correctly.
 
     Raises:
-        ValueError: a side is not in 1..2^25.
+        ValueError: a side is not in 1..`LONGEST_SIDE`.
     """
-    if not (1 <= n_in <= _LONGEST_SIDE and 1 <= n_out <= _LONGEST_SIDE):
-        raise ValueError(f"a side of {n_in} pixels cannot be resized to {n_out}; sides are 1 to {_LONGEST_SIDE} pixels")
+    if not (1 <= n_in <= LONGEST_SIDE and 1 <= n_out <= LONGEST_SIDE):
+        raise ValueError(f"a side of {n_in} pixels cannot be resized to {n_out}; sides are 1 to {LONGEST_SIDE} pixels")
     centre_out = (2 * np.arange(n_out, dtype=np.int64) + 1) * n_in
     centre_in = (2 * np.arange(n_in, dtype=np.int64) + 1) * n_out
     share = np.maximum(0, 2 * max(n_in, n_out) - np.abs(centre_out[:, None] - centre_in))

@@ -35,6 +35,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.ImageFormatError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.ArrayError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.ImageSizeError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.SideTooLongError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.MixedSizesError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.ChannelsError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.PixelRangeError: HTTPStatus.UNPROCESSABLE_ENTITY,

@@ -13,6 +13,7 @@ import pytest
 from builders import Graphs, dense, linear, load, random_groupsort, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_preprocessing import exact_map
 
 from service.classifier import Classifier
 from service.errors import (
@@ -21,6 +22,7 @@ from service.errors import (
     ImageSizeError,
     PixelRangeError,
     ProviderError,
+    SideTooLongError,
     TargetIsPredictedClassError,
 )
 from service.preprocessing import preprocessing_between
@@ -92,12 +94,14 @@ def test_batch_never_changes_an_answer_beyond_the_error(seed: int, image_seed: i
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 3), st.integers(0, 2**32 - 1), st.booleans(), st.floats(0.5, 0.999999))
-def test_nothing_inside_the_radius_flips_the_class(seed: int, image_seed: int, resized: bool, share: float) -> None:
+@given(st.integers(0, 3), st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([1, 3]), st.floats(0.5, 0.999999))
+def test_nothing_inside_the_radius_flips_the_class(
+    seed: int, image_seed: int, resized: bool, channels: int, share: float
+) -> None:
     """Worst directions first: along the gradient of the margin that decides the radius."""
     classifier = groupsort_classifier(seed)
     random = np.random.default_rng(image_seed)
-    image = random.random((1, 1, 7, 5)) if resized else random.random((1, *classifier.input_shape))
+    image = random.random((1, channels, *((7, 5) if resized else classifier.input_shape[1:])))
     (prediction,) = classifier.predict(image, resize=resized)
     weights = np.zeros((1, 3))
     weights[0, prediction.class_id], weights[0, prediction.runner_up] = 1.0, -1.0
@@ -135,79 +139,77 @@ def test_resize_of_an_image_of_the_right_size_changes_nothing() -> None:
         assert one.radius == other.radius
 
 
-GREY_SHARES = [Fraction(299, 1000), Fraction(587, 1000), Fraction(114, 1000)]
+def seen_exactly(row_D: np.ndarray, sent: tuple[int, int, int], taken: tuple[int, int, int]) -> np.ndarray:
+    """A row of a linear model in rationals, as the image that is sent meets it: behind the exact preprocessing."""
+    return np.vectorize(Fraction, otypes=[object])(row_D) @ exact_map(sent, taken)
 
 
-def converted_exactly(row_D: np.ndarray, from_channels: int, to_channels: int) -> np.ndarray:
-    """The row of a linear model in rationals, as an image of `from_channels` sees it."""
-    exact_CP = np.vectorize(Fraction, otypes=[object])(row_D).reshape(to_channels, -1)
-    if (from_channels, to_channels) == (3, 1):
-        return np.concatenate([share * exact_CP[0] for share in GREY_SHARES])
-    return exact_CP.sum(axis=0)
+def fractions(values: np.ndarray) -> np.ndarray:
+    """The rationals that these float64 are."""
+    return np.vectorize(Fraction, otypes=[object])(values.ravel())
 
 
-def exactly(image: np.ndarray) -> np.ndarray:
-    """8-bit pixels v / 255 as the rationals that they stand for."""
-    return np.array([Fraction(int(level), 255) for level in np.rint(image * 255).ravel()], dtype=object)
+SHAPES = [
+    ((3, 3, 3), (1, 3, 3)),
+    ((1, 3, 3), (3, 3, 3)),
+    ((3, 5, 4), (1, 3, 3)),
+    ((1, 2, 4), (3, 3, 3)),
+    ((1, 4, 7), SHAPE),
+]
 
 
-@pytest.mark.parametrize(("sent", "taken"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize(("sent", "taken"), SHAPES)
 @pytest.mark.parametrize("seed", range(4))
-def test_radius_of_a_converted_image_is_its_distance_to_the_boundary_in_its_own_channels(
-    sent: int, taken: int, seed: int
+def test_radius_is_not_above_the_distance_to_the_boundary_among_the_images_that_can_be_sent(
+    sent: tuple[int, int, int], taken: tuple[int, int, int], seed: int
 ) -> None:
-    """In rationals: squares are compared, so no oracle rounds."""
+    """In rationals, pixels v / 255 included: squares are compared, so that no oracle rounds."""
     random = np.random.default_rng(seed)
-    weight_KD, bias_K = random.normal(size=(3, taken * 9)), random.normal(size=3)
-    classifier = load(linear(weight_KD, bias_K, (taken, 3, 3)))
-    image = images(seed, 1, (sent, 3, 3))
-    (prediction,) = classifier.predict(image)
+    weight_KD, bias_K = random.normal(size=(3, int(np.prod(taken)))), random.normal(size=3)
+    classifier = load(linear(weight_KD, bias_K, taken))
+    level = random.integers(0, 256, sent)
+    (prediction,) = classifier.predict(level[None] / 255, resize=True)
     assert prediction.certified
+    row_K = [seen_exactly(weight_D, sent, taken) for weight_D in weight_KD]
+    pixels = fractions(level) / 255
+    logits = [sum(row * pixels, start=Fraction(bias)) for row, bias in zip(row_K, bias_K.tolist(), strict=True)]
     i = prediction.class_id
-    squares: list[Fraction] = []
-    for j in {0, 1, 2} - {i}:
-        row = converted_exactly(weight_KD[i], sent, taken) - converted_exactly(weight_KD[j], sent, taken)
-        margin = sum(row * exactly(image), start=Fraction(bias_K[i]) - Fraction(bias_K[j]))
-        assert margin > 0
-        bound = Fraction(classifier._view(image, False).certificate.margin_bounds_KK[i, j])
-        assert bound**2 >= sum(row * row)
-        squares.append(margin**2 / sum(row * row))
+    assert logits[i] == max(logits)
+    assert all(
+        abs(Fraction(computed) - exact) <= Fraction(prediction.logit_error)
+        for computed, exact in zip(prediction.logits_K.tolist(), logits, strict=True)
+    )
+    squares = [(logits[i] - logits[j]) ** 2 / sum((row_K[i] - row_K[j]) ** 2) for j in range(3) if j != i]
     assert Fraction(prediction.radius) ** 2 <= min(squares)
-    # To grey nothing is lost: the adjoint of the conversion scales every row alike.
-    if taken == 1:
+    # To grey nothing is lost: its adjoint scales every row alike.
+    if sent == (3, 3, 3):
         assert Fraction(prediction.radius) ** 2 >= min(squares) * (1 - Fraction(1, 10**7))
 
 
-@pytest.mark.parametrize(("sent", "taken"), [(3, 1), (1, 3)])
-@pytest.mark.parametrize("size", [(3, 3), (5, 4)])
+@pytest.mark.parametrize(("sent", "taken"), SHAPES)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_worst_change_inside_the_radius_of_a_converted_image_keeps_the_exact_class(
-    sent: int, taken: int, size: tuple[int, int], seed: int
+def test_the_worst_change_inside_the_radius_keeps_the_class_exactly(
+    sent: tuple[int, int, int], taken: tuple[int, int, int], seed: int
 ) -> None:
-    """Along the gradient of the margin, in the pixels that were sent; the moved float64 image is judged exactly."""
+    """Along the gradient of the margin, in the pixels that are sent; where it leads is judged in rationals."""
     random = np.random.default_rng(seed)
-    weight_KD, bias_K = random.normal(size=(3, taken * 9)), random.normal(size=3)
-    classifier = load(linear(weight_KD, bias_K, (taken, 3, 3)))
-    image = 0.25 + images(seed, 1, (sent, *size)) / 2
+    weight_KD, bias_K = random.normal(size=(3, int(np.prod(taken)))), random.normal(size=3)
+    classifier = load(linear(weight_KD, bias_K, taken))
+    image = 0.25 + random.random((1, *sent)) / 2
     (prediction,) = classifier.predict(image, resize=True)
     assert prediction.certified
-    rival = prediction.runner_up
+    i, j = prediction.class_id, prediction.runner_up
     weights = np.zeros((1, 3))
-    weights[0, prediction.class_id], weights[0, rival] = 1.0, -1.0
+    weights[0, i], weights[0, j] = 1.0, -1.0
     _, gradient = classifier.margin_gradient(image, weights, resize=True)
+    row = seen_exactly(weight_KD[i], sent, taken) - seen_exactly(weight_KD[j], sent, taken)
+    offset = Fraction(float(bias_K[i])) - Fraction(float(bias_K[j]))
     for share in (0.5, 0.999999):
-        step = share * prediction.radius * gradient / np.linalg.norm(gradient)
-        moved = np.clip(image - step, 0.0, 1.0)
-        change = sum(Fraction(a) ** 2 for a in (moved - image).ravel().tolist())
-        assert change < Fraction(prediction.radius) ** 2
+        moved = np.clip(image - share * prediction.radius * gradient / np.linalg.norm(gradient), 0.0, 1.0)
+        assert sum((fractions(moved) - fractions(image)) ** 2) < Fraction(prediction.radius) ** 2
         (after,) = classifier.predict(moved, resize=True)
-        assert after.class_id == prediction.class_id
-        if size == (3, 3):
-            row = converted_exactly(weight_KD[prediction.class_id], sent, taken)
-            row = row - converted_exactly(weight_KD[rival], sent, taken)
-            pixels = np.array([Fraction(value) for value in moved.ravel().tolist()], dtype=object)
-            offset = Fraction(bias_K[prediction.class_id]) - Fraction(bias_K[rival])
-            assert sum(row * pixels, start=offset) > 0
+        assert after.class_id == i
+        assert sum(row * fractions(moved), start=offset) > 0
 
 
 def test_conversion_and_resize_compose() -> None:
@@ -234,6 +236,19 @@ def test_certificates_of_sizes_are_bounded_in_number() -> None:
     for width in range(4, 104):
         classifier.predict(np.zeros((1, 1, 3, width)), resize=True)
     assert len(classifier._certificates) <= 64
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 8193), (1, 1, 8193, 3), (1, 3, 1, 2**21)])
+def test_a_side_that_would_need_a_huge_filter_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(SideTooLongError, match=r"side of \d+ pixels.*to 3, .*at most 8192"):
+        linear_classifier().predict(np.zeros(shape), resize=True)
+
+
+def test_a_long_side_of_the_models_own_length_needs_no_filter() -> None:
+    classifier = load(linear(np.ones((2, 9000)), np.array([1.0, 0.0]), (1, 1, 9000)))
+    assert classifier.predict(np.zeros((1, 3, 1, 9000)))[0].class_id == 0
+    with pytest.raises(SideTooLongError, match="side of 5 pixels is not resized to 9000"):
+        classifier.predict(np.zeros((1, 1, 1, 5)), resize=True)
 
 
 def test_image_of_another_size_is_refused() -> None:

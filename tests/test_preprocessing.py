@@ -74,8 +74,8 @@ def test_filter_of_the_same_size_is_the_identity(n: int) -> None:
     np.testing.assert_array_equal(triangle_filter(n, n), np.eye(n))
 
 
-@pytest.mark.parametrize(("n_in", "n_out"), [(0, 3), (3, 0), (2**25 + 1, 3), (3, 2**25 + 1)])
-def test_sides_whose_filter_would_not_be_exact_are_refused(n_in: int, n_out: int) -> None:
+@pytest.mark.parametrize(("n_in", "n_out"), [(0, 3), (3, 0), (8193, 3), (3, 8193)])
+def test_sides_that_are_too_long_are_refused(n_in: int, n_out: int) -> None:
     with pytest.raises(ValueError, match="pixels"):
         triangle_filter(n_in, n_out)
 
