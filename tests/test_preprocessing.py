@@ -149,6 +149,15 @@ def test_rounding_error_is_bounded(
     assert mapping.error_l2 < 1e-13
 
 
+@given(CHANNELS, SIZES, SIZES, SIZES, SIZES)
+def test_error_of_the_image_is_that_of_each_of_its_pixels(
+    channels: tuple[int, int], height: int, width: int, to_height: int, to_width: int
+) -> None:
+    mapping = preprocessing_between((channels[0], height, width), (channels[1], to_height, to_width))
+    pixels = channels[1] * to_height * to_width
+    assert Fraction(mapping.error_l2) ** 2 >= pixels * Fraction(mapping.pixel_error) ** 2
+
+
 def test_clipping_keeps_the_promise_of_the_model_about_its_input() -> None:
     for channels in (1, 3):
         resized = preprocessing_between((channels, 50, 37), (1, 28, 28))(np.ones((1, channels, 50, 37)))
