@@ -1,6 +1,10 @@
 """`python -m service`: serve the models of `LIPCERT_MODELS` over HTTP; settings in `service.settings`.
 
-Exit status: 0 stopped on request; 1 a model, the provider or the port is not to be had; 2 a setting is not valid.
+`python -m service audit ANSWER.json IMAGE --model ARTEFACT`: whether an answer that was kept still holds, see
+docs/audit.md.
+
+Exit status: 0 stopped on request, or the answer holds; 1 a model, the provider or the port is not to be had, or the
+answer does not hold or cannot be checked; 2 a setting or the command is not valid.
 """
 
 from __future__ import annotations
@@ -11,11 +15,11 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
-from service.app import create_app
 from service.errors import LipcertError, SettingsError
 from service.settings import Settings, read_settings
 
@@ -31,10 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(run=_serve)
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("serve", help="serve over HTTP (what happens without a command)").set_defaults(run=_serve)
+    audit = commands.add_parser(
+        "audit",
+        help="check an answer that was kept",
+        description="Derive class and certified radius of one answer of POST /predict anew, in ball arithmetic and "
+        "without the server's code. Prints `holds: ...` (exit 0), or `does not hold: ...` for each check that "
+        "failed (exit 1).",
+    )
+    audit.add_argument("answer", type=Path, metavar="ANSWER.json", help="the answer, as it was received")
+    audit.add_argument("image", type=Path, metavar="IMAGE", help="the image file that was sent, or the npy array")
+    audit.add_argument("--model", type=Path, required=True, metavar="ARTEFACT", help="the folder of the model")
+    audit.set_defaults(run=_audit)
     chosen = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        return chosen.run()
+        return chosen.run(chosen)
     except SettingsError as error:
         _log.error("%s", error)
         return 2
@@ -43,7 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _serve() -> int:
+def _audit(chosen: argparse.Namespace) -> int:
+    # Imported here: serving does not load the audit's arithmetic, nor the audit the runtime that it checks.
+    from service.audit import audit
+
+    verdict = audit(chosen.answer, chosen.image, chosen.model)
+    sys.stdout.write("".join(f"{line}\n" for line in verdict.lines))
+    return 0 if verdict.holds else 1
+
+
+def _serve(_: argparse.Namespace) -> int:
+    from service.app import create_app
+
     settings = read_settings()
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
