@@ -33,7 +33,7 @@ def operator(kernel: np.ndarray, size: list[int], strides, dilations, groups: in
     """The convolution as a matrix, one column for each pixel."""
     shape = (kernel.shape[1] * groups, *size)
     columns = [
-        convolve(np.pad(unit.reshape(shape), [(0, 0), *pads]), kernel, strides, dilations, groups).ravel()
+        convolve(np.pad(unit.reshape(1, *shape), [(0, 0), (0, 0), *pads]), kernel, strides, dilations, groups).ravel()
         for unit in np.eye(int(np.prod(shape)))
     ]
     return np.array(columns).T
@@ -54,7 +54,7 @@ def test_bound_is_never_below_the_norm_of_the_operator(case: tuple) -> None:
 def test_transposed_convolution_is_the_adjoint(case: tuple) -> None:
     kernel, size, strides, dilations, groups, _ = case
     rng = np.random.default_rng(0)
-    result = convolve(rng.standard_normal((kernel.shape[1] * groups, *size)), kernel, strides, dilations, groups)
+    result = convolve(rng.standard_normal((1, kernel.shape[1] * groups, *size)), kernel, strides, dilations, groups)
     back = transposed_convolve(result, kernel, strides, dilations, groups)
     x = rng.standard_normal(back.shape)
     forward = convolve(x, kernel, strides, dilations, groups)

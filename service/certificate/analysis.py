@@ -13,38 +13,33 @@ import numpy as np
 from jaxtyping import Float64
 from onnx.reference import ReferenceEvaluator
 
-from service.certificate import resizing, rules, smooth, spatial
+from service.certificate import rearrangements, resizing, rules, smooth, spatial, squares
 from service.certificate.graph import PROBE_BATCH, Graph, Node, UnsupportedGraphError, read_graph
-from service.certificate.operators import RULES, Context, Refusal
+from service.certificate.operators import RULES, Context, Refusal, int_attribute
 from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
-from service.certificate.values import Constant, Domain, Unknown, Value, View
+from service.certificate.values import Constant, Domain, Squares, Unknown, Value, View
 
 _EXACT_FOLDS = frozenset(
     [
-        "Cast",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Neg",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
+        *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "GatherElements", "GatherND"),
+        *("Identity", "NonZero", "Pad", "Reshape", "ScatterElements", "ScatterND", "Slice", "Split", "Squeeze"),
+        *("Tile", "Transpose", "Trilu", "Unsqueeze", "Where"),
+        *("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or"),
+        *("Abs", "Clip", "Max", "Min", "Neg", "ReduceMax", "ReduceMin", "Relu", "Sign"),
     ]
 )
+"""Operators that round nothing: they move, compare or choose."""
 _INTEGER_FOLDS = frozenset(["Add", "Div", "Mod", "Mul", "Range", "ReduceProd", "Sub"])
+_ROUNDS = (
+    "arithmetic on constants rounds, and each runtime may round it in its own way; let the exporter or ONNX Runtime's "
+    "offline optimisation compute it once, and certify what they wrote"
+)
 _PICKING_FOLDS = frozenset(
     ["Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
 )
 """What may be done with integers that hold the batch size: each entry of the result is one of the first operand's."""
 # Importing these modules fills the table of operators.
-RULE_MODULES = (resizing, rules, smooth, spatial)
+RULE_MODULES = (rearrangements, resizing, rules, smooth, spatial, squares)
 
 
 @dataclass(frozen=True)
@@ -127,6 +122,8 @@ def certify(model_bytes: bytes) -> Certificate:
             reasons.append(f"output {graph.output_name!r}: {logits.reason}")
     elif isinstance(logits, Constant):
         reasons.append(f"output {graph.output_name!r} does not depend on the image")
+    elif isinstance(logits, Squares):
+        reasons.append(f"output {graph.output_name!r} is a square, which has no Lipschitz constant")
     elif len(logits.shape) != 1:
         reasons.append(f"output {graph.output_name!r} has shape N x {logits.shape}, expected N x K logits")
     if reasons or not isinstance(logits, View):
@@ -147,7 +144,7 @@ def _outputs(
     context: Context, node: Node, inputs: Sequence[Value | None], reports: list[NodeReport]
 ) -> Sequence[Value]:
     present = [value for value in inputs if value is not None]
-    entry = RULES.get(node.operator)
+    entry = squares.entry_for(node, present) or RULES.get(node.operator)
     if node.operator == "Shape":
         return [_shape(context, node, present)]
     foldable = node.operator in _EXACT_FOLDS or node.operator in _INTEGER_FOLDS
@@ -162,7 +159,7 @@ def _outputs(
         if isinstance(value, Unknown):
             raise Refusal(value.reason)
     if all(isinstance(value, Constant) for value in present):
-        raise Refusal("arithmetic on constants rounds; fold it before the export")
+        raise Refusal(_ROUNDS)
     try:
         outputs = entry.apply(context, node, cast(Sequence[Value], inputs))
     except (ArithmeticError, IndexError, TypeError, ValueError) as error:
@@ -177,16 +174,19 @@ def _outputs(
 
 
 def _shape(context: Context, node: Node, inputs: Sequence[Value]) -> Constant:
-    if node.attributes:
-        raise Refusal("no proved rule for its attributes; take the whole shape")
     (value,) = inputs
     if isinstance(value, Unknown):
         raise Refusal(value.reason)
     if isinstance(value, Constant):
-        return Constant(np.array(value.array.shape, dtype=np.int64))
+        shape = value.array.shape
+    else:
+        shape = (context.batch, *(value.constant.shape if isinstance(value, Squares) else value.shape))
+    # Both ends are clamped as Python's slices are.
+    start, end = int_attribute(node, "start", 0), int_attribute(node, "end", len(shape))
+    picked = np.array(shape, dtype=np.int64)[start:end]
     # A batch size that the graph fixes is a number like any other.
-    free = context.batch == PROBE_BATCH
-    return Constant(np.array((context.batch, *value.shape), dtype=np.int64), depends_on_batch=free)
+    on_batch = not isinstance(value, Constant) and context.batch == PROBE_BATCH and 0 in range(len(shape))[start:end]
+    return Constant(picked, depends_on_batch=on_batch)
 
 
 def _folded(context: Context, node: Node, inputs: Sequence[Constant | None]) -> list[Value]:
@@ -197,7 +197,7 @@ def _folded(context: Context, node: Node, inputs: Sequence[Constant | None]) -> 
         raise Refusal("it computes with the batch size, so that images of one batch size get another map than others")
     integers = all(value is None or value.array.dtype.kind in "iub" for value in inputs)
     if node.operator in _INTEGER_FOLDS and not integers:
-        raise Refusal("arithmetic on constants rounds; fold it before the export")
+        raise Refusal(_ROUNDS)
     feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=False) if value is not None and name}
     try:
         # ReferenceEvaluator is annotated too narrowly: a single node is fine.
@@ -225,6 +225,9 @@ def _certificate(context: Context, graph: Graph, logits: View, reports: Sequence
         if affine is not None and (logits.index >= 0).all():
             rows = affine.rows[logits.index]
             bounds_KK = np.minimum(bounds_KK, replace(affine, rows=rows).margin_bounds())
+        joint_KK = context.joint.margin_bounds(logits)
+        if joint_KK is not None:
+            bounds_KK = np.minimum(bounds_KK, joint_KK)
     return Certificate(
         input_shape=graph.input_shape,
         n_outputs=n_outputs,

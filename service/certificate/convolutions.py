@@ -9,7 +9,10 @@ Axes: O output channels, I input channels, F frequencies.
 
 import itertools
 import math
+import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,50 +34,42 @@ from service.certificate.rounding import (
 Array = NDArray[np.float64]
 
 
-def convolve(image: Array, kernel: Array, strides: Sequence[int], dilations: Sequence[int], groups: int) -> Array:
-    """Cross-correlation of a padded `I x *S` image with an `O x I/groups x *K` kernel, as ONNX defines Conv."""
-    spatial = kernel.ndim - 2
-    extents = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape[2:], dilations, strict=True)]
-    windows = np.lib.stride_tricks.sliding_window_view(image, extents, axis=tuple(range(1, spatial + 1)))
-    picks = tuple(slice(None, None, stride) for stride in strides)
-    taps = tuple(slice(None, None, dilation) for dilation in dilations)
-    windows = windows[(slice(None), *picks, *taps)]
-    channels_in = image.shape[0] // groups
-    channels_out = kernel.shape[0] // groups
-    contracted = [0, *range(1 + spatial, 1 + 2 * spatial)]
-    return np.concatenate(
-        [
-            np.tensordot(
-                kernel[g * channels_out : (g + 1) * channels_out],
-                windows[g * channels_in : (g + 1) * channels_in],
-                axes=([1, *range(2, 2 + spatial)], contracted),
-            )
-            for g in range(groups)
-        ]
-    )
+def convolve(images: Array, kernel: Array, strides: Sequence[int], dilations: Sequence[int], groups: int) -> Array:
+    """Cross-correlation of padded images `B x I x *S` with an `O x I/groups x *K` kernel, as ONNX defines Conv."""
+    n_images, size = len(images), images.shape[2:]
+    after = [
+        (n - (k - 1) * d - 1) // s + 1 for n, k, s, d in zip(size, kernel.shape[2:], strides, dilations, strict=True)
+    ]
+    grouped = images.reshape(n_images, groups, -1, *size)
+    weights = kernel.reshape(groups, -1, *kernel.shape[1:])
+    result = np.zeros((n_images, groups, weights.shape[1], math.prod(after)))
+    for tap in np.ndindex(*kernel.shape[2:]):
+        picks = tuple(
+            slice(t * d, t * d + (m - 1) * s + 1, s) for t, d, m, s in zip(tap, dilations, after, strides, strict=True)
+        )
+        seen = grouped[(slice(None), slice(None), slice(None), *picks)].reshape(*grouped.shape[:3], -1)
+        result += weights[(slice(None), slice(None), slice(None), *tap)] @ seen
+    return result.reshape(n_images, kernel.shape[0], *after)
 
 
 def transposed_convolve(
-    image: Array, kernel: Array, strides: Sequence[int], dilations: Sequence[int], groups: int
+    images: Array, kernel: Array, strides: Sequence[int], dilations: Sequence[int], groups: int
 ) -> Array:
-    """The full result of ONNX ConvTranspose without pads: the adjoint of `convolve`, `I x *S` to `O x *T`."""
-    size = [
-        (n - 1) * s + (k - 1) * d + 1
-        for n, k, s, d in zip(image.shape[1:], kernel.shape[2:], strides, dilations, strict=True)
+    """The full result of ONNX ConvTranspose without pads: the adjoint of `convolve`, `B x I x *S` to `B x O x *T`."""
+    n_images, size = len(images), images.shape[2:]
+    full = [
+        (n - 1) * s + (k - 1) * d + 1 for n, k, s, d in zip(size, kernel.shape[2:], strides, dilations, strict=True)
     ]
-    per_group = kernel.shape[0] // groups
-    channels = kernel.shape[1]
-    result = np.zeros((channels * groups, *size))
-    for tap in itertools.product(*(range(k) for k in kernel.shape[2:])):
+    grouped = images.reshape(n_images, groups, -1, math.prod(size))
+    weights = np.swapaxes(kernel.reshape(groups, -1, *kernel.shape[1:]), 1, 2)
+    result = np.zeros((n_images, groups, weights.shape[1], *full))
+    for tap in np.ndindex(*kernel.shape[2:]):
         places = tuple(
-            slice(t * d, t * d + (n - 1) * s + 1, s)
-            for t, d, n, s in zip(tap, dilations, image.shape[1:], strides, strict=True)
+            slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in zip(tap, dilations, size, strides, strict=True)
         )
-        for g in range(groups):
-            weights = kernel[(slice(g * per_group, (g + 1) * per_group), slice(None), *tap)]
-            part = np.tensordot(weights, image[g * per_group : (g + 1) * per_group], axes=(0, 0))
-            result[(slice(g * channels, (g + 1) * channels), *places)] += part
-    return result
+        part = weights[(slice(None), slice(None), slice(None), *tap)] @ grouped
+        result[(slice(None), slice(None), slice(None), *places)] += part.reshape(*part.shape[:3], *size)
+    return result.reshape(n_images, -1, *full)
 
 
 def convolution_norm_bound(
@@ -99,25 +94,51 @@ def convolution_norm_bound(
     )
 
 
+def convolution_cost(kernel: Array, size: Sequence[int], strides: Sequence[int], groups: int) -> float:
+    """About how many multiply-adds the proof of `convolution_norm_bound` takes."""
+    phases = math.prod(strides)
+    outputs, inputs = kernel.shape[0] / groups, kernel.shape[1] * phases
+    frequencies = math.prod(n / s + k / s for n, k, s in zip(size, kernel.shape[2:], strides, strict=True)) / 2.0
+    small, large = min(outputs, inputs), max(outputs, inputs)
+    return groups * frequencies * 4.0 * small * small * (large + small)
+
+
+def circular_norm_bound(
+    kernel: Array, size: Sequence[int], strides: Sequence[int], dilations: Sequence[int], groups: int
+) -> float:
+    """Upper bound of the L2 norm of the circular convolution of an image of `size`, which the strides divide."""
+    torus = [n // s for n, s in zip(size, strides, strict=True)]
+    channels_out = kernel.shape[0] // groups
+    spread = dilated(kernel, dilations)
+    return max(
+        torus_norm_bound(_in_phases(spread[g * channels_out : (g + 1) * channels_out], strides), torus)
+        for g in range(groups)
+    )
+
+
 def _one_group(kernel: Array, size: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> float:
-    for axis, (stride, dilation) in enumerate(zip(strides, dilations, strict=True)):
-        kernel = _phases(_dilated(kernel, 2 + axis, dilation), 2 + axis, stride)
+    kernel = _in_phases(dilated(kernel, dilations), strides)
     # n points cover ceil(n / stride) coarse ones, and one more where padding shifts them by a part of a stride.
     coarse = [-(-n // s) + (1 if s > 1 else 0) for n, s in zip(size, strides, strict=True)]
     if all(k == 1 for k in kernel.shape[2:]):
         return spectral_norm_bound(kernel.reshape(kernel.shape[0], -1))
     torus = [n + k - 1 for n, k in zip(coarse, kernel.shape[2:], strict=True)]
-    return torus_norm_bound(kernel, torus)
+    return torus_norm_bound(kernel, torus, coarse)
 
 
-def _dilated(kernel: Array, axis: int, dilation: int) -> Array:
-    if dilation == 1:
-        return kernel
-    shape = list(kernel.shape)
-    shape[axis] = (shape[axis] - 1) * dilation + 1
-    spread = np.zeros(shape)
-    spread[(slice(None),) * axis + (slice(None, None, dilation),)] = kernel
+def dilated(kernel: Array, dilations: Sequence[int]) -> Array:
+    """The same kernel with its dilations spelled out as zeros."""
+    size = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilations, strict=True)]
+    spread = np.zeros((*kernel.shape[:2], *size))
+    spread[(slice(None), slice(None), *(slice(None, None, d) for d in dilations))] = kernel
     return spread
+
+
+def _in_phases(kernel: Array, strides: Sequence[int]) -> Array:
+    """The kernel of stride 1 on the phases of the image, along all axes."""
+    for axis, stride in enumerate(strides):
+        kernel = _phases(kernel, 2 + axis, stride)
+    return kernel
 
 
 def _phases(kernel: Array, axis: int, stride: int) -> Array:
@@ -134,21 +155,31 @@ def _phases(kernel: Array, axis: int, stride: int) -> Array:
     return moved.reshape(kernel.shape[0], kernel.shape[1] * stride, *moved.shape[3:])
 
 
-def torus_norm_bound(kernel: Array, torus: Sequence[int]) -> float:
+def torus_norm_bound(kernel: Array, torus: Sequence[int], window: Sequence[int] | None = None) -> float:
     """Upper bound of `max ||K^(w)||_2` over the frequencies of the torus, `K^(w) = sum_t K_t exp(-i <w, t>)`.
 
-    Proof by Cholesky, as in `spectral_norm_bound`: one `s` for all frequencies, `s I - K^* K` factorised for each.
-    Complex products are off by at most `gamma_4n` in place of `gamma_n` (Higham 2002, lemma 3.5). Conjugate
-    frequencies have equal norms, so that half of them suffices.
+    Proof by Cholesky, as in `spectral_norm_bound`: `s I - K^* K` factorised for each frequency. Complex products are
+    off by at most `gamma_4n` in place of `gamma_n` (Higham 2002, lemma 3.5). Conjugate frequencies have equal norms,
+    so that half of them suffices.
+
+    With a `window` the bound is that of images which vanish outside of it, and lower: let `P` restrict to the window
+    and `B` be a convolution with `P B P >= 0`; then `P K^*K P <= P (K^*K + B) P`, and the norm on the torus of
+    `K^*K + B` counts. `B` combines terms `c (cos(pi / (l + 1)) -+ cos <w, m>)` with `c >= 0`: shifts by `m` link the
+    points of the window in chains of at most `l`, whose adjacency matrices have the norm `2 cos(pi / (l + 1))`.
+
+    Args:
+        kernel: `O x I x *K`.
+        torus: points along each axis; with a window at least `n + k - 1`.
+        window: points n along each axis.
     """
     peak = float(np.max(np.abs(kernel), initial=0.0))
     if peak == 0.0:
         return 0.0
     exponent = math.frexp(peak)[1]
     kernel = np.ldexp(kernel, -exponent)
-    if kernel.shape[0] < kernel.shape[1]:
-        # The adjoint has the same norm and the smaller Gram matrix.
-        kernel = np.swapaxes(kernel, 0, 1)
+    if kernel.shape[0] < kernel.shape[1] and (window is None or kernel.shape[1] > _CHANNELS_OF_A_CORRECTION):
+        # The adjoint has the same norm and the smaller Gram matrix, but its images have another window.
+        kernel, window = np.swapaxes(kernel, 0, 1), None
     n_out, n_in = kernel.shape[:2]
     taps = kernel.reshape(n_out * n_in, -1)
     # |error of an entry of the symbol| <= gamma * sum |K_t|: the sum, and for each axis some 20 u of a cosine and sine
@@ -158,24 +189,37 @@ def torus_norm_bound(kernel: Array, torus: Sequence[int]) -> float:
     frobenius = add_up(norm_up(np.abs(taps).sum(axis=1)), symbol_error)
     frequencies = _half_of_the_frequencies(torus)
     phases = _phase_factors(kernel.shape[2:], torus, frequencies)
-    guess = _estimate(taps, phases, n_out, n_in)
-    unit = FLOAT64.unit_roundoff
+    correction = np.zeros(len(frequencies))
+    correction_error = 0.0
+    if window is not None and n_in <= _CHANNELS_OF_A_CORRECTION:
+        spectrum = np.concatenate(
+            [
+                _largest_eigenvalues(_gram(taps, phases[block], n_out, n_in))
+                for block in _blocks(phases, max(n_out, n_in))
+            ]
+        )
+        correction, correction_error = _window_correction(spectrum, frequencies, torus, window)
     gram_error = add_up(
         mul_up(gamma_up(4 * (n_out + 2)), frobenius, frobenius), mul_up(16.0 * n_out * n_in, SMALLEST_NORMAL)
     )
-    for factor in (*(1.0 + 2.0**-power for power in (12, 9, 7, 6, 5, 3)), 2.0, 4.0):
-        shift = add_up(mul_up(guess, guess, factor), mul_up(16.0 * n_in * unit, frobenius, frobenius))
-        if _all_factorise(taps, phases, n_out, n_in, shift):
-            gamma = gamma_up(4 * (n_in + 2))
-            trace_bound = mul_up(float(n_in), add_up(shift, gram_error))
-            slack = add_up(
-                mul_up(div_up(gamma, down(1.0 - gamma)), trace_bound),
-                mul_up(4.0 * unit, add_up(shift, mul_up(frobenius, frobenius))),
-                gram_error,
-                mul_up(32.0 * n_in * n_in, SMALLEST_NORMAL),
-            )
-            return mul_up(add_up(sqrt_up(add_up(shift, slack)), symbol_error), 2.0**exponent)
-    return mul_up(frobenius, 2.0**exponent)
+    room = mul_up(16.0 * n_in * FLOAT64.unit_roundoff, frobenius, frobenius)
+    shift = _proved_shift(taps, phases, n_out, n_in, correction, room)
+    if not math.isfinite(shift):
+        return mul_up(frobenius, 2.0**exponent)
+    gamma = gamma_up(4 * (n_in + 2))
+    largest = add_up(shift, float(np.max(np.abs(correction))))
+    slack = add_up(
+        mul_up(div_up(gamma, down(1.0 - gamma)), float(n_in), add_up(largest, gram_error)),
+        mul_up(8.0 * FLOAT64.unit_roundoff, add_up(largest, mul_up(frobenius, frobenius))),
+        gram_error,
+        correction_error,
+        mul_up(32.0 * n_in * n_in, SMALLEST_NORMAL),
+    )
+    return mul_up(add_up(sqrt_up(add_up(shift, slack)), symbol_error), 2.0**exponent)
+
+
+_CHANNELS_OF_A_CORRECTION = 64
+"""Beyond, the eigenvalues of all frequencies cost more than the few thousandths that they gain."""
 
 
 def _half_of_the_frequencies(torus: Sequence[int]) -> NDArray[np.int64]:
@@ -188,6 +232,12 @@ def _half_of_the_frequencies(torus: Sequence[int]) -> NDArray[np.int64]:
     return np.array(chosen, dtype=np.int64)
 
 
+def _cosine_and_sine(turns: NDArray[np.int64], n: int) -> tuple[Array, Array]:
+    """Of `2 pi turns / n`, the angle reduced exactly first."""
+    angle = 2.0 * np.pi * (np.arange(n) / n)
+    return np.cos(angle)[turns % n], np.sin(angle)[turns % n]
+
+
 def _phase_factors(
     kernel_size: Sequence[int], torus: Sequence[int], frequencies: NDArray[np.int64]
 ) -> NDArray[np.complex128]:
@@ -195,54 +245,144 @@ def _phase_factors(
     positions = np.array(list(itertools.product(*(range(k) for k in kernel_size))), dtype=np.int64)
     factors = np.ones((len(frequencies), len(positions)), dtype=np.complex128)
     for axis, n in enumerate(torus):
-        turns = np.outer(frequencies[:, axis], positions[:, axis]) % n
-        angle = 2.0 * np.pi * (np.arange(n) / n)
-        factors *= (np.cos(angle) - 1j * np.sin(angle))[turns]
+        cosine, sine = _cosine_and_sine(np.outer(frequencies[:, axis], positions[:, axis]), n)
+        factors *= cosine - 1j * sine
     return factors
 
 
-def _symbols(taps: Array, phases: NDArray[np.complex128], n_out: int, n_in: int) -> NDArray[np.complex128]:
-    return (phases @ taps.T).reshape(-1, n_out, n_in)
+def _window_correction(
+    spectrum: Array, frequencies: NDArray[np.int64], torus: Sequence[int], window: Sequence[int]
+) -> tuple[Array, float]:
+    """Symbol of `B` at each frequency such that `spectrum + B` has a small maximum, and a bound of its error.
 
-
-def _blocks(n_frequencies: int, entries: int) -> list[NDArray[np.int64]]:
-    """Index blocks that keep the symbols of a block below some 64 MB."""
-    return np.array_split(np.arange(n_frequencies), max(1, -(-n_frequencies * entries // (1 << 22))))
-
-
-def _estimate(taps: Array, phases: NDArray[np.complex128], n_out: int, n_in: int) -> float:
-    """Estimate of the largest norm: only a guess for the proof to check.
-
-    A few steps of power iteration rank the frequencies; the norms of the foremost are then computed.
+    Whatever the search finds, the coefficients are not negative, so that `P B P >= 0`.
     """
-    rough = np.zeros(len(phases))
-    start = 1.0 + 0.5 * np.cos(np.arange(n_in) * 2.399963)
-    for block in _blocks(len(phases), n_out * n_in):
-        symbols = _symbols(taps, phases[block], n_out, n_in)
-        vector = np.broadcast_to(start / np.linalg.norm(start), (len(block), n_in)).astype(np.complex128)
-        for _ in range(8):
-            image = np.einsum("foi,fi->fo", symbols, vector)
-            vector = np.einsum("foi,fo->fi", symbols.conj(), image)
-            rough[block] = np.linalg.norm(vector, axis=1)
-            vector /= np.maximum(rough[block], 1e-300)[:, None]
-    foremost = np.argsort(rough)[-16:]
-    return max(float(np.linalg.norm(symbol, 2)) for symbol in _symbols(taps, phases[foremost], n_out, n_in))
+    reach = [range(-(size - n), size - n + 1) for size, n in zip(torus, window, strict=True)]
+    columns: list[Array] = []
+    for shift in itertools.product(*reach):
+        if shift <= (0,) * len(shift):
+            # The other sign links the same points.
+            continue
+        chain = min(-(-n // abs(m)) for n, m in zip(window, shift, strict=True) if m)
+        # The cosine of a sum of angles whose sizes differ: by the addition theorem, axis by axis.
+        wave = np.ones(len(frequencies), dtype=np.complex128)
+        for axis, (m, n) in enumerate(zip(shift, torus, strict=True)):
+            cosine, sine = _cosine_and_sine(frequencies[:, axis] * m, n)
+            wave *= cosine + 1j * sine
+        limit = math.cos(math.pi / (chain + 1))
+        columns += [limit - wave.real, limit + wave.real]
+    if not columns:
+        return np.zeros(len(frequencies)), 0.0
+    terms = np.stack(columns, axis=1)
+    coefficients = _smallest_maximum(spectrum, terms)
+    # Each term is off by less than 2**-46: a few roundings of numbers of size 1.
+    error = mul_up(sum_up(coefficients), add_up(2.0**-46, gamma_up(2 * len(coefficients))), 4.0)
+    return terms @ coefficients, error
 
 
-def _all_factorise(taps: Array, phases: NDArray[np.complex128], n_out: int, n_in: int, shift: float) -> bool:
-    diagonal = np.arange(n_in)
-    for block in _blocks(len(phases), n_out * n_in):
-        symbols = _symbols(taps, phases[block], n_out, n_in)
-        difference = -(np.conj(np.swapaxes(symbols, 1, 2)) @ symbols)
-        # Cholesky reads the lower triangle and the real diagonal.
-        difference[:, diagonal, diagonal] = shift + difference[:, diagonal, diagonal].real
-        try:
-            factorised = np.linalg.cholesky(difference)
-        except np.linalg.LinAlgError:
-            return False
-        if not np.isfinite(factorised).all():
-            return False
-    return True
+def _smallest_maximum(offsets: Array, terms: Array) -> Array:
+    """Non-negative coefficients c for which `max(offsets + terms c)` is small: a linear programme.
+
+    Newton steps on its logarithmic barrier (Boyd and Vandenberghe, *Convex Optimization*, 2004, section 11.3).
+    """
+    scale = float(np.max(np.abs(offsets))) or 1.0
+    offsets = offsets / scale
+    n = terms.shape[1]
+    # Unknowns c and the maximum t; rows of `limits` say terms c - t <= -offsets and -c <= 0.
+    limits = np.block([[terms, -np.ones((len(terms), 1))], [-np.eye(n), np.zeros((n, 1))]])
+    bounds = np.concatenate([-offsets, np.zeros(n)])
+    point = np.full(n + 1, 1e-2)
+    point[-1] = float(np.max(offsets + terms @ point[:-1])) + 1e-2
+    weight = np.zeros(n + 1)
+    weight[-1] = 1.0
+    for _ in range(60):
+        weight[-1] *= 2.0
+        room = bounds - limits @ point
+        gradient = weight + limits.T @ (1.0 / room)
+        hessian = (limits / np.square(room)[:, None]).T @ limits
+        direction = -np.linalg.lstsq(hessian, gradient, rcond=1e-14)[0]
+        # The longest step that keeps a tenth of every distance to a limit.
+        approach = float(np.max(limits @ direction / room))
+        point = point + min(1.0, 0.9 / max(approach, 1e-300)) * direction
+        if len(limits) < 1e-5 * weight[-1]:
+            break
+    coefficients = np.maximum(point[:-1], 0.0)
+    if not float(np.max(offsets + terms @ coefficients)) < float(offsets.max()):
+        return np.zeros(n)
+    return coefficients * scale
+
+
+def _gram(taps: Array, phases: NDArray[np.complex128], n_out: int, n_in: int) -> NDArray[np.complex128]:
+    symbols = (phases @ taps.T).reshape(-1, n_out, n_in)
+    return np.conj(np.swapaxes(symbols, 1, 2)) @ symbols
+
+
+def _blocks(phases: NDArray[np.complex128], entries: int) -> list[NDArray[np.int64]]:
+    """Index blocks that keep the symbols of a block below some 32 MB."""
+    n_blocks = max(1, -(-len(phases) * entries * entries // (1 << 21)))
+    return np.array_split(np.arange(len(phases)), min(n_blocks, len(phases)))
+
+
+def _proved_shift(
+    taps: Array, phases: NDArray[np.complex128], n_out: int, n_in: int, correction: Array, room: float
+) -> float:
+    """A number s for which `(s - correction) I - K^* K`, as computed, has a Cholesky factor at every frequency.
+
+    The blocks of frequencies are looked at side by side on all CPUs. Each starts from what is known so far and goes
+    up where the factorisation fails; infinity if none succeeds.
+    """
+    blocks = _blocks(phases, max(n_out, n_in))
+    # A sample of all frequencies first, so that few blocks have to go up.
+    sample = np.unique(np.linspace(0, len(phases) - 1, 24).astype(np.int64))
+    known = _guess(_gram(taps, phases[sample], n_out, n_in), correction[sample])
+    lock = threading.Lock()
+
+    def look_at(block: NDArray[np.int64]) -> float:
+        nonlocal known
+        gram = _gram(taps, phases[block], n_out, n_in)
+        with lock:
+            guess = max(known, _guess(gram, correction[block]))
+            known = guess
+        for factor in (*(2.0**-power for power in (14, 12, 10, 8, 7, 6, 5, 3)), 1.0, 4.0):
+            shift = add_up(mul_up(guess, 1.0 + factor), room)
+            if _factorises(gram, shift - correction[block]):
+                return shift
+        return math.inf
+
+    with ThreadPoolExecutor(min(len(blocks), len(os.sched_getaffinity(0)))) as pool:
+        return max(pool.map(look_at, blocks))
+
+
+def _largest_eigenvalues(gram: NDArray[np.complex128]) -> Array:
+    return np.asarray(np.linalg.eigvalsh(gram)[:, -1], dtype=np.float64)
+
+
+def _guess(gram: NDArray[np.complex128], correction: Array) -> float:
+    """About the largest eigenvalue of `gram + correction`: a guess for the proof to check, never a bound."""
+    n = gram.shape[1]
+    if n <= 32:
+        return max(0.0, float(np.max(_largest_eigenvalues(gram) + correction)))
+    start = 1.0 + 0.5 * np.cos(np.arange(n) * 2.399963)
+    vectors = np.broadcast_to((start / np.linalg.norm(start))[:, None], (len(gram), n, 1)).astype(np.complex128)
+    sizes = np.zeros(len(gram))
+    for _ in range(12):
+        vectors = gram @ vectors
+        sizes = np.linalg.norm(vectors[:, :, 0], axis=1)
+        vectors = vectors / np.maximum(sizes, 1e-300)[:, None, None]
+    foremost = np.argsort(sizes + correction)[-3:]
+    return max(float(_largest_eigenvalues(gram[f : f + 1])[0] + correction[f]) for f in foremost)
+
+
+def _factorises(gram: NDArray[np.complex128], shifts: Array) -> bool:
+    diagonal = np.arange(gram.shape[1])
+    difference = -gram
+    # Cholesky reads the lower triangle and the real diagonal.
+    difference[:, diagonal, diagonal] = shifts[:, None] + difference[:, diagonal, diagonal].real
+    try:
+        factors = np.linalg.cholesky(difference)
+    except np.linalg.LinAlgError:
+        return False
+    return bool(np.isfinite(factors).all())
 
 
 def absolute_convolution_bound(kernel: Array, groups: int) -> float:

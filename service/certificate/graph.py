@@ -103,7 +103,11 @@ def read_graph(model_bytes: bytes) -> Graph:
         outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
         if outside:
             raise UnsupportedGraphError(
-                [f"weight {name!r} is stored outside the file, where its digest does not reach" for name in outside]
+                [
+                    f"weight {name!r} is stored outside the file, where its digest does not reach; write one file: "
+                    "onnx.save(onnx.load(FILE), FILE)"
+                    for name in outside
+                ]
             )
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:

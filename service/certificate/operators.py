@@ -2,20 +2,31 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.certificate.graph import Node
+from service.certificate.joint import Joint, identity_convolution
 from service.certificate.rounding import Precision, add_up, gamma_up, mul_up, norm_up, sqrt_up
-from service.certificate.values import Affine, Constant, Domain, Facts, Source, Value, View
+from service.certificate.values import (
+    Affine,
+    Constant,
+    Convolution,
+    Domain,
+    Facts,
+    Identity,
+    LinearStep,
+    Part,
+    Slopes,
+    Source,
+    Squares,
+    Value,
+    View,
+)
 
 Array = NDArray[np.float64]
-
-
-Identity = tuple[Source, tuple[int, ...], bytes]
-"""Source, shape and positions of a view: equal for equal tensors. The source itself, so that it stays alive."""
 
 
 class Refusal(Exception):
@@ -31,6 +42,10 @@ class Context:
     batch: int
     """The batch size that shapes are computed with."""
     sorted_pairs: dict[frozenset[Identity], Source] = field(default_factory=dict[frozenset[Identity], Source])
+    joint: Joint = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.joint = Joint(self.domain)
 
     def gamma(self, n: int) -> float:
         try:
@@ -50,13 +65,22 @@ class Context:
         error: float,
         error_max: float | None = None,
         affine: Affine | None = None,
+        step: LinearStep | None = None,
+        slopes: Slopes | None = None,
+        part: Part | None = None,
     ) -> View:
-        """A new source with the value `computed` at the centre of the box, seen whole."""
+        """A new source with the value `computed` at the centre of the box, seen whole.
+
+        A linear step is bounded together with those before it, too: the smaller bound counts.
+        """
         # Arithmetic on arrays without axes gives numpy scalars.
         center = np.asarray(computed, dtype=np.float64)
         if not (np.isfinite(center).all() and math.isfinite(lipschitz) and math.isfinite(error)):
             raise Refusal("its bounds are not finite")
-        made = Source(center, lipschitz, error, min(error, error_max if error_max is not None else error), affine)
+        if step is not None:
+            lipschitz = min(lipschitz, self.joint.lipschitz(step, center.shape))
+        largest_error = min(error, error_max if error_max is not None else error)
+        made = Source(center, lipschitz, error, largest_error, affine, step, slopes, part)
         return View(made, np.arange(center.size).reshape(center.shape))
 
 
@@ -90,6 +114,8 @@ def rule(*operators: str, attributes: Sequence[str] = ()) -> Callable[[Rule], Ru
 def data_operand(value: Value, what: str = "its input") -> View:
     if isinstance(value, View):
         return value
+    if isinstance(value, Squares):
+        raise Refusal(f"{what} is a square, which has no Lipschitz constant")
     raise Refusal(f"{what} must depend on the image")
 
 
@@ -172,16 +198,65 @@ def rounding_of(context: Context, facts: Facts, view_size: int) -> tuple[float, 
     return in_l2, add_up(mul_up(unit, facts.largest), tiny)
 
 
+def scaling_step(view: View, factor: float) -> LinearStep:
+    """The multiplication by a number that rounds nothing (1 or -1), and whatever is added."""
+    size = abs(factor)
+    convolution = identity_convolution(view.shape, factor) if len(view.shape) in (2, 3) else None
+    return LinearStep(
+        operands=(view,),
+        apply=lambda stacks: factor * stacks[0],
+        norm=size,
+        spread=size,
+        terms=1,
+        scalar=True,
+        tight=True,
+        convolutions=None if convolution is None else (convolution,),
+        adjoint=convolution,
+    )
+
+
+def diagonal_step(view: View, factors: Array, norm: float) -> LinearStep:
+    """The multiplication of each element by its own factor, known to a relative error of a few roundings.
+
+    Args:
+        view: what is multiplied.
+        factors: of the shape of `view`.
+        norm: bound of the largest exact factor.
+    """
+    per_channel = factors.reshape((*factors.shape[:1], -1))
+    convolution = None
+    if len(view.shape) in (2, 3) and np.ptp(per_channel, axis=1).max(initial=0.0) == 0.0:
+        identity = identity_convolution(view.shape)
+        convolution = replace(identity, kernel=per_channel[:, :1].reshape(identity.kernel.shape))
+    return LinearStep(
+        operands=(view,),
+        apply=lambda stacks: factors * stacks[0],
+        norm=norm,
+        spread=norm,
+        # The quotients and roots that make a factor count as roundings of a longer sum.
+        terms=8,
+        scalar=bool(np.ptp(factors) == 0.0),
+        tight=True,
+        convolutions=None if convolution is None else (convolution,),
+        adjoint=convolution,
+    )
+
+
 def linear_result(
     context: Context,
     view: View,
-    image: Array | np.float64,
+    apply: Callable[[Array], Array],
     bias: Array | None,
     *,
     norm: float,
     spread: float,
     row_norm: float,
     terms: int,
+    tight: bool = False,
+    convolution: Convolution | None = None,
+    adjoint: Convolution | None = None,
+    mean: bool = False,
+    lipschitz: float = math.inf,
     affine: Affine | None = None,
 ) -> View:
     """The result of a linear map and a bias: sums of at most `terms` products, in any order.
@@ -191,17 +266,22 @@ def linear_result(
 
     Args:
         view: the input of the map.
-        image: the map applied to the centre of `view`, bias left out.
-        bias: broadcasts against `image`.
+        apply: the map, bias left out, of a stack `B x *view.shape` to a stack of results.
+        bias: broadcasts against one result.
         norm: bound of the norm of the map.
         spread: bound of the norm of the map with absolute weights.
         row_norm: bound of the Euclidean norm of the weights of one output.
         terms: products in one sum.
+        tight: whether `norm` is as good as the map taken alone allows.
+        convolution: the map as a convolution, where it is one.
+        adjoint: its adjoint as a convolution, where it is one.
+        mean: whether it is the mean over the last axis of `view`.
+        lipschitz: a Lipschitz bound of the result that was proved in another way.
         affine: what is known of the result as a function of the input.
     """
     facts = context.domain.joint(view)
     added = np.zeros(()) if bias is None else bias
-    center = np.asarray(image + added)
+    center = np.asarray(apply(view.center[None])[0] + added)
     bias_norm = norm_up(np.ascontiguousarray(np.broadcast_to(added, center.shape)))
     bias_peak = float(np.max(np.abs(added), initial=0.0))
     computed_norm = add_up(facts.norm, facts.error)
@@ -218,4 +298,15 @@ def linear_result(
         mul_up(gamma, add_up(mul_up(row_norm, computed_norm), bias_peak)),
         underflow,
     )
-    return context.source(center, mul_up(norm, facts.lipschitz), error, error_max, affine)
+    step = LinearStep(
+        operands=(view,),
+        apply=lambda stacks: apply(stacks[0]),
+        norm=norm,
+        spread=spread,
+        terms=terms,
+        tight=tight,
+        convolutions=None if convolution is None else (convolution,),
+        adjoint=adjoint,
+        mean=mean,
+    )
+    return context.source(center, min(lipschitz, mul_up(norm, facts.lipschitz)), error, error_max, affine, step)

@@ -9,19 +9,21 @@ flush-to-zero included, adds at most the smallest normal number for each operati
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from service.certificate.graph import Node
+from service.certificate.joint import identity_convolution
 from service.certificate.norms import absolute_norm_bound, row_norms_up, spectral_norm_bound
 from service.certificate.operators import (
     Array,
     Context,
-    Identity,
     Refusal,
     broadcast_constant,
     constant_shape,
     data_operand,
+    diagonal_step,
     float_attribute,
     float_operand,
     image_axis,
@@ -31,9 +33,22 @@ from service.certificate.operators import (
     optional_operand,
     rounding_of,
     rule,
+    scaling_step,
 )
 from service.certificate.rounding import add_up, div_up, mul_up, norm_up, sqrt_up
-from service.certificate.values import Affine, Constant, Facts, Source, Unknown, Value, View
+from service.certificate.values import (
+    Affine,
+    Constant,
+    Facts,
+    LinearStep,
+    Part,
+    Slopes,
+    Source,
+    Unknown,
+    Value,
+    View,
+    identity_of,
+)
 
 # --- linear operators -------------------------------------------------------------------------------------------------
 
@@ -45,17 +60,17 @@ def _dense(context: Context, view: View, weight_NM: Array, bias_M: Array | None)
         raise Refusal(f"the weight has {n} rows but the tensor ends with {view.shape[-1:]}")
     if m == 0 or n == 0:
         raise Refusal("the weight is empty")
-    image = view.center @ weight_NM
     return linear_result(
         context,
         view,
-        image,
+        lambda stack: stack @ weight_NM,
         bias_M,
         norm=spectral_norm_bound(weight_NM),
         spread=absolute_norm_bound(weight_NM),
         row_norm=float(np.max(row_norms_up(weight_NM.T))),
         terms=n,
-        affine=Affine(weight_NM.T, context.domain.joint(view).lipschitz) if image.ndim == 1 else None,
+        tight=True,
+        affine=Affine(weight_NM.T, context.domain.joint(view).lipschitz) if len(view.shape) == 1 else None,
     )
 
 
@@ -122,7 +137,8 @@ def _shifted(context: Context, view: View, constant: Array, sign: float) -> View
     affine = None
     if source.affine is not None and center.ndim == 1 and (view.index >= 0).all():
         affine = Affine(sign * source.affine.rows[view.index], source.affine.lipschitz)
-    return context.source(center, facts.lipschitz, add_up(facts.error, rounding), error_max, affine)
+    step = scaling_step(view, sign)
+    return context.source(center, facts.lipschitz, add_up(facts.error, rounding), error_max, affine, step)
 
 
 def _sum_of_branches(context: Context, left: View, right: View, sign: float) -> View:
@@ -144,12 +160,41 @@ def _sum_of_branches(context: Context, left: View, right: View, sign: float) -> 
     )
     context.no_overflow(both.largest)
     rounding, rounding_max = rounding_of(context, both, left.index.size)
+    lipschitz = min(
+        both.lipschitz,
+        mul_up(context.joint.gradient_step(left, right, sign), one.lipschitz),
+        mul_up(context.joint.gradient_step(right, left, 1.0), other.lipschitz) if sign > 0.0 else math.inf,
+    )
+    if sign < 0.0 and _centres(left, right):
+        lipschitz = min(lipschitz, one.lipschitz)
+    step = LinearStep(
+        operands=(left, right),
+        apply=lambda stacks: stacks[0] + sign * stacks[1],
+        norm=sqrt_up(2.0),
+        spread=sqrt_up(2.0),
+        terms=2,
+        convolutions=(identity_convolution(shape), identity_convolution(shape, sign)) if len(shape) in (2, 3) else None,
+    )
     return context.source(
         left.center + sign * right.center,
-        both.lipschitz,
+        lipschitz,
         add_up(both.error, rounding),
         add_up(left.source.error_max, right.source.error_max, rounding_max),
+        step=step,
     )
+
+
+def _centres(left: View, right: View) -> bool:
+    """Whether `right` holds, beside each element of `left`, the mean of its group: `left - right` is a projection."""
+    step = right.source.step
+    if step is None or not step.mean or step.operands[0].source is not left.source:
+        return False
+    groups = step.operands[0]
+    if groups.repetition > 1 or (groups.index < 0).any() or left.repetition > 1 or (left.index < 0).any():
+        return False
+    group_of = np.full(left.source.center.size, -1)
+    group_of[groups.index] = np.arange(right.source.center.size).reshape(*groups.shape[:-1], 1)
+    return bool((right.index >= 0).all() and (group_of[left.index] == right.index).all())
 
 
 @rule("Add")
@@ -200,12 +245,14 @@ def _scaled(context: Context, view: View, constant: Array, divide: bool) -> View
         # |c| moves into the Lipschitz bound: scaled rows would be rounded, and their differences no longer proved.
         signs = np.sign(constant)[:, None]
         affine = Affine(signs * inner.rows[view.index], mul_up(factor, inner.lipschitz))
+    factors = 1.0 / constant if divide else constant
     return context.source(
         center,
         after.lipschitz,
         add_up(after.error, rounding),
         add_up(mul_up(factor, view.source.error_max), rounding_max),
         affine,
+        diagonal_step(view, factors, factor),
     )
 
 
@@ -244,14 +291,15 @@ def _reduced_axes(node: Node, inputs: Sequence[Value], view: View) -> tuple[tupl
     return resolved, bool(int_attribute(node, "keepdims", 1))
 
 
-def _grouped(view: View, axes: tuple[int, ...]) -> View:
-    """The view with the reduced axes moved to the end and made one."""
+def grouped_axes(node: Node, inputs: Sequence[Value], view: View) -> tuple[View, tuple[int, ...], bool]:
+    """The view with the axes that the node reduces moved to the end and made one; these axes; whether to keep them."""
+    axes, keep = _reduced_axes(node, inputs, view)
     kept = [axis for axis in range(len(view.shape)) if axis not in axes]
     moved = np.transpose(view.index, kept + list(axes))
-    return view.rearranged(moved.reshape([view.shape[axis] for axis in kept] + [-1]))
+    return view.rearranged(moved.reshape([view.shape[axis] for axis in kept] + [-1])), axes, keep
 
 
-def _with_axes(view: View, axes: tuple[int, ...], keep: bool) -> View:
+def with_axes(view: View, axes: tuple[int, ...], keep: bool) -> View:
     return view.rearranged(np.expand_dims(view.index, axes)) if keep else view
 
 
@@ -262,18 +310,22 @@ _REDUCE_ATTRIBUTES = ("axes", "keepdims", "noop_with_empty_axes")
 def reduce_linear(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """Sum over disjoint groups of n: norm sqrt(n) (Cauchy-Schwarz); the mean: 1 / sqrt(n)."""
     view = data_operand(inputs[0])
-    axes, keep = _reduced_axes(node, inputs, view)
-    grouped = _grouped(view, axes)
+    grouped, axes, keep = grouped_axes(node, inputs, view)
     n = grouped.shape[-1]
     facts = context.domain.joint(grouped)
     mean = node.operator == "ReduceMean"
     root = sqrt_up(float(n))
     # 1 / sqrt(n) rounded up: 1 over a lower bound of the root.
     norm = (div_up(root, float(n)) if n > 1 else 1.0) if mean else root
-    center = grouped.center.mean(axis=-1) if mean else grouped.center.sum(axis=-1)
     context.no_overflow(mul_up(float(n), facts.largest))
-    result = linear_result(context, grouped, center, None, norm=norm, spread=norm, row_norm=norm, terms=n)
-    return [_with_axes(result, axes, keep)]
+
+    def apply(stack: Array) -> Array:
+        return np.asarray(stack.mean(axis=-1) if mean else stack.sum(axis=-1))
+
+    result = linear_result(
+        context, grouped, apply, None, norm=norm, spread=norm, row_norm=norm, terms=n + 1, tight=True, mean=mean
+    )
+    return [with_axes(result, axes, keep)]
 
 
 # --- nonlinear operators that never expand ----------------------------------------------------------------------------
@@ -283,8 +335,7 @@ def reduce_linear(context: Context, node: Node, inputs: Sequence[Value]) -> list
 def reduce_l2(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """L2 norm of disjoint groups: 1-Lipschitz (reverse triangle inequality in each group)."""
     view = data_operand(inputs[0])
-    axes, keep = _reduced_axes(node, inputs, view)
-    grouped = _grouped(view, axes)
+    grouped, axes, keep = grouped_axes(node, inputs, view)
     n = grouped.shape[-1]
     facts = context.domain.joint(grouped)
     context.no_overflow(mul_up(float(n), facts.largest, facts.largest))
@@ -293,7 +344,7 @@ def reduce_l2(context: Context, node: Node, inputs: Sequence[Value]) -> list[Val
     tiny = sqrt_up(mul_up(2.0 * (n + 1), context.precision.smallest_normal))
     rounding = mul_up(context.gamma(n + 2), add_up(facts.norm, facts.error))
     error = add_up(facts.error, rounding, mul_up(tiny, sqrt_up(float(center.size))))
-    return [_with_axes(context.source(center, facts.lipschitz, error), axes, keep)]
+    return [with_axes(context.source(center, facts.lipschitz, error), axes, keep)]
 
 
 def _sorted_pair(context: Context, left: View, right: View) -> Source:
@@ -302,17 +353,13 @@ def _sorted_pair(context: Context, left: View, right: View) -> Source:
     Both of its halves, however the graph computes them, are views of this one source, so that their concatenation
     costs what the pair costs, not sqrt(2) of it.
     """
-    key = frozenset({_identity(left), _identity(right)})
+    key = frozenset({identity_of(left), identity_of(right)})
     if key not in context.sorted_pairs:
         facts = context.domain.joint(left, right)
         center = np.stack([np.maximum(left.center, right.center), np.minimum(left.center, right.center)])
         error_max = max(left.source.error_max, right.source.error_max)
         context.sorted_pairs[key] = context.source(center, facts.lipschitz, facts.error, error_max).source
     return context.sorted_pairs[key]
-
-
-def _identity(view: View) -> Identity:
-    return view.source, view.shape, view.index.tobytes()
 
 
 def _half(source: Source, which: int) -> View:
@@ -329,7 +376,7 @@ def max_min(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
     if isinstance(left, View) and isinstance(right, View):
         if left.shape != right.shape:
             raise Refusal(f"tensors of shapes {left.shape} and {right.shape}; the rule covers equal shapes")
-        if _identity(left) == _identity(right):
+        if identity_of(left) == identity_of(right):
             return [left]
         return [_half(_sorted_pair(context, left, right), 0 if node.operator == "Max" else 1)]
     view = data_operand(left if isinstance(left, View) else right)
@@ -344,15 +391,14 @@ def max_min(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
 def reduce_max(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """Largest (smallest) of disjoint groups: 1-Lipschitz, and exact; of pairs: half of the sorted pair."""
     view = data_operand(inputs[0])
-    axes, keep = _reduced_axes(node, inputs, view)
-    grouped = _grouped(view, axes)
+    grouped, axes, keep = grouped_axes(node, inputs, view)
     largest = node.operator == "ReduceMax"
     if grouped.shape[-1] == 2:
         left, right = (grouped.rearranged(grouped.index[..., half]) for half in (0, 1))
-        return [_with_axes(_half(_sorted_pair(context, left, right), 0 if largest else 1), axes, keep)]
+        return [with_axes(_half(_sorted_pair(context, left, right), 0 if largest else 1), axes, keep)]
     facts = context.domain.joint(grouped)
     center = grouped.center.max(axis=-1) if largest else grouped.center.min(axis=-1)
-    return [_with_axes(context.source(center, facts.lipschitz, facts.error, view.source.error_max), axes, keep)]
+    return [with_axes(context.source(center, facts.lipschitz, facts.error, view.source.error_max), axes, keep)]
 
 
 @rule("TopK", attributes=("axis", "largest", "sorted"))
@@ -372,13 +418,33 @@ def top_k(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     return [values, Unknown("the indices of a sort jump and have no Lipschitz constant")]
 
 
-@rule("Relu", "Abs")
-def relu_abs(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+@rule("Relu")
+def relu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+    """Positive part: 1-Lipschitz, and exact; together with the negative part of the same tensor, too."""
+    view = data_operand(inputs[0])
+    facts = context.domain.joint(view)
+    of, negative = view, False
+    step = view.source.step
+    if step is not None and step.negates and (view.index >= 0).all():
+        of, negative = step.operands[0].rearranged(step.operands[0].index.ravel()[view.index]), True
+    return [
+        context.source(
+            np.maximum(view.center, 0.0),
+            facts.lipschitz,
+            facts.error,
+            view.source.error_max,
+            slopes=Slopes(view, 0.0, 1.0),
+            part=Part(identity_of(of), negative),
+        )
+    ]
+
+
+@rule("Abs")
+def absolute(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """Elementwise of slope at most 1: 1-Lipschitz, and exact."""
     view = data_operand(inputs[0])
     facts = context.domain.joint(view)
-    center = np.maximum(view.center, 0.0) if node.operator == "Relu" else np.abs(view.center)
-    return [context.source(center, facts.lipschitz, facts.error, view.source.error_max)]
+    return [context.source(np.abs(view.center), facts.lipschitz, facts.error, view.source.error_max)]
 
 
 @rule("LeakyRelu", attributes=("alpha",))
@@ -392,7 +458,8 @@ def leaky_relu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Va
     context.no_overflow(scaled.largest)
     rounding, _ = rounding_of(context, scaled, view.index.size)
     center = np.where(view.center >= 0.0, view.center, alpha * view.center)
-    return [context.source(center, scaled.lipschitz, add_up(scaled.error, rounding))]
+    slopes = Slopes(view, min(alpha, 1.0), factor)
+    return [context.source(center, scaled.lipschitz, add_up(scaled.error, rounding), slopes=slopes)]
 
 
 @rule("Neg")
@@ -400,7 +467,8 @@ def negate(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
     """Change of sign: an isometry, and exact."""
     view = data_operand(inputs[0])
     facts = context.domain.joint(view)
-    return [context.source(-view.center, facts.lipschitz, facts.error, view.source.error_max)]
+    step = replace(scaling_step(view, -1.0), negates=True)
+    return [context.source(-view.center, facts.lipschitz, facts.error, view.source.error_max, step=step)]
 
 
 @rule("Clip")
@@ -561,7 +629,14 @@ def concat(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
     facts = context.domain.joint(*views)
     center = np.concatenate([view.center for view in views], axis=axis)
     error_max = max(view.source.error_max for view in views)
-    return [context.source(center, facts.lipschitz, facts.error, error_max)]
+    step = LinearStep(
+        operands=tuple(views),
+        apply=lambda stacks: np.concatenate(stacks, axis=axis + 1),
+        norm=1.0,
+        spread=1.0,
+        terms=1,
+    )
+    return [context.source(center, facts.lipschitz, facts.error, error_max, step=step)]
 
 
 @rule("Pad", attributes=("mode",))

@@ -2,22 +2,27 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.certificate.convolutions import (
     absolute_convolution_bound,
+    circular_norm_bound,
     convolution_norm_bound,
     convolve,
+    dilated,
     transposed_convolve,
 )
 from service.certificate.graph import Node
-from service.certificate.norms import row_norms_up
+from service.certificate.norms import row_norms_up, spectral_norm_bound
 from service.certificate.operators import (
     Array,
     Context,
     Refusal,
     data_operand,
+    diagonal_step,
     float_attribute,
     float_operand,
     int_attribute,
@@ -26,7 +31,9 @@ from service.certificate.operators import (
     rule,
 )
 from service.certificate.rounding import add_up, div_up, mul_up, norm_up, sqrt_up
-from service.certificate.values import Value, View
+from service.certificate.values import Convolution, Value, View
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 def _numbers(node: Node, name: str, default: Sequence[int]) -> list[int]:
@@ -92,16 +99,86 @@ def conv(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
     extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilations, strict=True)]
     pads = _pads(node, size, extent, strides)
-    padded = np.pad(view.center, [(0, 0), *pads])
-    if any(n < k for n, k in zip(padded.shape[1:], extent, strict=True)):
+    if any(n + low + high < k for n, (low, high), k in zip(size, pads, extent, strict=True)):
         raise Refusal("the kernel is larger than the padded image")
-    center = convolve(padded, kernel, strides, dilations, groups)
+
+    def apply(stack: Array) -> Array:
+        return convolve(np.pad(stack, [(0, 0), (0, 0), *pads]), kernel, strides, dilations, groups)
+
     norm = convolution_norm_bound(kernel, size, strides, dilations, groups)
     row_norm = float(np.max(row_norms_up(kernel.reshape(len(kernel), -1))))
     spread = absolute_convolution_bound(kernel, groups)
     terms = math.prod(kernel.shape[1:])
-    bias = _bias(inputs, len(kernel), axes)
-    return [linear_result(context, view, center, bias, norm=norm, spread=spread, row_norm=row_norm, terms=terms)]
+    return [
+        linear_result(
+            context,
+            view,
+            apply,
+            _bias(inputs, len(kernel), axes),
+            norm=norm,
+            spread=spread,
+            row_norm=row_norm,
+            terms=terms,
+            convolution=Convolution(dilated(kernel, dilations), tuple(strides), tuple(low for low, _ in pads), groups),
+            lipschitz=min(
+                _circular_bound(context, view, kernel, strides, dilations, groups, pads),
+                _patch_bound(view, kernel, strides, dilations, groups, pads),
+            ),
+        )
+    ]
+
+
+def _circular_bound(
+    context: Context,
+    view: View,
+    kernel: Array,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: int,
+    pads: Sequence[tuple[int, int]],
+) -> float:
+    """Lipschitz bound of a convolution of an image that wrap padding has made periodic; infinity for another image.
+
+    A circular convolution on n points is block-diagonal in the frequencies of the torus of n points itself.
+    """
+    periods = [_period(view.index, axis) for axis in range(1, len(view.shape))]
+    if any(low or high for low, high in pads) or tuple(periods) == view.shape[1:]:
+        return math.inf
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilations, strict=True)]
+    for n, k, s, period in zip(view.shape[1:], extent, strides, periods, strict=True):
+        # Each result of the torus is read once at most.
+        if period % s or (n - k) // s + 1 > period // s:
+            return math.inf
+    core = view.rearranged(view.index[(slice(None), *(slice(0, period) for period in periods))])
+    norm = circular_norm_bound(kernel, periods, strides, dilations, groups)
+    return mul_up(norm, context.domain.joint(core).lipschitz)
+
+
+def _patch_bound(
+    view: View,
+    kernel: Array,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: int,
+    pads: Sequence[tuple[int, int]],
+) -> float:
+    """`||W|| sqrt(m) L`, W the kernel as a matrix on patches, where an element stands in at most m patches.
+
+    Only for a tensor that repeats its elements: otherwise the symbol tells more.
+    """
+    if view.repetition <= 1:
+        return math.inf
+    padded = np.pad(view.index, [(0, 0), *pads], constant_values=-1)
+    patches = _windows(padded, kernel.shape[2:], strides, dilations)
+    times = np.bincount(patches[patches >= 0]).max(initial=0)
+    norm = max(spectral_norm_bound(part.reshape(len(part), -1)) for part in np.split(kernel, groups))
+    return mul_up(norm, sqrt_up(float(times)), view.source.lipschitz)
+
+
+def _period(index: NDArray[np.int64], axis: int) -> int:
+    """The smallest p for which the array repeats itself after p steps along `axis`; its length if it never does."""
+    moved = np.moveaxis(index, axis, 0)
+    return next((p for p in range(1, len(moved)) if np.array_equal(moved[p:], moved[:-p])), len(moved))
 
 
 @rule("ConvTranspose", attributes=(*_CONV_ATTRIBUTES, "output_padding"))
@@ -115,40 +192,59 @@ def conv_transpose(context: Context, node: Node, inputs: Sequence[Value]) -> lis
         raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
     if node.attributes.get("auto_pad", "NOTSET") != "NOTSET":
         raise Refusal("auto_pad; give the pads as numbers")
+    if "output_shape" in node.attributes:
+        raise Refusal("output_shape; give the pads as numbers")
     strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
     extra = _numbers(node, "output_padding", [0] * axes)
     pads = _pads(node, view.shape[1:], [1] * axes, strides)
-    full = transposed_convolve(view.center, kernel, strides, dilations, groups)
-    kept = [slice(None)]
-    size: list[int] = []
-    for n, (low, high), more in zip(full.shape[1:], pads, extra, strict=True):
-        size.append(n + more - low - high)
-        kept.append(slice(low, low + size[-1]))
-    if min(size) < 1:
+    # As the adjoint of the convolution of an image as large as the full result.
+    whole = [
+        (n - 1) * s + (k - 1) * d + 1 + more
+        for n, k, s, d, more in zip(view.shape[1:], kernel.shape[2:], strides, dilations, extra, strict=True)
+    ]
+    if any(n - low - high < 1 for n, (low, high) in zip(whole, pads, strict=True)):
         raise Refusal("nothing is left of the tensor")
-    center = np.pad(full, [(0, 0), *((0, more) for more in extra)])[tuple(kept)]
-    # As the convolution of an image as large as the full result.
-    whole = [n + more for n, more in zip(full.shape[1:], extra, strict=True)]
+    kept = tuple(slice(low, n - high) for n, (low, high) in zip(whole, pads, strict=True))
+
+    def apply(stack: Array) -> Array:
+        full = transposed_convolve(stack, kernel, strides, dilations, groups)
+        return np.pad(full, [(0, 0), (0, 0), *((0, more) for more in extra)])[(slice(None), slice(None), *kept)]
+
     norm = convolution_norm_bound(kernel, whole, strides, dilations, groups)
     channels = kernel.shape[1] * groups
     per_output = np.swapaxes(kernel.reshape(groups, -1, *kernel.shape[1:]), 1, 2).reshape(channels, -1)
     row_norm = float(np.max(row_norms_up(per_output)))
     spread = absolute_convolution_bound(kernel, groups)
     bias, terms = _bias(inputs, channels, axes), per_output.shape[1]
-    return [linear_result(context, view, center, bias, norm=norm, spread=spread, row_norm=row_norm, terms=terms)]
+    adjoint = Convolution(dilated(kernel, dilations), tuple(strides), tuple(low for low, _ in pads), groups)
+    return [
+        linear_result(
+            context,
+            view,
+            apply,
+            bias,
+            norm=norm,
+            spread=spread,
+            row_norm=row_norm,
+            terms=terms,
+            adjoint=adjoint,
+        )
+    ]
 
 
-def _windows(values: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Array:
-    """`C x *out x window` of a padded `C x *S` array."""
+def _windows(
+    values: NDArray[Number], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> NDArray[Number]:
+    """`... x *out x window` of a padded `... x *S` array."""
     axes = len(kernel)
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    if any(n < k for n, k in zip(values.shape[1:], extent, strict=True)):
+    if any(n < k for n, k in zip(values.shape[-axes:], extent, strict=True)):
         raise Refusal("the window is larger than the padded image")
-    windows = np.lib.stride_tricks.sliding_window_view(values, extent, axis=tuple(range(1, axes + 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(values, extent, axis=tuple(range(-axes, 0)))
     picks = tuple(slice(None, None, stride) for stride in strides)
     taps = tuple(slice(None, None, dilation) for dilation in dilations)
-    chosen = windows[(slice(None), *picks, *taps)]
-    return chosen.reshape(*chosen.shape[: axes + 1], -1)
+    chosen = windows[(..., *picks, *taps)]
+    return chosen.reshape(*chosen.shape[:-axes], -1)
 
 
 def _coverage(
@@ -163,8 +259,8 @@ def _coverage(
     return _windows(np.pad(positions, [(0, 0), *pads], constant_values=-1.0), kernel, strides, dilations)[0]
 
 
-def _pool_geometry(node: Node, view: View) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:
-    axes = len(view.shape) - 1
+def _pool_geometry(node: Node, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:
+    axes = len(shape) - 1
     if axes not in (1, 2):
         raise Refusal(f"{axes} spatial axes; the rule covers 1 and 2")
     if int_attribute(node, "ceil_mode", 0):
@@ -172,19 +268,37 @@ def _pool_geometry(node: Node, view: View) -> tuple[list[int], list[int], list[i
     kernel = _numbers(node, "kernel_shape", [0] * axes)
     strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    return kernel, strides, dilations, _pads(node, view.shape[1:], extent, strides)
+    return kernel, strides, dilations, _pads(node, shape[1:], extent, strides)
 
 
-_POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
 
 
-@rule("MaxPool", attributes=(*_POOL_ATTRIBUTES, "storage_order"))
+def pool_windows(node: Node, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], Array]:
+    """Positions `C x *out x window` in a flattened `C x *S` image, -1 for padding, and the divisors of their means."""
+    kernel, strides, dilations, pads = _pool_geometry(node, shape)
+    one = _coverage(shape[1:], pads, kernel, strides, dilations).astype(np.int64)
+    offsets = np.arange(shape[0]).reshape(-1, *[1] * one.ndim) * math.prod(shape[1:])
+    divisors = _divisors(node, one >= 0)
+    return np.where(one >= 0, one + offsets, -1), np.broadcast_to(divisors, (shape[0], *divisors.shape))
+
+
+def _divisors(node: Node, inside: NDArray[np.bool_]) -> Array:
+    if int_attribute(node, "count_include_pad", 0):
+        return np.full(inside.shape[:-1], float(inside.shape[-1]))
+    divisors = inside.sum(axis=-1).astype(np.float64)
+    if (divisors == 0.0).any():
+        raise Refusal("a window holds padding only")
+    return divisors
+
+
+@rule("MaxPool", attributes=(*POOL_ATTRIBUTES, "storage_order"))
 def max_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """Maxima of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows (1 if they are disjoint). Exact."""
     if len(node.outputs) > 1:
         raise Refusal("the indices of a maximum jump and have no Lipschitz constant")
     view = data_operand(inputs[0])
-    kernel, strides, dilations, pads = _pool_geometry(node, view)
+    kernel, strides, dilations, pads = _pool_geometry(node, view.shape)
     padded = np.pad(view.center, [(0, 0), *pads], constant_values=-np.inf)
     center = _windows(padded, kernel, strides, dilations).max(axis=-1)
     if not np.isfinite(center).all():
@@ -196,29 +310,47 @@ def max_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Valu
     return [context.source(center, mul_up(factor, facts.lipschitz), mul_up(factor, facts.error), view.source.error_max)]
 
 
-@rule("AveragePool", attributes=(*_POOL_ATTRIBUTES, "count_include_pad"))
+@rule("AveragePool", attributes=(*POOL_ATTRIBUTES, "count_include_pad"))
 def average_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """Means of windows: sqrt(largest row sum * largest column sum) of its weights (Schur's test)."""
     view = data_operand(inputs[0])
-    kernel, strides, dilations, pads = _pool_geometry(node, view)
-    windows = _windows(np.pad(view.center, [(0, 0), *pads]), kernel, strides, dilations)
+    kernel, strides, dilations, pads = _pool_geometry(node, view.shape)
     indices = _coverage(view.shape[1:], pads, kernel, strides, dilations)
     inside = indices >= 0
     n = math.prod(kernel)
-    if int_attribute(node, "count_include_pad", 0):
-        divisors = np.full(inside.shape[:-1], float(n))
-    else:
-        divisors = inside.sum(axis=-1).astype(np.float64)
-    if (divisors == 0.0).any():
-        raise Refusal("a window holds padding only")
-    center = windows.sum(axis=-1) / divisors
+    divisors = _divisors(node, inside)
+
+    def apply(stack: Array) -> Array:
+        padded = np.pad(stack, [(0, 0), (0, 0), *pads])
+        return _windows(padded, kernel, strides, dilations).sum(axis=-1) / divisors
+
     shares = np.broadcast_to((1.0 / divisors)[..., None], inside.shape)[inside]
     columns = np.bincount(indices[inside].astype(np.int64), weights=shares)
     # Row sums are at most 1; a column is a sum of at most n quotients, each rounded once.
     column = mul_up(float(columns.max()), 1.0 + 4.0 * (n + 2) * 2.0**-53)
-    norm = sqrt_up(column)
+    norm = spread = sqrt_up(column)
     row_norm = div_up(1.0, math.sqrt(float(divisors.min()))) * (1.0 + 2.0**-50)
-    return [linear_result(context, view, center, None, norm=norm, spread=norm, row_norm=row_norm, terms=n + 1)]
+    convolution = None
+    if (divisors == n).all():
+        # The same weights everywhere: a convolution of each channel with ones, divided by n.
+        weights = dilated(np.ones((view.shape[0], 1, *kernel)), dilations)
+        alone = convolution_norm_bound(weights[:1], view.shape[1:], strides, [1] * len(kernel), 1)
+        norm = min(norm, div_up(alone, float(n)))
+        offsets = tuple(low for low, _ in pads)
+        convolution = Convolution(weights / n, tuple(strides), offsets, view.shape[0])
+    return [
+        linear_result(
+            context,
+            view,
+            apply,
+            None,
+            norm=norm,
+            spread=spread,
+            row_norm=row_norm,
+            terms=n + 1,
+            convolution=convolution,
+        )
+    ]
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool")
@@ -232,8 +364,25 @@ def global_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[V
         return [context.source(flat.max(axis=1).reshape(shape), facts.lipschitz, facts.error, view.source.error_max)]
     n = flat.shape[1]
     norm = div_up(sqrt_up(float(n)), float(n)) if n > 1 else 1.0
-    center = flat.mean(axis=1).reshape(shape)
-    return [linear_result(context, view, center, None, norm=norm, spread=norm, row_norm=norm, terms=n + 1)]
+    channels = view.rearranged(view.index.reshape(flat.shape))
+
+    def apply(stack: Array) -> Array:
+        return stack.mean(axis=2).reshape(-1, *shape)
+
+    return [
+        linear_result(
+            context,
+            channels,
+            apply,
+            None,
+            norm=norm,
+            spread=norm,
+            row_norm=norm,
+            terms=n + 1,
+            tight=True,
+            mean=True,
+        )
+    ]
 
 
 @rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))
@@ -253,8 +402,8 @@ def batch_normalization(context: Context, node: Node, inputs: Sequence[Value]) -
     peak = float(np.max(factor))
     facts = context.domain.joint(view)
     column = (-1, *[1] * (len(view.shape) - 1))
-    center = (view.center - mean.reshape(column)) * (scale / np.sqrt(variance + epsilon)).reshape(column)
-    center = center + bias.reshape(column)
+    factors = np.broadcast_to((scale / np.sqrt(variance + epsilon)).reshape(column), view.shape)
+    center = (view.center - mean.reshape(column)) * factors + bias.reshape(column)
     # However a runtime arranges it, (x - mean) f + b or x f + (b - mean f), at most ten roundings touch the terms
     # f x, f mean and b, each of relative size 1.
     constant = factor * np.abs(mean) + np.abs(bias)
@@ -272,4 +421,5 @@ def batch_normalization(context: Context, node: Node, inputs: Sequence[Value]) -
         mul_up(gamma, add_up(mul_up(peak, facts.largest), mul_up(2.0, float(np.max(constant))))),
         tiny,
     )
-    return [context.source(center, mul_up(peak, facts.lipschitz), error, error_max)]
+    step = diagonal_step(view, factors, peak)
+    return [context.source(center, mul_up(peak, facts.lipschitz), error, error_max, step=step)]

@@ -7,6 +7,7 @@ rearrangement is exact bookkeeping: that of the source times the square root of 
 Shapes leave the batch axis out: a rule that would mix images is refused.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,10 @@ from service.certificate.rounding import add_up, mul_up, norm_up, sqrt_up
 
 @dataclass(frozen=True)
 class Affine:
-    """`value = rows @ h + constant` for some `h` of Lipschitz bound `lipschitz` from the image."""
+    """`value = rows @ h + constant` for some `h` of Lipschitz bound `lipschitz` from the image.
+
+    Up to a number that is the same for every element: only differences of elements are read off it.
+    """
 
     rows: NDArray[np.float64]
     lipschitz: float
@@ -27,6 +31,54 @@ class Affine:
         """`K_ij >= L ||w_i - w_j||`: the margin `f_i - f_j` is the linear form `w_i - w_j` of `h` (Cauchy-Schwarz)."""
         distances = pairwise_distance_bounds(self.rows)
         return np.where(distances > 0.0, np.nextafter(distances * self.lipschitz, np.inf), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
+    """`y[o, q] = sum over i, t of K[o, i, t] x[i, s q + t - p]` of an image `I x *n`, zero outside of it."""
+
+    kernel: NDArray[np.float64]
+    """`O x I/groups x *K`, dilations spelled out as zeros."""
+    strides: tuple[int, ...]
+    offsets: tuple[int, ...]
+    """p: zeros before the image, along each axis."""
+    groups: int
+
+
+@dataclass(frozen=True, eq=False)
+class LinearStep:
+    """How a source is a linear map of views, plus a constant: what joint bounds are made of."""
+
+    operands: tuple["View", ...]
+    apply: Callable[[Sequence[NDArray[np.float64]]], NDArray[np.float64]]
+    """The map without the constant, of stacks `B x *operand.shape` to a stack `B x *shape`."""
+    norm: float
+    """Bound of its norm, from all operands stacked."""
+    spread: float
+    """Bound of its norm with absolute weights."""
+    terms: int
+    """Products in the sum that makes one element."""
+    scalar: bool = False
+    """Whether it is the multiplication by a number: nothing can be gained by looking at it with what comes before."""
+    tight: bool = False
+    """Whether `norm` is as good as the map taken alone allows."""
+    convolutions: tuple[Convolution, ...] | None = None
+    """The map as a convolution of each operand, summed, where it is one."""
+    adjoint: Convolution | None = None
+    """The adjoint of the map of a single operand as a convolution, where it is one."""
+    mean: bool = False
+    """Whether it is the mean over the last axis of its operand."""
+    negates: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """How a source is an elementwise function of a view."""
+
+    of: "View"
+    low: float
+    high: float
+    """Every difference quotient lies in [low, high]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +97,12 @@ class Source:
     error_max: float
     """Bound of the largest component of computed minus exact."""
     affine: Affine | None = None
+    step: LinearStep | None = None
+    """None where it is not a linear map of what comes before, or not known to be one."""
+    slopes: Slopes | None = None
+    """Where it is an elementwise function of what comes before."""
+    part: "Part | None" = None
+    """Where it is the positive or the negative part of another tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +117,17 @@ class View:
         return self.index.shape
 
     @property
+    def repetition(self) -> int:
+        """How often the element of the source that is used most is used."""
+        used = self.index[self.index >= 0]
+        return int(np.bincount(used).max()) if used.size else 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the source as it stands."""
+        return self.shape == self.source.center.shape and bool((self.index.ravel() == np.arange(self.index.size)).all())
+
+    @property
     def center(self) -> NDArray[np.float64]:
         return np.where(self.index >= 0, self.source.center.ravel()[self.index], 0.0)
 
@@ -66,6 +135,34 @@ class View:
         """The same source, seen through other positions of any shape."""
         # np.ascontiguousarray would give an index without axes one.
         return View(self.source, np.array(index, dtype=np.int64, order="C"))
+
+
+@dataclass(frozen=True, eq=False)
+class SquareTerm:
+    """`sum over k of weights[p, k] x[positions[p, k]]^2` of the elements x of a view."""
+
+    view: View
+    positions: NDArray[np.int64]
+    """Into the flattened view."""
+    weights: NDArray[np.float64]
+    """Not negative; each known to some roundings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Squares:
+    """Sums of weighted squares, which have no Lipschitz constant until their root is taken."""
+
+    terms: tuple[SquareTerm, ...]
+    constant: NDArray[np.float64]
+    """What is added to each sum; not negative."""
+    largest: float
+    """Bound of the largest element."""
+    roundings: int
+    """Relative roundings that an element has been through, beside its additions."""
+    underflow: float
+    """Absolute error that underflow may have added to an element."""
+    sign_of: "Squares | None" = None
+    """Set if the value is not the sum but its sign, 1 or 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +185,26 @@ class Unknown:
     """Empty when the refusal is on record already."""
 
 
-Value = View | Constant | Unknown
+Value = View | Squares | Constant | Unknown
+
+
+@dataclass(frozen=True)
+class Part:
+    """The positive part `max(x, 0)` of a tensor x, or its negative part `max(-x, 0)`.
+
+    Together they are 1-Lipschitz in x: each element moves in one of them, or from one to the other through 0.
+    """
+
+    of: "Identity"
+    negative: bool
+
+
+Identity = tuple[Source, tuple[int, ...], bytes]
+"""Source, shape and positions of a view: equal for equal tensors. The source itself, so that it stays alive."""
+
+
+def identity_of(view: View) -> Identity:
+    return view.source, view.shape, view.index.tobytes()
 
 
 @dataclass(frozen=True)
@@ -124,10 +240,11 @@ class Domain:
         Views of one source count together: an element that is used `m` times contributes `m` times its square, so that
         disjoint parts of one tensor cost no more than the tensor itself. Different sources add in squares.
         """
-        by_source: dict[int, list[View]] = {}
+        together: dict[object, list[View]] = {}
         for view in views:
-            by_source.setdefault(id(view.source), []).append(view)
-        groups = [facts for group in by_source.values() if (facts := self._of_one_source(group)) is not None]
+            part = view.source.part
+            together.setdefault(view.source if part is None else part.of, []).append(view)
+        groups = [facts for group in together.values() if (facts := self._together(group)) is not None]
         if not groups:
             return Facts(0.0, 0.0, 0.0, 0.0)
         if len(groups) == 1:
@@ -139,19 +256,29 @@ class Domain:
             largest=max(facts.largest for facts in groups),
         )
 
-    def _of_one_source(self, group: list[View]) -> Facts | None:
-        source = group[0].source
-        used = np.concatenate([view.index.ravel() for view in group])
-        used = used[used >= 0]
-        if used.size == 0:
+    def _together(self, group: list[View]) -> Facts | None:
+        """Views of one source, or of the positive and negative part of one tensor, whose elements count apart."""
+        used: list[NDArray[np.int64]] = []
+        centers: list[NDArray[np.float64]] = []
+        for view in group:
+            part = view.source.part
+            index = view.index[view.index >= 0]
+            centers.append(view.source.center.ravel()[index])
+            used.append(index + (view.source.center.size if part is not None and part.negative else 0))
+        elements = np.concatenate(used)
+        if elements.size == 0:
             return None
-        repetition = sqrt_up(float(np.bincount(used).max()))
-        swing = mul_up(source.lipschitz, self.radius)
-        center = source.center.ravel()[used]
+        sources = {view.source for view in group}
+        repetition = sqrt_up(float(np.bincount(elements).max()))
+        lipschitz = max(source.lipschitz for source in sources)
+        error = max(source.error for source in sources)
+        error_max = max(source.error_max for source in sources)
+        swing = mul_up(lipschitz, self.radius)
+        center = np.concatenate(centers)
         return Facts(
-            lipschitz=mul_up(repetition, source.lipschitz),
-            error=mul_up(repetition, source.error),
-            norm=add_up(norm_up(center), mul_up(repetition, add_up(source.error, swing))),
+            lipschitz=mul_up(repetition, lipschitz),
+            error=mul_up(repetition, error),
+            norm=add_up(norm_up(center), mul_up(repetition, add_up(error, swing))),
             # The computed value strays from the exact one by at most error_max, and so does the centre's.
-            largest=add_up(float(np.max(np.abs(center))), mul_up(2.0, source.error_max), swing),
+            largest=add_up(float(np.max(np.abs(center))), mul_up(2.0, error_max), swing),
         )
