@@ -52,7 +52,7 @@ def derive(model_bytes: bytes, sight: Sight, input_shape: tuple[int, ...], digit
     if graph.input_shape != input_shape:
         raise NotAuditableError(f"the graph takes images {graph.input_shape}, the card states {input_shape}")
     size = math.prod(graph.input_shape)
-    network = Network(FORMATS[graph.dtype], 2 * digits, [[], []])
+    network = Network(FORMATS[graph.dtype], digits, [[], []])
     ids = network.add_base(_image(network, sight, size), [[power(-1)] * size, list(sight.pixels)])
     values: dict[str, Value] = {**graph.constants, graph.input_name: Tensor(ids.reshape(graph.input_shape))}
     for node in graph.nodes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from flint import arb, fmpz_mat
+from flint import arb, fmpz, fmpz_mat
 
 Row = dict[int, int]
 """Numerators of one row by column; zeros are left out."""
@@ -25,7 +25,9 @@ LARGEST_MATRIX = 8_000_000
 
 _CACHED_BLOCK = 2048
 # What the guess of the squared norm is enlarged by: the first that the factorisation accepts is taken.
-_SLACKS = tuple(2.0**-bits for bits in (46, 44, 42, 40, 38, 36, 33, 30, 26, 22, 18, 14, 10, 5))
+_SLACKS = tuple(2.0**-bits for bits in (51, 50, 49, 48, 47, 46, 44, 42, 40, 38, 36, 33, 30, 26, 22, 18, 14, 10, 5))
+# Not worth a try for large matrices.
+_SMALL_SLACK, _SMALL = 2.0**-46, 128
 # Digits of the guessed factor, after the binary point.
 _FACTOR_BITS = 60
 
@@ -85,7 +87,7 @@ def float_numbers(values: Iterable[float], bits: int) -> Numbers:
     """Floats as the numbers that they are; digits more than `bits` below the largest are cut off."""
     ratios = [value.as_integer_ratio() for value in values]
     places = [denominator.bit_length() - 1 for _, denominator in ratios]
-    top = max((n.bit_length() - place for (n, _), place in zip(ratios, places, strict=True)), default=0)
+    top = max((n.bit_length() - place for (n, _), place in zip(ratios, places, strict=True) if n), default=0)
     shift = min(max(places, default=0), bits - top)
     cut = any(place > shift for place in places)
     numerators = [_shifted(n, shift - place) for (n, _), place in zip(ratios, places, strict=True)]
@@ -196,7 +198,8 @@ def gathered(positions: np.ndarray, picks: np.ndarray, numbers: Numbers, width: 
             if column >= 0 and number:
                 row[column] = row.get(column, 0) + number
         rows.append(row)
-    defect = upper(numbers.error * root(arb(positions.size))) if numbers.error > 0 else arb(0)
+    # Entries that fall on one place add their errors, so that the count is not under a root.
+    defect = upper(numbers.error * positions.size) if numbers.error > 0 else arb(0)
     return Matrix(rows, width, numbers.shift, defect)
 
 
@@ -240,11 +243,11 @@ def _dense(rows: Sequence[Row], width: int) -> fmpz_mat:
 
 
 def trimmed(matrix: Matrix, bits: int) -> Matrix:
-    """The same matrix with shorter numerators, where they are longer than three times `bits`."""
+    """The same matrix with numerators of `bits` digits, where they have more than twice as many."""
     longest = max((v.bit_length() for row in matrix.rows for v in row.values()), default=0)
-    if longest <= 3 * bits:
+    if longest <= 2 * bits:
         return matrix
-    places = longest - 2 * bits
+    places = longest - bits
     count = sum(map(len, matrix.rows))
     rows = [{column: v >> places for column, v in row.items() if v >> places} for row in matrix.rows]
     lost = upper(power(places - matrix.shift) * root(arb(count)))
@@ -335,8 +338,13 @@ def _block_bound(block: Sequence[Row], columns: dict[int, int]) -> int:
     # Python divides integers of any length with one rounding.
     one = 1 << scale
     guess = np.array([v / one for v in entries]).reshape(n, n)
-    peak = float(np.linalg.eigvalsh(guess)[-1])
-    for slack in _SLACKS:
+    try:
+        peak = float(np.linalg.eigvalsh(guess)[-1])
+    except np.linalg.LinAlgError:
+        return trace
+    if not 0.0 <= peak <= 2.0:
+        return trace
+    for slack in _SLACKS if n <= _SMALL else [slack for slack in _SLACKS if slack >= _SMALL_SLACK]:
         bound = math.ceil(math.ldexp(peak * (1.0 + slack), _FACTOR_BITS + 30))
         shift = bound << scale >> _FACTOR_BITS + 30
         np.fill_diagonal(guess, [(v - shift) / one for v in entries[:: n + 1]])
@@ -357,11 +365,12 @@ def _checked(gram: fmpz_mat, shift: int, factor: np.ndarray, scale: int) -> int:
     squared = lower * lower.transpose()
     # L L^T is squared * 2**(scale - 2 digits): both sides are brought to whole numbers.
     places = scale - 2 * _FACTOR_BITS
-    rest = gram * -1
-    entries = [int(v) for v in rest.entries()]
-    entries[:: n + 1] = [v + shift for v in entries[:: n + 1]]
     left, right = max(0, -places), max(0, places)
-    total = sum(((v << left) - (int(w) << right)) ** 2 for v, w in zip(entries, squared.entries(), strict=True))
+    # G + L L^T, and then R = s I - that.
+    rest = gram * (1 << left) + squared * (1 << right)
+    for i in range(n):
+        rest[i, i] = rest[i, i] - (shift << left)
+    total = int(sum((v * v for v in rest.entries()), fmpz(0)))
     return shift + (math.isqrt(total) + 1 >> left) + 1
 
 

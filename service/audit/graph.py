@@ -164,7 +164,8 @@ def _data(inputs: Arrays) -> np.ndarray:
 
 def _flatten(node: Node, inputs: Arrays) -> list[np.ndarray]:
     array = _data(inputs)
-    axis = node.integer("axis", 1) % (array.ndim + 1) if node.integer("axis", 1) < 0 else node.integer("axis", 1)
+    axis = node.integer("axis", 1)
+    axis = axis + array.ndim if axis < 0 else axis
     return [array.reshape(math.prod(array.shape[:axis]), -1)]
 
 

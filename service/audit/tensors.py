@@ -330,7 +330,8 @@ class Network:
             peak = larger(peak, upper(abs(value)))
         largest = upper(peak + bounds.swing + bounds.error_max)
         self.no_overflow(upper(largest + bounds.largest))
-        unit, tiny = self.format.unit, self.format.tiny
+        # Each operand and the sum may be taken for zero where it is subnormal.
+        unit, tiny = self.format.unit, 4 * self.format.tiny
         return self.add(
             base,
             matrix,
@@ -391,14 +392,21 @@ class Network:
         function: Callable[[list[arb]], list[arb]],
         rounding: Callable[[Facts], arb] | None = None,
     ) -> np.ndarray:
-        """A function of each row of `ids` that never expands (nor does it for all rows together). Row by row."""
+        """A function of each row of `ids` that never expands (nor do all rows together), results row by row.
+
+        Each result is one of the row's numbers, without a rounding; or, with `rounding`, anything, and that is a bound
+        of the L2 norm of its own rounding errors.
+        """
         values = [
             [y for row in ids.tolist() for y in function(self.at(point, [i for i in row if i != ABSENT]))]
             for point in range(len(self.values))
         ]
         used = np.where(ids == ABSENT, NOTHING, ids)
-        extra = rounding(self.facts(used)) if rounding is not None else None
-        return self._new_base(used, values, None, extra)
+        if rounding is None:
+            return self._new_base(used, values)
+        facts = self.facts(used)
+        error = upper(facts.error + rounding(facts))
+        return self.add_base(Base(facts.lipschitz, facts.swing, error, error), values)
 
     def sorted_pairs(self, left: np.ndarray, right: np.ndarray, largest: bool) -> np.ndarray:
         """The larger (smaller) of each pair. Sorting pairs never expands, as one map with both halves as its result.

@@ -13,12 +13,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from math import prod
 from pathlib import Path
 
 from flint import arb, ctx
 
 from service.audit.derivation import Derivation, derive
-from service.audit.exact import NotAuditableError
+from service.audit.exact import NotAuditableError, root
 from service.audit.kept import KeptAnswer, KeptArtefact, SentImage, read_answer, read_artefact, read_image
 from service.audit.sight import conversion_between, see
 
@@ -53,7 +54,7 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
         derivation, decided = _derived(answer, artefact, image)
     except NotAuditableError as error:
         return _refused([*reasons, f"cannot be audited: {error}"])
-    radius = _radius(derivation, answer.class_id) if decided else arb(0)
+    radius = _radius(derivation, answer.class_id, prod(image.shape)) if decided else arb(0)
     reasons += [*_numbers(answer, derivation, decided), *_radii(answer, radius)]
     return _refused(reasons) if reasons else Verdict(True, (_praise(answer, derivation, radius, decided),))
 
@@ -144,7 +145,7 @@ def _derived(answer: KeptAnswer, artefact: KeptArtefact, image: SentImage) -> tu
     derivation = None
     for digits in DIGITS:
         ctx.prec = digits
-        sight = see(image, artefact.input_shape, 2 * digits)
+        sight = see(image, artefact.input_shape, digits)
         derivation = derive(artefact.model_bytes, sight, artefact.input_shape, digits)
         if len(derivation.logits) != len(artefact.labels):
             raise NotAuditableError(
@@ -187,12 +188,17 @@ def _others(answer: KeptAnswer, logits: list[arb]) -> list[arb]:
     return [logit for k, logit in enumerate(logits) if k != answer.class_id]
 
 
-def _radius(derivation: Derivation, class_id: int) -> arb | None:
-    """The proved radius of a class, an exact number; None where no distance changes the class."""
+def _radius(derivation: Derivation, class_id: int, pixels: int) -> arb | None:
+    """The proved radius of a class, an exact number; None where it holds every valid image.
+
+    No two images of the box are further apart than its diagonal, the root of the number of pixels.
+    """
     logits, error = derivation.logits, derivation.logit_error
+    if not 0 <= class_id < len(logits):
+        return arb(0)
     found: arb | None = None
     for j, logit in enumerate(logits):
-        if j == class_id or not 0 <= class_id < len(logits):
+        if j == class_id:
             continue
         surplus = (logits[class_id] - logit - 2 * error).lower()
         bound = derivation.margin_bounds[class_id][j]
@@ -201,7 +207,7 @@ def _radius(derivation: Derivation, class_id: int) -> arb | None:
         if bound > 0:
             ratio = (surplus / bound).lower()
             found = ratio if found is None or ratio < found else found
-    return found if 0 <= class_id < len(logits) else arb(0)
+    return None if found is not None and found > root(arb(pixels)) else found
 
 
 def _radii(answer: KeptAnswer, radius: arb | None) -> Iterator[str]:
@@ -215,7 +221,7 @@ def _praise(answer: KeptAnswer, derivation: Derivation, radius: arb | None, deci
     if not decided:
         return f"holds: radius 0, which promises nothing; the class is not decided, {named} ties with another{left}"
     bound = derivation.margin_bounds[answer.class_id][answer.runner_up_id]
-    proved = "every distance" if radius is None else repr(_down(radius))
+    proved = "every valid image" if radius is None else repr(_down(radius))
     return (
         f"holds: {named}, radius {answer.radius!r} proved (audit: {proved}; Lipschitz bound {_decimal(bound)}, answer "
         f"{_json(answer.lipschitz_bound)}; logit error {_decimal(derivation.logit_error)}, answer "
