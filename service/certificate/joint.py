@@ -398,7 +398,8 @@ def _composed(
         after: size of the result.
         roundings: that the numbers of `outer` carry already.
     """
-    if _is_identity(outer):
+    if _is_identity(outer) and after == middle:
+        # With zeros behind the image it would cut off what `inner` has there.
         return inner
     first, base_size = inner.convolution, inner.base.shape[1:]
     axes = range(len(middle))

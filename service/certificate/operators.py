@@ -157,6 +157,8 @@ def float_attribute(node: Node, name: str, default: float) -> float:
     value = node.attributes.get(name, default)
     if not isinstance(value, (int, float)):
         raise Refusal(f"attribute {name} must be a number")
+    if not math.isfinite(value):
+        raise Refusal(f"attribute {name} is not finite")
     return float(value)
 
 

@@ -237,8 +237,10 @@ def _scaled(context: Context, view: View, constant: Array, divide: bool) -> View
     context.no_overflow(after.largest)
     rounding, rounding_max = rounding_of(context, after, center.size)
     if divide:
-        # A runtime may multiply by a rounded reciprocal: two roundings instead of one.
-        rounding, rounding_max = mul_up(2.0, rounding), mul_up(2.0, rounding_max)
+        # A runtime may multiply by a rounded reciprocal: two roundings instead of one, and underflow that grows with x.
+        tiny = context.precision.smallest_normal
+        rounding = add_up(mul_up(2.0, rounding), mul_up(tiny, add_up(facts.norm, facts.error)))
+        rounding_max = add_up(mul_up(2.0, rounding_max), mul_up(tiny, facts.largest))
     affine = None
     inner = view.source.affine
     if inner is not None and center.ndim == 1 and (view.index >= 0).all() and np.ptp(magnitude) == 0.0:

@@ -409,7 +409,9 @@ def batch_normalization(context: Context, node: Node, inputs: Sequence[Value]) -
     constant = factor * np.abs(mean) + np.abs(bias)
     constant_norm = norm_up(np.broadcast_to(constant.reshape(column), center.shape))
     gamma = context.gamma(10)
-    tiny = mul_up(16.0, context.precision.smallest_normal, add_up(1.0, peak))
+    # The factor may underflow, too.
+    reach = add_up(1.0, peak, facts.largest, float(np.max(np.abs(mean))))
+    tiny = mul_up(16.0, context.precision.smallest_normal, reach)
     context.no_overflow(add_up(mul_up(peak, facts.largest), mul_up(2.0, float(np.max(constant)))))
     error = add_up(
         mul_up(peak, facts.error),

@@ -51,14 +51,13 @@ def squares_of(context: Context, view: View, roundings: int) -> Squares:
 @rule("Pow")
 def power(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """A square, on its way to a root: see the root for the theorem."""
-    exponent = float_operand(inputs[1], "the exponent")
-    if exponent.size != 1:
-        raise Refusal("the exponent must be one number")
-    if exponent.item() == 1.0:
-        return [data_operand(inputs[0])]
-    if exponent.item() != 2.0:
-        raise Refusal(f"a power of {exponent.item()} has no Lipschitz constant; 2 is read, and 1/2 of a sum of squares")
-    return [squares_of(context, data_operand(inputs[0]), _ROUNDINGS_OF_POW)]
+    view = data_operand(inputs[0])
+    exponent = _one_number(inputs[1], "the exponent", len(view.shape))
+    if exponent == 1.0:
+        return [view]
+    if exponent != 2.0:
+        raise Refusal(f"a power of {exponent} has no Lipschitz constant; 2 is read, and 1/2 of a sum of squares")
+    return [squares_of(context, view, _ROUNDINGS_OF_POW)]
 
 
 @rule("ReduceSumSquare", attributes=("axes", "keepdims", "noop_with_empty_axes"))
@@ -125,7 +124,17 @@ def _stand_in(shape: tuple[int, ...]) -> View:
 def _squares(value: Value) -> Squares:
     if not isinstance(value, Squares):
         raise Refusal("a square is combined with what is none")
+    if value.sign_of is not None:
+        raise Refusal("the sign of a sum of squares jumps; it is read only where it multiplies that same sum")
     return value
+
+
+def _one_number(value: Value, what: str, rank: int) -> float:
+    """A constant that broadcasts to a tensor of `rank` axes beside the batch and adds none to it."""
+    array = float_operand(value, what)
+    if array.size != 1 or array.ndim > rank + 1:
+        raise Refusal(f"{what} must be one number")
+    return float(array.item())
 
 
 def _rearranged(squares: Squares, index: NDArray[np.int64]) -> Squares:
@@ -169,6 +178,8 @@ def _gathered(context: Context, squares: Squares, windows: NDArray[np.int64], we
 def _scaled(context: Context, squares: Squares, factor: Array) -> Squares:
     if not (factor > 0.0).all():
         raise Refusal("a sum of squares times a number that is not positive")
+    if factor.ndim == squares.constant.ndim + 1 and factor.shape[0] != 1:
+        raise Refusal("a constant has its own batch axis")
     try:
         factor = np.broadcast_to(
             factor[0] if factor.ndim == squares.constant.ndim + 1 else factor, squares.constant.shape
@@ -183,7 +194,11 @@ def _scaled(context: Context, squares: Squares, factor: Array) -> Squares:
         constant=squares.constant * factor,
         largest=largest,
         roundings=squares.roundings + 3,
-        underflow=add_up(mul_up(squares.underflow, peak, 1.0 + 2.0**-40), context.precision.smallest_normal),
+        # Of the product, and of a reciprocal that stands for a division.
+        underflow=add_up(
+            mul_up(squares.underflow, peak, 1.0 + 2.0**-40),
+            mul_up(context.precision.smallest_normal, add_up(1.0, squares.largest)),
+        ),
     )
 
 
@@ -213,15 +228,15 @@ def _add(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     squares = _squares(left)
     shape = squares.constant.shape
     if isinstance(right, Constant):
-        offset = float_operand(right, "the addend")
-        if (offset < 0.0).any() or offset.size != 1:
-            raise Refusal("to a sum of squares only one number that is not negative may be added")
-        added = np.full(shape, offset.item())
+        offset = _one_number(right, "the addend", len(shape))
+        if offset < 0.0:
+            raise Refusal("to a sum of squares only a number that is not negative may be added")
+        added = np.full(shape, offset)
         terms, roundings, underflow = squares.terms, squares.roundings, squares.underflow
-        largest = add_up(squares.largest, offset.item())
+        largest = add_up(squares.largest, offset)
     else:
         other = _squares(right)
-        if other.constant.shape != shape or other.sign_of is not None:
+        if other.constant.shape != shape:
             raise Refusal("sums of squares of different shapes")
         added = other.constant
         terms = (*squares.terms, *other.terms)
@@ -273,18 +288,15 @@ def _average(context: Context, node: Node, inputs: Sequence[Value]) -> list[Valu
 
 def _take_root(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """L2 norms: sqrt(the largest sum of weights on one element) times the bound (reverse triangle inequality)."""
-    roundings = 1
-    if node.operator == "Pow":
-        exponent = float_operand(inputs[1], "the exponent")
-        if exponent.size != 1 or exponent.item() != 0.5:
-            raise Refusal("of a sum of squares only the power 1/2 has a Lipschitz constant")
-        roundings = _ROUNDINGS_OF_POW
-    return [_root(context, _squares(inputs[0]), roundings)]
+    squares = _squares(inputs[0])
+    if node.operator != "Pow":
+        return [_root(context, squares, 1)]
+    if _one_number(inputs[1], "the exponent", squares.constant.ndim) != 0.5:
+        raise Refusal("of a sum of squares only the power 1/2 has a Lipschitz constant")
+    return [_root(context, squares, _ROUNDINGS_OF_POW)]
 
 
 def _root(context: Context, squares: Squares, roundings: int) -> View:
-    if squares.sign_of is not None:
-        raise Refusal("the sign of a sum of squares jumps")
     # The weights are stored with a few roundings of float64 each.
     stored = add_up(1.0, gamma_up(2 * squares.roundings + 8, FLOAT64.unit_roundoff))
     lipschitz, error = [], []
