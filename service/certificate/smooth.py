@@ -26,9 +26,9 @@ from service.certificate.operators import (
     rule,
 )
 from service.certificate.rounding import add_up, div_up, down, mul_up, sqrt_up
-from service.certificate.values import Affine, Value, View
+from service.certificate.values import Affine, LinearStep, Slopes, Value, View
 
-FUNCTION_ERROR = 32.0
+FUNCTION_ERROR = 64.0
 """Assumption: each elementary function, as the runtime computes it in a format with unit roundoff `u`, is off by at
 most `FUNCTION_ERROR * u * max(scale, |y|)`, `y` the exact result. `scale` is 1 for exp, log, tanh, erf, sigmoid,
 softplus and softsign, and the largest of 1 and their saturated values for Elu, Selu and Celu: an absolute error near
@@ -56,6 +56,7 @@ def _activated(
     value: Callable[[Array], Array],
     *,
     slope: float,
+    low: float = 0.0,
     scale: float = 1.0,
     growth: float = 0.0,
     gap: float = 0.0,
@@ -67,6 +68,7 @@ def _activated(
         view: the input.
         value: `f` in numpy's float64, accurate to `FUNCTION_ERROR`.
         slope: Lipschitz constant of `f`, rounded up.
+        low: lower bound of its difference quotients; 0 where it never falls.
         scale: `max(scale of FUNCTION_ERROR, |f(x)|) <= scale + growth |x|`.
         growth: see `scale`.
         gap: largest difference between `f` and the function that a runtime means to compute.
@@ -83,6 +85,7 @@ def _activated(
         mul_up(slope, facts.lipschitz),
         add_up(mul_up(slope, facts.error), rounding, mul_up(gap, root)),
         add_up(mul_up(slope, view.source.error_max), rounding_max, gap),
+        slopes=Slopes(view, low, slope),
     )
 
 
@@ -93,24 +96,25 @@ def _activated(
 def prelu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """Elementwise of slopes 1 and c, c constant: max(1, |c|)-Lipschitz; one rounding of the negative side."""
     view = data_operand(inputs[0])
-    slopes, spread = broadcast_constant(float_operand(inputs[1], "the slope"), view)
+    below, spread = broadcast_constant(float_operand(inputs[1], "the slope"), view)
     if spread.shape != view.shape:
         raise Refusal(f"a slope that broadcasts the tensor {view.shape} to {spread.shape}")
-    factor = max(1.0, float(np.max(np.abs(slopes), initial=0.0)))
+    factor = max(1.0, float(np.max(np.abs(below), initial=0.0)))
     scaled = context.domain.joint(view).scaled(factor)
     context.no_overflow(scaled.largest)
     rounding, rounding_max = rounding_of(context, scaled, view.index.size)
-    center = np.where(view.center >= 0.0, view.center, slopes * view.center)
+    center = np.where(view.center >= 0.0, view.center, below * view.center)
     error_max = add_up(mul_up(factor, view.source.error_max), rounding_max)
-    return [context.source(center, scaled.lipschitz, add_up(scaled.error, rounding), error_max)]
+    slopes = Slopes(view, min(1.0, float(np.min(below, initial=1.0))), factor)
+    return [context.source(center, scaled.lipschitz, add_up(scaled.error, rounding), error_max, slopes=slopes)]
 
 
 @rule("Elu", attributes=("alpha",))
 def elu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """x, or alpha (exp(x) - 1) below 0: slopes 1 and alpha exp(x), so max(1, |alpha|)-Lipschitz."""
     view, alpha = data_operand(inputs[0]), _number(node, "alpha", 1.0)
-    bound = max(1.0, abs(alpha))
-    return [_activated(context, view, lambda x: _elu(x, alpha), slope=bound, scale=bound, growth=1.0)]
+    bound, low = max(1.0, abs(alpha)), min(0.0, alpha)
+    return [_activated(context, view, lambda x: _elu(x, alpha), slope=bound, low=low, scale=bound, growth=1.0)]
 
 
 def _elu(x: Array, alpha: float) -> Array:
@@ -123,8 +127,13 @@ def selu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     view = data_operand(inputs[0])
     alpha, gamma = _number(node, "alpha", _SELU_ALPHA), _number(node, "gamma", _SELU_GAMMA)
     slope = mul_up(abs(gamma), max(1.0, abs(alpha)))
+    low = 0.0 if min(alpha, gamma) >= 0.0 else -slope
     scale = max(1.0, mul_up(abs(gamma), abs(alpha)))
-    return [_activated(context, view, lambda x: gamma * _elu(x, alpha), slope=slope, scale=scale, growth=abs(gamma))]
+
+    def value(x: Array) -> Array:
+        return gamma * _elu(x, alpha)
+
+    return [_activated(context, view, value, slope=slope, low=low, scale=scale, growth=abs(gamma))]
 
 
 @rule("Celu", attributes=("alpha",))
@@ -185,7 +194,8 @@ def hard_sigmoid(context: Context, node: Node, inputs: Sequence[Value]) -> list[
         return np.clip(alpha * x + beta, 0.0, 1.0)
 
     # gamma_2 (|alpha x| + |beta|) is below FUNCTION_ERROR u times the same: no assumption here.
-    return [_activated(context, view, value, slope=abs(alpha), scale=max(1.0, abs(beta)), growth=abs(alpha))]
+    low, scale = min(0.0, alpha), max(1.0, abs(beta))
+    return [_activated(context, view, value, slope=abs(alpha), low=low, scale=scale, growth=abs(alpha))]
 
 
 @rule("HardSwish")
@@ -199,6 +209,7 @@ def hard_swish(context: Context, node: Node, inputs: Sequence[Value]) -> list[Va
             data_operand(inputs[0]),
             lambda x: x * np.clip(x / 6.0 + 0.5, 0.0, 1.0),
             slope=1.5,
+            low=-0.5,
             scale=3.0,
             growth=1.0,
             gap=4.5e-8,
@@ -284,16 +295,22 @@ def log_softmax(context: Context, node: Node, inputs: Sequence[Value]) -> list[V
     size = add_up(mul_up(2.0, facts.largest), log_n)
     of_one = add_up(div_up(rho, down(1.0 - rho)), mul_up(FUNCTION_ERROR * unit, log_n), mul_up(5.0 * unit, size))
     root = sqrt_up(float(n))
-    return [
-        context.source(
-            np.moveaxis(shifted - np.log(total), -1, axis),
-            mul_up(root, facts.lipschitz),
-            add_up(mul_up(root, facts.error), mul_up(sqrt_up(float(view.index.size)), of_one)),
-            # |x_i| moves by at most e, and so does the logarithm of the sum, a mean of the x in every direction.
-            add_up(mul_up(2.0, view.source.error_max), of_one),
-            _shifted_together(view, facts.lipschitz) if len(view.shape) == 1 else None,
-        )
-    ]
+    error_max = add_up(mul_up(2.0, view.source.error_max), of_one)
+    error = add_up(mul_up(root, facts.error), mul_up(sqrt_up(float(view.index.size)), of_one))
+    center = np.moveaxis(shifted - np.log(total), -1, axis)
+    if len(view.shape) != 1:
+        return [context.source(center, mul_up(root, facts.lipschitz), error, error_max)]
+    # log sum exp is 1-Lipschitz, a mean of the x in every direction.
+    shift = context.source(np.log(total) + view.center.max(), facts.lipschitz, error, error_max)
+    step = LinearStep(
+        operands=(view, shift.rearranged(np.broadcast_to(shift.index, view.shape))),
+        apply=lambda stacks: stacks[0] - stacks[1],
+        norm=sqrt_up(2.0),
+        spread=sqrt_up(2.0),
+        terms=2,
+    )
+    affine = _shifted_together(view, facts.lipschitz)
+    return [context.source(center, mul_up(root, facts.lipschitz), error, error_max, affine, step)]
 
 
 def _shifted_together(view: View, lipschitz: float) -> Affine | None:
