@@ -483,6 +483,14 @@ def test_consecutive_linear_operators_are_one_matrix() -> None:
     assert expected * (1 - 1e-15) < float(derivation.margin_bounds[0][1]) < expected * (1 + 1e-15)
 
 
+def test_a_default_attribute_is_the_float32_that_kernels_compute_with() -> None:
+    b = GraphBuilder(np.random.default_rng(0))
+    model = b.model((1,), b.one("LeakyRelu", b.one("Neg", "image")), 1)
+    pixels = np.array([255])
+    (exact, _), (stated, _) = derived(model, pixels).logits, computed(model, pixels, np.float64)[0]
+    assert rational(exact.mid()) == Fraction(float(stated)) == -Fraction(float(np.float32(0.01)))
+
+
 def test_a_pair_that_is_sorted_twice_costs_what_it_costs_once() -> None:
     def build(b: GraphBuilder, x: str) -> str:
         def half(start: int) -> str:

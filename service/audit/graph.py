@@ -40,10 +40,10 @@ class Node:
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number attribute: the float32 that the file holds."""
-        value = self.attributes.get(name, default)
-        if not isinstance(value, (int, float)):
-            raise NotAuditableError(f"attribute {name} must be a number")
+        """A number attribute. It is a float32, the default too: kernels in float64 compute with that number."""
+        value = self.attributes.get(name, float(np.float32(default)))
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise NotAuditableError(f"attribute {name} must be a finite number")
         return float(value)
 
     def integers(self, name: str, default: Sequence[int]) -> list[int]:
