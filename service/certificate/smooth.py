@@ -43,13 +43,6 @@ _SELU_ALPHA, _SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875
 _HARD_SIGMOID_ALPHA = float(np.float32(0.2))
 
 
-def _number(node: Node, name: str, default: float) -> float:
-    value = float_attribute(node, name, default)
-    if not math.isfinite(value):
-        raise Refusal(f"attribute {name} is not finite")
-    return value
-
-
 def _activated(
     context: Context,
     view: View,
@@ -112,7 +105,7 @@ def prelu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 @rule("Elu", attributes=("alpha",))
 def elu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """x, or alpha (exp(x) - 1) below 0: slopes 1 and alpha exp(x), so max(1, |alpha|)-Lipschitz."""
-    view, alpha = data_operand(inputs[0]), _number(node, "alpha", 1.0)
+    view, alpha = data_operand(inputs[0]), float_attribute(node, "alpha", 1.0)
     bound, low = max(1.0, abs(alpha)), min(0.0, alpha)
     return [_activated(context, view, lambda x: _elu(x, alpha), slope=bound, low=low, scale=bound, growth=1.0)]
 
@@ -125,7 +118,7 @@ def _elu(x: Array, alpha: float) -> Array:
 def selu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """gamma times Elu: |gamma| max(1, |alpha|)-Lipschitz."""
     view = data_operand(inputs[0])
-    alpha, gamma = _number(node, "alpha", _SELU_ALPHA), _number(node, "gamma", _SELU_GAMMA)
+    alpha, gamma = float_attribute(node, "alpha", _SELU_ALPHA), float_attribute(node, "gamma", _SELU_GAMMA)
     slope = mul_up(abs(gamma), max(1.0, abs(alpha)))
     low = 0.0 if min(alpha, gamma) >= 0.0 else -slope
     scale = max(1.0, mul_up(abs(gamma), abs(alpha)))
@@ -139,7 +132,7 @@ def selu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 @rule("Celu", attributes=("alpha",))
 def celu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """x, or alpha (exp(x / alpha) - 1) below 0, alpha > 0: slopes 1 and exp(x / alpha) <= 1, so 1-Lipschitz."""
-    view, alpha = data_operand(inputs[0]), _number(node, "alpha", 1.0)
+    view, alpha = data_operand(inputs[0]), float_attribute(node, "alpha", 1.0)
     if alpha < 2.0**-20:
         raise Refusal("alpha must be positive, and not tiny: below zero it would grow without bound")
     context.no_overflow(div_up(context.domain.joint(view).largest, alpha))
@@ -188,7 +181,7 @@ def erf(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 def hard_sigmoid(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     """alpha x + beta, projected on [0, 1]: |alpha|-Lipschitz; two roundings before the projection."""
     view = data_operand(inputs[0])
-    alpha, beta = _number(node, "alpha", _HARD_SIGMOID_ALPHA), _number(node, "beta", 0.5)
+    alpha, beta = float_attribute(node, "alpha", _HARD_SIGMOID_ALPHA), float_attribute(node, "beta", 0.5)
 
     def value(x: Array) -> Array:
         return np.clip(alpha * x + beta, 0.0, 1.0)
