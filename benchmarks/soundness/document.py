@@ -1,0 +1,57 @@
+"""Sections of `benchmarks/SOUNDNESS.md`, each written by one command.
+
+A section NAME stands between `<!-- NAME: written by make TARGET -->` and `<!-- /NAME -->`. Writing one leaves every
+other byte of the file as it is; a section that is not there yet is appended.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.export import code_version, environment
+
+FILE = Path(__file__).resolve().parent.parent / "SOUNDNESS.md"
+TITLE = (
+    "# Soundness, measured\n\nWhat is proved, and from which assumptions: [docs/soundness.md](../docs/soundness.md).\n"
+)
+
+
+def write_section(name: str, target: str, content: str, file: Path = FILE) -> None:
+    """Put `content` (Markdown, its heading included) into the section `name`; `target` is the make target."""
+    text = file.read_text(encoding="utf-8") if file.exists() else TITLE
+    section = f"<!-- {name}: written by make {target} -->\n{content.strip()}\n<!-- /{name} -->"
+    pattern = re.compile(
+        rf"<!-- {re.escape(name)}: written by make [\w-]+ -->\n.*?<!-- /{re.escape(name)} -->", re.DOTALL
+    )
+    if pattern.search(text):
+        text = pattern.sub(lambda _: section, text, count=1)
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; cells are written with `str`."""
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)])
+
+
+def provenance(command: str) -> str:
+    """One paragraph: what made the figures of a section."""
+    made = environment(0.0)
+    return (
+        f"`{command}`, code {code_version()}. Hardware: {made['cpu']}, {os.cpu_count()} logical CPUs, "
+        f"{platform.machine()}. Versions: Python {platform.python_version()}, ONNX Runtime {made['onnxruntime']}, numpy "
+        f"{made['numpy']}. Load average of the machine afterwards: {os.getloadavg()[0]:.1f}."
+    )
+
+
+def floor(value: float, digits: int) -> str:
+    """`value` with `digits` decimals, rounded down: a smallest ratio must not look larger than it is."""
+    scale = 10.0**digits
+    return f"{math.floor(value * scale) / scale:.{digits}f}" if math.isfinite(value) else "-"
