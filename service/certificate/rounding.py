@@ -51,7 +51,12 @@ def add_up(*terms: float) -> float:
 
 
 def mul_up(*factors: float) -> float:
-    """Upper bound of the product of non-negative `factors`. An exact 0 or 1 costs nothing."""
+    """Upper bound of the product of non-negative `factors`. An exact 0 or 1 costs nothing.
+
+    An infinite factor stands for a bound that is not known: not even 0 makes one of it.
+    """
+    if math.inf in factors:
+        return math.inf
     product = 1.0
     for factor in factors:
         if factor < 0.0:
