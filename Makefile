@@ -20,16 +20,18 @@ endif
 # Pinned once, in pyproject.toml; not in the lock, because the right build of it depends on the machine.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
 UV    := uv==0.13.9
+# The libraries whose models are compared with ours: never in .venv.
+OTHERS := .venv-libraries
 
 # ONNX Runtime otherwise reports its use to its makers.
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test format readme lock image clean
+.PHONY: help serve test format readme libraries lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 serve: $(VENV)/serve-$(ACCELERATOR) $(VENV)/project  ## install what serving needs, then serve on port 8000
 	@exec $(RUN) -m service
@@ -47,6 +49,10 @@ format: $(VENV)/test  ## format the code and mend what ruff can mend
 
 readme: $(VENV)/test $(VENV)/project  ## write the generated blocks of README.md from the shipped artefacts
 	$(RUN) docs/readme.py
+
+libraries: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## export models of deel-torchlip and orthogonium, certify them, write the section of benchmarks/SOUNDNESS.md
+	$(OTHERS)/bin/python benchmarks/libraries/export.py --out build/libraries
+	$(RUN) -m benchmarks.libraries.certify build/libraries --write
 
 lock:  ## resolve the dependencies of pyproject.toml again and write requirements/*.txt
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
@@ -66,8 +72,8 @@ lock:  ## resolve the dependencies of pyproject.toml again and write requirement
 image:  ## build the container image lipcert:cpu (or lipcert:gpu with ACCELERATOR=gpu)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target $(ACCELERATOR) --tag lipcert:$(ACCELERATOR) .
 
-clean:  ## remove .venv and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, .venv-libraries and caches
+	rm -rf $(VENV) $(OTHERS) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find benchmarks models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:
@@ -93,6 +99,11 @@ $(VENV)/serve-%: requirements/serve-%.txt $(VENV)/created
 $(VENV)/project: pyproject.toml requirements/build.txt $(VENV)/serve-$(ACCELERATOR)
 	$(LOCKED) --quiet -r requirements/build.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(OTHERS)/installed: benchmarks/libraries/requirements.txt
+	$(PYTHON) -m venv --clear $(OTHERS)
+	$(OTHERS)/bin/python -m pip --disable-pip-version-check --no-input install -r $<
 	@touch $@
 
 $(VENV)/test: requirements/test.txt $(VENV)/serve-$(ACCELERATOR)
