@@ -10,7 +10,7 @@ import numpy as np
 from flint import arb, ctx
 
 from service.audit.exact import NotAuditableError, power, root, smaller, upper
-from service.audit.graph import MOVES, NOTHING, Graph, Node, folded, read_graph
+from service.audit.graph import MOVES, NOTHING, PICKS, Graph, Node, Sized, folded, read_graph, shape_of, sized
 from service.audit.operators import RULES, Tensor, Value
 from service.audit.tensors import FORMATS, Base, Layer, Network
 
@@ -80,6 +80,11 @@ def _image(network: Network, sight: Sight, size: int) -> Base:
 
 def _evaluated(graph: Graph, network: Network, node: Node, inputs: Sequence[Value | None]) -> Sequence[Value]:
     tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if node.operator == "Shape":
+        return [_shape(graph, node, inputs)]
+    if not tensors and any(isinstance(value, Sized) for value in inputs):
+        return _picked(graph, node, inputs)
+    constants = [value if isinstance(value, np.ndarray) else None for value in inputs]
     rule = MOVES.get(node.operator)
     attributes = rule[1] if rule else RULES[node.operator][1] if node.operator in RULES else None
     if attributes is None and tensors:
@@ -91,15 +96,42 @@ def _evaluated(graph: Graph, network: Network, node: Node, inputs: Sequence[Valu
         if tensors:
             return _moved(graph, node, inputs)
         if node.operator != "Pad":
-            return rule[0](node, [value for value in inputs if not isinstance(value, Tensor)])
+            # What numpy takes from an array may be a scalar of its own type.
+            return [np.asarray(array) for array in rule[0](node, constants)]
     if not tensors:
-        return [folded(node, [value for value in inputs if not isinstance(value, Tensor)])]
+        return [folded(node, constants)]
     if unread:
         raise NotAuditableError(f"no rule for attribute {', '.join(sorted(unread))}")
     made = RULES[node.operator][0](network, node, inputs)
     if made.flat.size == 0:
         raise NotAuditableError("nothing is left of the tensor")
     return [made]
+
+
+def _shape(graph: Graph, node: Node, inputs: Sequence[Value | None]) -> Value:
+    (value,) = inputs
+    if node.attributes.keys() - {"start", "end"} or value is None:
+        raise NotAuditableError("no rule for its attributes or operands")
+    if isinstance(value, Tensor):
+        return sized([shape_of(node, (batch, *value.shape)) for batch in graph.batches])
+    return shape_of(node, (value.arrays[0] if isinstance(value, Sized) else value).shape)
+
+
+def _picked(graph: Graph, node: Node, inputs: Sequence[Value | None]) -> list[Value]:
+    """Integers picked from shapes that hold the batch size."""
+    others = [] if node.operator == "Concat" else inputs[1:]
+    if node.operator not in PICKS or any(isinstance(value, Sized) for value in others):
+        raise NotAuditableError("it computes with the size of the batch")
+    function, attributes = MOVES[node.operator]
+    if node.attributes.keys() - attributes:
+        raise NotAuditableError("no rule for its attributes")
+    found = [function(node, [_of_batch(value, n) for value in inputs]) for n in range(len(graph.batches))]
+    return [sized([np.asarray(array) for array in arrays]) for arrays in zip(*found, strict=True)]
+
+
+def _of_batch(value: Value | None, which: int) -> np.ndarray | None:
+    """A constant as it is in one of the probed batches."""
+    return value.arrays[which] if isinstance(value, Sized) else value if isinstance(value, np.ndarray) else None
 
 
 def _moved(graph: Graph, node: Node, inputs: Sequence[Value | None]) -> list[Value]:
@@ -110,9 +142,13 @@ def _moved(graph: Graph, node: Node, inputs: Sequence[Value | None]) -> list[Val
     others = [] if node.operator == "Concat" else inputs[1:]
     if not first or not all(isinstance(v, Tensor) for v in rest) or any(isinstance(v, Tensor) for v in others):
         raise NotAuditableError("it mixes constants and numbers that depend on the image")
+    if node.operator != "Reshape" and any(isinstance(value, Sized) for value in others):
+        # A new shape can hold the batch size in one place only; a position that depends on it is another map.
+        raise NotAuditableError("it computes with the size of the batch")
     found: list[list[np.ndarray]] = []
-    for batch in graph.batches:
-        outputs = function(node, [_batch(value, batch) if isinstance(value, Tensor) else value for value in inputs])
+    for which, batch in enumerate(graph.batches):
+        operands = [_batch(v, batch) if isinstance(v, Tensor) else _of_batch(v, which) for v in inputs]
+        outputs = function(node, operands)
         for output in outputs:
             alone = output[0] if output.ndim else output
             expected = np.stack([np.where(alone == NOTHING, NOTHING, alone + n * _STRIDE) for n in range(batch)])

@@ -298,6 +298,31 @@ MOVES: dict[str, tuple[Move, frozenset[str]]] = {
 }
 """Operators that move numbers, with the attributes that are read."""
 
+PICKS = frozenset({"Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
+"""Moves that may act on a shape which holds the batch size: every entry of the result is one of the first operand's."""
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Integers among which the batch size stands: one array for each size in `Graph.batches`.
+
+    They come from shapes and are only ever picked from, so that an entry is the batch size or the same for all sizes.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+
+
+def sized(arrays: Sequence[np.ndarray]) -> Sized | np.ndarray:
+    """Integers found with each batch size; a constant where all agree."""
+    agree = all(np.array_equal(arrays[0], other) for other in arrays[1:])
+    return arrays[0] if agree else Sized(tuple(arrays))
+
+
+def shape_of(node: Node, shape: Sequence[int]) -> np.ndarray:
+    """What the operator Shape says of a tensor of this shape."""
+    rank = len(shape)
+    return np.array(shape[node.integer("start", 0) : node.integer("end", rank)], dtype=np.int64)
+
 
 def folded(node: Node, inputs: Arrays) -> np.ndarray:
     """The value of a node whose operands are constants; only what is exact.
@@ -316,10 +341,35 @@ def folded(node: Node, inputs: Arrays) -> np.ndarray:
         return -_data(inputs)
     if node.operator == "Cast":
         return _cast(node, _data(inputs))
+    if node.operator in _INTEGERS and len(inputs) == 2:
+        left, right = (array for array in inputs)
+        if left is not None and right is not None and left.dtype.kind == right.dtype.kind == "i":
+            return _arithmetic(node.operator, left, right)
     raise NotAuditableError("arithmetic on constants has no rule here")
 
 
+_INTEGERS: dict[str, Callable[[int, int], int]] = {
+    "Add": lambda a, b: a + b,
+    "Div": lambda a, b: a // b,
+    "Mul": lambda a, b: a * b,
+    "Sub": lambda a, b: a - b,
+}
+
+
+def _arithmetic(operator: str, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Sizes computed from sizes."""
+    one, other = np.broadcast_arrays(left, right)
+    if operator == "Div" and ((one < 0) | (other < 1)).any():
+        raise NotAuditableError("a quotient of integers that are not sizes")
+    found = [_INTEGERS[operator](a, b) for a, b in zip(one.ravel().tolist(), other.ravel().tolist(), strict=True)]
+    if any(abs(number) >= 2**62 for number in found):
+        raise NotAuditableError("integers too large for sizes")
+    return np.array(found, dtype=np.int64).reshape(one.shape)
+
+
 def _cast(node: Node, array: np.ndarray) -> np.ndarray:
+    if node.integer("to", 0) == int(onnx.TensorProto.INT64) and array.dtype.kind == "i":
+        return array.astype(np.int64)
     target = _FLOATS.get(node.integer("to", 0))
     if target is None or array.dtype.kind != "f":
         raise NotAuditableError("a cast to another type than float64 or float32")

@@ -22,7 +22,7 @@ from service.audit.exact import (
     root,
     upper,
 )
-from service.audit.graph import Node
+from service.audit.graph import Node, Sized
 from service.audit.tensors import ABSENT, Facts, Network, signs
 
 
@@ -43,7 +43,7 @@ class Tensor:
         return self.ids.ravel()
 
 
-Value = Tensor | np.ndarray
+Value = Tensor | np.ndarray | Sized
 Rule = Callable[[Network, Node, Sequence[Value | None]], Tensor]
 RULES: dict[str, tuple[Rule, frozenset[str]]] = {}
 
