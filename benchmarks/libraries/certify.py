@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -103,9 +104,19 @@ def verdict(row: Row) -> str:
         return "**loose**" if row.loose else "proved"
     largest = max(result.lipschitz_bound or 0.0 for result in row.proved)
     measured = row.claims["lipschitz_estimate"] > row.claims["claim"] * (1.0 + 1e-9)
-    return ("claim is false, measured and " if measured else "claim is false, ") + (
-        "bound says so" if largest > row.claims["claim"] else "not in this network"
-    )
+    if measured:
+        return "claim is false: measured, and the bound says so"
+    return "the layers' claim is false" + (": the bound says so" if largest > row.claims["claim"] else "")
+
+
+def up(value: float) -> str:
+    """A bound must not look smaller than it is."""
+    return f"{math.ceil(value * 1e6) / 1e6:.6f}"
+
+
+def down(value: float) -> str:
+    """Neither must what was measured look larger."""
+    return f"{math.floor(value * 1e6) / 1e6:.6f}"
 
 
 def table(rows: list[Row], library: str) -> str:
@@ -115,8 +126,8 @@ def table(rows: list[Row], library: str) -> str:
         claims = row.claims
         if claims["library"] != library:
             continue
-        bounds = sorted({f"{result.lipschitz_bound:.6g}" for result in row.proved})
-        margins = sorted({f"{result.margin_bound:.5g}" for result in row.proved})
+        bounds = sorted({up(result.lipschitz_bound or 0.0) for result in row.proved})
+        margins = sorted({up(result.margin_bound or 0.0) for result in row.proved})
         claim, claim_margin = (
             "-" if value is None else f"{value:.5g}" for value in (claims["claim"], claims["claim_margin"])
         )
@@ -125,7 +136,7 @@ def table(rows: list[Row], library: str) -> str:
                 row.name,
                 claims["what"],
                 claim,
-                f"{claims['lipschitz_estimate']:.6g}",
+                down(claims["lipschitz_estimate"]),
                 ", ".join(bounds) or "-",
                 f"{', '.join(margins)} ({claim_margin})" if margins else "-",
                 verdict(row),
@@ -148,11 +159,10 @@ def section(rows: list[Row], versions: dict[str, str]) -> str:
         "## Models of other libraries",
         "",
         f"{len(rows)} networks of {packages}, each exported by both of torch's exporters where they can: "
-        f"{len(results)} exports, {len(proved)} certified from their bytes, {len(results) - len(proved)} refused or not written. "
-        "`claim` is what the library says of the L2 Lipschitz constant of the map to the logits (a head with K rows of "
-        "norm 1 makes that sqrt(K)), `measured` the largest norm of a Jacobian in float64 at 6 images, `proved` the "
-        "certifier's bound (several where exporters write different weights or forms), `margin` its largest bound for "
-        "the difference of two logits.",
+        f"{len(results)} exports, {len(proved)} certified from their bytes, {len(results) - len(proved)} refused or not "
+        "written. `claim` is what the library says of the L2 Lipschitz constant of the map to the logits (a head with K "
+        "rows of norm 1 makes that sqrt(K)), `measured` the largest norm of a Jacobian in float64 at 6 images, rounded "
+        "down, `proved` the certifier's bound, rounded up, `margin` its largest bound for the difference of two logits.",
         "",
         f"* Bounds below what was measured: **{below}** of {len(proved)}.",
         f"* True claims: **{within}** of {len(true_claims)} certified files have both bounds within {WITHIN} of the "
