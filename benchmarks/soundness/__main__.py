@@ -22,6 +22,11 @@ from benchmarks.soundness import document, sections
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECTIONS: dict[str, Callable[[argparse.Namespace], sections.Section]] = {
     "boundary": sections.boundary_search,
+    "planted": sections.planted_biases,
+    "known": sections.known_distances,
+    "invariance": sections.invariance,
+    "times": sections.analysis_times,
+    "loss": sections.radius_lost,
 }
 
 

@@ -3,8 +3,8 @@
 From each start (the service's own counterfactual, foolbox's attacks, a descent of each of the nearest margins):
 
 1. *bisection* between the image and the point found, until two adjacent float64 positions differ in class;
-2. *walk*: the boundary is replaced by its tangent, the point of the box nearest to the image on it is aimed at, and every
-   ray between here and there is tried at shorter lengths than the best; repeated while it helps;
+2. *walk*: the boundary is replaced by its tangent, the point of the box nearest to the image on it is aimed at, and
+   every ray between here and there is tried at shorter lengths than the best; repeated while it helps;
 3. bisection again, then *float neighbours*: each pixel moved by a few units in its last place.
 
 What is found at any step is a valid float64 image that the service gives another class.
@@ -13,6 +13,7 @@ What is found at any step is a valid float64 image that the service gives anothe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +97,8 @@ class Effort:
 
 
 THOROUGH, QUICK = Effort(), Effort(attacks=False, rivals=1, walk=12, polish=4, trials=12)
+RETRACE = Effort(attacks=False, rivals=0, walk=4, polish=4, trials=12)
+"""For points that were found on nearly the same network."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ class Search:
     """Whether the point gets another class than the image in a batch of some size."""
     pulled_flips: int
     """Points pulled to the inside of the radius that get another class in a batch of some size; the promise is none."""
+
+    def first(self, n: int) -> Search:
+        """The same of the first n images; `pulled_flips` stays about all."""
+        arrays = (self.image_NCHW, self.class_N, self.radius_N, self.naive_N, self.point_NCHW, self.found_N)
+        return Search(*(array[:n] for array in arrays), pulled_flips=self.pulled_flips)
 
     @property
     def violations(self) -> list[int]:
@@ -156,12 +164,26 @@ def _naive_ratios(certificate: Certificate, logits_NK: np.ndarray, class_N: np.n
     return ratio_NK
 
 
-def search(view: View, image_NCHW: np.ndarray, rng: np.random.Generator, effort: Effort = THOROUGH) -> Search:
-    """Look for the nearest image of another class from each of `image_NCHW` (float64, in [0, 1])."""
+def search(
+    view: View,
+    image_NCHW: np.ndarray,
+    rng: np.random.Generator,
+    effort: Effort = THOROUGH,
+    starts: Sequence[np.ndarray] | None = None,
+) -> Search:
+    """Look for the nearest image of another class from each of `image_NCHW` (float64, in [0, 1]).
+
+    Args:
+        view: the classifier.
+        image_NCHW: where to search from.
+        rng: of the float neighbours.
+        effort: how hard.
+        starts: arrays N x C x H x W to start from, in place of counterfactuals, descents and attacks.
+    """
     _, radii = view.classify(image_NCHW)
     class_N = radii.class_id_N
     best_NCHW, best_N = image_NCHW.copy(), np.full(len(image_NCHW), np.inf)
-    for start_NCHW in _starts(view, image_NCHW, radii, effort):
+    for start_NCHW in _starts(view, image_NCHW, radii, effort) if starts is None else starts:
         point_NCHW = np.clip(start_NCHW, 0.0, 1.0)
         flipped_N = view.classes(point_NCHW) != class_N
         index_M = np.flatnonzero(flipped_N)

@@ -8,18 +8,18 @@ import numpy as np
 from PIL import Image
 
 from models.data import load_mnist
-from service.classifier import Classifier
+from service.artefact import read_card
 
 
-def test_images(classifier: Classifier, data: Path, n: int) -> np.ndarray:
-    """The first n test images of the classifier's digits, N x 1 x 28 x 28 in [0, 1]; n = 0 for all."""
+def test_images(artefact: Path, data: Path, n: int) -> np.ndarray:
+    """The first n test images of the artefact's digits, N x 1 x 28 x 28 in [0, 1]; n = 0 for all."""
     _, test = load_mnist(data)
-    images_NHW = test.only([int(label) for label in classifier.labels]).images_NHW.numpy()
+    images_NHW = test.only([int(label) for label in read_card(artefact).labels]).images_NHW.numpy()
     return images_NHW[: n or None, None] / 255
 
 
 def in_another_shape(image_N1HW: np.ndarray, channels: int, height: int, width: int, seed: int) -> np.ndarray:
-    """The images resampled to another size as 8-bit files of that size would hold them, and tinted for three channels."""
+    """The images resampled to another size, as 8-bit files of that size hold them, and tinted for three channels."""
     tint = np.random.default_rng(seed).uniform(0.5, 1.0, (len(image_N1HW), 3))
     resized = []
     for n, (image_HW,) in enumerate(image_N1HW):

@@ -28,10 +28,8 @@ def write_section(name: str, target: str, content: str, file: Path = FILE) -> No
     pattern = re.compile(
         rf"<!-- {re.escape(name)}: written by make [\w-]+ -->\n.*?<!-- /{re.escape(name)} -->", re.DOTALL
     )
-    if pattern.search(text):
-        text = pattern.sub(lambda _: section, text, count=1)
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
+    found = pattern.search(text)
+    text = pattern.sub(lambda _: section, text, count=1) if found else f"{text.rstrip()}\n\n{section}\n"
     file.write_text(text, encoding="utf-8")
 
 
@@ -46,8 +44,8 @@ def provenance(command: str) -> str:
     made = environment(0.0)
     return (
         f"`{command}`, code {code_version()}. Hardware: {made['cpu']}, {os.cpu_count()} logical CPUs, "
-        f"{platform.machine()}. Versions: Python {platform.python_version()}, ONNX Runtime {made['onnxruntime']}, numpy "
-        f"{made['numpy']}. Load average of the machine afterwards: {os.getloadavg()[0]:.1f}."
+        f"{platform.machine()}. Versions: Python {platform.python_version()}, ONNX Runtime {made['onnxruntime']}, "
+        f"numpy {made['numpy']}. Load average of the machine afterwards: {os.getloadavg()[0]:.1f}."
     )
 
 

@@ -187,7 +187,7 @@ class _Writer:
 
 
 def hadamard(size: int) -> np.ndarray:
-    """The orthogonal matrix of Sylvester's construction; its entries `+-1 / sqrt(size)` are exact for 1, 4, 16, 64..."""
+    """The orthogonal matrix of Sylvester's construction; its entries `+-1 / sqrt(size)` are exact for 1, 4, 16..."""
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
