@@ -506,6 +506,23 @@ def test_consecutive_linear_operators_are_one_matrix() -> None:
     assert expected * (1 - 1e-15) < float(derivation.margin_bounds[0][1]) < expected * (1 + 1e-15)
 
 
+@pytest.mark.parametrize("operator", ["Concat", "Sub", "Max"])
+def test_tensors_behind_different_nonlinearities_are_not_taken_for_one(operator: str) -> None:
+    # relu(y) - y falls with slope 1 where y < 0; taken for a function of one tensor, its terms would cancel.
+    b = GraphBuilder(np.random.default_rng(0))
+    y = b.one("Sub", "image", b.constant(np.array(0.5)))
+    parts = b.one("Relu", y), y
+    if operator == "Concat":
+        f = b.one("Gemm", b.one("Concat", *parts, axis=1), b.constant(np.array([[1.0], [-1.0]])))
+    elif operator == "Sub":
+        f = b.one("Sub", *parts)
+    else:
+        f = b.one("Neg", b.one("Min", b.one("Sub", y, parts[0]), b.one("Sub", parts[0], y)))
+    derivation = derived(b.model((1,), f, 1), np.array([51]))
+    assert rational(derivation.logits[0].mid()) == pytest.approx(0.3, abs=1e-50)
+    assert 2 <= float(derivation.margin_bounds[0][1]) <= 6
+
+
 def test_a_default_attribute_is_the_float32_that_kernels_compute_with() -> None:
     b = GraphBuilder(np.random.default_rng(0))
     model = b.model((1,), b.one("LeakyRelu", b.one("Neg", "image")), 1)
