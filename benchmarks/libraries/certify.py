@@ -160,10 +160,10 @@ def section(rows: list[Row], versions: dict[str, str]) -> str:
         "",
         f"{len(rows)} networks of {packages}, each exported by both of torch's exporters where they can: "
         f"{len(results)} exports, {len(proved)} certified from their bytes, {len(results) - len(proved)} refused or "
-        "not written. `claim` is what the library says of the L2 Lipschitz constant of the map to the logits (a head with "
-        "K rows of norm 1 makes that sqrt(K)), `measured` the largest norm of a Jacobian in float64 at 6 images, "
-        "rounded down, `proved` the certifier's bound, rounded up, `margin` its largest bound for the difference of two "
-        "logits.",
+        "not written. `claim` is what the library says of the L2 Lipschitz constant of the map to the logits "
+        "(a head with K rows of norm 1 makes that sqrt(K)), `measured` the largest norm of a Jacobian in "
+        "float64 at 6 images, rounded down, `proved` the certifier's bound, rounded up, `margin` its largest "
+        "bound for the difference of two logits.",
         "",
         f"* Bounds below what was measured: **{below}** of {len(proved)}.",
         f"* True claims: **{within}** of {len(true_claims)} certified files have both bounds within {WITHIN} of the "
