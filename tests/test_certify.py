@@ -250,7 +250,6 @@ def test_every_unsupported_node_is_named_not_only_the_first() -> None:
         (lambda b, x: b.one("Reshape", x, b.constant(np.array([4, -1]))), "batch axis"),
         (lambda b, x: b.one("Concat", x, x, axis=0), "batch axis"),
         (lambda b, x: b.one("Slice", x, *[b.constant(np.array([k])) for k in (0, 1, 0)]), "batch axis"),
-        (lambda b, x: b.one("Gemm", x, b.constant(np.eye(4)), alpha=2.0), "alpha"),
         (lambda b, x: b.one("Div", x, b.constant(np.zeros(4))), "divides by zero"),
         (lambda b, x: b.one("Cast", x, to=TensorProto.FLOAT), "cast"),
         (lambda b, x: b.one("Pad", x, b.constant(np.array([0, 1, 0, 1])), b.constant(np.array(1.0))), "padding value"),
@@ -354,6 +353,55 @@ def test_equal_elements_in_another_shape_are_another_pair() -> None:
     model_bytes = flat_model(build, 12, 9)
     assert violations(model_bytes, (12,), np.float64, 0) == []
     assert certify(model_bytes).n_outputs == 9
+
+
+@pytest.mark.parametrize("operator", ["LeakyRelu", "BatchNormalization"])
+def test_attributes_that_are_left_out_are_the_float32_numbers_of_the_standard(operator: str) -> None:
+    # float32(0.01) and float32(1e-5) differ from 0.01 and 1e-5 by far more than float64 rounds.
+    def build(b: GraphBuilder, x: str) -> str:
+        if operator == "LeakyRelu":
+            return b.one(operator, b.one("Sub", x, b.constant(np.full(4, 2.0))))
+        parameters = [b.constant(np.full(4, value)) for value in (1.0, 0.0, 0.0, 1e-4)]
+        return b.one(operator, x, *parameters)
+
+    model_bytes = flat_model(build, 4, 4)
+    certificate = certify(model_bytes)
+    pixels = np.array([0.0, 1.0, 51.0, 255.0])
+    computed = run(model_bytes, pixels[None] / 255)[0]
+    alpha, epsilon = Fraction(float(np.float32(0.01))), Fraction(float(np.float32(1e-5)))
+    for value, pixel in zip(computed, pixels, strict=True):
+        x = Fraction(int(pixel), 255)
+        if operator == "LeakyRelu":
+            assert abs(Fraction(float(value)) - alpha * (x - 2)) <= Fraction(certificate.logit_error)
+        else:
+            # y = x / sqrt(v) without a root: y^2 v lies between the squares of x -+ error.
+            v, error = Fraction(1e-4) + epsilon, Fraction(certificate.logit_error)
+            y = Fraction(float(value))
+            assert max(y - error, Fraction(0)) ** 2 * v <= x**2 <= (y + error) ** 2 * v
+
+
+def test_gemm_with_its_factors_is_proved() -> None:
+    weight, bias = np.random.default_rng(5).standard_normal((6, 3)), np.array([1.0, -2.0, 0.1])
+
+    def build(b: GraphBuilder, x: str) -> str:
+        return b.one("Gemm", x, b.constant(weight), b.constant(bias), alpha=-0.5, beta=0.75)
+
+    certificate = certify(flat_model(build, 6, 3))
+    true = 0.5 * np.linalg.norm(weight, 2)
+    assert true <= certificate.lipschitz_bound * (1 + 1e-14) <= true * (1 + 1e-8)
+    distance = 0.5 * np.linalg.norm(weight[:, 0] - weight[:, 1])
+    assert distance <= certificate.margin_bounds_KK[0, 1] * (1 + 1e-14) <= distance * (1 + 1e-8)
+
+
+def test_sums_means_and_maxima_of_several_tensors_are_proved() -> None:
+    for operator, bound in (("Sum", 3.0), ("Mean", 1.0), ("Max", np.sqrt(3.0))):
+
+        def build(b: GraphBuilder, x: str, operator: str = operator) -> str:
+            # Squares of orthogonal matrices keep the three from being one linear map.
+            parts = [b.one("Relu", b.one("Add", x, b.constant(np.full(4, shift)))) for shift in (0.0, 1.0, 2.0)]
+            return b.one(operator, *parts)
+
+        assert certify(flat_model(build, 4, 4)).lipschitz_bound == pytest.approx(bound, rel=1e-12)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"not a model", b"\x08\x07\x12\x00"])

@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from service.certificate import rearrangements, resizing, rules, smooth, spatial, squares
 from service.certificate.graph import PROBE_BATCH, Graph, Node, UnsupportedGraphError, read_graph
-from service.certificate.operators import RULES, Context, Refusal, int_attribute
+from service.certificate.operators import RULES, Context, Operands, Refusal, int_attribute
 from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
 from service.certificate.values import Constant, Domain, Squares, Unknown, Value, View
 
@@ -140,17 +140,19 @@ def _image(context: Context, graph: Graph) -> View:
     return context.source(np.full(graph.input_shape, 0.5), 1.0, mul_up(unit, sqrt_up(float(size))), error_max=unit)
 
 
-def _outputs(
-    context: Context, node: Node, inputs: Sequence[Value | None], reports: list[NodeReport]
-) -> Sequence[Value]:
+def _outputs(context: Context, node: Node, inputs: Operands, reports: list[NodeReport]) -> Sequence[Value]:
     present = [value for value in inputs if value is not None]
-    entry = squares.entry_for(node, present) or RULES.get(node.operator)
+    entry = squares.entry_for(node, inputs) or RULES.get(node.operator)
     if node.operator == "Shape":
         return [_shape(context, node, present)]
     foldable = node.operator in _EXACT_FOLDS or node.operator in _INTEGER_FOLDS
     if foldable and all(isinstance(value, Constant) for value in present):
         return _folded(context, node, cast(Sequence[Constant | None], inputs))
     if entry is None:
+        for value in present:
+            if foldable and isinstance(value, Unknown):
+                # Not this node is at fault, which constants would have passed.
+                raise Refusal(value.reason)
         raise Refusal("no proved rule for this operator")
     unread = node.attributes.keys() - entry.attributes
     if unread:
@@ -161,7 +163,7 @@ def _outputs(
     if all(isinstance(value, Constant) for value in present):
         raise Refusal(_ROUNDS)
     try:
-        outputs = entry.apply(context, node, cast(Sequence[Value], inputs))
+        outputs = entry.apply(context, node, inputs)
     except (ArithmeticError, IndexError, TypeError, ValueError) as error:
         # A malformed node: what numpy cannot evaluate has no proof either.
         raise Refusal(f"its operands do not fit: {error}") from error

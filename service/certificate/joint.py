@@ -10,9 +10,10 @@ What costs more than it is worth is left alone: the budget counts multiply-adds,
 graph is the same on every machine.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,13 +63,6 @@ class _Kernel:
         made = self.convolution
         return convolution_cost(made.kernel, self.base.shape[1:], made.strides, made.groups)
 
-    @cached_property
-    def norm(self) -> float:
-        made = self.convolution
-        size = self.base.shape[1:]
-        bound = convolution_norm_bound(made.kernel, size, made.strides, [1] * len(size), made.groups)
-        return add_up(bound, self.deviation)
-
 
 class Joint:
     """The joint maps of one graph; each is multiplied out once."""
@@ -78,7 +72,7 @@ class Joint:
         self._left = _BUDGET
         self._matrices: dict[tuple[Source, Source | None], dict[Source, _Matrix] | None] = {}
         self._kernels: dict[tuple[Source, Source | None], dict[Identity, _Kernel] | None] = {}
-        self._norms: dict[_Kernel, float] = {}
+        self._norms: dict[object, float] = {}
 
     def lipschitz(self, step: LinearStep, shape: tuple[int, ...]) -> float:
         """Lipschitz bound, from the image, of the result of `step`; infinity where joint maps are no help."""
@@ -113,6 +107,17 @@ class Joint:
             total_KK = np.nextafter(total_KK + bound_KK, np.inf)
         np.fill_diagonal(total_KK, 0.0)
         return total_KK
+
+    def convolution_norm(self, convolution: Convolution, size: Sequence[int]) -> float:
+        """`convolution_norm_bound` of images of `size`, each proved once."""
+        key = _norm_key(convolution, size)
+        if key not in self._norms:
+            kernel, ones = convolution.kernel, [1] * len(size)
+            self._norms[key] = convolution_norm_bound(kernel, size, convolution.strides, ones, convolution.groups)
+        return self._norms[key]
+
+    def _known(self, convolution: Convolution, size: Sequence[int]) -> bool:
+        return _norm_key(convolution, size) in self._norms
 
     def _nothing_to_gain(self, step: LinearStep) -> bool:
         if len(step.operands) != 1 or step.operands[0].repetition > 1:
@@ -184,11 +189,11 @@ class Joint:
             return math.inf
         total = 0.0
         for kernel in kernels.values():
-            if kernel not in self._norms:
-                if not self._afford(kernel.cost, self._left):
-                    return math.inf
-                self._norms[kernel] = kernel.norm
-            total = add_up(total, mul_up(self._norms[kernel], self._domain.joint(kernel.base).lipschitz))
+            size = kernel.base.shape[1:]
+            if not self._known(kernel.convolution, size) and not self._afford(kernel.cost, self._left):
+                return math.inf
+            norm = add_up(self.convolution_norm(kernel.convolution, size), kernel.deviation)
+            total = add_up(total, mul_up(norm, self._domain.joint(kernel.base).lipschitz))
         return total
 
     def _kernels_of(self, view: View, base: Source | None = None) -> dict[Identity, _Kernel] | None:
@@ -347,6 +352,11 @@ def _distance_up(left: Array, right: Array) -> float:
 def _gradient_bound(highest_slope: float, scaled: float, stray: float) -> float:
     excess = add_up(mul_up(highest_slope, scaled, scaled), -1.0)
     return add_up(max(1.0, excess), mul_up(highest_slope, stray))
+
+
+def _norm_key(convolution: Convolution, size: Sequence[int]) -> object:
+    digest = hashlib.sha256(np.ascontiguousarray(convolution.kernel).tobytes()).digest()
+    return digest, convolution.kernel.shape, tuple(size), tuple(convolution.strides), convolution.groups
 
 
 def _plain(source: Source) -> bool:

@@ -84,7 +84,10 @@ class Context:
         return View(made, np.arange(center.size).reshape(center.shape))
 
 
-Rule = Callable[[Context, Node, Sequence[Value]], list[Value]]
+Operands = Sequence[Value | None]
+"""The operands of a node, None where an optional one is left out."""
+
+Rule = Callable[[Context, Node, Operands], list[Value]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def rule(*operators: str, attributes: Sequence[str] = ()) -> Callable[[Rule], Ru
     return register
 
 
-def data_operand(value: Value, what: str = "its input") -> View:
+def data_operand(value: Value | None, what: str = "its input") -> View:
     if isinstance(value, View):
         return value
     if isinstance(value, Squares):
@@ -119,7 +122,7 @@ def data_operand(value: Value, what: str = "its input") -> View:
     raise Refusal(f"{what} must depend on the image")
 
 
-def float_operand(value: Value, what: str) -> Array:
+def float_operand(value: Value | None, what: str) -> Array:
     """A constant operand as the exact float64 numbers that it holds."""
     if not isinstance(value, Constant) or value.depends_on_batch:
         raise Refusal(f"{what} must be a constant")
@@ -128,7 +131,7 @@ def float_operand(value: Value, what: str) -> Array:
     return value.array.astype(np.float64)
 
 
-def integer_operand(value: Value, what: str, batch_allowed: bool = False) -> list[int]:
+def integer_operand(value: Value | None, what: str, batch_allowed: bool = False) -> list[int]:
     """Constant integers; only a new shape may name the batch size, or the images of one batch size get another map."""
     if isinstance(value, Constant) and value.depends_on_batch and not batch_allowed:
         raise Refusal(f"{what} depends on the batch size")
@@ -137,12 +140,12 @@ def integer_operand(value: Value, what: str, batch_allowed: bool = False) -> lis
     return [int(entry) for entry in value.array.ravel()]
 
 
-def constant_shape(value: Value) -> tuple[int, ...]:
+def constant_shape(value: Value | None) -> tuple[int, ...]:
     """The shape of a constant operand."""
     return value.array.shape if isinstance(value, Constant) else ()
 
 
-def optional_operand(inputs: Sequence[Value], position: int) -> Value | None:
+def optional_operand(inputs: Operands, position: int) -> Value | None:
     return inputs[position] if position < len(inputs) else None
 
 
@@ -154,7 +157,8 @@ def int_attribute(node: Node, name: str, default: int) -> int:
 
 
 def float_attribute(node: Node, name: str, default: float) -> float:
-    value = node.attributes.get(name, default)
+    # ONNX attributes are float32, defaults included: a float64 kernel computes with float32(0.01), not with 0.01.
+    value = node.attributes.get(name, float(np.float32(default)))
     if not isinstance(value, (int, float)):
         raise Refusal(f"attribute {name} must be a number")
     if not math.isfinite(value):

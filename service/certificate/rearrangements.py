@@ -1,16 +1,23 @@
 """Rules of operators that repeat or choose elements by a constant. Nothing is computed. Notation as in `rules`."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from service.certificate.graph import PROBE_BATCH, Node
-from service.certificate.operators import Array, Context, Refusal, data_operand, float_operand, integer_operand, rule
+from service.certificate.operators import (
+    Array,
+    Context,
+    Operands,
+    Refusal,
+    data_operand,
+    float_operand,
+    integer_operand,
+    rule,
+)
 from service.certificate.values import Constant, Value, View
 
 
 @rule("Expand")
-def expand(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def expand(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Axes of length 1 repeated: an element used m times counts sqrt(m)."""
     view = data_operand(inputs[0])
     target = integer_operand(inputs[1], "the new shape", batch_allowed=True)
@@ -32,7 +39,7 @@ def expand(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
 
 
 @rule("Tile")
-def tile(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def tile(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """The tensor repeated along its axes: an element used m times counts sqrt(m)."""
     view = data_operand(inputs[0])
     repeats = integer_operand(inputs[1], "the repeats")
@@ -44,7 +51,7 @@ def tile(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Where")
-def where(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def where(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Elements of two tensors by a constant mask: those that are taken, counted together. Exact."""
     mask_value, *branches = inputs
     if not isinstance(mask_value, Constant) or mask_value.depends_on_batch:

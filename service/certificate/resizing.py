@@ -7,7 +7,6 @@ intermediate result is a float32, and otherwise within `8 u (|x| + 1)`, `u = 2^-
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,6 +17,7 @@ from service.certificate.norms import spectral_norm_bound
 from service.certificate.operators import (
     Array,
     Context,
+    Operands,
     Refusal,
     data_operand,
     float_operand,
@@ -59,7 +59,7 @@ class _Axis:
         "nearest_mode",
     ),
 )
-def resize(context: Context, node: Node, inputs: Sequence[Value | None]) -> list[Value]:
+def resize(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Nearest: a rearrangement (a pixel used m times counts sqrt(m)). Linear: a product of one matrix for each axis."""
     image, *_ = inputs
     if image is None:
@@ -90,9 +90,7 @@ def resize(context: Context, node: Node, inputs: Sequence[Value | None]) -> list
     return [view.rearranged(index)]
 
 
-def _targets(
-    context: Context, node: Node, inputs: Sequence[Value | None], view: View
-) -> dict[int, tuple[Fraction, int]]:
+def _targets(context: Context, node: Node, inputs: Operands, view: View) -> dict[int, tuple[Fraction, int]]:
     """Scale and new size of every spatial axis (of the image's own shape) that does not stay as it is."""
     rank = len(view.shape) + 1
     given = node.attributes.get("axes")
@@ -127,7 +125,7 @@ def _targets(
     return {axis - 1: target for axis, target in found.items() if axis > 1 and target[0] != 1}
 
 
-def _operand(inputs: Sequence[Value | None], position: int) -> Value | None:
+def _operand(inputs: Operands, position: int) -> Value | None:
     """An optional operand; exporters give the ones that they leave out as empty tensors."""
     value = inputs[position] if position < len(inputs) else None
     return None if isinstance(value, Constant) and value.array.size == 0 else value

@@ -8,7 +8,6 @@ flush-to-zero included, adds at most the smallest normal number for each operati
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +18,7 @@ from service.certificate.norms import absolute_norm_bound, row_norms_up, spectra
 from service.certificate.operators import (
     Array,
     Context,
+    Operands,
     Refusal,
     broadcast_constant,
     constant_shape,
@@ -53,29 +53,42 @@ from service.certificate.values import (
 # --- linear operators -------------------------------------------------------------------------------------------------
 
 
-def _dense(context: Context, view: View, weight_NM: Array, bias_M: Array | None) -> View:
-    """`y = x W + b` along the last axis of `x`: norm `||W||_2`, the positions of the other axes being disjoint."""
+def _dense(
+    context: Context, view: View, weight_NM: Array, bias_M: Array | None, scale: float = 1.0, roundings: int = 0
+) -> View:
+    """`y = scale x W + b` along the last axis of `x`; the positions of the other axes are disjoint: `|scale| ||W||_2`.
+
+    Args:
+        context: of this analysis.
+        view: x.
+        weight_NM: W.
+        bias_M: b.
+        scale: of the products.
+        roundings: of a product or of the bias, beside those of the sum.
+    """
     n, m = weight_NM.shape
     if view.shape[-1:] != (n,):
         raise Refusal(f"the weight has {n} rows but the tensor ends with {view.shape[-1:]}")
     if m == 0 or n == 0:
         raise Refusal("the weight is empty")
+    size, lipschitz = abs(scale), context.domain.joint(view).lipschitz
     return linear_result(
         context,
         view,
-        lambda stack: stack @ weight_NM,
+        lambda stack: scale * (stack @ weight_NM),
         bias_M,
-        norm=spectral_norm_bound(weight_NM),
-        spread=absolute_norm_bound(weight_NM),
-        row_norm=float(np.max(row_norms_up(weight_NM.T))),
-        terms=n,
+        norm=mul_up(size, spectral_norm_bound(weight_NM)),
+        spread=mul_up(size, absolute_norm_bound(weight_NM)),
+        row_norm=mul_up(size, float(np.max(row_norms_up(weight_NM.T)))),
+        terms=n + roundings,
         tight=True,
-        affine=Affine(weight_NM.T, context.domain.joint(view).lipschitz) if len(view.shape) == 1 else None,
+        # The size of the scale moves into the bound: scaled rows would be rounded.
+        affine=Affine(weight_NM.T, mul_up(size, lipschitz)) if len(view.shape) == 1 else None,
     )
 
 
 @rule("Gemm", attributes=("alpha", "beta", "transA", "transB"))
-def gemm(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def gemm(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Dense layer: ||W x - W x'|| <= ||W||_2 ||x - x'||, with a proved bound of the spectral norm."""
     view = data_operand(inputs[0], "the first operand")
     if int_attribute(node, "transA", 0) != 0:
@@ -86,8 +99,6 @@ def gemm(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     if int_attribute(node, "transB", 0):
         weight = weight.T
     alpha, beta = float_attribute(node, "alpha", 1.0), float_attribute(node, "beta", 1.0)
-    if alpha != 1.0 or beta != 1.0:
-        raise Refusal("alpha and beta other than 1: fold them into the weights")
     bias: Array | None = None
     bias_value = optional_operand(inputs, 2)
     if bias_value is not None:
@@ -96,12 +107,14 @@ def gemm(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
             given = given[0]
         if given.shape not in ((), (1,), (weight.shape[1],)):
             raise Refusal(f"a bias of shape {given.shape} does not fit {weight.shape[1]} outputs")
-        bias = np.broadcast_to(given, (weight.shape[1],))
-    return [_dense(context, view, weight, bias)]
+        bias = beta * np.broadcast_to(given, (weight.shape[1],))
+    # A scaled sum or scaled weights, and a scaled bias.
+    roundings = 0 if alpha == beta == 1.0 else 2
+    return [_dense(context, view, weight, bias, alpha, roundings)]
 
 
 @rule("MatMul")
-def matmul(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def matmul(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Matrix product with a constant: block-diagonal in the other axes, so its norm is ||W||_2."""
     left, right = inputs[0], inputs[1]
     if isinstance(left, View) and isinstance(right, View):
@@ -198,7 +211,7 @@ def _centres(left: View, right: View) -> bool:
 
 
 @rule("Add")
-def add(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def add(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Sum: a constant changes no distance; the bounds of two branches add (triangle inequality)."""
     left, right = inputs[0], inputs[1]
     if isinstance(left, View) and isinstance(right, View):
@@ -208,14 +221,25 @@ def add(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     return [_shifted(context, data_operand(right), float_operand(left, "the addend"), 1.0)]
 
 
+@rule("Sum", "Mean")
+def sum_or_mean(context: Context, node: Node, inputs: Operands) -> list[Value]:
+    """Sum of tensors: their bounds add (triangle inequality); the mean divides by their number."""
+    total = inputs[0]
+    for value in inputs[1:]:
+        (total,) = add(context, node, [total, value])
+    if node.operator == "Mean":
+        total = _scaled(context, data_operand(total), np.full((), float(len(inputs))), divide=True)
+    return [data_operand(total)]
+
+
 @rule("Sub")
-def subtract(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def subtract(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Difference: a constant changes no distance; the bounds of two branches add (triangle inequality)."""
     left, right = inputs[0], inputs[1]
     if isinstance(left, View) and isinstance(right, View):
         return [_sum_of_branches(context, left, right, -1.0)]
     if isinstance(left, View):
-        return [_shifted(context, left, -float_operand(right, "the subtrahend"), 1.0)]
+        return [_shifted(context, left, np.asarray(-float_operand(right, "the subtrahend")), 1.0)]
     return [_shifted(context, data_operand(right), float_operand(left, "the minuend"), -1.0)]
 
 
@@ -259,7 +283,7 @@ def _scaled(context: Context, view: View, constant: Array, divide: bool) -> View
 
 
 @rule("Mul")
-def multiply(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def multiply(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Product with a constant: a diagonal map, whose norm is the largest absolute factor."""
     left, right = inputs[0], inputs[1]
     if isinstance(left, View) and isinstance(right, View):
@@ -270,14 +294,14 @@ def multiply(context: Context, node: Node, inputs: Sequence[Value]) -> list[Valu
 
 
 @rule("Div")
-def divide(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def divide(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Quotient by a constant: a diagonal map, whose norm is 1 / the smallest absolute divisor."""
     if not isinstance(inputs[0], View) or isinstance(inputs[1], View):
         raise Refusal("a quotient by a tensor that depends on the image has no Lipschitz constant")
     return [_scaled(context, inputs[0], float_operand(inputs[1], "the divisor"), divide=True)]
 
 
-def _reduced_axes(node: Node, inputs: Sequence[Value], view: View) -> tuple[tuple[int, ...], bool]:
+def _reduced_axes(node: Node, inputs: Operands, view: View) -> tuple[tuple[int, ...], bool]:
     """Axes (of the image's own shape) and whether they are kept."""
     axes_value = optional_operand(inputs, 1)
     attribute = node.attributes.get("axes")
@@ -293,7 +317,7 @@ def _reduced_axes(node: Node, inputs: Sequence[Value], view: View) -> tuple[tupl
     return resolved, bool(int_attribute(node, "keepdims", 1))
 
 
-def grouped_axes(node: Node, inputs: Sequence[Value], view: View) -> tuple[View, tuple[int, ...], bool]:
+def grouped_axes(node: Node, inputs: Operands, view: View) -> tuple[View, tuple[int, ...], bool]:
     """The view with the axes that the node reduces moved to the end and made one; these axes; whether to keep them."""
     axes, keep = _reduced_axes(node, inputs, view)
     kept = [axis for axis in range(len(view.shape)) if axis not in axes]
@@ -309,7 +333,7 @@ _REDUCE_ATTRIBUTES = ("axes", "keepdims", "noop_with_empty_axes")
 
 
 @rule("ReduceSum", "ReduceMean", attributes=_REDUCE_ATTRIBUTES)
-def reduce_linear(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def reduce_linear(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Sum over disjoint groups of n: norm sqrt(n) (Cauchy-Schwarz); the mean: 1 / sqrt(n)."""
     view = data_operand(inputs[0])
     grouped, axes, keep = grouped_axes(node, inputs, view)
@@ -333,8 +357,15 @@ def reduce_linear(context: Context, node: Node, inputs: Sequence[Value]) -> list
 # --- nonlinear operators that never expand ----------------------------------------------------------------------------
 
 
+@rule("ReduceL1", attributes=_REDUCE_ATTRIBUTES)
+def reduce_l1(context: Context, node: Node, inputs: Operands) -> list[Value]:
+    """Sum of absolute values of disjoint groups of n: sqrt(n) (Cauchy-Schwarz)."""
+    (positive,) = absolute(context, node, inputs[:1])
+    return reduce_linear(context, replace(node, operator="ReduceSum"), [positive, *inputs[1:]])
+
+
 @rule("ReduceL2", attributes=_REDUCE_ATTRIBUTES)
-def reduce_l2(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def reduce_l2(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """L2 norm of disjoint groups: 1-Lipschitz (reverse triangle inequality in each group)."""
     view = data_operand(inputs[0])
     grouped, axes, keep = grouped_axes(node, inputs, view)
@@ -370,10 +401,10 @@ def _half(source: Source, which: int) -> View:
 
 
 @rule("Max", "Min")
-def max_min(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def max_min(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Sorting a pair never expands (rearrangement inequality); max and min are its two halves. Exact."""
     if len(inputs) != 2:
-        raise Refusal(f"{len(inputs)} operands; the rule covers two")
+        return [_largest_of_many(context, node, inputs)]
     left, right = inputs[0], inputs[1]
     if isinstance(left, View) and isinstance(right, View):
         if left.shape != right.shape:
@@ -389,8 +420,25 @@ def max_min(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
     return [context.source(clip(view.center, constant), facts.lipschitz, facts.error, view.source.error_max)]
 
 
+def _largest_of_many(context: Context, node: Node, inputs: Operands) -> View:
+    """`|max_i a_i - max_i b_i| <= max_i |a_i - b_i|`, elementwise; constants among the operands do not move. Exact."""
+    views = [value for value in inputs if isinstance(value, View)]
+    if any(view.shape != views[0].shape for view in views):
+        raise Refusal("tensors of different shapes; the rule covers equal ones")
+    stack = [view.center for view in views]
+    for value in inputs:
+        if not isinstance(value, View):
+            constant, spread = broadcast_constant(float_operand(value, "every other operand"), views[0])
+            if spread.shape != views[0].shape:
+                raise Refusal("a constant larger than the tensors")
+            stack.append(constant)
+    center = np.max(stack, axis=0) if node.operator == "Max" else np.min(stack, axis=0)
+    facts = context.domain.joint(*views)
+    return context.source(center, facts.lipschitz, facts.error, max(view.source.error_max for view in views))
+
+
 @rule("ReduceMax", "ReduceMin", attributes=_REDUCE_ATTRIBUTES)
-def reduce_max(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def reduce_max(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Largest (smallest) of disjoint groups: 1-Lipschitz, and exact; of pairs: half of the sorted pair."""
     view = data_operand(inputs[0])
     grouped, axes, keep = grouped_axes(node, inputs, view)
@@ -404,7 +452,7 @@ def reduce_max(context: Context, node: Node, inputs: Sequence[Value]) -> list[Va
 
 
 @rule("TopK", attributes=("axis", "largest", "sorted"))
-def top_k(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def top_k(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Sorting never expands (rearrangement inequality), nor does keeping the first k of the result. Exact."""
     view = data_operand(inputs[0])
     (k,) = integer_operand(inputs[1], "k")
@@ -421,7 +469,7 @@ def top_k(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Relu")
-def relu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def relu(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Positive part: 1-Lipschitz, and exact; together with the negative part of the same tensor, too."""
     view = data_operand(inputs[0])
     facts = context.domain.joint(view)
@@ -442,7 +490,7 @@ def relu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Abs")
-def absolute(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def absolute(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Elementwise of slope at most 1: 1-Lipschitz, and exact."""
     view = data_operand(inputs[0])
     facts = context.domain.joint(view)
@@ -450,7 +498,7 @@ def absolute(context: Context, node: Node, inputs: Sequence[Value]) -> list[Valu
 
 
 @rule("LeakyRelu", attributes=("alpha",))
-def leaky_relu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def leaky_relu(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Elementwise of slopes 1 and alpha: max(1, |alpha|)-Lipschitz; one rounding of the negative side."""
     view = data_operand(inputs[0])
     alpha = float_attribute(node, "alpha", 0.01)
@@ -465,7 +513,7 @@ def leaky_relu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Va
 
 
 @rule("Neg")
-def negate(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def negate(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Change of sign: an isometry, and exact."""
     view = data_operand(inputs[0])
     facts = context.domain.joint(view)
@@ -474,7 +522,7 @@ def negate(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
 
 
 @rule("Clip")
-def clip(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def clip(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Projection on an interval: 1-Lipschitz, and exact."""
     view = data_operand(inputs[0])
     low_value, high_value = optional_operand(inputs, 1), optional_operand(inputs, 2)
@@ -489,7 +537,7 @@ def clip(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Identity", "Dropout", attributes=("seed",))
-def identity(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def identity(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """The identity (Dropout: its inference form)."""
     mode = optional_operand(inputs, 2)
     if mode is not None and not (isinstance(mode, Constant) and not mode.array.any()):
@@ -498,7 +546,7 @@ def identity(context: Context, node: Node, inputs: Sequence[Value]) -> list[Valu
 
 
 @rule("Cast", attributes=("to", "saturate", "round_mode"))
-def cast(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def cast(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A cast to the graph's own format is the identity."""
     view = data_operand(inputs[0])
     wanted = {"float64": 11, "float32": 1}[context.precision.name]
@@ -508,7 +556,7 @@ def cast(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Flatten", attributes=("axis",))
-def flatten(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def flatten(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A rearrangement: every element once, an isometry."""
     view = data_operand(inputs[0])
     if int_attribute(node, "axis", 1) % (len(view.shape) + 1) != 1:
@@ -517,7 +565,7 @@ def flatten(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
 
 
 @rule("Reshape", attributes=("allowzero",))
-def reshape(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def reshape(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A rearrangement that keeps the batch axis: every element once, an isometry."""
     view = data_operand(inputs[0])
     target = integer_operand(inputs[1], "the new shape", batch_allowed=True)
@@ -536,7 +584,7 @@ def reshape(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
 
 
 @rule("Transpose", attributes=("perm",))
-def transpose(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def transpose(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A rearrangement that keeps the batch axis: every element once, an isometry."""
     view = data_operand(inputs[0])
     permutation = node.attributes.get("perm")
@@ -546,7 +594,7 @@ def transpose(context: Context, node: Node, inputs: Sequence[Value]) -> list[Val
 
 
 @rule("Squeeze")
-def squeeze(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def squeeze(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A rearrangement: every element once, an isometry."""
     view = data_operand(inputs[0])
     if len(inputs) < 2:
@@ -558,7 +606,7 @@ def squeeze(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
 
 
 @rule("Unsqueeze")
-def unsqueeze(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def unsqueeze(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A rearrangement: every element once, an isometry."""
     view = data_operand(inputs[0])
     axes = integer_operand(inputs[1], "the axes")
@@ -570,7 +618,7 @@ def unsqueeze(context: Context, node: Node, inputs: Sequence[Value]) -> list[Val
 
 
 @rule("Split", attributes=("axis", "num_outputs"))
-def split(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def split(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Disjoint parts of one tensor: together they cost what it costs."""
     view = data_operand(inputs[0])
     axis = image_axis(int_attribute(node, "axis", 0), view)
@@ -589,7 +637,7 @@ def split(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Slice")
-def slice_(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def slice_(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A part of a tensor, each element at most once: never expands."""
     view = data_operand(inputs[0])
     starts, ends = integer_operand(inputs[1], "starts"), integer_operand(inputs[2], "ends")
@@ -609,7 +657,7 @@ def slice_(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
 
 
 @rule("Gather", attributes=("axis",))
-def gather(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def gather(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Elements picked by constant positions: an element used m times counts sqrt(m)."""
     view = data_operand(inputs[0])
     axis = image_axis(int_attribute(node, "axis", 0), view)
@@ -622,7 +670,7 @@ def gather(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
 
 
 @rule("Concat", attributes=("axis",))
-def concat(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def concat(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Stacked branches: parts of one tensor count together, different tensors add in squares."""
     views = [data_operand(value, "every operand") for value in inputs]
     axis = image_axis(int_attribute(node, "axis", 0), views[0])
@@ -642,7 +690,7 @@ def concat(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]
 
 
 @rule("Pad", attributes=("mode",))
-def pad(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def pad(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Zeros cost nothing; an element that reflect, edge or wrap padding repeats m times counts sqrt(m)."""
     view = data_operand(inputs[0])
     mode = node.attributes.get("mode", "constant")
@@ -671,7 +719,7 @@ def pad(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("SpaceToDepth", attributes=("blocksize",))
-def space_to_depth(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def space_to_depth(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A rearrangement: every element once, an isometry."""
     view = data_operand(inputs[0])
     block = int_attribute(node, "blocksize", 0)
@@ -683,7 +731,7 @@ def space_to_depth(context: Context, node: Node, inputs: Sequence[Value]) -> lis
 
 
 @rule("DepthToSpace", attributes=("blocksize", "mode"))
-def depth_to_space(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def depth_to_space(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A rearrangement: every element once, an isometry."""
     view = data_operand(inputs[0])
     block = int_attribute(node, "blocksize", 0)

@@ -7,7 +7,7 @@ LogSoftmax are its exp and log between operations that are analysed; runtimes su
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from service.certificate.graph import Node
 from service.certificate.operators import (
     Array,
     Context,
+    Operands,
     Refusal,
     broadcast_constant,
     data_operand,
@@ -86,7 +87,7 @@ def _activated(
 
 
 @rule("PRelu")
-def prelu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def prelu(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Elementwise of slopes 1 and c, c constant: max(1, |c|)-Lipschitz; one rounding of the negative side."""
     view = data_operand(inputs[0])
     below, spread = broadcast_constant(float_operand(inputs[1], "the slope"), view)
@@ -103,7 +104,7 @@ def prelu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Elu", attributes=("alpha",))
-def elu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def elu(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """x, or alpha (exp(x) - 1) below 0: slopes 1 and alpha exp(x), so max(1, |alpha|)-Lipschitz."""
     view, alpha = data_operand(inputs[0]), float_attribute(node, "alpha", 1.0)
     bound, low = max(1.0, abs(alpha)), min(0.0, alpha)
@@ -115,7 +116,7 @@ def _elu(x: Array, alpha: float) -> Array:
 
 
 @rule("Selu", attributes=("alpha", "gamma"))
-def selu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def selu(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """gamma times Elu: |gamma| max(1, |alpha|)-Lipschitz."""
     view = data_operand(inputs[0])
     alpha, gamma = float_attribute(node, "alpha", _SELU_ALPHA), float_attribute(node, "gamma", _SELU_GAMMA)
@@ -130,7 +131,7 @@ def selu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Celu", attributes=("alpha",))
-def celu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def celu(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """x, or alpha (exp(x / alpha) - 1) below 0, alpha > 0: slopes 1 and exp(x / alpha) <= 1, so 1-Lipschitz."""
     view, alpha = data_operand(inputs[0]), float_attribute(node, "alpha", 1.0)
     if alpha < 2.0**-20:
@@ -140,7 +141,7 @@ def celu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("Softplus")
-def softplus(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def softplus(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """log(1 + exp(x)): its slope is the sigmoid, so 1-Lipschitz."""
     view = data_operand(inputs[0])
     # max(1, y) <= max(1, log 2 + max(x, 0)) <= 1 + |x|.
@@ -148,13 +149,13 @@ def softplus(context: Context, node: Node, inputs: Sequence[Value]) -> list[Valu
 
 
 @rule("Softsign")
-def softsign(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def softsign(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """x / (1 + |x|): slope 1 / (1 + |x|)^2, so 1-Lipschitz."""
     return [_activated(context, data_operand(inputs[0]), lambda x: x / (1.0 + np.abs(x)), slope=1.0)]
 
 
 @rule("Sigmoid")
-def sigmoid(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def sigmoid(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """1 / (1 + exp(-x)): slope y (1 - y), so 1/4-Lipschitz."""
     return [_activated(context, data_operand(inputs[0]), _sigmoid, slope=0.25)]
 
@@ -165,20 +166,20 @@ def _sigmoid(x: Array) -> Array:
 
 
 @rule("Tanh")
-def tanh(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def tanh(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """tanh(x): slope 1 - y^2, so 1-Lipschitz."""
     return [_activated(context, data_operand(inputs[0]), np.tanh, slope=1.0)]
 
 
 @rule("Erf")
-def erf(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def erf(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """erf(x): slope 2 / sqrt(pi) exp(-x^2), so 2 / sqrt(pi)-Lipschitz."""
     slope = div_up(2.0, down(math.sqrt(down(math.pi))))
     return [_activated(context, data_operand(inputs[0]), np.vectorize(math.erf, otypes=[np.float64]), slope=slope)]
 
 
 @rule("HardSigmoid", attributes=("alpha", "beta"))
-def hard_sigmoid(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def hard_sigmoid(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """alpha x + beta, projected on [0, 1]: |alpha|-Lipschitz; two roundings before the projection."""
     view = data_operand(inputs[0])
     alpha, beta = float_attribute(node, "alpha", _HARD_SIGMOID_ALPHA), float_attribute(node, "beta", 0.5)
@@ -192,7 +193,7 @@ def hard_sigmoid(context: Context, node: Node, inputs: Sequence[Value]) -> list[
 
 
 @rule("HardSwish")
-def hard_swish(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def hard_swish(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """x times x / 6 + 1/2 projected on [0, 1]: slope (2 x + 3) / 6 on [-3, 3], so 3/2-Lipschitz."""
     # A few roundings of numbers of at most max(3, |x|): below FUNCTION_ERROR. Runtimes take float32(1/6) for 1/6 in
     # float64 too: |x|^2 |float32(1/6) - 1/6| <= 4.5e-8 where either is not saturated, that is for |x| <= 3.001.
@@ -211,7 +212,7 @@ def hard_swish(context: Context, node: Node, inputs: Sequence[Value]) -> list[Va
 
 
 @rule("ThresholdedRelu", attributes=("alpha",))
-def thresholded_relu(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def thresholded_relu(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Refused: it jumps."""
     raise Refusal("it jumps at its threshold and has no Lipschitz constant; use Relu of x - alpha")
 
@@ -240,7 +241,7 @@ def _sum_error(context: Context, n: int) -> float:
 
 
 @rule("Softmax", attributes=("axis",))
-def softmax(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def softmax(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Jacobian diag(p) - p p^T, absolute row sums 2 p_i (1 - p_i) <= 1/2 (Gershgorin): 1/2-Lipschitz."""
     view = data_operand(inputs[0])
     axis = image_axis(int_attribute(node, "axis", -1), view)
@@ -268,7 +269,7 @@ def softmax(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
 
 
 @rule("LogSoftmax", attributes=("axis",))
-def log_softmax(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def log_softmax(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Jacobian I - 1 p^T, a projection: as long as its complement, ||1|| ||p|| <= sqrt(n). Differences stay.
 
     For a projection P other than 0 and I, `||P|| = ||I - P||` (Kato, *Perturbation Theory*, I 6.8). `p` at a corner of

@@ -20,6 +20,7 @@ from service.certificate.norms import row_norms_up, spectral_norm_bound
 from service.certificate.operators import (
     Array,
     Context,
+    Operands,
     Refusal,
     data_operand,
     diagonal_step,
@@ -74,7 +75,7 @@ def _kernel(node: Node, weight: Array) -> Array:
     return weight
 
 
-def _bias(inputs: Sequence[Value], channels: int, axes: int) -> Array:
+def _bias(inputs: Operands, channels: int, axes: int) -> Array:
     """One number for each channel, with the axes of an image."""
     value = optional_operand(inputs, 2)
     bias = float_operand(value, "the bias") if value is not None else np.zeros(channels)
@@ -87,7 +88,7 @@ _CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "s
 
 
 @rule("Conv", attributes=_CONV_ATTRIBUTES)
-def conv(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def conv(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Zero-padded convolution: at most the largest norm of its symbol on a torus of n + k - 1 points."""
     view = data_operand(inputs[0])
     kernel = _kernel(node, float_operand(inputs[1], "the weight"))
@@ -105,7 +106,8 @@ def conv(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     def apply(stack: Array) -> Array:
         return convolve(np.pad(stack, [(0, 0), (0, 0), *pads]), kernel, strides, dilations, groups)
 
-    norm = convolution_norm_bound(kernel, size, strides, dilations, groups)
+    convolution = Convolution(dilated(kernel, dilations), tuple(strides), tuple(low for low, _ in pads), groups)
+    norm = context.joint.convolution_norm(convolution, size)
     row_norm = float(np.max(row_norms_up(kernel.reshape(len(kernel), -1))))
     spread = absolute_convolution_bound(kernel, groups)
     terms = math.prod(kernel.shape[1:])
@@ -119,7 +121,7 @@ def conv(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
             spread=spread,
             row_norm=row_norm,
             terms=terms,
-            convolution=Convolution(dilated(kernel, dilations), tuple(strides), tuple(low for low, _ in pads), groups),
+            convolution=convolution,
             lipschitz=min(
                 _circular_bound(context, view, kernel, strides, dilations, groups, pads),
                 _patch_bound(view, kernel, strides, dilations, groups, pads),
@@ -182,7 +184,7 @@ def _period(index: NDArray[np.int64], axis: int) -> int:
 
 
 @rule("ConvTranspose", attributes=(*_CONV_ATTRIBUTES, "output_padding"))
-def conv_transpose(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def conv_transpose(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """The adjoint of a zero-padded convolution (some results cut off): the same norm bound."""
     view = data_operand(inputs[0])
     kernel = _kernel(node, float_operand(inputs[1], "the weight"))
@@ -190,10 +192,8 @@ def conv_transpose(context: Context, node: Node, inputs: Sequence[Value]) -> lis
     groups = int_attribute(node, "group", 1)
     if len(view.shape) != axes + 1 or view.shape[0] != kernel.shape[0] or kernel.shape[0] % groups:
         raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
-    if node.attributes.get("auto_pad", "NOTSET") != "NOTSET":
-        raise Refusal("auto_pad; give the pads as numbers")
-    if "output_shape" in node.attributes:
-        raise Refusal("output_shape; give the pads as numbers")
+    if node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise Refusal("auto_pad, which runtimes read in two ways; give the pads as numbers")
     strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
     extra = _numbers(node, "output_padding", [0] * axes)
     pads = _pads(node, view.shape[1:], [1] * axes, strides)
@@ -210,13 +210,13 @@ def conv_transpose(context: Context, node: Node, inputs: Sequence[Value]) -> lis
         full = transposed_convolve(stack, kernel, strides, dilations, groups)
         return np.pad(full, [(0, 0), (0, 0), *((0, more) for more in extra)])[(slice(None), slice(None), *kept)]
 
-    norm = convolution_norm_bound(kernel, whole, strides, dilations, groups)
+    adjoint = Convolution(dilated(kernel, dilations), tuple(strides), tuple(low for low, _ in pads), groups)
+    norm = context.joint.convolution_norm(adjoint, whole)
     channels = kernel.shape[1] * groups
     per_output = np.swapaxes(kernel.reshape(groups, -1, *kernel.shape[1:]), 1, 2).reshape(channels, -1)
     row_norm = float(np.max(row_norms_up(per_output)))
     spread = absolute_convolution_bound(kernel, groups)
     bias, terms = _bias(inputs, channels, axes), per_output.shape[1]
-    adjoint = Convolution(dilated(kernel, dilations), tuple(strides), tuple(low for low, _ in pads), groups)
     return [
         linear_result(
             context,
@@ -293,7 +293,7 @@ def _divisors(node: Node, inside: NDArray[np.bool_]) -> Array:
 
 
 @rule("MaxPool", attributes=(*POOL_ATTRIBUTES, "storage_order"))
-def max_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def max_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Maxima of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows (1 if they are disjoint). Exact."""
     if len(node.outputs) > 1:
         raise Refusal("the indices of a maximum jump and have no Lipschitz constant")
@@ -311,7 +311,7 @@ def max_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Valu
 
 
 @rule("AveragePool", attributes=(*POOL_ATTRIBUTES, "count_include_pad"))
-def average_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def average_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Means of windows: sqrt(largest row sum * largest column sum) of its weights (Schur's test)."""
     view = data_operand(inputs[0])
     kernel, strides, dilations, pads = _pool_geometry(node, view.shape)
@@ -354,7 +354,7 @@ def average_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool")
-def global_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def global_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Over a whole channel of n pixels: the mean has norm 1 / sqrt(n), the maximum is 1-Lipschitz and exact."""
     view = data_operand(inputs[0])
     flat = view.center.reshape(view.shape[0], -1)
@@ -386,7 +386,7 @@ def global_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[V
 
 
 @rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))
-def batch_normalization(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def batch_normalization(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """In inference form a diagonal map per channel: its norm is the largest |scale| / sqrt(variance + epsilon)."""
     view = data_operand(inputs[0])
     if int_attribute(node, "training_mode", 0) or len(node.outputs) > 1:

@@ -10,7 +10,7 @@ Theorem. `r_p = sqrt(c_p + sum_k w_pk x_k^2)` is the norm of the vector of all `
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from service.certificate.operators import (
     RULES,
     Array,
     Context,
+    Operands,
     Refusal,
     RuleEntry,
     data_operand,
@@ -49,7 +50,7 @@ def squares_of(context: Context, view: View, roundings: int) -> Squares:
 
 
 @rule("Pow")
-def power(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def power(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A square, on its way to a root: see the root for the theorem."""
     view = data_operand(inputs[0])
     exponent = _one_number(inputs[1], "the exponent", len(view.shape))
@@ -61,20 +62,27 @@ def power(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
 
 
 @rule("ReduceSumSquare", attributes=("axes", "keepdims", "noop_with_empty_axes"))
-def reduce_sum_square(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def reduce_sum_square(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """A sum of squares, on its way to a root: see the root for the theorem."""
     return _reduced(context, node, [squares_of(context, data_operand(inputs[0]), 1), *inputs[1:]], mean=False)
 
 
 @rule("Sqrt")
-def square_root(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def square_root(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Only the root of a sum of squares has a Lipschitz constant."""
     data_operand(inputs[0])
     raise Refusal("the root of a value that is no sum of squares has no Lipschitz constant")
 
 
+@rule("Sign")
+def sign(context: Context, node: Node, inputs: Operands) -> list[Value]:
+    """Only as a factor of the sum of squares that it is the sign of."""
+    data_operand(inputs[0])
+    raise Refusal("a sign jumps and has no Lipschitz constant")
+
+
 @rule("LpPool", attributes=(*POOL_ATTRIBUTES, "p"))
-def lp_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def lp_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """L2 norms of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows."""
     if int_attribute(node, "p", 2) != 2:
         raise Refusal("p other than 2 has no proved rule")
@@ -85,10 +93,10 @@ def lp_pool(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value
 
 # --- what may follow a square -----------------------------------------------------------------------------------------
 
-SquaresRule = Callable[[Context, Node, Sequence[Value]], list[Value]]
+SquaresRule = Callable[[Context, Node, Operands], list[Value]]
 
 
-def entry_for(node: Node, inputs: Sequence[Value]) -> RuleEntry | None:
+def entry_for(node: Node, inputs: Operands) -> RuleEntry | None:
     """The rule of a node that makes squares of its operands or has a sum of squares among them; else None."""
     if any(isinstance(value, Squares) for value in inputs):
         return _entry(node.operator, _SQUARES_RULES.get(node.operator, _refuse))
@@ -105,11 +113,11 @@ def _entry(operator: str, apply: SquaresRule) -> RuleEntry:
     return RuleEntry(apply, known.attributes if known is not None else frozenset(), theorem)
 
 
-def _refuse(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _refuse(context: Context, node: Node, inputs: Operands) -> list[Value]:
     raise Refusal("a square has no Lipschitz constant, and this operator is none of those that lead to its root")
 
 
-def _rearrange(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _rearrange(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """What the operator does to the positions of a tensor, done to the sums of squares."""
     squares = _squares(inputs[0])
     moved = RULES[node.operator].apply(context, node, [_stand_in(squares.constant.shape), *inputs[1:]])
@@ -121,7 +129,7 @@ def _stand_in(shape: tuple[int, ...]) -> View:
     return View(Source(np.zeros(shape), 0.0, 0.0, 0.0), np.arange(math.prod(shape)).reshape(shape))
 
 
-def _squares(value: Value) -> Squares:
+def _squares(value: Value | None) -> Squares:
     if not isinstance(value, Squares):
         raise Refusal("a square is combined with what is none")
     if value.sign_of is not None:
@@ -129,7 +137,7 @@ def _squares(value: Value) -> Squares:
     return value
 
 
-def _one_number(value: Value, what: str, rank: int) -> float:
+def _one_number(value: Value | None, what: str, rank: int) -> float:
     """A constant that broadcasts to a tensor of `rank` axes beside the batch and adds none to it."""
     array = float_operand(value, what)
     if array.size != 1 or array.ndim > rank + 1:
@@ -146,7 +154,7 @@ def _rearranged(squares: Squares, index: NDArray[np.int64]) -> Squares:
         )
         for term in squares.terms
     )
-    return replace(squares, terms=terms, constant=squares.constant.ravel()[index])
+    return replace(squares, terms=terms, constant=np.asarray(squares.constant.ravel()[index]))
 
 
 def _gathered(context: Context, squares: Squares, windows: NDArray[np.int64], weights: Array) -> Squares:
@@ -167,7 +175,7 @@ def _gathered(context: Context, squares: Squares, windows: NDArray[np.int64], we
     tiny = context.precision.smallest_normal
     return Squares(
         terms=tuple(terms),
-        constant=constant,
+        constant=np.asarray(constant),
         largest=largest,
         # A sum of n, times or divided by a number that is itself rounded.
         roundings=squares.roundings + n + 3,
@@ -202,26 +210,26 @@ def _scaled(context: Context, squares: Squares, factor: Array) -> Squares:
     )
 
 
-def _multiply(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _multiply(context: Context, node: Node, inputs: Operands) -> list[Value]:
     left, right = inputs
     for one, other in ((left, right), (right, left)):
         if isinstance(one, Squares) and one.sign_of is not None:
             if one.sign_of is not other:
                 raise Refusal("the sign of a sum of squares is multiplied with something else")
-            return [other]
+            return [one.sign_of]
     if isinstance(left, Constant):
         left, right = right, left
     return [_scaled(context, _squares(left), float_operand(right, "the factor"))]
 
 
-def _divide(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _divide(context: Context, node: Node, inputs: Operands) -> list[Value]:
     divisor = float_operand(inputs[1], "the divisor")
     if not (divisor > 0.0).all():
         raise Refusal("a sum of squares divided by a number that is not positive")
     return [_scaled(context, _squares(inputs[0]), 1.0 / divisor)]
 
 
-def _add(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _add(context: Context, node: Node, inputs: Operands) -> list[Value]:
     left, right = inputs
     if isinstance(left, Constant):
         left, right = right, left
@@ -248,17 +256,17 @@ def _add(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
     return [Squares(terms, squares.constant + added, largest, roundings + 2, underflow)]
 
 
-def _same(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _same(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """What leaves a number that is not negative as it is."""
     return [_squares(inputs[0])]
 
 
-def _sign(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _sign(context: Context, node: Node, inputs: Operands) -> list[Value]:
     squares = _squares(inputs[0])
     return [replace(squares, sign_of=squares)]
 
 
-def _reduced(context: Context, node: Node, inputs: Sequence[Value], mean: bool) -> list[Value]:
+def _reduced(context: Context, node: Node, inputs: Operands, mean: bool) -> list[Value]:
     squares = _squares(inputs[0])
     stand_in = _stand_in(squares.constant.shape)
     grouped, axes, keep = grouped_axes(node, [stand_in, *inputs[1:]], stand_in)
@@ -267,15 +275,15 @@ def _reduced(context: Context, node: Node, inputs: Sequence[Value], mean: bool) 
     return [_rearranged(gathered, with_axes(_stand_in(gathered.constant.shape), axes, keep).index)]
 
 
-def _reduced_mean(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _reduced_mean(context: Context, node: Node, inputs: Operands) -> list[Value]:
     return _reduced(context, node, inputs, mean=True)
 
 
-def _reduced_sum(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _reduced_sum(context: Context, node: Node, inputs: Operands) -> list[Value]:
     return _reduced(context, node, inputs, mean=False)
 
 
-def _average(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _average(context: Context, node: Node, inputs: Operands) -> list[Value]:
     squares = _squares(inputs[0])
     if node.operator == "GlobalAveragePool":
         channels = squares.constant.shape[0]
@@ -286,7 +294,7 @@ def _average(context: Context, node: Node, inputs: Sequence[Value]) -> list[Valu
     return [_gathered(context, squares, windows, 1.0 / divisors)]
 
 
-def _take_root(context: Context, node: Node, inputs: Sequence[Value]) -> list[Value]:
+def _take_root(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """L2 norms: sqrt(the largest sum of weights on one element) times the bound (reverse triangle inequality)."""
     squares = _squares(inputs[0])
     if node.operator != "Pow":

@@ -19,10 +19,7 @@ from service.certificate.rounding import add_up, mul_up, norm_up, sqrt_up
 
 @dataclass(frozen=True)
 class Affine:
-    """`value = rows @ h + constant` for some `h` of Lipschitz bound `lipschitz` from the image.
-
-    Up to a number that is the same for every element: only differences of elements are read off it.
-    """
+    """`value = rows @ h + constant` for some `h` of Lipschitz bound `lipschitz` from the image."""
 
     rows: NDArray[np.float64]
     lipschitz: float
