@@ -27,7 +27,7 @@ OTHERS := .venv-libraries
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test format readme libraries lock image clean
+.PHONY: help serve test format readme libraries soundness lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -53,6 +53,10 @@ readme: $(VENV)/test $(VENV)/project  ## write the generated blocks of README.md
 libraries: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## export models of deel-torchlip and orthogonium, certify them, write the section of benchmarks/SOUNDNESS.md
 	$(OTHERS)/bin/python benchmarks/libraries/export.py --out build/libraries
 	$(RUN) -m benchmarks.libraries.certify build/libraries --write
+
+soundness: DATA ?= data
+soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they are served (MNIST in DATA=DIR; an hour), write the sections of benchmarks/SOUNDNESS.md
+	$(RUN) -m benchmarks.soundness --data $(DATA) --write
 
 lock:  ## resolve the dependencies of pyproject.toml again and write requirements/*.txt
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \

@@ -1,6 +1,6 @@
 """Search for the nearest image of another class, down to neighbouring floats, on a classifier as it is served.
 
-From each start (the service's own counterfactual, foolbox's attacks, a descent of each of the nearest margins):
+From each start (the service's own counterfactual, a descent to each of the nearest classes, attacks of a library):
 
 1. *bisection* between the image and the point found, until two adjacent float64 positions differ in class;
 2. *walk*: the boundary is replaced by its tangent, the point of the box nearest to the image on it is aimed at, and
@@ -17,14 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from foolbox.attacks.carlini_wagner import L2CarliniWagnerAttack
-from foolbox.attacks.deepfool import L2DeepFoolAttack
-from foolbox.criteria import Misclassification
-from foolbox.models.pytorch import PyTorchModel
 
 from benchmarks.soundness.exact import inside, just_inside, ratio, squared_distance
-from models.attacks import ATTACKS, ServedModel
 from service.certificate import Certificate, Radii
 from service.classifier import Classifier
 from service.preprocessing import preprocessing_between
@@ -86,8 +80,6 @@ class View:
 class Effort:
     """How hard to search."""
 
-    attacks: bool = True
-    """Start from foolbox's DeepFool and Carlini-Wagner, too."""
     rivals: int = 2
     """Nearest classes that are descended to."""
     walk: int = 30
@@ -96,8 +88,8 @@ class Effort:
     """Candidates of one round of `polish`."""
 
 
-THOROUGH, QUICK = Effort(), Effort(attacks=False, rivals=1, walk=12, polish=4, trials=12)
-RETRACE = Effort(attacks=False, rivals=0, walk=4, polish=4, trials=12)
+THOROUGH, QUICK = Effort(), Effort(rivals=1, walk=12, polish=4, trials=12)
+RETRACE = Effort(rivals=0, walk=4, polish=4, trials=12)
 """For points that were found on nearly the same network."""
 
 
@@ -178,12 +170,12 @@ def search(
         image_NCHW: where to search from.
         rng: of the float neighbours.
         effort: how hard.
-        starts: arrays N x C x H x W to start from, in place of counterfactuals, descents and attacks.
+        starts: arrays N x C x H x W to start from; `own_starts` where there are none.
     """
     _, radii = view.classify(image_NCHW)
     class_N = radii.class_id_N
     best_NCHW, best_N = image_NCHW.copy(), np.full(len(image_NCHW), np.inf)
-    for start_NCHW in _starts(view, image_NCHW, radii, effort) if starts is None else starts:
+    for start_NCHW in own_starts(view, image_NCHW, effort) if starts is None else starts:
         point_NCHW = np.clip(start_NCHW, 0.0, 1.0)
         flipped_N = view.classes(point_NCHW) != class_N
         index_M = np.flatnonzero(flipped_N)
@@ -360,16 +352,15 @@ def _neighbour(image_MCHW: np.ndarray, point_MCHW: np.ndarray, rng: np.random.Ge
     return np.clip(result, 0.0, 1.0)
 
 
-def _starts(view: View, image_NCHW: np.ndarray, radii: Radii, effort: Effort) -> list[np.ndarray]:
+def own_starts(view: View, image_NCHW: np.ndarray, effort: Effort) -> list[np.ndarray]:
+    """The service's counterfactual, and a descent to each of the nearest classes."""
     predictions = view.classifier.predict(image_NCHW, view.resize)
     answers = view.classifier.counterfactual(image_NCHW, predictions, None, view.resize)
     starts = [np.stack([answer.pixels_CHW / 255.0 for answer in answers])]
-    logits_NK, _ = view.classify(image_NCHW)
+    logits_NK, radii = view.classify(image_NCHW)
     naive_NK = _naive_ratios(view.certificate(image_NCHW), logits_NK, radii.class_id_N)
     for rival_N in np.argsort(naive_NK, axis=1).T[: min(effort.rivals, logits_NK.shape[1] - 1)]:
         starts.append(_descend(view, image_NCHW, radii.class_id_N, rival_N))
-    if effort.attacks:
-        starts.extend(_foolbox(view, image_NCHW, radii.class_id_N))
     return starts
 
 
@@ -388,23 +379,6 @@ def _descend(
         spare_N = 0.01 * np.abs(margin_N) if spare_N is None else spare_N
         at_ND = closest_in_box(anchor_ND, at_ND, np.nan_to_num(gradient.reshape(len(row_N), -1)), margin_N + spare_N)
     return at_ND.reshape(image_NCHW.shape)
-
-
-def _foolbox(view: View, image_NCHW: np.ndarray, class_N: np.ndarray) -> list[np.ndarray]:
-    model = PyTorchModel(ServedModel(view).eval(), bounds=(0, 1), device="cpu")  # type: ignore[arg-type]
-    deepfool = {**ATTACKS["DeepFool"], "candidates": min(3, len(view.classifier.labels))}
-    found = []
-    for attack in (L2DeepFoolAttack(**deepfool), L2CarliniWagnerAttack(**ATTACKS["Carlini-Wagner"])):
-        parts = [
-            attack.run(
-                model,
-                torch.from_numpy(np.ascontiguousarray(image_NCHW[k : k + 250])),
-                Misclassification(torch.from_numpy(class_N[k : k + 250])),
-            ).numpy()
-            for k in range(0, len(image_NCHW), 250)
-        ]
-        found.append(np.concatenate(parts))
-    return found
 
 
 def _lengths(delta: np.ndarray) -> np.ndarray:

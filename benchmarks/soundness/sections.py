@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.soundness import wire
+from benchmarks.soundness.attacks import foolbox_starts
 from benchmarks.soundness.boundary import (
     BATCH_SIZES,
     QUICK,
@@ -21,6 +22,7 @@ from benchmarks.soundness.boundary import (
     Search,
     View,
     near_boundary,
+    own_starts,
     search,
 )
 from benchmarks.soundness.data import in_another_shape, test_images
@@ -63,7 +65,8 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
         for shape, view, image_NCHW in cases:
             rng = np.random.default_rng(arguments.seed)
             started = time.monotonic()
-            found = search(view, image_NCHW, rng, THOROUGH)
+            starts = [*own_starts(view, image_NCHW, THOROUGH), *foolbox_starts(view, image_NCHW)]
+            found = search(view, image_NCHW, rng, THOROUGH, starts)
             near = near_boundary(view, found, rng)
             rows.append(_search_row([f"`{name}`", shape], found))
             near_rows.append(_near_row([f"`{name}`", shape], near))
