@@ -7,9 +7,11 @@ Axes: N images in front of each tensor.
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import reduce
 from typing import Any
 
 import flint
@@ -181,7 +183,7 @@ class Program:
 
     @property
     def operators(self) -> frozenset[str]:
-        return frozenset(operator for operator, *_ in self.nodes)
+        return frozenset(name for name, *_ in self.nodes)
 
     @property
     def exact_numbers(self) -> Numbers:
@@ -197,9 +199,9 @@ class Program:
         values: dict[str, Array] = {**self._converted[numbers], "image": numbers.convert(images)}
         flint.ctx.prec = PRECISION
         with np.errstate(over="ignore", invalid="ignore"):
-            for operator, inputs, outputs, attributes in self.nodes:
+            for operator_name, inputs, outputs, attributes in self.nodes:
                 operands = [values[name] if name else None for name in inputs]
-                results = OPERATORS[operator](numbers, operands, attributes, len(outputs))
+                results = OPERATORS[operator_name](numbers, operands, attributes, len(outputs))
                 values.update(zip(outputs, results, strict=False))
         return values
 
@@ -234,7 +236,7 @@ def _axes(operands: Operands, attributes: dict[str, Any], x: Array) -> list[int]
 def _reduction(function: Callable[[Numbers, Array], Array]) -> Operator:
     """`function` reduces the last axis."""
 
-    def reduce(numbers: Numbers, operands: Operands, attributes: dict[str, Any], n: int) -> list[Array]:
+    def reduced(numbers: Numbers, operands: Operands, attributes: dict[str, Any], n: int) -> list[Array]:
         x = operands[0]
         axes = _axes(operands, attributes, x)
         kept = [axis for axis in range(x.ndim) if axis not in axes]
@@ -242,7 +244,7 @@ def _reduction(function: Callable[[Numbers, Array], Array]) -> Operator:
         result = function(numbers, moved)
         return [np.expand_dims(result, axes) if attributes.get("keepdims", 1) else result]
 
-    return reduce
+    return reduced
 
 
 def _over_the_channel(function: Callable[[Numbers, Array], Array]) -> Operator:
@@ -344,8 +346,8 @@ def _power(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> 
 
 def _gemm(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> Array:
     weight = operands[1].T if attributes.get("transB") else operands[1]
-    product = operands[0] @ weight
-    return product + operands[2] if len(operands) > 2 else product
+    product = (operands[0] @ weight) * numbers.number(attributes.get("alpha", 1.0))
+    return product + operands[2] * numbers.number(attributes.get("beta", 1.0)) if len(operands) > 2 else product
 
 
 def _topk(numbers: Numbers, operands: Operands, attributes: dict[str, Any], n: int) -> list[Array]:
@@ -621,14 +623,16 @@ OPERATORS.update(
         "LogSoftmax": _simple(_log_softmax),
         "LpPool": _simple(_lp_pool),
         "MatMul": _simple(lambda numbers, i, a: i[0] @ i[1]),
-        "Max": _simple(lambda numbers, i, a: numbers.maximum(i[0], i[1])),
+        "Max": _simple(lambda numbers, i, a: reduce(numbers.maximum, i)),
         "MaxPool": _simple(_max_pool),
-        "Min": _simple(lambda numbers, i, a: numbers.minimum(i[0], i[1])),
+        "Mean": _simple(lambda numbers, i, a: reduce(operator.add, i) / numbers.number(len(i))),
+        "Min": _simple(lambda numbers, i, a: reduce(numbers.minimum, i)),
         "Mul": _simple(lambda numbers, i, a: i[0] * i[1]),
         "Neg": _elementwise(lambda numbers, x, a: -x),
         "PRelu": _simple(lambda numbers, i, a: numbers.choose(i[0], i[0], i[0] * i[1])),
         "Pad": _simple(_pad),
         "Pow": _simple(_power),
+        "ReduceL1": _reduction(lambda numbers, x: abs(x).sum(axis=-1)),
         "ReduceL2": _reduction(_norm),
         "ReduceMax": _reduction(lambda numbers, x: numbers.largest(x)),
         "ReduceMean": _reduction(_mean),
@@ -651,6 +655,7 @@ OPERATORS.update(
         "Sqrt": _elementwise(lambda numbers, x, a: numbers.function("sqrt", x)),
         "Squeeze": _simple(lambda numbers, i, a: np.squeeze(i[0], tuple(int(axis) for axis in i[1]))),
         "Sub": _simple(lambda numbers, i, a: i[0] - i[1]),
+        "Sum": _simple(lambda numbers, i, a: reduce(operator.add, i)),
         "Tanh": _elementwise(lambda numbers, x, a: numbers.function("tanh", x)),
         "Tile": _simple(lambda numbers, i, a: np.tile(i[0], [int(n) for n in i[1]])),
         "TopK": _topk,

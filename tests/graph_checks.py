@@ -90,22 +90,7 @@ class Bounds:
 
 def lipschitz_findings(graph: Graph, bounds: Bounds, seed: int = 0) -> list[str]:
     """Secants above a Lipschitz bound: of the logits, of a tensor inside, or of the difference of two logits."""
-    search = _Search(graph, bounds, seed)
-    images = _first_images(search.rng, graph.shape)
-    best = search.look_at(images)
-    for _ in range(2):
-        # Uphill: along the direction of the largest slope, and to random neighbours.
-        image, direction = best
-        noise = search.rng.standard_normal((3, *graph.shape))
-        moves = [
-            0.3 * direction,
-            -0.3 * direction,
-            0.01 * direction,
-            *(noise * np.array([0.5, 0.1, 0.02]).reshape(-1, *[1] * len(graph.shape))),
-        ]
-        best = search.look_at(np.clip(image + np.stack(moves), 0.0, 1.0))
-    search.far_pairs()
-    return search.decided()
+    return Search(graph, bounds, seed).findings
 
 
 def _first_images(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -128,7 +113,15 @@ class _Candidate:
     end: np.ndarray
 
 
-class _Search:
+class Search:
+    """For secants above a Lipschitz bound; where there are none, `findings` is empty."""
+
+    findings: list[str]
+    tensors: int
+    """How many had their bound compared."""
+    tightness: float
+    """The largest slope of the logits that was seen, relative to its bound."""
+
     def __init__(self, graph: Graph, bounds: Bounds, seed: int) -> None:
         self.program = Program.parse(graph.model)
         self.bounds = bounds
@@ -139,8 +132,20 @@ class _Search:
         self.candidates: dict[str, _Candidate] = {}
         self._seen: list[np.ndarray] = []
         self._best: tuple[float, np.ndarray, np.ndarray] | None = None
+        self.tensors = len(self.lipschitz)
+        best = self._look_at(_first_images(self.rng, graph.shape))
+        widths = np.array([0.5, 0.1, 0.02]).reshape(-1, *[1] * len(graph.shape))
+        for _ in range(2):
+            # Uphill: along the direction of the largest slope, and to random neighbours.
+            image, direction = best
+            moves = [step * direction for step in (0.3, -0.3, 0.01)]
+            noise = self.rng.standard_normal((3, *graph.shape)) * widths
+            best = self._look_at(np.clip(image + np.concatenate([np.stack(moves), noise]), 0.0, 1.0))
+        self._far_pairs()
+        self.tightness = self._best[0] / max(self.lipschitz["logits"], 1e-300) if self._best else 0.0
+        self.findings = self._decided()
 
-    def look_at(self, images_NX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _look_at(self, images_NX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Jacobians at some images, by central differences; returns the steepest image so far, and where to."""
         self._seen += list(images_NX)
         n, size = len(images_NX), int(np.prod(self.shape))
@@ -186,7 +191,7 @@ class _Search:
         start, end = (np.clip(at, 0.0, 1.0).reshape(self.shape) for at in ends)
         self.candidates[name] = _Candidate(ratio, start, end)
 
-    def far_pairs(self) -> None:
+    def _far_pairs(self) -> None:
         """Secants between all images that were looked at."""
         images = np.stack(self._seen)
         values = self.program.evaluate(images, FLOATS)
@@ -205,7 +210,7 @@ class _Search:
             if ratios[worst] > 1.0 + 1e-9 and (known is None or ratios[worst] > known.ratio):
                 self.candidates[name] = _Candidate(ratios[worst], images[first[worst]], images[second[worst]])
 
-    def decided(self) -> list[str]:
+    def _decided(self) -> list[str]:
         """What exact arithmetic says of the candidates: all that look like violations, and the tightest others."""
         ranked = sorted(self.candidates.items(), key=lambda item: -item[1].ratio)
         found: list[str] = []

@@ -212,7 +212,9 @@ def dense(g: Maker, x: str, shape: Shape) -> Named:
             transposed = g.integer(0, 1)
             weight = g.weights(m, shape[0])
             bias = [g.constant(g.offsets(*g.pick([(m,), (1, m), (1,)])))] if g.flag() else []
-            return g.one("Gemm", x, g.constant(weight if transposed else weight.T), *bias, transB=transposed), (m,)
+            factors = {"alpha": g.pick([1.0, -2.0, 0.3]), "beta": g.pick([1.0, 0.1])} if g.rarely() else {}
+            weight = weight if transposed else weight.T
+            return g.one("Gemm", x, g.constant(weight), *bias, transB=transposed, **factors), (m,)
         return g.one("MatMul", x, g.constant(g.weights(m, shape[0]).T)), (m,)
     if g.flag():
         return g.one("MatMul", x, g.constant(g.weights(m, shape[-1]).T)), (*shape[:-1], m)
@@ -240,8 +242,11 @@ def with_constant(g: Maker, x: str, shape: Shape) -> Named:
 
 
 def number(g: Maker, x: str, shape: Shape) -> Named:
-    """Times, divided by or plus one number."""
+    """Times, divided by or plus one number; or signs."""
     operator = g.pick(["Mul", "Div", "Add", "Sub"])
+    if g.flag():
+        signs = np.array([g.pick([1.0, -1.0]) for _ in range(shape[-1])])
+        return g.one(operator, x, g.constant(signs)), shape
     value = g.pick([2.0, -1.0, 0.5, 1.0, 0.3, -3.0, 1e-3, 1e3])
     return g.one(operator, x, g.scalar(value)), shape
 
@@ -502,7 +507,7 @@ def parts(g: Maker, x: str, shape: Shape) -> Named:
 def reduce(g: Maker, x: str, shape: Shape) -> Named:
     if len(shape) > 1 and len(shape) < 4 and g.rarely():
         return g.one(g.pick(["GlobalAveragePool", "GlobalMaxPool"]), x), (shape[0], *[1] * (len(shape) - 1))
-    operator = g.pick(["ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean", "ReduceL2"])
+    operator = g.pick(["ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean", "ReduceL2", "ReduceL1"])
     axes = sorted({g.integer(0, len(shape) - 1) for _ in range(g.integer(1, 2))})
     keep = g.integer(0, 1) if len(axes) < len(shape) else 1
     after = tuple(1 if a in axes else n for a, n in enumerate(shape) if keep or a not in axes)
@@ -768,16 +773,52 @@ def branches(g: Maker, x: str, shape: Shape) -> Named:
     same = [name for name, other in g.made if other == shape]
     if not same:
         return x, shape
-    return g.one(g.pick(["Add", "Sub"]), x, g.pick(same)), shape
+    operator = g.pick(["Add", "Sub", "Sum", "Mean", "Max", "Min"])
+    if operator in ("Add", "Sub"):
+        return g.one(operator, x, g.pick(same)), shape
+    constant = [g.constant(g.offsets(*shape))] if g.flag() else []
+    return g.one(operator, x, *(g.pick([*same, x]) for _ in range(g.integer(1, 3))), *constant), shape
 
 
 def cancelling(g: Maker, x: str, shape: Shape) -> Named:
-    """Two branches that nearly cancel."""
-    n = shape[-1]
+    """Two branches that nearly cancel; in the first kind all that is left is what rounds in the product of weights."""
+    n, m = shape[-1], g.integer(1, 4)
     weight = g.weights(g.integer(1, 5), n)
+    if g.flag():
+        last = g.weights(m, len(weight))
+        stored = [w.astype(g.dtype).astype(np.float64) for w in (weight, last)]
+        x, shape = image_of(g, x, shape)
+        channels = shape[0]
+        if channels != n or g.flag():
+            x, (total,) = g.flat(x, shape)
+            if total != n:
+                x, n = g.one("Gather", x, g.numbers(*(k % total for k in range(n))), axis=1), n
+            left = g.one("MatMul", g.one("MatMul", x, g.constant(weight.T)), g.constant(last.T))
+            return g.one("Sub", left, g.one("MatMul", x, g.constant((stored[1] @ stored[0]).T))), (m,)
+        ones = [1] * (len(shape) - 1)
+        kernels = [w.reshape(*w.shape, *ones) for w in (weight, last, stored[1] @ stored[0])]
+        left = g.one("Conv", g.one("Conv", x, g.constant(kernels[0])), g.constant(kernels[1]))
+        return g.one("Sub", left, g.one("Conv", x, g.constant(kernels[2]))), (m, *shape[1:])
     moved = weight + g.pick([0.0, 1e-9, 1e-3]) * g.weights(*weight.shape)
     left, right = (g.one("MatMul", x, g.constant(w.T)) for w in (weight, moved))
     return g.one("Sub", left, right), (*shape[:-1], len(weight))
+
+
+def overflowing(g: Maker, x: str, shape: Shape) -> Named:
+    """Large numbers on the way to small ones, too large for float32 at times."""
+    way = [1e17, g.pick([1e5, 1e17, 1e19, 1e24]), 1e-17]
+    for size in way:
+        n = shape[-1]
+        x = g.one("MatMul", x, g.constant(size * (g.weights(n, n) + 0.01)))
+    return x, shape
+
+
+def log_probabilities(g: Maker, x: str, shape: Shape) -> Named:
+    """LogSoftmax of an affine layer, its signs perhaps changed afterwards."""
+    x, (n,) = g.flat(x, shape)
+    m = g.integer(2, 5)
+    x = g.one("Gemm", x, g.constant(g.weights(m, n)), g.constant(g.offsets(m)), transB=1)
+    return number(g, g.one("LogSoftmax", x, axis=1), (m,))
 
 
 def gradient_step(g: Maker, x: str, shape: Shape) -> Named:
@@ -877,10 +918,26 @@ STEPS: dict[str, Step] = {
         *(im2col, activation, pointwise, along_axis, sort, pairs, parts, reduce, centre, roots, strange_squares, move),
         *(blocks,),
         *(resize, residual, square_dense, branches, cancelling, gradient_step, gradient_step_of_convolutions),
-        *(two_convolutions,),
+        *(two_convolutions, overflowing, log_probabilities),
     )
 }
 FREQUENT = (*STEPS, "dense", "conv", "conv", "move", "move", "move", "activation", "parts", "pairs", "residual")
+
+ARITHMETIC = ("dense", "with_constant", "conv", "conv_transpose", "pool", "batch_normalization", "activation", "roots")
+JOINT = (
+    *(
+        "residual",
+        "square_dense",
+        "same_conv",
+        "periodic_conv",
+        "im2col",
+        "centre",
+        "batch_normalization",
+        "two_convolutions",
+    ),
+    *("gradient_step", "gradient_step_of_convolutions", "cancelling", "branches", "conv", "pool", "move"),
+)
+REARRANGED = ("parts", "pairs", "sort", "move", "roots", "centre", "activation", "reduce", "branches", "dense")
 
 
 def make_graph(choices: Choices, dtype: type, steps: Sequence[str] = FREQUENT, most: int = 6) -> Graph:
