@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.soundness import document, sections
+from models.export import code_version
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECTIONS: dict[str, Callable[[argparse.Namespace], sections.Section]] = {
@@ -45,12 +46,14 @@ def main() -> None:
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     # Threads that spin for each other are slower than one.
     torch.set_num_threads(1)
+    # Before anything is written: the file that is written is part of the tree.
+    code = code_version()
     broken = 0
     for name in arguments.sections or SECTIONS:
         started = time.monotonic()
         section = SECTIONS[name](arguments)
         made = document.provenance(
-            f"python -m benchmarks.soundness {name} --images {arguments.images} --seed {arguments.seed}"
+            f"python -m benchmarks.soundness {name} --images {arguments.images} --seed {arguments.seed}", code
         )
         text = f"{section.text.rstrip()}\n\n{made} {time.monotonic() - started:.0f} s.\n"
         sys.stdout.write(text + "\n")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.export import code_version, environment
+from models.export import environment
 
 FILE = Path(__file__).resolve().parent.parent / "SOUNDNESS.md"
 TITLE = (
@@ -39,11 +39,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)])
 
 
-def provenance(command: str) -> str:
-    """One paragraph: what made the figures of a section."""
+def provenance(command: str, code: str) -> str:
+    """One paragraph: what made the figures of a section; `code` is the version of the source tree."""
     made = environment(0.0)
     return (
-        f"`{command}`, code {code_version()}. Hardware: {made['cpu']}, {os.cpu_count()} logical CPUs, "
+        f"`{command}`, code {code}. Hardware: {made['cpu']}, {os.cpu_count()} logical CPUs, "
         f"{platform.machine()}. Versions: Python {platform.python_version()}, ONNX Runtime {made['onnxruntime']}, "
         f"numpy {made['numpy']}. Load average of the machine afterwards: {os.getloadavg()[0]:.1f}."
     )
