@@ -153,6 +153,14 @@ def test_a_factor_that_underflows_counts_times_the_largest_element() -> None:
     assert rounding_contradictions(made(build, (1, 1, 1), 1, np.float32)) == []
 
 
+@pytest.mark.parametrize(("alpha", "size"), [(1e-30, 1e38), (1e38, 1e-38)])
+def test_a_sum_that_is_scaled_afterwards_must_not_overflow_before(alpha: float, size: float) -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        return b.one("Gemm", x, b.constant(np.full((16, 2), size)), alpha=alpha)
+
+    assert rounding_contradictions(made(build, (16,), 2, np.float32)) == []
+
+
 def square(b: GraphBuilder, x: str) -> str:
     return b.one("Mul", x, x)
 

@@ -71,7 +71,11 @@ def _dense(
         raise Refusal(f"the weight has {n} rows but the tensor ends with {view.shape[-1:]}")
     if m == 0 or n == 0:
         raise Refusal("the weight is empty")
-    size, lipschitz = abs(scale), context.domain.joint(view).lipschitz
+    size, facts = abs(scale), context.domain.joint(view)
+    row_norm = float(np.max(row_norms_up(weight_NM.T)))
+    # A runtime may scale the sum, which must not overflow either, or underflow and then be scaled up.
+    context.no_overflow(mul_up(row_norm, add_up(facts.norm, facts.error)))
+    row_norm = mul_up(size, max(row_norm, 1.0) if size > 1.0 else row_norm)
     return linear_result(
         context,
         view,
@@ -79,11 +83,11 @@ def _dense(
         bias_M,
         norm=mul_up(size, spectral_norm_bound(weight_NM)),
         spread=mul_up(size, absolute_norm_bound(weight_NM)),
-        row_norm=mul_up(size, float(np.max(row_norms_up(weight_NM.T)))),
+        row_norm=row_norm,
         terms=n + roundings,
         tight=True,
         # The size of the scale moves into the bound: scaled rows would be rounded.
-        affine=Affine(weight_NM.T, mul_up(size, lipschitz)) if len(view.shape) == 1 else None,
+        affine=Affine(weight_NM.T, mul_up(size, facts.lipschitz)) if len(view.shape) == 1 else None,
     )
 
 
