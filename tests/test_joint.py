@@ -380,3 +380,21 @@ def test_a_step_of_gradient_descent_of_a_convolution_never_expands(
     )
     true = 2.0 * np.linalg.norm(hidden, 2) ** 2 - 1.0
     assert true <= large * (1 + 1e-9) <= true * 1.2
+
+
+# --- reports --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_names_the_theorem_that_gave_the_bound() -> None:
+    weight = -0.9 * np.eye(6)
+    gradient = gradient_step(np.linalg.qr(rng().standard_normal((6, 6)))[0], np.ones(6))
+    cases: list[tuple[Build, tuple[int, ...], str, str]] = [
+        (lambda b, x: b.one("Add", x, b.one("MatMul", x, b.constant(weight))), (6,), "Add", "multiplied out"),
+        (lambda b, x: b.one("MatMul", x, b.constant(weight)), (6,), "MatMul", "Matrix product"),
+        (gradient, (6,), "Sub", "slopes of a"),
+        (centred, (3, 4, 5), "Sub", "projection"),
+    ]
+    for build, shape, operator, words in cases:
+        nodes = certify(model(build, shape, 6 if len(shape) == 1 else 60)).nodes
+        (theorem,) = [node.theorem for node in nodes if node.node.startswith(operator)][-1:]
+        assert words in theorem

@@ -162,6 +162,7 @@ def _outputs(context: Context, node: Node, inputs: Operands, reports: list[NodeR
             raise Refusal(value.reason)
     if all(isinstance(value, Constant) for value in present):
         raise Refusal(_ROUNDS)
+    context.theorem = None
     try:
         outputs = entry.apply(context, node, inputs)
     except (ArithmeticError, IndexError, TypeError, ValueError) as error:
@@ -170,7 +171,7 @@ def _outputs(context: Context, node: Node, inputs: Operands, reports: list[NodeR
     for output in outputs:
         if isinstance(output, View):
             facts = context.domain.joint(output)
-            reports.append(NodeReport(node.label, facts.lipschitz, facts.error, entry.theorem))
+            reports.append(NodeReport(node.label, facts.lipschitz, facts.error, context.theorem or entry.theorem))
             break
     return outputs
 

@@ -29,6 +29,9 @@ from service.certificate.values import (
 Array = NDArray[np.float64]
 
 
+_JOINT = "Linear steps since the last nonlinear tensors, multiplied out: sum ||M_h|| L_h."
+
+
 class Refusal(Exception):
     """Why one node has no proved rule."""
 
@@ -43,9 +46,18 @@ class Context:
     """The batch size that shapes are computed with."""
     sorted_pairs: dict[frozenset[Identity], Source] = field(default_factory=dict[frozenset[Identity], Source])
     joint: Joint = field(init=False)
+    theorem: str | None = None
+    """What gave the bound of the node that is looked at, where that is another theorem than its rule's first line."""
 
     def __post_init__(self) -> None:
         self.joint = Joint(self.domain)
+
+    def smaller(self, bound: float, other: float, theorem: str) -> float:
+        """The smaller of two proved bounds; where that is `other`, the report quotes `theorem`."""
+        if other < bound:
+            self.theorem = theorem
+            return other
+        return bound
 
     def gamma(self, n: int) -> float:
         try:
@@ -78,7 +90,7 @@ class Context:
         if not (np.isfinite(center).all() and math.isfinite(lipschitz) and math.isfinite(error)):
             raise Refusal("its bounds are not finite")
         if step is not None:
-            lipschitz = min(lipschitz, self.joint.lipschitz(step, center.shape))
+            lipschitz = self.smaller(lipschitz, self.joint.lipschitz(step, center.shape), _JOINT)
         largest_error = min(error, error_max if error_max is not None else error)
         made = Source(center, lipschitz, error, largest_error, affine, step, slopes, part)
         return View(made, np.arange(center.size).reshape(center.shape))
@@ -262,7 +274,7 @@ def linear_result(
     convolution: Convolution | None = None,
     adjoint: Convolution | None = None,
     mean: bool = False,
-    lipschitz: float = math.inf,
+    others: Sequence[tuple[float, str]] = (),
     affine: Affine | None = None,
 ) -> View:
     """The result of a linear map and a bias: sums of at most `terms` products, in any order.
@@ -282,7 +294,7 @@ def linear_result(
         convolution: the map as a convolution, where it is one.
         adjoint: its adjoint as a convolution, where it is one.
         mean: whether it is the mean over the last axis of `view`.
-        lipschitz: a Lipschitz bound of the result that was proved in another way.
+        others: Lipschitz bounds of the result that were proved in another way, and their theorems.
         affine: what is known of the result as a function of the input.
     """
     facts = context.domain.joint(view)
@@ -315,4 +327,7 @@ def linear_result(
         adjoint=adjoint,
         mean=mean,
     )
-    return context.source(center, min(lipschitz, mul_up(norm, facts.lipschitz)), error, error_max, affine, step)
+    lipschitz = mul_up(norm, facts.lipschitz)
+    for other, theorem in others:
+        lipschitz = context.smaller(lipschitz, other, theorem)
+    return context.source(center, lipschitz, error, error_max, affine, step)

@@ -177,13 +177,12 @@ def _sum_of_branches(context: Context, left: View, right: View, sign: float) -> 
     )
     context.no_overflow(both.largest)
     rounding, rounding_max = rounding_of(context, both, left.index.size)
-    lipschitz = min(
-        both.lipschitz,
-        mul_up(context.joint.gradient_step(left, right, sign), one.lipschitz),
-        mul_up(context.joint.gradient_step(right, left, 1.0), other.lipschitz) if sign > 0.0 else math.inf,
-    )
+    downhill = mul_up(context.joint.gradient_step(left, right, sign), one.lipschitz)
+    if sign > 0.0:
+        downhill = min(downhill, mul_up(context.joint.gradient_step(right, left, 1.0), other.lipschitz))
+    lipschitz = context.smaller(both.lipschitz, downhill, _GRADIENT_STEP)
     if sign < 0.0 and _centres(left, right):
-        lipschitz = min(lipschitz, one.lipschitz)
+        lipschitz = context.smaller(lipschitz, one.lipschitz, _CENTRING)
     step = LinearStep(
         operands=(left, right),
         apply=lambda stacks: stacks[0] + sign * stacks[1],
@@ -199,6 +198,10 @@ def _sum_of_branches(context: Context, left: View, right: View, sign: float) -> 
         add_up(left.source.error_max, right.source.error_max, rounding_max),
         step=step,
     )
+
+
+_GRADIENT_STEP = "x - N^T S a(N x + b), slopes of a in [0, h]: max(1, h ||sqrt(S) N||^2 - 1)."
+_CENTRING = "x minus the mean of its group: an orthogonal projection."
 
 
 def _centres(left: View, right: View) -> bool:

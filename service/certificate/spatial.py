@@ -122,12 +122,16 @@ def conv(context: Context, node: Node, inputs: Operands) -> list[Value]:
             row_norm=row_norm,
             terms=terms,
             convolution=convolution,
-            lipschitz=min(
-                _circular_bound(context, view, kernel, strides, dilations, groups, pads),
-                _patch_bound(view, kernel, strides, dilations, groups, pads),
-            ),
+            others=[
+                (_circular_bound(context, view, kernel, strides, dilations, groups, pads), _CIRCULAR),
+                (_patch_bound(view, kernel, strides, dilations, groups, pads), _PATCHES),
+            ],
         )
     ]
+
+
+_CIRCULAR = "Circular convolution: the largest norm of its symbol on the torus of the image itself."
+_PATCHES = "Kernel as a matrix W on patches, an element in at most m of them: ||W||_2 sqrt(m)."
 
 
 def _circular_bound(
