@@ -27,11 +27,11 @@ OTHERS := .venv-libraries
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test format readme libraries soundness lock image clean
+.PHONY: help serve test format readme libraries soundness random-graphs lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 serve: $(VENV)/serve-$(ACCELERATOR) $(VENV)/project  ## install what serving needs, then serve on port 8000
 	@exec $(RUN) -m service
@@ -57,6 +57,9 @@ libraries: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## export models of
 soundness: DATA ?= data
 soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they are served (MNIST in DATA=DIR; an hour), write the sections of benchmarks/SOUNDNESS.md
 	$(RUN) -m benchmarks.soundness --data $(DATA) --write
+
+random-graphs: $(VENV)/test $(VENV)/project  ## certify 25,000 random graphs and look for what contradicts a proof (half an hour), write its section of benchmarks/SOUNDNESS.md
+	$(RUN) benchmarks/random_graphs.py --write
 
 lock:  ## resolve the dependencies of pyproject.toml again and write requirements/*.txt
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
