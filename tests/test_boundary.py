@@ -91,7 +91,7 @@ def test_bisection_ends_at_adjacent_images() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_no_point_of_another_class_is_found_inside_the_radius_of_a_shipped_model(name: str) -> None:
     found = shipped_search(name)
-    near = near_boundary(View(artefact(name).load()), found, np.random.default_rng(1), samples=12)
+    near = near_boundary(View(artefact(name).load()), found.first(3), np.random.default_rng(1), samples=12)
     assert_kept(found, near)
     # The search is worth something: it comes close, and rounding decides in front of the boundary.
     assert found.found_N.all()
@@ -147,7 +147,7 @@ def test_rounding_of_the_input_is_paid_for(share: float) -> None:
     assert nudged.naive_radius > 1e6 * nudged.nudge
 
 
-@pytest.mark.parametrize("constant", [1e6, 1e8, 1e10, 1e12])
+@pytest.mark.parametrize("constant", [1e2, 1e6, 1e8, 1e10, 1e12])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_planted_biases_break_no_radius(dtype: type, half: bool, constant: float) -> None:
@@ -156,6 +156,8 @@ def test_planted_biases_break_no_radius(dtype: type, half: bool, constant: float
     found = search(view, random.uniform(0.2, 0.8, (10, 1, 4, 4)), random, QUICK)
     near = near_boundary(view, found, random, samples=12)
     assert_kept(found, near)
+    # Of larger constants float32 certifies nothing, float64 less and less.
+    assert constant > 1e2 or near.images > 0
 
 
 def test_planted_biases_would_break_a_radius_without_the_error() -> None:
