@@ -81,6 +81,54 @@ def hkr_margin_loss(
     return (hinges_N - margin_N).mean()
 
 
+def soft_hkr_loss(
+    logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"], *, alpha: float, min_margin: float, temperature: float
+) -> Float[Tensor, ""]:
+    """hKR one against all, the other classes weighed by how near they are.
+
+    `mean(-(f_y - sum_j p_j f_j) + alpha (relu(min_margin - f_y) + sum_j p_j relu(min_margin + f_j)))` over `j != y`,
+    with `p = softmax(f_j / temperature)` over these, through which no gradient flows. Towards temperature 0 only the
+    nearest other class counts, towards infinity all count alike, as in `hkr_loss`.
+
+    Source: the softmax-weighted hKR loss of the authors' library (deel-torchlip, `SoftHKRMulticlassLoss`), stated here
+    in our convention, and with a temperature in the unit of the logits.
+    """
+    own_N = logits_NK.gather(1, labels_N[:, None])[:, 0]
+    masked_NK = logits_NK.scatter(1, labels_N[:, None], -torch.inf)
+    weight_NK = F.softmax(masked_NK.detach() / temperature, dim=1)
+    others_N = (weight_NK * logits_NK).sum(1)
+    hinge_N = F.relu(min_margin - own_N) + (weight_NK * F.relu(min_margin + logits_NK)).sum(1)
+    return (others_N - own_N + alpha * hinge_N).mean()
+
+
+def lse_hkr_loss(
+    logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"], *, alpha: float, min_margin: float, temperature: float
+) -> Float[Tensor, ""]:
+    """hKR on a smooth lower bound of the margin: `mean(-m + alpha relu(min_margin - m))`.
+
+    `m = f_y - T log sum_{j != y} exp(f_j / T)`, at most `min_{j != y} (f_y - f_j)` and at least that less
+    `T log(K - 1)`: every other class gets a gradient, the nearest the largest.
+
+    Source: the log-sum-exp hKR loss of the authors' library (deel-torchlip, `LseHKRMulticlassLoss`), in our convention.
+    """
+    own_N = logits_NK.gather(1, labels_N[:, None])[:, 0]
+    masked_NK = logits_NK.scatter(1, labels_N[:, None], -torch.inf)
+    margin_N = own_N - temperature * torch.logsumexp(masked_NK / temperature, dim=1)
+    return (alpha * F.relu(min_margin - margin_N) - margin_N).mean()
+
+
+def margin_cross_entropy_loss(
+    logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"], *, min_margin: float, temperature: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy of logits whose own class is set back: `T * mean(-log softmax((f - min_margin e_y) / T)_y)`.
+
+    The factor T keeps the size of the gradient. Source: Prach and Lampert, Almost-orthogonal layers for efficient
+    general-purpose Lipschitz networks, ECCV 2022, section 5 (there the margin is called offset).
+    """
+    offset_NK = min_margin * F.one_hot(labels_N, logits_NK.shape[1]).to(logits_NK)
+    return temperature * F.cross_entropy((logits_NK - offset_NK) / temperature, labels_N)
+
+
 def _membership(logits_NK: Tensor, labels_N: Tensor) -> Tensor:
     if logits_NK.shape[1] == 1:
         return labels_N[:, None] == 0

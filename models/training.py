@@ -143,6 +143,26 @@ def objective_of(loss: Loss) -> Objective:
                     accuracy_alpha=loss.accuracy_alpha,
                     accuracy_margin=loss.accuracy_margin,
                 )
+            case "soft_hkr":
+                value = losses.soft_hkr_loss(
+                    both_logits(logits),
+                    labels,
+                    alpha=loss.alpha,
+                    min_margin=loss.min_margin,
+                    temperature=loss.temperature,
+                )
+            case "lse_hkr":
+                value = losses.lse_hkr_loss(
+                    both_logits(logits),
+                    labels,
+                    alpha=loss.alpha,
+                    min_margin=loss.min_margin,
+                    temperature=loss.temperature,
+                )
+            case "margin_cross_entropy":
+                value = losses.margin_cross_entropy_loss(
+                    both_logits(logits), labels, min_margin=loss.min_margin, temperature=loss.temperature
+                )
         return value, logits
 
     return objective

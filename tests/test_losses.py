@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.losses import hinge_loss, hkr_loss, hkr_margin_loss, kr_loss
+from models.losses import (
+    hinge_loss,
+    hkr_loss,
+    hkr_margin_loss,
+    kr_loss,
+    lse_hkr_loss,
+    margin_cross_entropy_loss,
+    soft_hkr_loss,
+)
 
 
 def sample(seed: int, images: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,3 +151,79 @@ def test_gradient_of_margin_hkr_is_finite_with_a_zero_diagonal_of_bounds() -> No
     for tensor in (logits, rows):
         assert tensor.grad is not None
         assert torch.isfinite(tensor.grad).all()
+
+
+SMOOTH = {
+    "seed": st.integers(0, 1000),
+    "images": st.integers(1, 8),
+    "outputs": st.integers(2, 5),
+    "alpha": st.floats(0, 50),
+    "min_margin": st.floats(0, 5),
+    "temperature": st.floats(0.05, 5),
+}
+
+
+def softmax_by_hand(values: list[float], temperature: float) -> list[float]:
+    top = max(values)
+    powers = [math.exp((value - top) / temperature) for value in values]
+    return [power / math.fsum(powers) for power in powers]
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SMOOTH)
+def test_soft_hkr_weighs_the_other_classes_as_written(
+    seed: int, images: int, outputs: int, alpha: float, min_margin: float, temperature: float
+) -> None:
+    logits, labels = sample(seed, images, outputs)
+    terms: list[float] = []
+    for row, y in zip(logits.tolist(), labels.tolist(), strict=True):
+        others = [f for j, f in enumerate(row) if j != y]
+        weights = softmax_by_hand(others, temperature)
+        kr = row[y] - math.fsum(p * f for p, f in zip(weights, others, strict=True))
+        hinge = max(0.0, min_margin - row[y])
+        hinge += math.fsum(p * max(0.0, min_margin + f) for p, f in zip(weights, others, strict=True))
+        terms.append(-kr + alpha * hinge)
+    loss = soft_hkr_loss(logits, labels, alpha=alpha, min_margin=min_margin, temperature=temperature)
+    assert loss.item() == pytest.approx(mean(terms), rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SMOOTH)
+def test_lse_hkr_is_hkr_of_a_lower_bound_of_the_margin(
+    seed: int, images: int, outputs: int, alpha: float, min_margin: float, temperature: float
+) -> None:
+    logits, labels = sample(seed, images, outputs)
+    terms: list[float] = []
+    for row, y in zip(logits.tolist(), labels.tolist(), strict=True):
+        others = [f for j, f in enumerate(row) if j != y]
+        top = max(others)
+        smooth = top + temperature * math.log(math.fsum(math.exp((f - top) / temperature) for f in others))
+        margin = row[y] - smooth
+        assert row[y] - top - temperature * math.log(outputs) - 1e-9 <= margin <= row[y] - top + 1e-9
+        terms.append(-margin + alpha * max(0.0, min_margin - margin))
+    loss = lse_hkr_loss(logits, labels, alpha=alpha, min_margin=min_margin, temperature=temperature)
+    assert loss.item() == pytest.approx(mean(terms), rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**{key: value for key, value in SMOOTH.items() if key != "alpha"})
+def test_margin_cross_entropy_sets_the_own_class_back(
+    seed: int, images: int, outputs: int, min_margin: float, temperature: float
+) -> None:
+    logits, labels = sample(seed, images, outputs)
+    terms: list[float] = []
+    for row, y in zip(logits.tolist(), labels.tolist(), strict=True):
+        shifted = [f - min_margin * (j == y) for j, f in enumerate(row)]
+        top = max(shifted)
+        total = top / temperature + math.log(math.fsum(math.exp((f - top) / temperature) for f in shifted))
+        terms.append(temperature * (total - shifted[y] / temperature))
+    loss = margin_cross_entropy_loss(logits, labels, min_margin=min_margin, temperature=temperature)
+    assert loss.item() == pytest.approx(mean(terms), rel=1e-9, abs=1e-9)
+
+
+def test_no_gradient_flows_through_the_weights_of_soft_hkr() -> None:
+    logits = torch.tensor([[1.0, 0.5, -0.5]], requires_grad=True)
+    soft_hkr_loss(logits, torch.tensor([0]), alpha=0.0, min_margin=1.0, temperature=0.5).backward()
+    weights = softmax_by_hand([0.5, -0.5], 0.5)
+    assert logits.grad is not None
+    assert logits.grad[0].tolist() == pytest.approx([-1.0, *weights], abs=1e-6)
