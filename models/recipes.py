@@ -26,10 +26,11 @@ class Loss(_Frozen):
     """Which of `models.losses` is minimised.
 
     `hkr`: two classes with one output, or one against all. `hkr_margin`: on the deciding margin. `kr`: the
-    Kantorovich-Rubinstein term alone, whose optimum is the Wasserstein distance.
+    Kantorovich-Rubinstein term alone, whose optimum is the Wasserstein distance. `soft_hkr`, `lse_hkr` and
+    `margin_cross_entropy`: smooth in all classes, for two outputs or more (one output counts as two).
     """
 
-    kind: Literal["hkr", "hkr_margin", "kr"]
+    kind: Literal["hkr", "hkr_margin", "kr", "soft_hkr", "lse_hkr", "margin_cross_entropy"]
     alpha: float = Field(default=10.0, ge=0)
     min_margin: float = Field(default=1.0, ge=0)
     per_pair_bound: bool = False
@@ -37,6 +38,8 @@ class Loss(_Frozen):
     accuracy_alpha: float = Field(default=0.0, ge=0)
     accuracy_margin: float = Field(default=0.0, ge=0)
     """`hkr_margin` only: weight and margin of a second hinge near the boundary, for accuracy at small radii."""
+    temperature: float = Field(default=0.3, gt=0)
+    """Of `soft_hkr`, `lse_hkr` and `margin_cross_entropy`, in the unit of the logits."""
 
 
 class Augment(_Frozen):
