@@ -13,6 +13,7 @@ from exact_graphs import BALLS, FLOATS, RATIONALS, Program, exact_logits
 from graph_checks import Bounds, error_findings, lipschitz_findings, runnable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto
 from random_graphs import ARITHMETIC, FREQUENT, JOINT, REARRANGED, STEPS, Graph, GraphBuilder, graphs, seeded_graph
 
 from service.certificate import UnsupportedGraphError, certify
@@ -165,6 +166,15 @@ def square(b: GraphBuilder, x: str) -> str:
     return b.one("Mul", x, x)
 
 
+def through_float16(b: GraphBuilder, array: np.ndarray) -> str:
+    return b.one("Cast", b.one("Cast", b.constant(array), to=TensorProto.FLOAT16), to=TensorProto.DOUBLE)
+
+
+def scattered(b: GraphBuilder, array: np.ndarray) -> str:
+    places, ones = b.constant(np.array([0, 1])), b.constant(np.ones(2))
+    return b.one("ScatterElements", b.constant(array), places, ones, axis=0, reduction="add")
+
+
 def sign_of_transposed(b: GraphBuilder, x: str) -> str:
     squares = square(b, b.one("Reshape", x, b.constant(np.array([0, 2, 2]))))
     turned = b.one("Transpose", b.one("Sign", squares), perm=[0, 2, 1])
@@ -186,6 +196,9 @@ def sign_of_transposed(b: GraphBuilder, x: str) -> str:
         (lambda b, x: b.one("Sqrt", b.one("Add", square(b, x), b.constant(np.ones((1, 1, 1))))), "one number"),
         (lambda b, x: b.one("Sqrt", b.one("Pow", x, b.constant(np.full((1, 1, 1), 2.0)))), "one number"),
         (lambda b, x: b.one("Pow", x, b.constant(np.ones((1, 1, 1)))), "one number"),
+        # ONNX Runtime rounds to float32 on the way to float16, so that its weight is another one.
+        (lambda b, x: b.one("Mul", x, through_float16(b, np.full(4, 1 + 2**-11 + 2**-40))), "narrow format"),
+        (lambda b, x: b.one("Mul", x, scattered(b, np.full(4, 1e16))), "rounds"),
     ],
 )
 def test_what_jumps_or_mixes_images_is_refused(build: Build, expected: str) -> None:

@@ -11,6 +11,7 @@ from typing import cast
 
 import numpy as np
 from jaxtyping import Float64
+from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from service.certificate import rearrangements, resizing, rules, smooth, spatial, squares
@@ -34,6 +35,11 @@ _ROUNDS = (
     "arithmetic on constants rounds, and each runtime may round it in its own way; let the exporter or ONNX Runtime's "
     "offline optimisation compute it once, and certify what they wrote"
 )
+_EXACT_CASTS = frozenset(
+    getattr(TensorProto, name)
+    for name in ("FLOAT", "DOUBLE", "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
+)
+"""Formats to which every runtime casts a constant in one and the same way."""
 _PICKING_FOLDS = frozenset(
     ["Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
 )
@@ -199,8 +205,10 @@ def _folded(context: Context, node: Node, inputs: Sequence[Constant | None]) -> 
     if depends_on_batch and not picks:
         raise Refusal("it computes with the batch size, so that images of one batch size get another map than others")
     integers = all(value is None or value.array.dtype.kind in "iub" for value in inputs)
-    if node.operator in _INTEGER_FOLDS and not integers:
+    if (node.operator in _INTEGER_FOLDS or node.attributes.get("reduction", "none") != "none") and not integers:
         raise Refusal(_ROUNDS)
+    if node.operator == "Cast" and node.attributes.get("to") not in _EXACT_CASTS:
+        raise Refusal("a constant cast to a narrow format: some runtimes round it to float32 first, others do not")
     feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=False) if value is not None and name}
     try:
         # ReferenceEvaluator is annotated too narrowly: a single node is fine.
