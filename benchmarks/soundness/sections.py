@@ -146,10 +146,11 @@ def planted_biases(arguments: argparse.Namespace) -> Section:
             "",
             "A constant is added to the biases of every hidden layer (of all units, or of every second sorted pair) "
             "and taken off again, multiplied by the weights, in the next bias: exactly, rounded once. In real "
-            "arithmetic the network is the same; computed, it loses its digits. The changed bytes are certified and "
-            "served as any artefact, the shipped models in float64 and float32 (weights are float32 in both), and "
-            "networks of orthogonal layers on 16 pixels with random biases (isometric), whose radii are otherwise "
-            "exact to 1e-11. The search starts from the points found on the unchanged model, and from other images.",
+            "arithmetic the network is the same up to that rounding (which from 1e8 on leaves little of it in "
+            "float32); computed, it loses its digits. The changed bytes are certified and served as any artefact, "
+            "the shipped models in float64 and float32 (weights are float32 in both), and networks of orthogonal "
+            "layers on 16 pixels with random biases (isometric), whose radii are otherwise exact to 1e-11. The "
+            "search starts from the points found on the unchanged model, and from other images.",
             "",
             f"**Points strictly inside of the radius: {broken}.** Radius lost is the median of `min (f_i - f_j) / "
             "K_ij` less the radius. The last columns show that the attack is real: how many images have a point of "
