@@ -26,7 +26,8 @@
       │   └─ TargetIsPredictedClassError
       ├─ ArtefactError                   a file of an artefact is missing, damaged or has no proof
       ├─ ProviderError                   the asked-for execution provider is not there
-      └─ SettingsError                   a LIPCERT_* variable is unknown or invalid
+      ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
+      └─ KeptError                       a file that is audited is missing or is something else
 
 The message of every error says what was expected and what to do; `service.problem` maps the tree to HTTP
 status.
@@ -205,3 +206,7 @@ class ProviderError(LipcertError):
 
 class SettingsError(LipcertError):
     """A ``LIPCERT_*`` variable is unknown or has an invalid value."""
+
+
+class KeptError(LipcertError):
+    """A file that is audited is missing or is not what it should be."""

@@ -34,13 +34,14 @@ from random_graphs import Graph, GraphBuilder, seeded_graph
 from service.__main__ import main
 from service.app import create_app
 from service.artefact import digest
-from service.audit import KeptError, Verdict, audit
+from service.audit import Verdict, audit
 from service.audit.derivation import Derivation, Sight, derive
 from service.audit.exact import Matrix, NotAuditableError, float_numbers, gathered, power
 from service.audit.kept import SentImage, read_image
 from service.audit.sight import see
 from service.certificate import UnsupportedGraphError, certified_radius, certify, two_class_logits
 from service.classifier import Classifier
+from service.errors import KeptError
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,17 @@ from onnx import TensorProto
 from models import export
 from models.data import LabelledImages
 from models.export import ExportRefusedError, compare, emit_graphs, export_artefact, measure, prove, run_graph
-from models.layers import Chain, Flatten, GroupSort2, L2Pool2d, Layer, Normalize, OrthogonalDense, UnitHead
+from models.layers import (
+    Chain,
+    Flatten,
+    GroupSort2,
+    L2Pool2d,
+    Layer,
+    Normalize,
+    OrthogonalConv2d,
+    OrthogonalDense,
+    UnitHead,
+)
 from models.networks import LipschitzNetwork, convolutional_network, dense_network
 from models.onnx_graph import IR_VERSION, OPSET, GraphBuilder, Value
 from service.artefact import read_artefact
@@ -140,7 +150,9 @@ def test_certifier_proves_the_declared_constant_of_what_is_exported(network: Lip
     declared = network.fold().declared_margin_bounds_KK().numpy()
     off_diagonal = ~np.eye(len(declared), dtype=bool)
     ratio = certificate.margin_bounds_KK[off_diagonal] / declared[off_diagonal]
-    assert (ratio > 1 - 1e-6).all()
+    # Zero padding makes a convolution shorter than what is declared of it, and the certifier sees that.
+    padded = any(isinstance(module, OrthogonalConv2d) for module in network.modules())
+    assert (ratio > (0.8 if padded else 1 - 1e-6)).all()
     assert (ratio < 1 + 1e-3).all()
 
 

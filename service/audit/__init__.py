@@ -4,7 +4,6 @@ Shares no numeric code with the server: nothing of `service.certificate`, `prepr
 imported, only the decoding of image files. See docs/audit.md.
 """
 
-from service.audit.kept import KeptError
 from service.audit.verdict import Verdict, audit
 
-__all__ = ["KeptError", "Verdict", "audit"]
+__all__ = ["Verdict", "audit"]

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from service.errors import InputError, LipcertError
+from service.errors import InputError, KeptError
 from service.images import decode_image
 
 Shape = tuple[int, int, int]
@@ -25,10 +25,6 @@ _Kind = TypeVar("_Kind")
 _NPY_MAGIC = b"\x93NUMPY"
 _MOST_PIXELS = 2**28
 _ANSWER = "keep the JSON object that POST /predict answers, as it was received"
-
-
-class KeptError(LipcertError):
-    """A file is missing or is not what it should be; the message says what to do."""
 
 
 @dataclass(frozen=True)
