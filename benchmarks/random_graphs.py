@@ -145,7 +145,7 @@ def section(slopes: Tally, errors: Tally, processes: int) -> str:
     rare = sorted(operators.items(), key=lambda item: item[1])
     return f"""## Random graphs
 
-Graphs of one to six random steps, each of one to eleven operators, with adversarial weights (equal, of rank one,
+Graphs of one to six random steps, each of one or more operators, with adversarial weights (equal, of rank one,
 orthogonal, huge, tiny, nearly cancelling), in float64 and float32. Each tensor that the certificate reports on has its
 Lipschitz bound compared with Jacobians at 18 images (the centre, corners, ties, and uphill from the steepest) and with
 secants between all of them, the logits also pair by pair; exact rational or 320-bit ball arithmetic decides, without a

@@ -792,7 +792,7 @@ def cancelling(g: Maker, x: str, shape: Shape) -> Named:
         if channels != n or g.flag():
             x, (total,) = g.flat(x, shape)
             if total != n:
-                x, n = g.one("Gather", x, g.numbers(*(k % total for k in range(n))), axis=1), n
+                x = g.one("Gather", x, g.numbers(*(k % total for k in range(n))), axis=1)
             left = g.one("MatMul", g.one("MatMul", x, g.constant(weight.T)), g.constant(last.T))
             return g.one("Sub", left, g.one("MatMul", x, g.constant((stored[1] @ stored[0]).T))), (m,)
         ones = [1] * (len(shape) - 1)
@@ -839,7 +839,7 @@ def gradient_step(g: Maker, x: str, shape: Shape) -> Named:
         hidden = g.one("Add", hidden, g.constant(g.offsets(m)))
     hidden, own = g.pick([activation, activation, pointwise])(g, hidden, (*shape[:-1], m))
     if g.flag():
-        hidden, back = g.one("Mul", hidden, g.constant(scale)), back
+        hidden = g.one("Mul", hidden, g.constant(scale))
     elif g.flag():
         back = back * scale[:, None]
     if own != (*shape[:-1], m):
@@ -849,6 +849,7 @@ def gradient_step(g: Maker, x: str, shape: Shape) -> Named:
 
 
 def gradient_step_of_convolutions(g: Maker, x: str, shape: Shape) -> Named:
+    """The same with a convolution and its adjoint."""
     x, shape = image_of(g, x, shape)
     channels, *size = shape
     groups = g.pick([1, channels])
@@ -877,11 +878,7 @@ def gradient_step_of_convolutions(g: Maker, x: str, shape: Shape) -> Named:
     if g.flag():
         hidden = g.one("Mul", hidden, g.constant(column))
     elif g.flag():
-        back = (
-            back * column[..., None]
-            if back.ndim == column.ndim + 1
-            else back * scale.reshape(-1, *[1] * (back.ndim - 1))
-        )
+        back = back * column[..., None]
     extra = [
         n - ((m - 1) * s + k - p - q) for n, m, s, k, p, q in zip(size, after, strides, kernel, low, high, strict=True)
     ]
