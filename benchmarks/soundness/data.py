@@ -14,8 +14,8 @@ from service.artefact import read_card
 def test_images(artefact: Path, data: Path, n: int) -> np.ndarray:
     """The first n test images of the artefact's digits, N x 1 x 28 x 28 in [0, 1]; n = 0 for all."""
     _, test = load_mnist(data)
-    images_NHW = test.only([int(label) for label in read_card(artefact).labels]).images_NHW.numpy()
-    return images_NHW[: n or None, None] / 255
+    images_NCHW = test.only([int(label) for label in read_card(artefact).labels]).images_NCHW.numpy()
+    return images_NCHW[: n or None] / 255
 
 
 def in_another_shape(image_N1HW: np.ndarray, channels: int, height: int, width: int, seed: int) -> np.ndarray:

@@ -375,9 +375,9 @@ def analysis_times(arguments: argparse.Namespace) -> Section:
         [
             "## Time of the analysis",
             "",
-            "`service.certificate.certify`, bytes to certificate; medians. CPU seconds are of all threads. The "
-            "residual networks have random weights (He), one convolution 1 x 1 in front and ten blocks `x + "
-            "conv(relu(conv(x)))`.",
+            "`service.certificate.certify`, bytes to certificate; medians. CPU seconds are of all threads. A load "
+            "average above 0 means that other programs had part of the two cores. The residual networks have random "
+            "weights (He), one convolution 1 x 1 in front and ten blocks `x + conv(relu(conv(x)))`.",
             "",
             table(
                 [
