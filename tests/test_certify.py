@@ -438,3 +438,147 @@ def test_the_command_exits_2_and_names_every_reason(tmp_path: Path) -> None:
     assert "Sin" in done.stderr
     assert "Cos" in done.stderr
     assert command(tmp_path / "missing.onnx").returncode == 2
+
+
+# --- what a runtime does with what the certifier reads ----------------------------------------------------------------
+
+
+def wide_model(build: Callable[[GraphBuilder, str], str], shape: tuple[int, ...], m: int, dtype: type) -> bytes:
+    b = GraphBuilder(np.random.default_rng(0), dtype)
+    return b.model(shape, build(b, "image"), m)
+
+
+@pytest.mark.parametrize(("product", "addition"), [("MatMul", "Add"), ("Gemm", "Add"), ("Gemm", "Sum")])
+def test_an_addition_that_the_runtime_joins_with_a_product_takes_part_in_every_rounding(
+    product: str, addition: str
+) -> None:
+    # Blocks of the sum that add 0.9 each to 2^24, where the distance of floats is 2: each is rounded away.
+    weight = np.full((8192, 1), 0.9 / 128, np.float32)
+
+    def build(b: GraphBuilder, x: str) -> str:
+        return b.one(addition, b.one(product, x, b.constant(weight)), b.constant(np.full(1, 2.0**24)))
+
+    model_bytes = wide_model(build, (8192,), 1, np.float32)
+    exact = 2**24 + 8192 * Fraction(float(weight[0, 0]))
+    error = abs(Fraction(float(run(model_bytes, np.ones((1, 8192), np.float32))[0, 0])) - exact)
+    assert error <= Fraction(certify(model_bytes).logit_error)
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda b, x: b.one("ReduceMax", x, b.constant(np.array([1])), keepdims=2), "keepdims"),
+        (lambda b, x: b.add("TopK", x, b.constant(np.array([2])), outputs=2, largest=2)[0], "largest"),
+        (lambda b, x: b.one("Gemm", x, b.constant(np.eye(4)), transB=2), "transB"),
+        (lambda b, x: b.one("Add", x, b.one("ReduceMax", b.constant(np.ones((2, 4))), keepdims=2)), "keepdims"),
+    ],
+)
+def test_flags_are_0_or_1(build: Callable[[GraphBuilder, str], str], expected: str) -> None:
+    # ONNX Runtime takes keepdims=2 for 0: the maxima would broadcast over the images of a batch.
+    assert f"{expected} must be 0 or 1" in refusal(flat_model(build, 4, 4))
+
+
+def test_no_length_in_a_graph_is_taken_for_the_batch_size() -> None:
+    # Read as N x ..., the groups would be the images; with one image they are parts of it.
+    def build(b: GraphBuilder, x: str) -> str:
+        groups = b.one("Reshape", x, b.constant(np.array([7919, -1])))
+        peaks = b.one("ReduceMax", groups, b.constant(np.array([1])))
+        parts = b.one("Reshape", b.one("Sub", groups, peaks), b.constant(np.array([-1, 7919 * 4])))
+        return b.one("ReduceMax", parts, b.constant(np.array([1])))
+
+    assert "batch axis" in refusal(flat_model(build, 7919 * 4, 1))
+
+
+@pytest.mark.parametrize("operator", ["AveragePool", "GlobalAveragePool"])
+def test_a_mean_whose_sum_overflows_is_refused(operator: str) -> None:
+    attributes = {"kernel_shape": [8, 8]} if operator == "AveragePool" else {}
+
+    def build(b: GraphBuilder, x: str) -> str:
+        huge = b.one("Add", x, b.constant(np.full((1, 8, 8), 4e37)))
+        return b.one("Flatten", b.one(operator, huge, **attributes))
+
+    model_bytes = wide_model(build, (1, 8, 8), 1, np.float32)
+    assert not np.isfinite(run(model_bytes, np.full((1, 1, 8, 8), 0.5, np.float32))).all()
+    assert "overflow" in refusal(model_bytes)
+
+
+@pytest.mark.parametrize(
+    ("scale", "variance", "mean", "expected"),
+    [
+        # The factor 1e-350, times 1e600, is a slope of 1e250.
+        (1e-200, 1e300, 0.0, "factor underflows"),
+        (1.0, 1e-310, 0.0, "may underflow"),
+        (1e-300, 1e-300, 1e200, "overflow"),
+    ],
+)
+def test_a_normalisation_at_the_ends_of_the_number_range_is_refused(
+    scale: float, variance: float, mean: float, expected: str
+) -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        numbers = (scale, 0.0, mean, variance)
+        y = b.one("BatchNormalization", x, *[b.constant(np.full(4, n)) for n in numbers], epsilon=0.0)
+        return b.one("Mul", b.one("Mul", y, b.constant(np.array(1e300))), b.constant(np.array(1e300)))
+
+    assert expected in refusal(flat_model(build, 4, 4))
+
+
+def test_constants_that_runtimes_fold_in_two_ways_are_refused() -> None:
+    def backwards(start: int, end: int) -> Callable[[GraphBuilder, str], str]:
+        def build(b: GraphBuilder, x: str) -> str:
+            limits = [b.constant(np.array([n])) for n in (start, end, 0, -1)]
+            part = b.one("Slice", b.constant(np.array([7.0, 8.0, 9.0])), *limits)
+            together = b.one("Concat", b.constant(np.array([3.0])), part, axis=0)
+            return b.one("Add", x, b.one("ReduceMax", together))
+
+        return build
+
+    def product(b: GraphBuilder, x: str) -> str:
+        number = b.one("ReduceProd", b.constant(np.array([65536, 65537], np.int32)), keepdims=0)
+        return b.one("Add", x, b.one("Cast", number, to=TensorProto.DOUBLE))
+
+    assert "two ways" in refusal(flat_model(backwards(-100, -200), 4, 4))
+    assert "two ways" in refusal(flat_model(backwards(2, 2**63 - 1), 4, 4))
+    assert "24 bits" in refusal(flat_model(product, 4, 4))
+    model_bytes = flat_model(backwards(-1, -(2**63)), 4, 4)
+    assert run(model_bytes, np.zeros((1, 4)))[0, 0] == 9.0
+    assert certify(model_bytes).lipschitz_bound == 1.0
+
+
+def test_a_model_that_can_be_read_in_two_ways_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        value = helper.make_tensor("value", TensorProto.DOUBLE, [1], [0.0])
+        return b.one("Add", x, b.one("ConstantOfShape", b.constant(np.array([4])), value=value))
+
+    plain = flat_model(build, 4, 4)
+    assert certify(plain).lipschitz_bound == 1.0
+
+    two_opsets = onnx.load_model_from_string(plain)
+    two_opsets.opset_import.insert(0, helper.make_opsetid("", 11))
+    assert "several opsets" in refusal(two_opsets.SerializeToString())
+
+    # ONNX Runtime takes 0 for it, other readers what the file holds.
+    outside = onnx.load_model_from_string(plain)
+    tensor = next(a.t for n in outside.graph.node if n.op_type == "ConstantOfShape" for a in n.attribute)
+    tensor.ClearField("double_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="number.bin")
+    (tmp_path / "number.bin").write_bytes(np.array([5.0]).tobytes())
+    monkeypatch.chdir(tmp_path)
+    assert "outside the file" in refusal(outside.SerializeToString())
+
+    segment = onnx.load_model_from_string(plain)
+    segment.graph.initializer[0].segment.end = 1
+    assert "weight" in refusal(segment.SerializeToString())
+
+    reference = onnx.load_model_from_string(flat_model(lambda b, x: b.one("Softmax", x, axis=1), 4, 4))
+    reference.graph.node[0].attribute[0].ref_attr_name = "axis"
+    assert "refers to an attribute" in refusal(reference.SerializeToString())
+
+
+def test_a_chain_that_is_too_deep_is_refused() -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        for _ in range(1500):
+            x = b.one("Add", x, b.constant(np.zeros(4)))
+        return b.one("MatMul", x, b.constant(np.eye(4)))
+
+    assert "too many linear steps" in refusal(flat_model(build, 4, 4))

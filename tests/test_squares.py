@@ -151,3 +151,14 @@ def test_what_only_looks_like_a_root_of_squares_is_refused() -> None:
         (other_sign, "something else"),
     ):
         assert word in refusal(build)
+
+
+def test_weights_that_underflow_are_refused() -> None:
+    # sqrt(1e-600 x^2) times 1e300 has the slope 1.
+    def build(b: GraphBuilder, x: str) -> str:
+        square = b.one("Mul", x, x)
+        for _ in range(2):
+            square = b.one("Mul", square, number(b, 1e-300))
+        return b.one("Mul", b.one("Sqrt", square), number(b, 1e300))
+
+    assert "underflow" in refusal(build)

@@ -134,7 +134,13 @@ def certify(model_bytes: bytes) -> Certificate:
         reasons.append(f"output {graph.output_name!r} has shape N x {logits.shape}, expected N x K logits")
     if reasons or not isinstance(logits, View):
         raise UnsupportedGraphError(reasons)
-    return _certificate(context, graph, logits, reports)
+    try:
+        certificate = _certificate(context, graph, logits, reports)
+    except RecursionError as error:
+        raise UnsupportedGraphError(["too many linear steps in a row before the output"]) from error
+    if not (np.isfinite(certificate.margin_bounds_KK).all() and math.isfinite(certificate.logit_error)):
+        raise UnsupportedGraphError(["the bounds of the logits are not finite"])
+    return certificate
 
 
 def _image(context: Context, graph: Graph) -> View:
@@ -171,6 +177,8 @@ def _outputs(context: Context, node: Node, inputs: Operands, reports: list[NodeR
     context.theorem = None
     try:
         outputs = entry.apply(context, node, inputs)
+    except RecursionError as error:
+        raise Refusal("too many linear steps in a row") from error
     except (ArithmeticError, IndexError, TypeError, ValueError) as error:
         # A malformed node: what numpy cannot evaluate has no proof either.
         raise Refusal(f"its operands do not fit: {error}") from error
@@ -209,6 +217,7 @@ def _folded(context: Context, node: Node, inputs: Sequence[Constant | None]) -> 
         raise Refusal(_ROUNDS)
     if node.operator == "Cast" and node.attributes.get("to") not in _EXACT_CASTS:
         raise Refusal("a constant cast to a narrow format: some runtimes round it to float32 first, others do not")
+    _check_fold(node, inputs)
     feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=False) if value is not None and name}
     try:
         # ReferenceEvaluator is annotated too narrowly: a single node is fine.
@@ -220,6 +229,28 @@ def _folded(context: Context, node: Node, inputs: Sequence[Constant | None]) -> 
     if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in folded):
         raise Refusal("a constant that is not finite")
     return [Constant(array, depends_on_batch and bool((array == context.batch).any())) for array in folded]
+
+
+def _check_fold(node: Node, inputs: Sequence[Constant | None]) -> None:
+    """Raises Refusal where the reference evaluator and ONNX Runtime read a node of constants in two ways."""
+    for name in ("allowzero", "fmod", "keepdims", "noop_with_empty_axes", "upper"):
+        if node.attributes.get(name, 0) not in (0, 1):
+            raise Refusal(f"attribute {name} must be 0 or 1")
+    arrays = [None if value is None else value.array for value in inputs]
+    data = arrays[0] if arrays else None
+    if node.operator in ("ReduceProd", "Div", "Mod") and data is not None:
+        if node.operator != "ReduceProd":
+            if arrays[1] is not None and not arrays[1].all():
+                raise Refusal("it divides by zero")
+        elif float(np.prod(np.abs(data.astype(np.float64)))) >= 2.0**24:
+            raise Refusal("a product of integers beyond 24 bits: runtimes compute it in formats of their own")
+    if node.operator == "Slice" and data is not None and len(arrays) == 5 and arrays[4] is not None:
+        starts, ends, steps = ([int(n) for n in array.ravel()] for array in (arrays[1], arrays[2], arrays[4]))
+        axes = range(data.ndim) if arrays[3] is None else [int(n) for n in arrays[3].ravel()]
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=False):
+            length = data.shape[axis] if -data.ndim <= axis < data.ndim else 0
+            if step < 0 and (start < -length or end >= length):
+                raise Refusal("a backward slice that starts before the front or ends behind the back: read in two ways")
 
 
 def _certificate(context: Context, graph: Graph, logits: View, reports: Sequence[NodeReport]) -> Certificate:

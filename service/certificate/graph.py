@@ -15,8 +15,9 @@ from onnx import numpy_helper
 
 from service.certificate.rounding import FLOAT32, FLOAT64, Precision
 
-PROBE_BATCH = 7919
-"""Stands for the batch size N wherever a shape holds it: a prime that no real dimension equals."""
+PROBE_BATCH = 2**61 - 1
+"""Stands for the batch size N wherever a shape holds it: a prime that no tensor's dimension equals, nor any number that
+a graph could name as one."""
 
 PRECISIONS: dict[int, Precision] = {onnx.TensorProto.DOUBLE: FLOAT64, onnx.TensorProto.FLOAT: FLOAT32}
 
@@ -76,12 +77,27 @@ def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | None:
 
 
 def _attribute(attribute: onnx.AttributeProto) -> object:
+    if attribute.ref_attr_name:
+        raise ValueError("refers to an attribute of a function that the graph is not in")
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, onnx.TensorProto):
+        if value.data_location == onnx.TensorProto.EXTERNAL:
+            raise ValueError("is stored outside the file, where its digest does not reach")
         return numpy_helper.to_array(value)
     return value
+
+
+def _attributes(label: str, proto: onnx.NodeProto, reasons: list[str]) -> dict[str, object]:
+    """By name; what cannot be read is added to `reasons`."""
+    found: dict[str, object] = {}
+    for attribute in proto.attribute:
+        try:
+            found[attribute.name] = _attribute(attribute)
+        except ValueError as error:
+            reasons.append(f"{label}: attribute {attribute.name}: {error}")
+    return found
 
 
 def _type_name(data_type: int) -> str:
@@ -115,10 +131,10 @@ def read_graph(model_bytes: bytes) -> Graph:
         raise UnsupportedGraphError([f"not a valid ONNX model: {first_line}"]) from error
 
     reasons: list[str] = []
-    opset = 0
-    for imported in model.opset_import:
-        if imported.domain in ("", "ai.onnx"):
-            opset = imported.version
+    opsets = [imported.version for imported in model.opset_import if imported.domain in ("", "ai.onnx")]
+    opset = opsets[-1] if opsets else 0
+    if len(opsets) > 1:
+        reasons.append(f"it imports several opsets of the standard operators, {opsets}: runtimes may take either")
     if opset not in _OPSETS:
         reasons.append(f"opset {opset}: the rules are proved for opsets {_OPSETS.start} to {_OPSETS.stop - 1}")
     if model.functions:
@@ -129,7 +145,11 @@ def read_graph(model_bytes: bytes) -> Graph:
         reasons.append("sparse initializers; store them dense")
     initializers: dict[str, NDArray[np.generic]] = {}
     for tensor in graph.initializer:
-        array = numpy_helper.to_array(tensor)
+        try:
+            array = numpy_helper.to_array(tensor)
+        except ValueError as error:
+            reasons.append(f"weight {tensor.name!r}: {error}")
+            continue
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             reasons.append(f"weight {tensor.name!r} holds NaN or infinity")
             continue
@@ -170,7 +190,7 @@ def read_graph(model_bytes: bytes) -> Graph:
                 operator=proto.op_type if standard else f"{proto.domain}::{proto.op_type}",
                 inputs=tuple(proto.input),
                 outputs=tuple(proto.output),
-                attributes={attribute.name: _attribute(attribute) for attribute in proto.attribute},
+                attributes=_attributes(label, proto, reasons),
                 proto=proto,
             )
         )

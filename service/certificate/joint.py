@@ -408,7 +408,7 @@ def _composed(
         after: size of the result.
         roundings: that the numbers of `outer` carry already.
     """
-    if _is_identity(outer) and after == middle:
+    if _is_identity(outer) and after == middle and roundings <= 2:
         # With zeros behind the image it would cut off what `inner` has there.
         return inner
     first, base_size = inner.convolution, inner.base.shape[1:]

@@ -168,6 +168,14 @@ def int_attribute(node: Node, name: str, default: int) -> int:
     return value
 
 
+def flag_attribute(node: Node, name: str, default: int) -> bool:
+    """An attribute that is 0 or 1: of any other number runtimes make what they like."""
+    value = int_attribute(node, name, default)
+    if value not in (0, 1):
+        raise Refusal(f"attribute {name} must be 0 or 1")
+    return value == 1
+
+
 def float_attribute(node: Node, name: str, default: float) -> float:
     # ONNX attributes are float32, defaults included: a float64 kernel computes with float32(0.01), not with 0.01.
     value = node.attributes.get(name, float(np.float32(default)))
@@ -214,6 +222,25 @@ def rounding_of(context: Context, facts: Facts, view_size: int) -> tuple[float, 
     unit, tiny = 2.0 * context.precision.unit_roundoff, context.precision.smallest_normal
     in_l2 = add_up(mul_up(unit, add_up(facts.norm, facts.error)), mul_up(sqrt_up(float(view_size)), tiny))
     return in_l2, add_up(mul_up(unit, facts.largest), tiny)
+
+
+def joined_rounding(context: Context, view: View, norm: float, largest: float) -> tuple[float, float]:
+    """Error, in L2 and of a component, of an addition that a runtime may join with `view`, beside the addition's own.
+
+    ONNX Runtime makes one Gemm of a matrix product and the addition that follows. Its sums of n products may then
+    start from the addend, which so takes part in each of their roundings: `gamma_{n+1} ||b||`.
+
+    Args:
+        context: of this analysis.
+        view: what is added to.
+        norm: bound of the L2 norm of the computed addend.
+        largest: bound of its largest component.
+    """
+    step = view.source.step
+    if step is None or not step.product:
+        return 0.0, 0.0
+    gamma = context.gamma(step.terms + 1)
+    return mul_up(gamma, norm), mul_up(gamma, largest)
 
 
 def scaling_step(view: View, factor: float) -> LinearStep:
@@ -274,6 +301,7 @@ def linear_result(
     convolution: Convolution | None = None,
     adjoint: Convolution | None = None,
     mean: bool = False,
+    product: bool = False,
     others: Sequence[tuple[float, str]] = (),
     affine: Affine | None = None,
 ) -> View:
@@ -294,6 +322,7 @@ def linear_result(
         convolution: the map as a convolution, where it is one.
         adjoint: its adjoint as a convolution, where it is one.
         mean: whether it is the mean over the last axis of `view`.
+        product: whether it is a matrix product, which a runtime may join with an addition that follows.
         others: Lipschitz bounds of the result that were proved in another way, and their theorems.
         affine: what is known of the result as a function of the input.
     """
@@ -326,6 +355,7 @@ def linear_result(
         convolutions=None if convolution is None else (convolution,),
         adjoint=adjoint,
         mean=mean,
+        product=product,
     )
     lipschitz = mul_up(norm, facts.lipschitz)
     for other, theorem in others:

@@ -20,8 +20,8 @@ from service.certificate.operators import (
     Operands,
     Refusal,
     data_operand,
+    flag_attribute,
     float_operand,
-    int_attribute,
     integer_operand,
     linear_result,
     rule,
@@ -68,7 +68,7 @@ def resize(context: Context, node: Node, inputs: Operands) -> list[Value]:
     mode = node.attributes.get("mode", "nearest")
     if mode not in ("nearest", "linear"):
         raise Refusal(f"mode {mode!r} has no proved rule; use nearest or linear")
-    if int_attribute(node, "antialias", 0) or int_attribute(node, "exclude_outside", 0):
+    if flag_attribute(node, "antialias", 0) or flag_attribute(node, "exclude_outside", 0):
         raise Refusal("antialias and exclude_outside have no proved rule")
     if node.attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise Refusal("keep_aspect_ratio_policy other than stretch; give the sizes themselves")

@@ -24,11 +24,13 @@ from service.certificate.operators import (
     constant_shape,
     data_operand,
     diagonal_step,
+    flag_attribute,
     float_attribute,
     float_operand,
     image_axis,
     int_attribute,
     integer_operand,
+    joined_rounding,
     linear_result,
     optional_operand,
     rounding_of,
@@ -86,6 +88,7 @@ def _dense(
         row_norm=row_norm,
         terms=n + roundings,
         tight=True,
+        product=True,
         # The size of the scale moves into the bound: scaled rows would be rounded.
         affine=Affine(weight_NM.T, mul_up(size, facts.lipschitz)) if len(view.shape) == 1 else None,
     )
@@ -95,12 +98,12 @@ def _dense(
 def gemm(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """Dense layer: ||W x - W x'|| <= ||W||_2 ||x - x'||, with a proved bound of the spectral norm."""
     view = data_operand(inputs[0], "the first operand")
-    if int_attribute(node, "transA", 0) != 0:
+    if flag_attribute(node, "transA", 0):
         raise Refusal("transA=1 would contract the batch axis")
     weight = float_operand(inputs[1], "the weight")
     if len(view.shape) != 1 or weight.ndim != 2:
         raise Refusal("Gemm needs a flat tensor N x n and a weight matrix")
-    if int_attribute(node, "transB", 0):
+    if flag_attribute(node, "transB", 0):
         weight = weight.T
     alpha, beta = float_attribute(node, "alpha", 1.0), float_attribute(node, "beta", 1.0)
     bias: Array | None = None
@@ -149,13 +152,16 @@ def _shifted(context: Context, view: View, constant: Array, sign: float) -> View
     )
     context.no_overflow(after.largest)
     rounding, rounding_max = rounding_of(context, after, center.size)
-    error_max = add_up(view.source.error_max, rounding_max)
+    joined, joined_max = joined_rounding(
+        context, view, norm_up(np.ascontiguousarray(constant)), float(np.max(np.abs(constant), initial=0.0))
+    )
+    error_max = add_up(view.source.error_max, rounding_max, joined_max)
     source = view.source
     affine = None
     if source.affine is not None and center.ndim == 1 and (view.index >= 0).all():
         affine = Affine(sign * source.affine.rows[view.index], source.affine.lipschitz)
     step = scaling_step(view, sign)
-    return context.source(center, facts.lipschitz, add_up(facts.error, rounding), error_max, affine, step)
+    return context.source(center, facts.lipschitz, add_up(facts.error, rounding, joined), error_max, affine, step)
 
 
 def _sum_of_branches(context: Context, left: View, right: View, sign: float) -> View:
@@ -321,7 +327,7 @@ def _reduced_axes(node: Node, inputs: Operands, view: View) -> tuple[tuple[int, 
     if not axes:
         raise Refusal("it names no axes, so that it would reduce the batch too")
     resolved = tuple(sorted({image_axis(axis, view) for axis in axes}))
-    return resolved, bool(int_attribute(node, "keepdims", 1))
+    return resolved, flag_attribute(node, "keepdims", 1)
 
 
 def grouped_axes(node: Node, inputs: Operands, view: View) -> tuple[View, tuple[int, ...], bool]:
@@ -464,11 +470,11 @@ def top_k(context: Context, node: Node, inputs: Operands) -> list[Value]:
     view = data_operand(inputs[0])
     (k,) = integer_operand(inputs[1], "k")
     axis = image_axis(int_attribute(node, "axis", -1), view)
-    if not int_attribute(node, "sorted", 1):
+    if not flag_attribute(node, "sorted", 1):
         raise Refusal("sorted=0 leaves the order open")
     facts = context.domain.joint(view)
     ordered = np.sort(view.center, axis=axis)
-    if int_attribute(node, "largest", 1):
+    if flag_attribute(node, "largest", 1):
         ordered = np.flip(ordered, axis=axis)
     kept = np.take(ordered, np.arange(k), axis=axis)
     values = context.source(kept, facts.lipschitz, facts.error, view.source.error_max)
@@ -577,7 +583,7 @@ def reshape(context: Context, node: Node, inputs: Operands) -> list[Value]:
     view = data_operand(inputs[0])
     target = integer_operand(inputs[1], "the new shape", batch_allowed=True)
     old = (context.batch, *view.shape)
-    if not int_attribute(node, "allowzero", 0):
+    if not flag_attribute(node, "allowzero", 0):
         if any(size == 0 and position >= len(old) for position, size in enumerate(target)):
             raise Refusal(f"the new shape {target} copies an axis that is not there")
         target = [old[position] if size == 0 else size for position, size in enumerate(target)]

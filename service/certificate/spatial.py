@@ -24,6 +24,7 @@ from service.certificate.operators import (
     Refusal,
     data_operand,
     diagonal_step,
+    flag_attribute,
     float_attribute,
     float_operand,
     int_attribute,
@@ -31,7 +32,7 @@ from service.certificate.operators import (
     optional_operand,
     rule,
 )
-from service.certificate.rounding import add_up, div_up, mul_up, norm_up, sqrt_up
+from service.certificate.rounding import SMALLEST_NORMAL, add_up, div_up, down, mul_up, norm_up, sqrt_up
 from service.certificate.values import Convolution, Value, View
 
 Number = TypeVar("Number", bound=np.generic)
@@ -267,7 +268,7 @@ def _pool_geometry(node: Node, shape: tuple[int, ...]) -> tuple[list[int], list[
     axes = len(shape) - 1
     if axes not in (1, 2):
         raise Refusal(f"{axes} spatial axes; the rule covers 1 and 2")
-    if int_attribute(node, "ceil_mode", 0):
+    if flag_attribute(node, "ceil_mode", 0):
         raise Refusal("ceil_mode=1 has no proved rule")
     kernel = _numbers(node, "kernel_shape", [0] * axes)
     strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
@@ -288,7 +289,7 @@ def pool_windows(node: Node, shape: tuple[int, ...]) -> tuple[NDArray[np.int64],
 
 
 def _divisors(node: Node, inside: NDArray[np.bool_]) -> Array:
-    if int_attribute(node, "count_include_pad", 0):
+    if flag_attribute(node, "count_include_pad", 0):
         return np.full(inside.shape[:-1], float(inside.shape[-1]))
     divisors = inside.sum(axis=-1).astype(np.float64)
     if (divisors == 0.0).any():
@@ -323,6 +324,8 @@ def average_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
     inside = indices >= 0
     n = math.prod(kernel)
     divisors = _divisors(node, inside)
+    # The sum, before it is divided.
+    context.no_overflow(mul_up(float(n), context.domain.joint(view).largest))
 
     def apply(stack: Array) -> Array:
         padded = np.pad(stack, [(0, 0), (0, 0), *pads])
@@ -367,6 +370,7 @@ def global_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
         facts = context.domain.joint(view)
         return [context.source(flat.max(axis=1).reshape(shape), facts.lipschitz, facts.error, view.source.error_max)]
     n = flat.shape[1]
+    context.no_overflow(mul_up(float(n), context.domain.joint(view).largest))
     norm = div_up(sqrt_up(float(n)), float(n)) if n > 1 else 1.0
     channels = view.rearranged(view.index.reshape(flat.shape))
 
@@ -393,17 +397,22 @@ def global_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
 def batch_normalization(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """In inference form a diagonal map per channel: its norm is the largest |scale| / sqrt(variance + epsilon)."""
     view = data_operand(inputs[0])
-    if int_attribute(node, "training_mode", 0) or len(node.outputs) > 1:
+    if flag_attribute(node, "training_mode", 0) or len(node.outputs) > 1:
         raise Refusal("its training form mixes the images of a batch")
     scale, bias, mean, variance = (float_operand(value, "every parameter") for value in inputs[1:5])
     if any(parameter.shape != (view.shape[0],) for parameter in (scale, bias, mean, variance)):
         raise Refusal(f"its parameters do not fit {view.shape[0]} channels")
     epsilon = float_attribute(node, "epsilon", 1e-5)
-    if not (variance + epsilon > 0.0).all():
-        raise Refusal("variance + epsilon must be positive")
+    if not (variance + epsilon >= context.precision.smallest_normal).all():
+        raise Refusal("variance + epsilon must be positive, and not so small that it may underflow")
     # Five roundings in float64 at most; the slack covers them.
     factor = np.abs(scale) / np.sqrt(variance + epsilon) * (1.0 + 2.0**-48)
     peak = float(np.max(factor))
+    if ((factor < SMALLEST_NORMAL) & (scale != 0.0)).any():
+        raise Refusal("a factor underflows")
+    # A runtime may divide the centred image by the deviation before it scales it.
+    deviation = down(math.sqrt(float(np.min(variance + epsilon))) * (1.0 - 2.0**-50))
+    context.no_overflow(div_up(add_up(context.domain.joint(view).largest, float(np.max(np.abs(mean)))), deviation))
     facts = context.domain.joint(view)
     column = (-1, *[1] * (len(view.shape) - 1))
     factors = np.broadcast_to((scale / np.sqrt(variance + epsilon)).reshape(column), view.shape)

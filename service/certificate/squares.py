@@ -170,6 +170,7 @@ def _gathered(context: Context, squares: Squares, windows: NDArray[np.int64], we
         terms.append(SquareTerm(term.view, positions, factors.reshape(*windows.shape[:-1], n * k)))
     constant = np.where(there, squares.constant.ravel()[picked], 0.0).sum(axis=-1) * weights
     peak = float(np.max(weights))
+    _no_underflow(squares, weights)
     largest = mul_up(float(n), squares.largest, max(1.0, mul_up(peak, 1.0 + 2.0**-40)))
     context.no_overflow(largest)
     tiny = context.precision.smallest_normal
@@ -195,6 +196,7 @@ def _scaled(context: Context, squares: Squares, factor: Array) -> Squares:
     except ValueError as error:
         raise Refusal("a factor that does not fit the squares") from error
     peak = float(np.max(factor))
+    _no_underflow(squares, factor)
     largest = mul_up(squares.largest, peak, 1.0 + 2.0**-40)
     context.no_overflow(largest)
     return Squares(
@@ -208,6 +210,13 @@ def _scaled(context: Context, squares: Squares, factor: Array) -> Squares:
             mul_up(context.precision.smallest_normal, add_up(1.0, squares.largest)),
         ),
     )
+
+
+def _no_underflow(squares: Squares, factor: Array) -> None:
+    """Raises Refusal if a weight could underflow here: one that is lost would be taken for 0."""
+    smallest = min(float(np.min(term.weights[term.weights > 0.0], initial=1.0)) for term in squares.terms)
+    if smallest * float(np.min(factor, initial=1.0)) < 2.0**-1000:
+        raise Refusal("the weights of its squares underflow")
 
 
 def _multiply(context: Context, node: Node, inputs: Operands) -> list[Value]:

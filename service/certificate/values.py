@@ -66,6 +66,8 @@ class LinearStep:
     mean: bool = False
     """Whether it is the mean over the last axis of its operand."""
     negates: bool = False
+    product: bool = False
+    """Whether it is a matrix product: runtimes start its sums from what is added to the result."""
 
 
 @dataclass(frozen=True, eq=False)
