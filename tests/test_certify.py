@@ -575,6 +575,17 @@ def test_a_model_that_can_be_read_in_two_ways_is_refused(tmp_path: Path, monkeyp
     assert "refers to an attribute" in refusal(reference.SerializeToString())
 
 
+@pytest.mark.parametrize("operator", ["MaxPool", "AveragePool"])
+def test_automatic_padding_of_dilated_windows_is_refused(operator: str) -> None:
+    # ONNX Runtime pads for the window without its gaps, and gives fewer means than the standard.
+    def build(b: GraphBuilder, x: str) -> str:
+        b.opset = 19
+        pooled = b.one(operator, x, kernel_shape=[3], dilations=[2], auto_pad="SAME_UPPER")
+        return b.one("Flatten", b.one("GlobalMaxPool", pooled))
+
+    assert "two ways" in refusal(wide_model(build, (1, 7), 1, np.float32))
+
+
 def test_a_chain_that_is_too_deep_is_refused() -> None:
     def build(b: GraphBuilder, x: str) -> str:
         for _ in range(1500):

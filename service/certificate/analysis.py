@@ -245,8 +245,8 @@ def _check_fold(node: Node, inputs: Sequence[Constant | None]) -> None:
         elif float(np.prod(np.abs(data.astype(np.float64)))) >= 2.0**24:
             raise Refusal("a product of integers beyond 24 bits: runtimes compute it in formats of their own")
     if node.operator == "Slice" and data is not None and len(arrays) == 5 and arrays[4] is not None:
-        starts, ends, steps = ([int(n) for n in array.ravel()] for array in (arrays[1], arrays[2], arrays[4]))
-        axes = range(data.ndim) if arrays[3] is None else [int(n) for n in arrays[3].ravel()]
+        starts, ends, given, steps = ([] if array is None else array.ravel().tolist() for array in arrays[1:])
+        axes = given or range(data.ndim)
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=False):
             length = data.shape[axis] if -data.ndim <= axis < data.ndim else 0
             if step < 0 and (start < -length or end >= length):
