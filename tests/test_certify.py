@@ -575,12 +575,13 @@ def test_a_model_that_can_be_read_in_two_ways_is_refused(tmp_path: Path, monkeyp
     assert "refers to an attribute" in refusal(reference.SerializeToString())
 
 
-@pytest.mark.parametrize("operator", ["MaxPool", "AveragePool"])
-def test_automatic_padding_of_dilated_windows_is_refused(operator: str) -> None:
-    # ONNX Runtime pads for the window without its gaps, and gives fewer means than the standard.
+@pytest.mark.parametrize("spread", [{"kernel_shape": [3], "dilations": [2]}, {"kernel_shape": [1], "strides": [4]}])
+@pytest.mark.parametrize("operator", ["MaxPool", "AveragePool", "LpPool"])
+def test_automatic_padding_of_windows_with_gaps_is_refused(operator: str, spread: dict[str, list[int]]) -> None:
+    # ONNX Runtime pads for the window without its gaps, or cuts off what stands before the first.
     def build(b: GraphBuilder, x: str) -> str:
         b.opset = 19
-        pooled = b.one(operator, x, kernel_shape=[3], dilations=[2], auto_pad="SAME_UPPER")
+        pooled = b.one(operator, x, auto_pad="SAME_UPPER", **spread)
         return b.one("Flatten", b.one("GlobalMaxPool", pooled))
 
     assert "two ways" in refusal(wide_model(build, (1, 7), 1, np.float32))

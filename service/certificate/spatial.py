@@ -272,8 +272,10 @@ def _pool_geometry(node: Node, shape: tuple[int, ...]) -> tuple[list[int], list[
         raise Refusal("ceil_mode=1 has no proved rule")
     kernel = _numbers(node, "kernel_shape", [0] * axes)
     strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
-    if set(dilations) != {1} and node.attributes.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
-        raise Refusal("auto_pad of dilated windows, which runtimes read in two ways; give the pads as numbers")
+    if node.attributes.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
+        apart = any((-(-n // s) - 1) * s + k < n for n, k, s in zip(shape[1:], kernel, strides, strict=True))
+        if apart or set(dilations) != {1}:
+            raise Refusal("auto_pad of windows with gaps, which runtimes read in two ways; give the pads as numbers")
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     return kernel, strides, dilations, _pads(node, shape[1:], extent, strides)
 
