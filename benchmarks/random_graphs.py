@@ -29,6 +29,7 @@ from random_graphs import ARITHMETIC, FREQUENT, JOINT, REARRANGED, STEPS, Graph,
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks.soundness.document import provenance, table, write_section  # noqa: E402
+from models.export import code_version  # noqa: E402
 
 NAME = "random graphs"
 FIRST_OF_ERRORS = 10_000_000
@@ -123,7 +124,7 @@ def _until(results: Iterator[Result], tally: Tally, wanted: int) -> Iterator[Res
             yield result
 
 
-def section(slopes: Tally, errors: Tally, processes: int) -> str:
+def section(slopes: Tally, errors: Tally, processes: int, code: str) -> str:
     """The results as Markdown."""
     rows = [
         [
@@ -157,7 +158,7 @@ ONNX Runtime as the service runs it on three 8-bit images, against exact arithme
 {len(operators)} operators; the rarest are {", ".join(f"{name} ({count} graphs)" for name, count in rare[:6])}.
 {processes} processes.
 
-{provenance("make random-graphs")}
+{provenance("make random-graphs", code)}
 """
 
 
@@ -169,9 +170,11 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--write", action="store_true", help="write the section of benchmarks/SOUNDNESS.md")
     arguments = parser.parse_args()
+    # Now: the tree may change while this runs.
+    code = code_version()
     errors = tallied(look_at_errors, FIRST_OF_ERRORS, arguments.errors, arguments.processes, "errors")
     slopes = tallied(look_at_slopes, 0, arguments.slopes, arguments.processes, "slopes")
-    text = section(slopes, errors, arguments.processes)
+    text = section(slopes, errors, arguments.processes, code)
     print(text)
     if arguments.write:
         write_section(NAME, "random-graphs", text)
