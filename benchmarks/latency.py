@@ -49,7 +49,7 @@ def main() -> None:
     """Measure, print, and on request write."""
     arguments = _arguments()
     _, test = load_mnist(arguments.data)
-    images = [_png(image) for image in test.images_NHW[: arguments.requests].numpy()]
+    images = [_png(image) for image in test.images_NCHW[: arguments.requests, 0].numpy()]
     port = arguments.port or _free_port()
     server = _start(arguments.models, arguments.model, port, arguments.threads)
     try:

@@ -36,7 +36,8 @@ def train(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(sorted(RECIPES))}.")],
     out: Annotated[Path, typer.Option(help="Results go to OUT/RECIPE, checkpoints to OUT/.checkpoints/RECIPE.")],
     data: Annotated[
-        Path, typer.Option(help="Folder with the idx files (or mnist/ in it); what is missing is downloaded.")
+        Path,
+        typer.Option(help="Folder of the data set; image-folder: of the classes, or of train/ and test/ with them."),
     ] = Path("data"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's number.")] = None,
@@ -95,7 +96,7 @@ class ProviderName(StrEnum):
 def evaluate(
     artefact: Annotated[Path, typer.Argument(help="Folder with model.onnx, transport.onnx and card.json.")],
     data: Annotated[
-        Path, typer.Option(help="Folder with the idx files (or mnist/ in it); what is missing is downloaded.")
+        Path, typer.Option(help="Folder of the data set that the card names, as it was given to `train`.")
     ] = Path("data"),
     attacks: Annotated[bool, typer.Option(help="Run DeepFool, PGD and Carlini-Wagner inside the radius.")] = True,
     n_attack: Annotated[int, typer.Option(min=1, help="Attack the first so many test images.")] = 1000,

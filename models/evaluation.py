@@ -21,11 +21,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
 from models.attacks import INSIDE, AttackResult, run_attacks
-from models.data import load_mnist
+from models.data import DataError
+from models.datasets import load_dataset, options_of
 from models.export import code_version, environment
 from service.artefact import Card, CertifiedAccuracy, read_card, write_card
 from service.classifier import Classifier, Prediction
@@ -74,8 +76,8 @@ def evaluate(
     """Measure the artefact, write report and card.
 
     Args:
-        artefact: folder of the artefact, whose labels are digits.
-        data: folder with the MNIST idx files.
+        artefact: folder of the artefact; its card says which data set it is about.
+        data: folder of the data set.
         attacks: whether to run `models.attacks`; without, the card keeps the results it has.
         n_attack: attack the first so many images of the test set.
         limit: use only the first so many images; the card is then left alone.
@@ -87,7 +89,7 @@ def evaluate(
         The report as Markdown.
 
     Raises:
-        EvaluationError: the artefact is no classifier of MNIST digits, or the provider cannot be had.
+        EvaluationError: the card fits no data set or another one, or the provider cannot be had.
         ArtefactError, DataError: see their modules.
     """
     started = time.monotonic()
@@ -112,7 +114,8 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     entries = [result.as_card_entry() for result in attacked]
     (folder / "evaluation.json").write_text(json.dumps({**results, "attacks": entries}, indent=2) + "\n")
-    text = as_markdown(classifier.name, results, attacked, _recipe_epsilons(classifier.card))
+    data_name = str(classifier.card.data.get("name", "The"))
+    text = as_markdown(classifier.name, data_name, results, attacked, _recipe_epsilons(classifier.card))
     (folder / "evaluation.md").write_text(text)
     _plot_curve(results, folder / "certified_accuracy.png")
     _plot_gallery(classifier.labels, measured, folder / "counterfactuals.png")
@@ -177,22 +180,31 @@ def _measure(classifier: Classifier, image_NCHW: np.ndarray, label_N: np.ndarray
 
 
 def _test_images(classifier: Classifier, data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The test set that the card names, as the network takes it."""
+    card = classifier.card
     try:
-        digits = [int(label) for label in classifier.labels]
-    except ValueError as error:
+        options = options_of(card.data, list(classifier.labels))
+    except DataError as error:
+        raise EvaluationError(f"{classifier.name}: {error}") from error
+    if options.classes != tuple(classifier.labels):
         raise EvaluationError(
-            f"the labels of {classifier.name} are {', '.join(classifier.labels)}; evaluation knows MNIST, whose labels "
-            "are the digits 0 to 9"
-        ) from error
-    _, test = load_mnist(data)
-    test = test.only(digits)
-    image_NCHW = test.images_NHW[:, None].numpy() / 255
+            f"{classifier.name} has the classes {', '.join(classifier.labels)}, its data.options "
+            f"{', '.join(options.classes or ['all'])}; correct the card, or train again"
+        )
+    found = load_dataset(options, data, test_only=True)
+    stated, actual = (block.get("digest", {}).get("test") for block in (card.data, found.card))
+    if stated != actual:
+        raise EvaluationError(
+            f"the test images under {data} are not those that {classifier.name} was measured on (digest {actual}, the "
+            f"card states {stated}), and some may have been trained on: give the folder as it was, or train again"
+        )
+    image_NCHW = found.test.pixels(torch.float64).numpy()
     if image_NCHW.shape[1:] != classifier.input_shape:
         raise EvaluationError(
-            f"{classifier.name} takes images of shape {classifier.input_shape}, those of MNIST have "
-            f"{image_NCHW.shape[1:]}; evaluate an artefact that was trained on MNIST"
+            f"{classifier.name} takes images of shape {classifier.input_shape}, those of {found.card['name']} have "
+            f"{image_NCHW.shape[1:]}; correct data.options in the card, or train again"
         )
-    return image_NCHW, test.labels_N.numpy()
+    return image_NCHW, found.test.labels_N.numpy()
 
 
 def _recipe_epsilons(card: Card) -> list[float]:
@@ -220,7 +232,13 @@ def _update_card(folder: Path, results: dict[str, Any], attacks: list[dict[str, 
     write_card(folder, Card.model_validate({**card.model_dump(), **changes}))
 
 
-def as_markdown(name: str, results: dict[str, Any], attacks: Sequence[AttackResult], epsilons: Sequence[float]) -> str:
+def as_markdown(
+    name: str,
+    data_name: str,
+    results: dict[str, Any],
+    attacks: Sequence[AttackResult],
+    epsilons: Sequence[float],
+) -> str:
     """The report as two tables."""
     found, made = results["counterfactuals"], results["environment"]
     value = {entry["epsilon"]: entry["value"] for entry in results["certified_accuracy"]}
@@ -238,7 +256,7 @@ def as_markdown(name: str, results: dict[str, Any], attacks: Sequence[AttackResu
     lines = [
         f"# Evaluation of `{name}`",
         "",
-        f"MNIST test set, n = {results['n']}; L2, pixels in [0, 1]; radii are proved bounds. Served by "
+        f"{data_name} test set, n = {results['n']}; L2, pixels in [0, 1]; radii are proved bounds. Served by "
         f"{results['provider']} (ONNX Runtime {made['onnxruntime']}, numpy {made['numpy']}) on {made['cpu']}; model "
         f"{results['digest']}, code {results['code_version']}.",
         "",

@@ -35,6 +35,8 @@ BOUND_TOLERANCE = 1e-3
 """How far the proved bound may lie above the declared one, relative; more means a layer is misstated."""
 GRADIENT_TOLERANCE = 1e-9
 """Largest absolute difference between transport gradient and autograd, both float64, gradients of order 1."""
+MEASURED_AT_ONCE = 1000
+"""Test images in one batch."""
 PROBES = 64
 """Random images on which graph and network are compared."""
 
@@ -162,7 +164,11 @@ def measure(graphs: Graphs, certificate: Certificate, test: LabelledImages, epsi
 
     An image counts as certified at epsilon if its class is right and its proved radius is above epsilon.
     """
-    logits_NK = run_graph(graphs.model, {"image": test.pixels(torch.float64).numpy()})["logits"]
+    # In parts: the intermediate values of a convolutional network on a whole test set fill the memory.
+    parts = (test.at(slice(start, start + MEASURED_AT_ONCE)) for start in range(0, len(test), MEASURED_AT_ONCE))
+    logits_NK = np.concatenate(
+        [run_graph(graphs.model, {"image": part.pixels(torch.float64).numpy()})["logits"] for part in parts]
+    )
     logits_NK = two_class_logits(logits_NK) if logits_NK.shape[1] == 1 else logits_NK
     radii = certified_radius(logits_NK, certificate.margin_bounds_KK, certificate.logit_error)
     right_N = radii.class_id_N == test.labels_N.numpy()

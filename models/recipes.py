@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.layers import Parametrisation
 
@@ -43,12 +43,16 @@ class Loss(_Frozen):
 
 
 class Augment(_Frozen):
-    """Ranges of the random affine map, see `models.data.Augmentation`."""
+    """Ranges of the random affine map, mirroring and cropping, see `models.augmentation.Augmentation`."""
 
-    rotation_degrees: float = 10.0
-    scale: float = 0.1
-    shear: float = 0.1
-    shift_pixels: float = 1.5
+    rotation_degrees: float = Field(default=0.0, ge=0)
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    shear: float = Field(default=0.0, ge=0)
+    shift_pixels: float = Field(default=0.0, ge=0)
+    flip: bool = False
+    """Mirror every second image, left to right; not for digits and letters."""
+    crop_padding: int = Field(default=0, ge=0)
+    """Cut each image out of itself, padded by so many mirrored pixels on every side."""
 
 
 class Schedule(_Frozen):
@@ -81,7 +85,8 @@ class Network(_Frozen):
 class Recipe(_Frozen):
     """What all recipes have."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Of the artefact and its folder; requests to the service ask for it."""
     network: Network
     loss: Loss
     schedule: Schedule
@@ -89,17 +94,64 @@ class Recipe(_Frozen):
     """Declared constant of the body (several classes) or of f (one output); above it there is no export."""
 
 
-class MnistRecipe(Recipe):
-    """A classifier of MNIST digits, exported as an artefact."""
+Label = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
+Side = Annotated[int, Field(ge=1, le=1024)]
 
-    kind: Literal["mnist"] = "mnist"
-    digits: tuple[int, ...]
-    """The classes in order. Two digits give one output f with class 0 where f > 0."""
-    epsilons: tuple[float, ...]
+
+class DataOptions(_Frozen):
+    """Which images, and what becomes of them before training; the card keeps it, so that evaluation has the same.
+
+    The fields from `image_size` on are for `image-folder` alone.
+    """
+
+    dataset: Literal["mnist", "fashion-mnist", "cifar10", "image-folder"]
+    classes: tuple[Label, ...] | None = Field(default=None, min_length=2)
+    """Labels of the classes to keep, in order; None is all. Two classes give one output f, class 0 where f > 0."""
+    image_size: Side | tuple[Side, Side] | None = None
+    """Side, or height and width, that all images are resized to; None: their median size, at most 64, in whole
+    windows of the network's stem."""
+    channels: Literal[1, 3] | None = None
+    """1 grey, 3 RGB; None: grey if all files are grey, else RGB."""
+    test_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of each class that is held out as the test set where the folder has none."""
+    split_seed: int = 0
+    """Which images these are."""
+    skip_broken: bool = False
+    """Leave out files that the service would refuse, instead of stopping; the card says how many."""
+    source: str | None = None
+    """Where the images come from, for the card."""
+    licence: str | None = None
+    """Their licence, for the card."""
+
+    @model_validator(mode="after")
+    def _options_of_a_folder_are_for_a_folder(self) -> Self:
+        options = DataOptions.model_fields.keys() - {"dataset", "classes"}
+        set_here = [key for key in sorted(options) if getattr(self, key) != DataOptions.model_fields[key].default]
+        if self.dataset != "image-folder" and set_here:
+            raise ValueError(f"{', '.join(set_here)}: only dataset=image-folder has these options")
+        return self
+
+    @model_validator(mode="after")
+    def _classes_are_distinct(self) -> Self:
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes repeat: {', '.join(self.classes)}")
+        return self
+
+
+class ImageRecipe(Recipe, DataOptions):
+    """A classifier of images, exported as an artefact."""
+
+    kind: Literal["images"] = "images"
+    epsilons: tuple[Annotated[float, Field(ge=0)], ...] = Field(min_length=1)
     """Radii (L2, pixels in [0, 1]) of the reported certified accuracy; the last says which epoch is best."""
     augment: Augment | None = None
+    train_images: int | None = Field(default=None, ge=1)
+    """Use only so many images of the training set, for a trial; None is all of them."""
     validation_images: int = Field(default=0, ge=0)
-    """Held out from the end of the training set for the figures during training; 0 trains on everything."""
+    """Held out from the training set, from each class its share, for the figures during training; 0 trains on all."""
+    class_weights: Literal["auto", "balanced", "none"] = "auto"
+    """`balanced`: an image of class k counts `n / (K n_k)` times, so that all classes weigh the same; `auto`: so where
+    the largest class has more than 1.5 times the images of the smallest."""
 
 
 class TwoMoonsRecipe(Recipe):
@@ -121,34 +173,91 @@ class SquaresRecipe(Recipe):
     """Largest relative error of the learned distance; above it the run fails."""
 
 
-AnyRecipe = MnistRecipe | TwoMoonsRecipe | SquaresRecipe
+AnyRecipe = ImageRecipe | TwoMoonsRecipe | SquaresRecipe
+
+
+def _radius_loss(*, min_margin: float, alpha: float, accuracy_alpha: float, accuracy_margin: float) -> Loss:
+    """hKR on the deciding margin with both margins as radii; their sizes and weights choose the operating point."""
+    return Loss(
+        kind="hkr_margin",
+        alpha=alpha,
+        min_margin=min_margin,
+        per_pair_bound=True,
+        accuracy_alpha=accuracy_alpha,
+        accuracy_margin=accuracy_margin,
+    )
+
+
+_SMALL_AFFINE = Augment(rotation_degrees=6.0, scale=0.06, shear=0.05, shift_pixels=0.8)
+_COLOUR = Augment(flip=True, crop_padding=4)
+_DENSE = Network(widths=(768, 768, 768), parametrisation="stiefel")
+_LARGE_BATCHES = Schedule(epochs=40, batch_size=1024, learning_rate=8e-3, rotation_rate=0.06)
 
 RECIPES: dict[str, AnyRecipe] = {
     recipe.name: recipe
     for recipe in (
-        MnistRecipe(
+        ImageRecipe(
             name="mnist-0-8",
-            digits=(0, 8),
+            dataset="mnist",
+            classes=("0", "8"),
             network=Network(widths=(256, 128, 64), parametrisation="stiefel"),
             loss=Loss(kind="hkr", alpha=100.0, min_margin=1.75),
             schedule=Schedule(epochs=20, batch_size=256),
             epsilons=(0.3, 1.0, 1.58),
         ),
-        MnistRecipe(
+        ImageRecipe(
             name="mnist",
-            digits=tuple(range(10)),
-            network=Network(widths=(768, 768, 768), parametrisation="stiefel"),
-            loss=Loss(
-                kind="hkr_margin",
-                alpha=10.0,
-                min_margin=2.3,
-                per_pair_bound=True,
-                accuracy_alpha=15.0,
-                accuracy_margin=0.5,
-            ),
-            schedule=Schedule(epochs=40, batch_size=1024, learning_rate=8e-3, rotation_rate=0.06),
+            dataset="mnist",
+            network=_DENSE,
+            loss=_radius_loss(min_margin=2.3, alpha=10.0, accuracy_alpha=15.0, accuracy_margin=0.5),
+            schedule=_LARGE_BATCHES,
             epsilons=(0.3, 1.0, 1.58),
-            augment=Augment(rotation_degrees=6.0, scale=0.06, shear=0.05, shift_pixels=0.8),
+            augment=_SMALL_AFFINE,
+        ),
+        ImageRecipe(
+            name="mnist-accurate",
+            dataset="mnist",
+            network=_DENSE,
+            loss=_radius_loss(min_margin=0.6, alpha=10.0, accuracy_alpha=40.0, accuracy_margin=0.3),
+            schedule=_LARGE_BATCHES,
+            epsilons=(0.3, 1.0, 1.58),
+            augment=_SMALL_AFFINE,
+        ),
+        ImageRecipe(
+            name="fashion-mnist-accurate",
+            dataset="fashion-mnist",
+            network=_DENSE,
+            loss=_radius_loss(min_margin=0.4, alpha=10.0, accuracy_alpha=40.0, accuracy_margin=0.15),
+            schedule=_LARGE_BATCHES,
+            epsilons=(0.1, 0.25, 0.5, 1.0),
+            augment=Augment(scale=0.03, shift_pixels=0.5, flip=True),
+        ),
+        ImageRecipe(
+            name="fashion-mnist-robust",
+            dataset="fashion-mnist",
+            network=_DENSE,
+            loss=_radius_loss(min_margin=1.3, alpha=10.0, accuracy_alpha=10.0, accuracy_margin=0.3),
+            schedule=_LARGE_BATCHES,
+            epsilons=(0.1, 0.25, 0.5, 1.0),
+            augment=Augment(scale=0.03, shift_pixels=0.5, flip=True),
+        ),
+        ImageRecipe(
+            name="cifar10-cpu",
+            dataset="cifar10",
+            network=Network(widths=(512, 512), stem_channels=(32, 64), parametrisation="stiefel"),
+            loss=_radius_loss(min_margin=0.4, alpha=10.0, accuracy_alpha=20.0, accuracy_margin=0.15),
+            schedule=Schedule(epochs=16, batch_size=512, learning_rate=8e-3, rotation_rate=0.05),
+            epsilons=(36 / 255, 72 / 255, 108 / 255),
+            augment=_COLOUR,
+        ),
+        ImageRecipe(
+            name="image-folder",
+            dataset="image-folder",
+            network=Network(widths=(256, 256), stem_channels=(32, 64), parametrisation="stiefel"),
+            loss=_radius_loss(min_margin=0.3, alpha=10.0, accuracy_alpha=20.0, accuracy_margin=0.1),
+            schedule=Schedule(epochs=30, batch_size=256, learning_rate=8e-3, rotation_rate=0.05),
+            epsilons=(0.05, 0.1, 0.25, 0.5),
+            augment=Augment(rotation_degrees=10.0, scale=0.05, shift_pixels=1.0),
         ),
         TwoMoonsRecipe(
             name="two-moons",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.data import MNIST_CARD, Augmentation, LabelledImages, load_mnist
-from models.export import code_version, environment, export_artefact
+from models.data import DataSet, LabelledImages
+from models.datasets import load_dataset
+from models.export import code_version, emit_graphs, environment, export_artefact, prove
 from models.networks import LipschitzNetwork, convolutional_network, dense_network
-from models.recipes import AnyRecipe, MnistRecipe, Network, SquaresRecipe, TwoMoonsRecipe
+from models.recipes import AnyRecipe, ImageRecipe, Network, SquaresRecipe, TwoMoonsRecipe
 from models.toys import (
     MOONS_SHAPE,
     learned_squares_distance,
@@ -36,7 +39,10 @@ from models.training import (
 
 log = logging.getLogger(__name__)
 
-MNIST_SHAPE = (1, 28, 28)
+FEWEST_STEPS = 4
+"""Of an epoch: a data set that gives fewer is cut into smaller batches."""
+UNBALANCED = 1.5
+"""Largest class over smallest; above it `class_weights=auto` weighs."""
 MOONS_DRAWN = 400
 
 
@@ -73,42 +79,122 @@ def run_recipe(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     setting = _Setting(data, out, resume, seed, _device(device_name))
+    _refuse_unwritable(out)
     match recipe:
-        case MnistRecipe():
-            return _train_digits(recipe, setting)
+        case ImageRecipe():
+            return _train_images(recipe, setting)
         case TwoMoonsRecipe():
             return _train_moons(recipe, setting)
         case SquaresRecipe():
             return _train_squares(recipe, setting)
 
 
-def _train_digits(recipe: MnistRecipe, setting: _Setting) -> str:
-    train, test = load_mnist(setting.data)
-    train, test = train.only(recipe.digits), test.only(recipe.digits)
-    train, validation = _split(train, recipe.validation_images)
-    augmentation = Augmentation(**recipe.augment.model_dump()) if recipe.augment is not None else None
-    outputs = 1 if len(recipe.digits) == 2 else len(recipe.digits)
+def _train_images(recipe: ImageRecipe, setting: _Setting) -> str:
+    multiple = 2 ** len(recipe.network.stem_channels)
+    data = load_dataset(recipe, setting.data, multiple=multiple)
+    train, validation = _training_images(recipe, data, setting.seed)
+    recipe = _with_fitting_batches(recipe, len(train))
+    input_shape = _input_shape(data, multiple)
+    outputs = 1 if len(data.labels) == 2 else len(data.labels)
+    counts = train.counts(len(data.labels))
+    weights = class_weights(recipe, counts)
     run = replace(
-        _run(recipe, setting, ImageBatches(train, recipe.schedule.batch_size, setting.seed, augmentation)),
+        _run(recipe, setting, ImageBatches(train, recipe.schedule.batch_size, setting.seed, recipe.augment, weights)),
         epsilons=recipe.epsilons,
         validation=validation,
     )
-    trained = fit(build_network(recipe.network, MNIST_SHAPE, outputs), run, resume=setting.resume)
+    if "digest" in data.card:
+        run = replace(run, identity={**run.identity, "data": data.card["digest"]})
+    network = build_network(recipe.network, input_shape, outputs)
+    # What the server cannot prove is known before the training, not hours later.
+    prove(network, emit_graphs(network), recipe.lipschitz_constant)
+    trained = fit(network, run, resume=setting.resume)
     folder = setting.out / recipe.name
-    measured = export_artefact(
-        trained.network.cpu(),
-        folder,
-        labels=[str(digit) for digit in recipe.digits],
-        lipschitz_constant=recipe.lipschitz_constant,
-        test=test,
-        epsilons=recipe.epsilons,
-        data={**MNIST_CARD, "n_train": len(train), "n_test": len(test)},
-        recipe=recipe.model_dump(mode="json"),
-        seed=setting.seed,
-        wall_time_s=trained.seconds,
-    )
+    card = {
+        **data.card,
+        "n_train": len(train),
+        "n_validation": 0 if validation is None else len(validation),
+        "counts": {**data.card["counts"], "train": dict(zip(data.labels, counts, strict=True))},
+    }
+    if weights is not None:
+        card["class_weights"] = dict(zip(data.labels, weights, strict=True))
+    try:
+        measured = export_artefact(
+            trained.network.cpu(),
+            folder,
+            labels=list(data.labels),
+            lipschitz_constant=recipe.lipschitz_constant,
+            test=data.test,
+            epsilons=recipe.epsilons,
+            data=card,
+            recipe=recipe.model_dump(mode="json"),
+            seed=setting.seed,
+            wall_time_s=trained.seconds,
+        )
+    except OSError as error:
+        raise TrainingError(
+            f"the artefact {folder} cannot be written ({error.strerror}); what is trained is in {run.checkpoints}: "
+            "make room or mend the folder, then run the same command with --resume"
+        ) from error
     certified = ", ".join(f"{v:.2%} at {e:g}" for e, v in measured.certified_accuracy.items())
     return f"{folder}: accuracy {measured.accuracy:.2%}, certified {certified} (n = {measured.n}, proved radius)"
+
+
+def class_weights(recipe: ImageRecipe, counts: Sequence[int]) -> list[float] | None:
+    """How often an image of each class counts, `n / (K n_k)`: all classes count the same, the mean is 1.
+
+    Returns:
+        None where every image counts the same.
+
+    Raises:
+        TrainingError: a class has no image.
+    """
+    if min(counts) == 0:
+        raise TrainingError(f"a class has no image to train on (images of each class: {counts}): use more of them")
+    unbalanced = max(counts) > UNBALANCED * min(counts)
+    if recipe.class_weights == "none" or (recipe.class_weights == "auto" and not unbalanced):
+        return None
+    return [sum(counts) / (len(counts) * count) for count in counts]
+
+
+def _training_images(recipe: ImageRecipe, data: DataSet, seed: int) -> tuple[LabelledImages, LabelledImages | None]:
+    train, validation = data.train, None
+    wanted = recipe.validation_images + (recipe.train_images or len(data.labels))
+    if wanted > len(train):
+        raise TrainingError(
+            f"validation_images={recipe.validation_images} and train_images={recipe.train_images or 'all'} need "
+            f"{wanted} images at least, the training set has {len(train)}: ask for fewer"
+        )
+    if recipe.validation_images:
+        validation, train = train.stratified(recipe.validation_images, generator_for(seed, 4))
+    if recipe.train_images is not None:
+        train, _ = train.stratified(recipe.train_images, generator_for(seed, 5))
+    return train, validation
+
+
+def _with_fitting_batches(recipe: ImageRecipe, images: int) -> ImageRecipe:
+    """The recipe itself, or with smaller batches where there are too few images for `FEWEST_STEPS` of its own."""
+    fitting = max(1, images // FEWEST_STEPS)
+    if recipe.schedule.batch_size <= fitting:
+        return recipe
+    log.warning(
+        "%d images: schedule.batch_size is %d in place of %d, for %d steps an epoch",
+        images,
+        fitting,
+        recipe.schedule.batch_size,
+        images // fitting,
+    )
+    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"batch_size": fitting})})
+
+
+def _input_shape(data: DataSet, multiple: int) -> tuple[int, int, int]:
+    channels, height, width = data.train.images_NCHW.shape[1:]
+    if height % multiple or width % multiple:
+        raise TrainingError(
+            f"the images are {height} x {width}, and the stages of network.stem_channels halve them to windows of "
+            f"{multiple}: choose image_size as a multiple of {multiple}, or other stem_channels"
+        )
+    return channels, height, width
 
 
 def _train_moons(recipe: TwoMoonsRecipe, setting: _Setting) -> str:
@@ -181,6 +267,16 @@ def build_network(network: Network, input_shape: tuple[int, int, int], outputs: 
     )
 
 
+def _refuse_unwritable(out: Path) -> None:
+    """Find out now, not after the first epoch."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"0" * 4096)
+    except OSError as error:
+        raise TrainingError(f"{out} cannot be written to ({error.strerror}): name another folder with --out") from error
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,18 +285,6 @@ def _device(name: str) -> torch.device:
             "--device cuda: torch sees no CUDA device; install a CUDA build of torch, or use --device cpu"
         )
     return torch.device(name)
-
-
-def _split(train: LabelledImages, held_out: int) -> tuple[LabelledImages, LabelledImages | None]:
-    if held_out == 0:
-        return train, None
-    if held_out >= len(train):
-        raise TrainingError(f"validation_images={held_out} leaves nothing of {len(train)} images to train on")
-    cut = len(train) - held_out
-    return (
-        LabelledImages(train.images_NHW[:cut], train.labels_N[:cut]),
-        LabelledImages(train.images_NHW[cut:], train.labels_N[cut:]),
-    )
 
 
 def _write_metrics(recipe: AnyRecipe, setting: _Setting, metrics: dict[str, Any], wall_time_s: float) -> None:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -28,11 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import losses
-from models.data import Augmentation, LabelledImages, augment
+from models.augmentation import augment
+from models.data import LabelledImages
 from models.layers import newton_schulz, stiefel_matrices
 from models.networks import LipschitzNetwork, both_logits
 from models.optimisers import optimisers_of
-from models.recipes import Loss, Schedule
+from models.recipes import Augment, Loss, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,10 @@ Objective = Callable[[LipschitzNetwork, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 class TrainingError(Exception):
     """Training cannot start or go on; the message says what to do."""
+
+
+class CheckpointError(TrainingError):
+    """The disk is full, or the folder of the checkpoints cannot be written to."""
 
 
 class NonFiniteError(TrainingError):
@@ -78,15 +84,33 @@ def generator_for(seed: int, *stream: int) -> torch.Generator:
 
 
 class ImageBatches:
-    """Shuffled, augmented batches of a data set; an incomplete last batch is dropped."""
+    """Shuffled, augmented batches of a data set; an incomplete last batch is dropped.
 
-    def __init__(self, data: LabelledImages, batch_size: int, seed: int, augmentation: Augmentation | None) -> None:
+    Args:
+        data: the images.
+        batch_size: images in a batch.
+        seed: of order and augmentation.
+        augmentation: None for the images as they are.
+        class_weights: how often an image of each class counts, in the mean over an epoch; None for once each. Counted
+            are appearances, not factors of the loss: in the mean that is the same for every loss that is a mean over
+            images, it also balances the class means of the KR term, and no single image makes a huge step.
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        batch_size: int,
+        seed: int,
+        augmentation: Augment | None,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
         if len(data) < batch_size:
             raise TrainingError(f"{len(data)} images do not fill one batch of {batch_size}: lower schedule.batch_size")
         self._data = data
         self._batch_size = batch_size
         self._seed = seed
         self._augmentation = augmentation
+        self._class_weights = class_weights
         self._order: tuple[int, Tensor] | None = None
 
     @property
@@ -97,15 +121,28 @@ class ImageBatches:
     def batch(self, epoch: int, step: int) -> Batch:
         """Images as float32 in [0, 1], and their labels."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (
-                epoch,
-                torch.randperm(len(self._data), generator=generator_for(self._seed, 0, epoch)),
-            )
+            self._order = (epoch, self._new_order(generator_for(self._seed, 0, epoch)))
         chosen = self._order[1][step * self._batch_size : (step + 1) * self._batch_size]
-        images = self._data.images_NHW[chosen, None].float() / 255
+        part = self._data.at(chosen)
+        images = part.pixels()
         if self._augmentation is not None:
             images = augment(images, self._augmentation, generator_for(self._seed, 1, epoch, step))
-        return images, self._data.labels_N[chosen]
+        return images, part.labels_N
+
+    def _new_order(self, generator: torch.Generator) -> Tensor:
+        n = len(self._data)
+        if self._class_weights is None:
+            return torch.randperm(n, generator=generator)
+        drawn: list[Tensor] = []
+        for label, weight in enumerate(self._class_weights):
+            members = (self._data.labels_N == label).nonzero()[:, 0]
+            whole, rest = divmod(round(weight * len(members)), len(members))
+            some = members[torch.randperm(len(members), generator=generator)[:rest]]
+            drawn += [members.repeat(whole), some]
+        order = torch.cat(drawn)
+        # The rounding of each class may have left a few too many or too few.
+        order = order[torch.randperm(len(order), generator=generator)]
+        return torch.cat([order, order])[:n]
 
 
 @dataclass(frozen=True)
@@ -202,9 +239,7 @@ def score(network: LipschitzNetwork, data: LabelledImages, epsilons: Sequence[fl
     with torch.no_grad():
         bounds = network.declared_margin_bounds_KK()
         for start in range(0, len(data), batch_size):
-            part = LabelledImages(
-                data.images_NHW[start : start + batch_size], data.labels_N[start : start + batch_size]
-            )
+            part = data.at(slice(start, start + batch_size))
             logits, labels = network(part.pixels().to(device)), part.labels_N.to(device)
             counts += torch.stack([correct_within(logits, labels, bounds, e).sum() for e in (0.0, *epsilons)]).cpu()
     accuracy, *certified = (counts / len(data)).tolist()
@@ -250,6 +285,7 @@ def fit(network: LipschitzNetwork, run: Run, *, resume: bool = False) -> Trained
         Interrupted: SIGINT or SIGTERM came; `last.pt` holds the state at the last complete step.
     """
     session = _Session(network.to(run.device), run)
+    session.refuse_too_full_a_disk()
     if resume:
         session.load()
     else:
@@ -340,9 +376,13 @@ class _Session:
         merit = scores.certified[run.epsilons[-1]] if run.epsilons else -self._loss_sum
         is_best = merit > self.best
         self.best = max(self.best, merit)
-        self.save("last.pt")
-        if is_best:
-            self.save("best.pt")
+        try:
+            self.save("last.pt")
+            if is_best:
+                self.save("best.pt")
+        except CheckpointError as error:
+            # What is trained is in memory: going on loses nothing, and the next epoch tries again.
+            log.error("%s; training goes on without it", error)
 
     def elapsed(self) -> float:
         """Seconds of training, those before a resume included."""
@@ -359,8 +399,11 @@ class _Session:
         return evaluated
 
     def save(self, name: str) -> None:
-        """Write a checkpoint whole or not at all: to a temporary file, then renamed."""
-        self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+        """Write a checkpoint whole or not at all: to a temporary file, then renamed.
+
+        Raises:
+            CheckpointError: see there; the older checkpoint is as it was.
+        """
         state = {
             "identity": json.dumps(self.run.identity, sort_keys=True),
             "epoch": self.epoch,
@@ -375,11 +418,21 @@ class _Session:
         }
         path = self.run.checkpoints / name
         temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer wraps what the file raises
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            last = self.run.checkpoints / "last.pt"
+            kept = f"{last} is the one before" if last.exists() else "none was written before"
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be written ({error}), {kept}; make room or mend the folder"
+            ) from error
 
     def load(self) -> None:
         path = self.run.checkpoints / "last.pt"
@@ -406,6 +459,18 @@ class _Session:
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.seconds = state["seconds"]
         log.info("resumed at epoch %d, step %d", self.epoch + 1, self.step)
+
+    def refuse_too_full_a_disk(self) -> None:
+        folder = self.run.checkpoints
+        folder = next(place for place in (folder, *folder.parents) if place.exists())
+        # Weights, their average and at most two moments; last, best and the one that is being written.
+        needed = 3 * 4 * sum(parameter.nbytes for parameter in self.network.parameters())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"the disk of {folder} has {free / 1e6:.0f} MB left, checkpoints need {needed / 1e6:.0f} MB: make "
+                "room, or name another folder with --out"
+            )
 
     def refuse_to_overwrite(self) -> None:
         path = self.run.checkpoints / "last.pt"

@@ -20,8 +20,9 @@ from typer.testing import CliRunner  # noqa: E402
 from models import attacks, evaluation  # noqa: E402
 from models.__main__ import app  # noqa: E402
 from models.attacks import ServedModel, exact_distance, judge, run_attacks  # noqa: E402
-from models.data import LabelledImages  # noqa: E402
+from models.data import DataSet, LabelledImages  # noqa: E402
 from models.evaluation import EvaluationError, Measured, count_nearer_than_radius, evaluate, summarise  # noqa: E402
+from models.recipes import DataOptions  # noqa: E402
 from service.artefact import read_card, write_artefact  # noqa: E402
 
 EPSILONS = [0.1, 0.3]
@@ -30,18 +31,24 @@ EPSILONS = [0.1, 0.3]
 def digits(n: int) -> LabelledImages:
     random = np.random.default_rng(0)
     return LabelledImages(
-        torch.from_numpy(random.integers(0, 256, (n, 4, 4)).astype(np.uint8)), torch.from_numpy(np.arange(n) % 3)
+        torch.from_numpy(random.integers(0, 256, (n, 1, 4, 4)).astype(np.uint8)), torch.from_numpy(np.arange(n) % 3)
     )
 
 
 def write_digit_classifier(folder: Path, graphs: Graphs) -> None:
-    card = card_for(graphs).model_copy(update={"labels": ["0", "1", "2"], "recipe": {"epsilons": EPSILONS}})
+    labels = ["0", "1", "2"]
+    data = {"name": "MNIST", "options": {"dataset": "mnist", "classes": labels}}
+    card = card_for(graphs).model_copy(update={"labels": labels, "data": data, "recipe": {"epsilons": EPSILONS}})
     write_artefact(folder, card, graphs.model, graphs.transport)
 
 
 @pytest.fixture
 def artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(evaluation, "load_mnist", lambda data: (digits(1), digits(12)))
+    def load(options: DataOptions, directory: Path, *, test_only: bool) -> DataSet:
+        assert options.classes is not None
+        return DataSet(digits(1), digits(12), options.classes, {"name": "MNIST"})
+
+    monkeypatch.setattr(evaluation, "load_dataset", load)
     monkeypatch.setattr(attacks, "ATTACKS", {"DeepFool": {"steps": 5}, "PGD": attacks._PGD | {"steps": 3}})
     write_digit_classifier(tmp_path / "small", random_groupsort(0))
     return tmp_path / "small"
@@ -92,10 +99,10 @@ def test_evaluation_without_attacks_keeps_those_of_the_card(artefact: Path) -> N
     assert read_card(artefact).attacks == attacked
 
 
-def test_artefact_that_is_not_about_digits_is_refused(artefact: Path, tmp_path: Path) -> None:
+def test_artefact_whose_card_names_no_images_is_refused(artefact: Path, tmp_path: Path) -> None:
     graphs = random_groupsort(0)
     write_artefact(tmp_path / "cats", card_for(graphs, "cats"), graphs.model, graphs.transport)
-    with pytest.raises(EvaluationError, match="digits 0 to 9"):
+    with pytest.raises(EvaluationError, match=r"does not say which images.*models train"):
         evaluate(tmp_path / "cats", Path("unused"), provider="cpu")
 
 

@@ -42,7 +42,7 @@ def small_network(outputs: int = 3) -> LipschitzNetwork:
 
 def small_test_set(classes: int = 3) -> LabelledImages:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (30, 4, 4), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (30, 1, 4, 4), dtype=torch.uint8, generator=generator)
     return LabelledImages(images, torch.arange(30) % classes)
 
 

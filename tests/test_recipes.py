@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from models import runs
 from models.__main__ import app
 from models.layers import OrthogonalConv2d
-from models.recipes import RECIPES, MnistRecipe, RecipeError, recipe_by_name
+from models.recipes import RECIPES, ImageRecipe, RecipeError, recipe_by_name
 from models.runs import build_network
 from models.toys import centred_square, squares_sampler, true_squares_distance, two_moons
 from models.training import Interrupted
@@ -21,14 +21,24 @@ runner = CliRunner()
 
 
 def test_the_recipes_of_the_command_line_exist() -> None:
-    assert set(RECIPES) == {"mnist-0-8", "mnist", "two-moons", "wasserstein-squares"}
+    assert set(RECIPES) == {
+        "mnist-0-8",
+        "mnist",
+        "mnist-accurate",
+        "fashion-mnist-accurate",
+        "fashion-mnist-robust",
+        "cifar10-cpu",
+        "image-folder",
+        "two-moons",
+        "wasserstein-squares",
+    }
     assert all(name == recipe.name for name, recipe in RECIPES.items())
 
 
 @pytest.mark.parametrize("name", ["mnist", "mnist-0-8"])
 def test_shipped_classifiers_are_trained_with_an_hkr_loss(name: str) -> None:
     recipe = RECIPES[name]
-    assert isinstance(recipe, MnistRecipe)
+    assert isinstance(recipe, ImageRecipe)
     assert recipe.loss.kind in {"hkr", "hkr_margin"}
     assert recipe.lipschitz_constant == 1.0
 
@@ -40,7 +50,7 @@ def test_recipes_cannot_be_changed_in_place() -> None:
 
 def test_overrides_reach_nested_fields_and_leave_the_recipe_alone() -> None:
     changed = recipe_by_name("mnist", ["schedule.epochs=3", "network.widths=[64, 32]", "augment=null"])
-    assert isinstance(changed, MnistRecipe)
+    assert isinstance(changed, ImageRecipe)
     assert changed.schedule.epochs == 3
     assert changed.network.widths == (64, 32)
     assert changed.augment is None
@@ -49,7 +59,7 @@ def test_overrides_reach_nested_fields_and_leave_the_recipe_alone() -> None:
 
 def test_setting_a_field_of_an_absent_group_makes_the_group() -> None:
     changed = recipe_by_name("mnist-0-8", ["augment.shift_pixels=1"])
-    assert isinstance(changed, MnistRecipe)
+    assert isinstance(changed, ImageRecipe)
     assert changed.augment is not None
     assert changed.augment.shift_pixels == 1.0
 
@@ -65,6 +75,13 @@ def test_setting_a_field_of_an_absent_group_makes_the_group() -> None:
         ("loss", "key=value"),
         ("name.first=x", "no field of this recipe"),
         ("nothing.here=1", "no field of this recipe"),
+        ("name=a b", "name: String should match pattern"),
+        ("skip_broken=true", "skip_broken: only dataset=image-folder"),
+        ("image_size=32", "image_size: only dataset=image-folder"),
+        ("classes=[3]", "classes: Tuple should have at least 2 items"),
+        ("classes=[3,3]", "classes repeat"),
+        ("epsilons=[]", "epsilons"),
+        ("dataset=imagenet", "dataset"),
     ],
 )
 def test_override_that_does_not_fit_is_refused(override: str, message: str) -> None:
@@ -72,8 +89,21 @@ def test_override_that_does_not_fit_is_refused(override: str, message: str) -> N
         recipe_by_name("mnist", [override])
 
 
+def test_classes_may_be_written_as_numbers() -> None:
+    changed = recipe_by_name("mnist", ["classes=[3, 7]"])
+    assert isinstance(changed, ImageRecipe)
+    assert changed.classes == ("3", "7")
+
+
+def test_both_operating_points_of_a_data_set_differ_in_their_loss_alone() -> None:
+    for accurate, robust in (("mnist-accurate", "mnist"), ("fashion-mnist-accurate", "fashion-mnist-robust")):
+        one, other = RECIPES[accurate].model_dump(), RECIPES[robust].model_dump()
+        assert {key for key in one if one[key] != other[key]} == {"name", "loss"}
+        assert one["loss"]["min_margin"] < other["loss"]["min_margin"]
+
+
 def test_unknown_recipe_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="mnist, mnist-0-8, two-moons, wasserstein-squares"):
+    with pytest.raises(RecipeError, match="mnist, mnist-0-8, mnist-accurate, two-moons, wasserstein-squares"):
         recipe_by_name("mnist-1-7")
 
 

@@ -1,20 +1,24 @@
 """Training is reproducible, resumes exactly, and stops with the step that broke it."""
 
+import errno
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from models.data import Augmentation, LabelledImages
+from models.data import LabelledImages
 from models.layers import GroupSort2
 from models.networks import LipschitzNetwork, dense_network
-from models.recipes import Loss, Schedule
+from models.recipes import Augment, Loss, Schedule
 from models.training import (
+    CheckpointError,
     ImageBatches,
     Interrupted,
     NonFiniteError,
@@ -30,6 +34,7 @@ from models.training import (
 EPOCHS, BATCH = 3, 16
 STEPS = 4
 """Of an epoch: 70 images in batches of 16, the incomplete one dropped."""
+AUGMENT = Augment(rotation_degrees=10, scale=0.1, shear=0.1, shift_pixels=1.5, flip=True, crop_padding=1)
 LOSS = Loss(kind="hkr_margin", alpha=5.0, min_margin=0.5, per_pair_bound=True)
 
 
@@ -41,9 +46,9 @@ def small_set() -> LabelledImages:
     """Three kinds of bright bars, with noise."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(70) % 3
-    images = torch.randint(0, 40, (70, 6, 6), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 40, (70, 1, 6, 6), generator=generator, dtype=torch.uint8)
     for n, label in enumerate(labels.tolist()):
-        images[n, 2 * label] += 200
+        images[n, 0, 2 * label] += 200
     return LabelledImages(images, labels)
 
 
@@ -54,7 +59,7 @@ def small_network(parametrisation: Any = "cayley") -> LipschitzNetwork:
 
 def small_run(folder: Path, *, ema_decay: float | None = None) -> Run:
     return Run(
-        batches=ImageBatches(small_set(), BATCH, seed=0, augmentation=Augmentation()),
+        batches=ImageBatches(small_set(), BATCH, seed=0, augmentation=AUGMENT),
         objective=objective_of(LOSS),
         schedule=Schedule(epochs=EPOCHS, batch_size=BATCH, ema_decay=ema_decay),
         checkpoints=folder,
@@ -131,7 +136,7 @@ def test_equal_seeds_give_equal_networks_and_other_seeds_other_batches(tmp_path:
 
 
 def test_an_epoch_shows_every_image_at_most_once_in_a_new_order() -> None:
-    images = torch.arange(70, dtype=torch.uint8)[:, None, None].expand(70, 1, 1)
+    images = torch.arange(70, dtype=torch.uint8)[:, None, None, None]
     batches = ImageBatches(LabelledImages(images, torch.zeros(70, dtype=torch.int64)), BATCH, 0, None)
     epochs = [
         [round(255 * v) for step in range(STEPS) for v in batches.batch(epoch, step)[0].flatten().tolist()]
@@ -140,6 +145,21 @@ def test_an_epoch_shows_every_image_at_most_once_in_a_new_order() -> None:
     assert batches.steps_per_epoch == STEPS
     assert all(len(set(epoch)) == STEPS * BATCH for epoch in epochs)
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("counts", [(60, 10), (50, 3, 17), (64, 1)])
+def test_weighted_classes_appear_equally_often_and_so_do_the_images_of_a_class(counts: tuple[int, ...]) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    n = len(labels)
+    weights = [n / (len(counts) * count) for count in counts]
+    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None]
+    batches = ImageBatches(LabelledImages(images, labels), n, 0, None, weights)
+    (shown, classes), (again, _) = batches.batch(0, 0), batches.batch(1, 0)
+    assert all(abs(found - n / len(counts)) <= 1 for found in torch.bincount(classes).tolist())
+    times = torch.bincount((255 * shown).round().long().flatten(), minlength=n)
+    for label, weight in enumerate(weights):
+        assert (times[labels == label] - weight).abs().max() < 2
+    assert not torch.equal(shown, again)
 
 
 def test_streams_of_random_numbers_differ_in_each_of_their_numbers() -> None:
@@ -211,6 +231,39 @@ def test_checkpoints_leave_no_temporary_file(tmp_path: Path) -> None:
 def test_data_set_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(TrainingError, match="batch_size"):
         ImageBatches(small_set(), 71, 0, None)
+
+
+def test_full_disk_during_training_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = fit(small_network(), small_run(tmp_path / "whole")).network
+    really_save, saved = torch.save, 0
+
+    def save_or_fail(state: Any, file: Any) -> None:
+        nonlocal saved
+        saved += 1
+        if saved > 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really_save(state, file)
+
+    monkeypatch.setattr(torch, "save", save_or_fail)
+    run = small_run(tmp_path / "full")
+    assert_equal_networks(whole, fit(small_network(), run).network)
+    assert "No space left on device" in caplog.text
+    assert "training goes on without it" in caplog.text
+    assert {path.name for path in run.checkpoints.iterdir()} == {"last.pt", "best.pt"}
+    # What was written before is whole: a new process goes on from it.
+    monkeypatch.setattr(torch, "save", really_save)
+    assert_equal_networks(whole, fit(small_network(), run, resume=True).network)
+
+
+def test_disk_without_room_for_the_checkpoints_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"0 MB left, checkpoints need .* --out"):
+        fit(small_network(), small_run(tmp_path / "not" / "yet"))
 
 
 def test_fewer_steps_than_the_schedule_needs_are_refused(tmp_path: Path) -> None:
