@@ -37,7 +37,7 @@ _DISABLED_OPTIMIZERS = [
     "ConvMulFusion",
     "ConvAddFusion",
     "ConvBNFusion",
-    "MatMulBNFusion",
+    "MatMul_BatchNormalization_Fusion",
     "MatMulScaleFusion",
     # This one rewrites nothing that matters, but refuses every float64 Relu that is followed by a Clip.
     "FuseReluClip",

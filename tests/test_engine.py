@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from builders import linear
@@ -130,3 +132,41 @@ def test_a_float64_clip_after_a_relu_is_served() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     (logits,) = Engine(model.SerializeToString(), "cpu", 1).run(["logits"], {"image": np.array([[-1.0, 0.75]])})
     np.testing.assert_array_equal(logits, [[0.0, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("first", "weight", "second"),
+    [
+        ("MatMul", (4, 3), "BatchNormalization"),
+        ("Conv", (3, 4, 1, 1), "BatchNormalization"),
+        ("Conv", (3, 4, 1, 1), "Mul"),
+        ("Conv", (3, 4, 1, 1), "Add"),
+    ],
+)
+def test_no_scale_is_folded_into_the_weights_of_the_layer_before_it(
+    first: str, weight: tuple[int, ...], second: str, tmp_path: Path
+) -> None:
+    spatial = (1,) * (len(weight) - 2)
+    vectors = ["s", "b", "m", "v"] if second == "BatchNormalization" else ["s"]
+    shape = (3,) if second == "BatchNormalization" else (3, *spatial)
+    graph = helper.make_graph(
+        [helper.make_node(first, ["x", "w"], ["h"]), helper.make_node(second, ["h", *vectors], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, *spatial])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3, *spatial])],
+        [
+            numpy_helper.from_array(np.full(shape_of, 0.3, np.float32), name)
+            for name, shape_of in [("w", weight), *((name, shape) for name in vectors)]
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    options = engine._session_options(1)
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(
+        model.SerializeToString(),
+        options,
+        providers=[CPU],
+        disabled_optimizers=engine._DISABLED_OPTIMIZERS,
+    )
+    run = onnx.load(tmp_path / "optimised.onnx")
+    assert [node.op_type for node in run.graph.node] == [first, second]
