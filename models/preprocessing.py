@@ -2,7 +2,7 @@
 
 What is trained on is what is served, so the rules are those of `service/images.py` (which files have one reading as
 8-bit grey or RGB) and the map is that of `service/preprocessing.py` (luma, triangle filter; docs/soundness.md). This
-side may not import the server's code; `tests/test_preprocessing_of_folders.py` holds the two against each other.
+side may not import the code of the server; `tests/test_folders.py` holds the two against each other.
 
 Axes: C, H, W of the file; A, B (height, width) of the result.
 """
