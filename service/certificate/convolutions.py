@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,9 +99,12 @@ def convolution_cost(kernel: Array, size: Sequence[int], strides: Sequence[int],
     """About how many multiply-adds the proof of `convolution_norm_bound` takes."""
     phases = math.prod(strides)
     outputs, inputs = kernel.shape[0] / groups, kernel.shape[1] * phases
-    frequencies = math.prod(n / s + k / s for n, k, s in zip(size, kernel.shape[2:], strides, strict=True)) / 2.0
     small, large = min(outputs, inputs), max(outputs, inputs)
-    return groups * frequencies * 4.0 * small * small * (large + small)
+    taps = [-(-k // s) for k, s in zip(kernel.shape[2:], strides, strict=True)]
+    frequencies = math.prod(n / s + k for n, s, k in zip(size, strides, taps, strict=True)) / 2.0
+    lags = math.prod(2 * k - 1 for k in taps) / 2.0
+    factorisations = frequencies * small * small * (4.0 * small + 2.0 * lags)
+    return groups * (factorisations + lags * math.prod(taps) * large * small * small)
 
 
 def circular_norm_bound(
@@ -160,7 +164,7 @@ def torus_norm_bound(kernel: Array, torus: Sequence[int], window: Sequence[int] 
 
     Proof by Cholesky, as in `spectral_norm_bound`: `s I - K^* K` factorised for each frequency. Complex products are
     off by at most `gamma_4n` in place of `gamma_n` (Higham 2002, lemma 3.5). Conjugate frequencies have equal norms,
-    so that half of them suffices.
+    so that half of them suffices. Axes: D lags, F frequencies.
 
     With a `window` the bound is that of images which vanish outside of it, and lower: let `P` restrict to the window
     and `B` be a convolution with `P B P >= 0`; then `P K^*K P <= P (K^*K + B) P`, and the norm on the torus of
@@ -181,36 +185,28 @@ def torus_norm_bound(kernel: Array, torus: Sequence[int], window: Sequence[int] 
         # The adjoint has the same norm and the smaller Gram matrix, but its images have another window.
         kernel, window = np.swapaxes(kernel, 0, 1), None
     n_out, n_in = kernel.shape[:2]
-    taps = kernel.reshape(n_out * n_in, -1)
-    # |error of an entry of the symbol| <= gamma * sum |K_t|: the sum, and for each axis some 20 u of a cosine and sine
-    # whose argument is reduced exactly in integers first.
-    gamma_entry = gamma_up(8 * (taps.shape[1] + 16))
-    symbol_error = mul_up(gamma_entry, norm_up(np.abs(taps).sum(axis=1)), 1.0 + 2.0**-30)
-    frobenius = add_up(norm_up(np.abs(taps).sum(axis=1)), symbol_error)
+    n_taps = math.prod(kernel.shape[2:])
+    frobenius = norm_up(np.abs(kernel.reshape(n_out * n_in, -1)).sum(axis=1) * (1.0 + 2.0**-40))
     frequencies = _half_of_the_frequencies(torus)
-    phases = _phase_factors(kernel.shape[2:], torus, frequencies)
+    grams = _grams(kernel, frequencies, torus)
     correction = np.zeros(len(frequencies))
     correction_error = 0.0
     if window is not None and n_in <= _CHANNELS_OF_A_CORRECTION:
-        spectrum = np.concatenate(
-            [
-                _largest_eigenvalues(_gram(taps, phases[block], n_out, n_in))
-                for block in _blocks(phases, max(n_out, n_in))
-            ]
-        )
+        blocks = _blocks(len(frequencies), n_in)
+        spectrum = np.concatenate([_largest_eigenvalues(grams.at(block)) for block in blocks])
         correction, correction_error = _window_correction(spectrum, frequencies, torus, window)
+    # An entry of a Gram matrix is a sum over outputs, taps and lags of products with a cosine and a sine, which are off
+    # by less than 64 u; its terms' absolute values add up to those of (sum |K_t|)^T (sum |K_t|).
+    terms = n_out * n_taps + 4 * len(grams.lags) + 128
     gram_error = add_up(
-        mul_up(gamma_up(4 * (n_out + 2)), frobenius, frobenius), mul_up(16.0 * n_out * n_in, SMALLEST_NORMAL)
+        mul_up(4.0, gamma_up(terms), frobenius, frobenius), mul_up(16.0 * n_in * n_in * terms, SMALLEST_NORMAL)
     )
     room = mul_up(16.0 * n_in * FLOAT64.unit_roundoff, frobenius, frobenius)
-    shift = _proved_shift(taps, phases, n_out, n_in, correction, room)
+    shift = _proved_shift(grams, n_in, correction, room)
     if not math.isfinite(shift):
         return mul_up(frobenius, 2.0**exponent)
     gamma = gamma_up(4 * (n_in + 2))
     largest = add_up(shift, float(np.max(np.abs(correction))))
-    if correction.any():
-        # Where the correction is negative, the norm of the symbol itself may exceed the root of the bound.
-        correction_error = add_up(correction_error, mul_up(symbol_error, add_up(mul_up(2.0, frobenius), symbol_error)))
     slack = add_up(
         mul_up(div_up(gamma, down(1.0 - gamma)), float(n_in), add_up(largest, gram_error)),
         mul_up(8.0 * FLOAT64.unit_roundoff, add_up(largest, mul_up(frobenius, frobenius))),
@@ -218,7 +214,59 @@ def torus_norm_bound(kernel: Array, torus: Sequence[int], window: Sequence[int] 
         correction_error,
         mul_up(32.0 * n_in * n_in, SMALLEST_NORMAL),
     )
-    return mul_up(add_up(sqrt_up(add_up(shift, slack)), symbol_error), 2.0**exponent)
+    return mul_up(sqrt_up(add_up(shift, slack)), 2.0**exponent)
+
+
+@dataclass(frozen=True, eq=False)
+class _Grams:
+    """`K^(w)* K^(w) = sum over lags d of R_d exp(-i <w, d>)` with the autocorrelation `R_d = sum_t K_t^T K_(t + d)`.
+
+    A few lags stand for all frequencies: no product of two symbols is needed. `R_-d` is the transpose of `R_d`.
+    """
+
+    middle: Array
+    """`R_0`, I x I."""
+    lags: Array
+    """`R_d` of one of each pair d, -d, flattened: D x I I."""
+    cosines: Array
+    sines: Array
+    """Of `<w, d>`: F x D."""
+
+    def at(self, block: NDArray[np.int64]) -> NDArray[np.complex128]:
+        """The Gram matrices of some frequencies, exactly Hermitian: `F x I x I`."""
+        shape = (len(block), *self.middle.shape)
+        even, odd = ((waves[block] @ self.lags).reshape(shape) for waves in (self.cosines, self.sines))
+        return (self.middle + even + np.swapaxes(even, 1, 2)) - 1j * (odd - np.swapaxes(odd, 1, 2))
+
+
+def _grams(kernel: Array, frequencies: NDArray[np.int64], torus: Sequence[int]) -> _Grams:
+    n_in, size = kernel.shape[1], kernel.shape[2:]
+    middle = np.zeros((n_in, n_in))
+    lags: list[Array] = []
+    waves: list[NDArray[np.complex128]] = []
+    for lag in itertools.product(*(range(-(k - 1), k) for k in size)):
+        if lag < (0,) * len(lag):
+            continue
+        early = tuple(slice(max(0, -d), k - max(0, d)) for d, k in zip(lag, size, strict=True))
+        late = tuple(slice(max(0, d), k - max(0, -d)) for d, k in zip(lag, size, strict=True))
+        left, right = (
+            np.moveaxis(kernel[(slice(None), slice(None), *part)], 1, -1).reshape(-1, n_in) for part in (early, late)
+        )
+        product = left.T @ right
+        if not any(lag):
+            # Mirrored, so that what is factorised is exactly symmetric.
+            middle = np.tril(product) + np.tril(product, -1).T
+            continue
+        lags.append(product.ravel())
+        # The cosine of a sum of angles: by the addition theorem, axis by axis.
+        wave = np.ones(len(frequencies), dtype=np.complex128)
+        for axis, (d, n) in enumerate(zip(lag, torus, strict=True)):
+            cosine, sine = _cosine_and_sine(frequencies[:, axis] * d, n)
+            wave *= cosine + 1j * sine
+        waves.append(wave)
+    wave_FD = np.array(waves).reshape(len(lags), len(frequencies)).T
+    stacked = np.array(lags).reshape(len(lags), n_in * n_in)
+    return _Grams(middle, stacked, np.ascontiguousarray(wave_FD.real), np.ascontiguousarray(wave_FD.imag))
 
 
 _MOST_SHIFTS = 40
@@ -241,18 +289,6 @@ def _cosine_and_sine(turns: NDArray[np.int64], n: int) -> tuple[Array, Array]:
     """Of `2 pi turns / n`, the angle reduced exactly first."""
     angle = 2.0 * np.pi * (np.arange(n) / n)
     return np.cos(angle)[turns % n], np.sin(angle)[turns % n]
-
-
-def _phase_factors(
-    kernel_size: Sequence[int], torus: Sequence[int], frequencies: NDArray[np.int64]
-) -> NDArray[np.complex128]:
-    """`exp(-2 pi i sum_axis w t / n)`, F x T."""
-    positions = np.array(list(itertools.product(*(range(k) for k in kernel_size))), dtype=np.int64)
-    factors = np.ones((len(frequencies), len(positions)), dtype=np.complex128)
-    for axis, n in enumerate(torus):
-        cosine, sine = _cosine_and_sine(np.outer(frequencies[:, axis], positions[:, axis]), n)
-        factors *= cosine - 1j * sine
-    return factors
 
 
 def _window_correction(
@@ -316,38 +352,34 @@ def _smallest_maximum(offsets: Array, terms: Array) -> Array:
     return coefficients * scale
 
 
-def _gram(taps: Array, phases: NDArray[np.complex128], n_out: int, n_in: int) -> NDArray[np.complex128]:
-    symbols = (phases @ taps.T).reshape(-1, n_out, n_in)
-    return np.conj(np.swapaxes(symbols, 1, 2)) @ symbols
+def _blocks(n_frequencies: int, n_in: int) -> list[NDArray[np.int64]]:
+    """Index blocks that keep the Gram matrices of a block below some 32 MB."""
+    n_blocks = max(1, -(-n_frequencies * n_in * n_in // (1 << 21)))
+    return np.array_split(np.arange(n_frequencies), min(n_blocks, n_frequencies))
 
 
-def _blocks(phases: NDArray[np.complex128], entries: int) -> list[NDArray[np.int64]]:
-    """Index blocks that keep the symbols of a block below some 32 MB."""
-    n_blocks = max(1, -(-len(phases) * entries * entries // (1 << 21)))
-    return np.array_split(np.arange(len(phases)), min(n_blocks, len(phases)))
-
-
-def _proved_shift(
-    taps: Array, phases: NDArray[np.complex128], n_out: int, n_in: int, correction: Array, room: float
-) -> float:
+def _proved_shift(grams: _Grams, n_in: int, correction: Array, room: float) -> float:
     """A number s for which `(s - correction) I - K^* K`, as computed, has a Cholesky factor at every frequency.
 
     The blocks of frequencies are looked at side by side on all CPUs. Each starts from what is known so far and goes
     up where the factorisation fails; infinity if none succeeds.
     """
-    blocks = _blocks(phases, max(n_out, n_in))
+    blocks = _blocks(len(correction), n_in)
     # A sample of all frequencies first, so that few blocks have to go up.
-    sample = np.unique(np.linspace(0, len(phases) - 1, 24).astype(np.int64))
-    known = _guess(_gram(taps, phases[sample], n_out, n_in), correction[sample])
+    sample = np.unique(np.linspace(0, len(correction) - 1, 24).astype(np.int64))
+    known = _guess(grams.at(sample), correction[sample])
     lock = threading.Lock()
 
     def look_at(block: NDArray[np.int64]) -> float:
         nonlocal known
-        gram = _gram(taps, phases[block], n_out, n_in)
-        with lock:
-            guess = max(known, _guess(gram, correction[block]))
-            known = guess
-        for factor in (*(2.0**-power for power in (14, 12, 10, 8, 7, 6, 5, 3)), 1.0, 4.0):
+        gram = grams.at(block)
+        guess = known
+        for attempt, factor in enumerate(2.0**-power for power in (14, 14, 12, 10, 8, 7, 6, 5, 3, 0, -2)):
+            if attempt == 1:
+                # What is known so far is too small: only now it pays to look at the spectrum.
+                guess = max(guess, _guess(gram, correction[block]))
+                with lock:
+                    known = max(known, guess)
             shift = add_up(mul_up(guess, 1.0 + factor), room)
             if _factorises(gram, shift - correction[block]):
                 return shift
