@@ -539,6 +539,12 @@ def test_constants_that_runtimes_fold_in_two_ways_are_refused() -> None:
     assert "two ways" in refusal(flat_model(backwards(-100, -200), 4, 4))
     assert "two ways" in refusal(flat_model(backwards(2, 2**63 - 1), 4, 4))
     assert "24 bits" in refusal(flat_model(product, 4, 4))
+
+    def cast(b: GraphBuilder, x: str) -> str:
+        number = b.one("Cast", b.constant(np.array(1e20)), to=TensorProto.INT32)
+        return b.one("Add", x, b.one("Cast", number, to=TensorProto.DOUBLE))
+
+    assert "outside of the integers" in refusal(flat_model(cast, 4, 4))
     model_bytes = flat_model(backwards(-1, -(2**63)), 4, 4)
     assert run(model_bytes, np.zeros((1, 4)))[0, 0] == 9.0
     assert certify(model_bytes).lipschitz_bound == 1.0

@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 from jaxtyping import Float64
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from service.certificate import rearrangements, resizing, rules, smooth, spatial, squares
@@ -238,6 +238,16 @@ def _check_fold(node: Node, inputs: Sequence[Constant | None]) -> None:
             raise Refusal(f"attribute {name} must be 0 or 1")
     arrays = [None if value is None else value.array for value in inputs]
     data = arrays[0] if arrays else None
+    if node.operator == "Cast" and data is not None and data.dtype.kind == "f":
+        target = helper.tensor_dtype_to_np_dtype(int_attribute(node, "to", 0))
+        if target.kind in "iu":
+            limits = np.iinfo(target)
+            whole = np.trunc(data.astype(np.float64))
+            # The largest integer itself may not be a float64, the one after it is.
+            if not ((whole >= float(limits.min)) & (whole < float(limits.max) + 1.0)).all():
+                raise Refusal(
+                    "a constant outside of the integers that it is cast to: each processor makes its own of it"
+                )
     if node.operator in ("ReduceProd", "Div", "Mod") and data is not None:
         if node.operator != "ReduceProd":
             if arrays[1] is not None and not arrays[1].all():
