@@ -80,11 +80,12 @@ def power_iteration(matrix_MN: np.ndarray) -> float:
 
 
 def torus_by_power_iteration(kernel: np.ndarray, torus: Any, window: Any = None) -> float:
-    symbols = (
-        convolutions._phase_factors(kernel.shape[2:], torus, convolutions._half_of_the_frequencies(torus))
-        @ kernel.reshape(kernel.shape[0] * kernel.shape[1], -1).T
-    )
-    return max(power_iteration(symbol.reshape(kernel.shape[:2])) for symbol in symbols)
+    wrapped = np.zeros((*kernel.shape[:2], *torus))
+    for tap in np.ndindex(*kernel.shape[2:]):
+        place = tuple(t % n for t, n in zip(tap, torus, strict=True))
+        wrapped[(slice(None), slice(None), *place)] += kernel[(slice(None), slice(None), *tap)]
+    symbols = np.fft.fftn(wrapped, axes=tuple(range(2, wrapped.ndim))).reshape(*kernel.shape[:2], -1)
+    return max(power_iteration(symbols[..., f]) for f in range(symbols.shape[-1]))
 
 
 def circular_of_the_image(kernel: np.ndarray, torus: Any, window: Any = None) -> float:
