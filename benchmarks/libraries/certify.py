@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soundness import document
+from models.export import code_version
 from service.certificate import UnsupportedGraphError, certify
 
 WITHIN = 1.02
@@ -189,6 +190,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the section of benchmarks/SOUNDNESS.md")
     arguments = parser.parse_args()
     claims = json.loads((arguments.folder / "claims.json").read_text(encoding="utf-8"))
+    # Before anything is written: the file that is written is part of the tree.
+    code = code_version()
     rows: list[Row] = []
     for name, entry in claims["networks"].items():
         results = [result_of(form, arguments.folder, file) for form, file in entry["files"].items()]
@@ -196,7 +199,7 @@ def main() -> int:
         print(name, [result.lipschitz_bound or result.why_not[:60] for result in results], flush=True)
     if arguments.write:
         text = section(rows, claims["versions"])
-        made = document.provenance("make libraries")
+        made = document.provenance("make libraries", code)
         document.write_section("libraries", "libraries", f"{text}\n{made}\n")
     for row in rows:
         for result in row.loose:
