@@ -35,7 +35,7 @@ BOUND_TOLERANCE = 1e-3
 """How far the proved bound may lie above the declared one, relative; more means a layer is misstated."""
 GRADIENT_TOLERANCE = 1e-9
 """Largest absolute difference between transport gradient and autograd, both float64, gradients of order 1."""
-MEASURED_AT_ONCE = 1000
+MEASURED_AT_ONCE = 250
 """Test images in one batch."""
 PROBES = 64
 """Random images on which graph and network are compared."""

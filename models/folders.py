@@ -142,7 +142,10 @@ def _files_of_classes(folder: Path, wanted: Sequence[str] | None) -> dict[str, l
         entries = _entries(path)
         nested = next((entry for entry in entries if entry.is_dir()), None)
         if nested is not None:
-            raise DataError(f"{nested} is a folder inside of the class {label}: put its images directly into {path}")
+            raise DataError(
+                f"{nested} is a folder inside of the class {label}: put its images directly into {path}, or name "
+                f"{path} with --data if that is the data set"
+            )
         if not entries:
             raise DataError(f"the class {label} is empty: put images into {path}, or remove it")
         files[label] = entries

@@ -246,7 +246,7 @@ RECIPES: dict[str, AnyRecipe] = {
             dataset="cifar10",
             network=Network(widths=(512, 512), stem_channels=(32, 64), parametrisation="stiefel"),
             loss=_radius_loss(min_margin=0.4, alpha=10.0, accuracy_alpha=20.0, accuracy_margin=0.15),
-            schedule=Schedule(epochs=16, batch_size=512, learning_rate=8e-3, rotation_rate=0.05),
+            schedule=Schedule(epochs=20, batch_size=512, learning_rate=8e-3, rotation_rate=0.05),
             epsilons=(36 / 255, 72 / 255, 108 / 255),
             augment=_COLOUR,
         ),

@@ -133,7 +133,7 @@ def _train_images(recipe: ImageRecipe, setting: _Setting) -> str:
         )
     except OSError as error:
         raise TrainingError(
-            f"the artefact {folder} cannot be written ({error.strerror}); what is trained is in {run.checkpoints}: "
+            f"the artefact {folder} cannot be written ({error.strerror}); the checkpoints are in {run.checkpoints}: "
             "make room or mend the folder, then run the same command with --resume"
         ) from error
     certified = ", ".join(f"{v:.2%} at {e:g}" for e, v in measured.certified_accuracy.items())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import json
 import logging
 import math
@@ -419,15 +420,14 @@ class _Session:
         path = self.run.checkpoints / name
         temporary = path.with_suffix(".tmp")
         try:
-            self.run.checkpoints.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            _write_whole(state, temporary, path)
         except (OSError, RuntimeError) as error:  # torch's writer wraps what the file raises
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            best = self.run.checkpoints / "best.pt"
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if full and name == "last.pt" and best.exists():
+                log.warning("%s cannot be written (%s): best.pt is deleted to make room for it", path, error)
+                best.unlink()
+                return self.save(name)
             last = self.run.checkpoints / "last.pt"
             kept = f"{last} is the one before" if last.exists() else "none was written before"
             raise CheckpointError(
@@ -465,6 +465,7 @@ class _Session:
         folder = next(place for place in (folder, *folder.parents) if place.exists())
         # Weights, their average and at most two moments; last, best and the one that is being written.
         needed = 3 * 4 * sum(parameter.nbytes for parameter in self.network.parameters())
+        needed -= sum(file.stat().st_size for file in self.run.checkpoints.glob("*.pt"))
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise CheckpointError(
@@ -512,6 +513,20 @@ class _Session:
             f"{what} in epoch {self.epoch + 1}, step {self.step + 1}; {kept}. "
             "Lower schedule.learning_rate or check the data"
         )
+
+
+def _write_whole(state: Mapping[str, Any], temporary: Path, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

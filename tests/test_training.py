@@ -237,25 +237,38 @@ def test_full_disk_during_training_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = fit(small_network(), small_run(tmp_path / "whole")).network
-    really_save, saved = torch.save, 0
+    really_save, full = torch.save, False
 
     def save_or_fail(state: Any, file: Any) -> None:
-        nonlocal saved
-        saved += 1
-        if saved > 2:
+        nonlocal full
+        if full:
             file.write(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
         really_save(state, file)
+        full = file.name.endswith("best.tmp")
 
     monkeypatch.setattr(torch, "save", save_or_fail)
     run = small_run(tmp_path / "full")
     assert_equal_networks(whole, fit(small_network(), run).network)
     assert "No space left on device" in caplog.text
     assert "training goes on without it" in caplog.text
-    assert {path.name for path in run.checkpoints.iterdir()} == {"last.pt", "best.pt"}
+    assert {path.name for path in run.checkpoints.iterdir()} == {"last.pt"}
     # What was written before is whole: a new process goes on from it.
     monkeypatch.setattr(torch, "save", really_save)
     assert_equal_networks(whole, fit(small_network(), run, resume=True).network)
+
+
+def test_best_checkpoint_makes_room_for_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_save = torch.save
+
+    def save_one_beside_the_last(state: Any, file: Any) -> None:
+        if (tmp_path / "best.pt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really_save(state, file)
+
+    monkeypatch.setattr(torch, "save", save_one_beside_the_last)
+    fit(small_network(), small_run(tmp_path))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == EPOCHS
 
 
 def test_disk_without_room_for_the_checkpoints_is_refused_before_training(
