@@ -98,16 +98,20 @@ def evaluate(
     data: Annotated[
         Path, typer.Option(help="Folder of the data set that the card names, as it was given to `train`.")
     ] = Path("data"),
-    attacks: Annotated[bool, typer.Option(help="Run DeepFool, PGD and Carlini-Wagner inside the radius.")] = True,
-    n_attack: Annotated[int, typer.Option(min=1, help="Attack the first so many test images.")] = 1000,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images; the card stays.")] = None,
+    attacks: Annotated[bool, typer.Option(help="Attack by foolbox and ART, inside the radius and beyond.")] = True,
+    n_attack: Annotated[
+        int | None, typer.Option(min=1, help="Attack so many images, evenly spaced; by default 1000, or all of fewer.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many images, evenly spaced; the card stays.")
+    ] = None,
     provider: Annotated[ProviderName, typer.Option(help="auto: CUDA where there is one.")] = ProviderName.AUTO,
     threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; ARTEFACT/report by default.")] = None,
 ) -> None:
-    """Measure an artefact as it is served; write its report and its card."""
+    """Measure an artefact as it is served; write its report and its card. After Ctrl-C the same command goes on."""
     from models.data import DataError
-    from models.evaluation import EvaluationError
+    from models.evaluation import EvaluationError, EvaluationInterrupted
     from models.evaluation import evaluate as evaluate_artefact
     from service.artefact import ArtefactError
 
@@ -122,6 +126,9 @@ def evaluate(
             threads=threads,
             out=out,
         )
+    except EvaluationInterrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        raise typer.Exit(INTERRUPTED) from interruption
     except (ArtefactError, DataError, EvaluationError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

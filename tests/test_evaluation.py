@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Graphs, card_for, linear, load, random_groupsort
+from builders import Graphs, card_for, load, random_groupsort
 
 pytest.importorskip("foolbox")
 pytest.importorskip("matplotlib")
@@ -19,9 +18,17 @@ from typer.testing import CliRunner  # noqa: E402
 
 from models import attacks, evaluation  # noqa: E402
 from models.__main__ import app  # noqa: E402
-from models.attacks import ServedModel, exact_distance, judge, run_attacks  # noqa: E402
+from models.attacks import AttackResult, CertificateRefutedError  # noqa: E402
 from models.data import DataSet, LabelledImages  # noqa: E402
-from models.evaluation import EvaluationError, Measured, count_nearer_than_radius, evaluate, summarise  # noqa: E402
+from models.evaluation import (  # noqa: E402
+    EvaluationError,
+    EvaluationInterrupted,
+    Measured,
+    count_nearer_than_radius,
+    evaluate,
+    summarise,
+    summarise_attacks,
+)
 from models.recipes import DataOptions  # noqa: E402
 from service.artefact import read_card, write_artefact  # noqa: E402
 
@@ -54,19 +61,6 @@ def artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "small"
 
 
-def test_served_model_has_the_gradient_of_the_graph() -> None:
-    classifier = load(random_groupsort(0))
-    image = torch.rand(3, 1, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(ServedModel(classifier), (image,), eps=1e-6, atol=1e-6)
-
-
-def test_served_model_of_one_output_has_two_logits() -> None:
-    classifier = load(random_groupsort(0, n_outputs=1))
-    image = torch.rand(3, 1, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert ServedModel(classifier)(image).shape == (3, 2)
-    assert torch.autograd.gradcheck(ServedModel(classifier), (image,), eps=1e-6, atol=1e-6)
-
-
 def test_evaluation_writes_report_and_card(artefact: Path) -> None:
     text = evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
     card = read_card(artefact)
@@ -74,14 +68,20 @@ def test_evaluation_writes_report_and_card(artefact: Path) -> None:
     assert card.accuracy == card.evaluation["accuracy"]
     assert [entry.epsilon for entry in card.certified_accuracy] == EPSILONS
     assert {entry.n for entry in card.certified_accuracy} == {12}
-    assert [entry["name"] for entry in card.attacks] == ["DeepFool", "PGD"]
+    assert [entry["name"] for entry in card.attacks] == ["DeepFool", "PGD", "union"]
+    assert all(entry["n"] == 4 for entry in card.attacks)
+    assert 0 < card.evaluation["tightness"]["median"] <= 1
+    assert set(card.evaluation["tightness"]["quantiles"]) == {"0.05", "0.25", "0.5", "0.75", "0.95"}
     assert all(entry["successes"] == 0 for entry in card.attacks)
     assert card.evaluation["counterfactuals"]["nearer_than_radius"] == 0
     assert card.evaluation["counterfactuals"]["other_class_when_posted_back"] == 0
     report = artefact / "report"
     assert json.loads((report / "evaluation.json").read_text())["n"] == 12
     assert (report / "evaluation.md").read_text() == text
-    for plot in ("certified_accuracy.png", "counterfactuals.png"):
+    assert not (report / ".partial").exists()
+    for plot in ("certified_accuracy", "radii", "tightness", "counterfactuals", "saliency"):
+        plot = f"{plot}.png"
+        assert f"({plot})" in text
         assert (report / plot).read_bytes().startswith(b"\x89PNG")
 
 
@@ -94,9 +94,115 @@ def test_limited_evaluation_leaves_the_card_alone(artefact: Path, tmp_path: Path
 
 def test_evaluation_without_attacks_keeps_those_of_the_card(artefact: Path) -> None:
     evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
-    attacked = read_card(artefact).attacks
+    before = read_card(artefact)
+    assert before.evaluation is not None
     evaluate(artefact, Path("unused"), attacks=False, provider="cpu")
-    assert read_card(artefact).attacks == attacked
+    after = read_card(artefact)
+    assert after.evaluation is not None
+    assert after.attacks == before.attacks
+    assert after.evaluation["tightness"] == before.evaluation["tightness"]
+
+
+def test_interrupted_evaluation_goes_on_where_it_stopped(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack, ran = attacks._Target.attack, list[str]()
+
+    def interrupted(target: attacks._Target, parameters: object, seed: int) -> object:
+        if target.attack_name == "PGD":
+            raise KeyboardInterrupt
+        return attack(target, parameters, seed)  # type: ignore[arg-type]
+
+    def counted(target: attacks._Target, parameters: object, seed: int) -> object:
+        ran.append(target.attack_name)
+        return attack(target, parameters, seed)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attacks._Target, "attack", interrupted)
+    before = read_card(artefact)
+    with pytest.raises(EvaluationInterrupted, match=r"2 parts are kept in .*same command again"):
+        evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
+    assert read_card(artefact) == before
+    monkeypatch.setattr(attacks._Target, "attack", counted)
+    monkeypatch.setattr(evaluation, "_measure_part", lambda *_: pytest.fail("the counterfactuals were kept"))
+    evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
+    assert ran == ["PGD"]
+
+
+def test_results_are_the_same_after_an_interruption(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> dict[str, object]:
+        evaluation = read_card(artefact).evaluation
+        assert evaluation is not None
+        return {key: value for key, value in evaluation.items() if key not in ("environment", "code_version")}
+
+    evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
+    at_once = results()
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "union", lambda results: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(EvaluationInterrupted):
+            evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
+    evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
+    assert results() == at_once
+
+
+def test_partial_results_of_another_artefact_are_measured_again(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "run_attacks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(EvaluationInterrupted):
+            evaluate(artefact, Path("unused"), provider="cpu")
+    measured, measure = list[int](), evaluation._measure_part
+    monkeypatch.setattr(evaluation, "_measure_part", lambda *a: measured.append(1) or measure(*a))
+    write_digit_classifier(artefact, random_groupsort(1))
+    evaluate(artefact, Path("unused"), attacks=False, provider="cpu")
+    assert measured == [1]
+
+
+def test_refuted_certificate_is_an_error_with_both_images(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, found = np.zeros((1, 4, 4)), np.ones((1, 4, 4))
+
+    def refute(*_: object, **__: object) -> None:
+        raise CertificateRefutedError("PGD", image, found, 0, 1, 9.0)
+
+    monkeypatch.setattr(attacks, "run_attacks", refute)
+    with pytest.raises(EvaluationError, match=r"REFUTED: PGD found.*class 1 at distance 4\.0"):
+        evaluate(artefact, Path("unused"), provider="cpu")
+    with np.load(artefact / "report" / "refuted.npz") as evidence:
+        assert np.array_equal(evidence["image"], image)
+        assert np.array_equal(evidence["found"], found)
+    assert not (artefact / "report" / "evaluation.md").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("n_attack", 13), ("limit", 13)])
+def test_more_images_than_there_are_is_an_error(artefact: Path, option: str, value: int) -> None:
+    with pytest.raises(EvaluationError, match=f"--{option.replace('_', '-')} 13 asks for more than the 12 images"):
+        evaluate(artefact, Path("unused"), provider="cpu", **{option: value})  # type: ignore[arg-type]
+
+
+def test_attacked_images_are_spread_over_a_set_that_is_sorted_by_class() -> None:
+    assert evaluation._spread(4, 12, "--n-attack").tolist() == [0, 3, 6, 9]
+    assert evaluation._spread(12, 12, "--n-attack").tolist() == list(range(12))
+
+
+def test_missing_library_is_an_error_that_says_how_to_install_it(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = attacks.util.find_spec
+    monkeypatch.setattr(attacks.util, "find_spec", lambda name: None if name == "art" else find(name))
+    with pytest.raises(EvaluationError, match=r"adversarial-robustness-toolbox.*\[evaluate\].*--no-attacks"):
+        evaluate(artefact, Path("unused"), provider="cpu")
+    evaluate(artefact, Path("unused"), attacks=False, provider="cpu")
+
+
+def test_folder_that_cannot_be_written_is_an_error_of_the_evaluation(artefact: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match=r"cannot be written.*--out"):
+        evaluate(artefact, Path("unused"), attacks=False, provider="cpu", out=tmp_path / "file")
+
+
+def test_command_ends_with_130_when_it_is_interrupted(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_measure_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    result = CliRunner().invoke(app, ["evaluate", str(artefact), "--provider", "cpu"])
+    assert result.exit_code == 130
+    assert "same command again" in result.output
 
 
 def test_artefact_whose_card_names_no_images_is_refused(artefact: Path, tmp_path: Path) -> None:
@@ -159,47 +265,28 @@ def test_counterfactual_nearer_than_the_radius_is_counted() -> None:
         assert count_nearer_than_radius(forged) == 1
 
 
-def test_attack_that_succeeds_is_counted() -> None:
-    """With a radius that is too large the attacks succeed: the count of zero means something."""
-    classifier = load(linear(np.stack([np.ones(4), -np.ones(4)]) / 2, np.zeros(2), (1, 2, 2)))
-    image = np.full((1, 1, 2, 2), 0.5)
-    class_id, radius = np.array([0]), np.array([1.0])
-    found = np.full((1, 1, 2, 2), 0.5)
-    found[0, 0] = [[0.9, 0.9], [0.9, 0.9]]
-    assert judge(classifier.classify, image, found, class_id, radius) == (0, [])
-    wrong = partial(judge, classifier.classify, image, class_id_N=np.array([1]))
-    assert wrong(found, radius_N=radius)[0] == 1
-    # Found outside the ball, pulled back inside it.
-    assert wrong(found, radius_N=np.array([0.1]))[0] == 1
+def test_robust_accuracy_lies_above_certified_accuracy_and_tightness_is_the_quotient() -> None:
+    measured = _measured()
+    radius = np.array([prediction.radius for prediction in measured.predictions])
+    chosen = np.array([0, 2, 4, 5])
+    distance = np.array([2.0, 4.0, np.inf, 1.0]) * radius[chosen]
+    nearest = AttackResult("union", "", {}, distance, radius[chosen])
+    between = float(1.5 * radius[chosen[0]])
+    figures = summarise_attacks(measured, chosen, nearest, [0.0, between, 1e9])
+    assert [entry["certified"] for entry in figures["robust_accuracy"]] == [
+        1.0,
+        np.mean(radius[chosen] > between),
+        0.0,
+    ]
+    assert [entry["under_attack"] for entry in figures["robust_accuracy"]] == [1.0, np.mean(distance > between), 0.25]
+    assert figures["tightness"]["n"] == 3
+    assert figures["tightness"]["median"] == pytest.approx(0.5)
 
 
-def test_every_attack_runs_and_none_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attacks, "_CARLINI_WAGNER", attacks._CARLINI_WAGNER | {"steps": 5, "binary_search_steps": 2})
-    monkeypatch.setitem(attacks.ATTACKS, "Carlini-Wagner", attacks._CARLINI_WAGNER | {"steps": 5})
-    classifier = load(random_groupsort(2, n_outputs=4))
-    image = np.random.default_rng(0).integers(0, 256, (6, 1, 4, 4)) / 255
-    results = run_attacks(classifier, image, progress=False)
-    assert [result.name for result in results] == ["DeepFool", "PGD", "Carlini-Wagner"]
-    assert all(result.successes == 0 for result in results)
-    assert all(result.n == 6 for result in results)
-
-
-def test_descent_uses_the_whole_ball_and_no_more() -> None:
-    classifier = load(linear(np.stack([np.ones(16), -np.ones(16)]) / 4, np.zeros(2), (1, 4, 4)))
-    image = np.full((2, 1, 4, 4), 0.6)
-    radius = np.array([0.2, 0.4])
-    found = attacks._attack(
-        "PGD",
-        attacks._PGD,
-        attacks.PyTorchModel(ServedModel(classifier).eval(), bounds=(0, 1), device="cpu"),
-        image,
-        np.array([0, 0]),
-        radius,
-    )
-    for n in range(2):
-        assert 0.99 * radius[n] < exact_distance(image[n], found[n]) <= attacks.INSIDE * radius[n] * (1 + 1e-9)
-
-
-def test_distance_is_exact_for_numbers_that_cancel() -> None:
-    image = np.array([1e8, 1.0, 1e-8])
-    assert exact_distance(np.add(image, [3.0, 4.0, 0.0]), image) == pytest.approx(5.0, rel=1e-15)
+def test_wrong_answer_is_robust_at_no_epsilon() -> None:
+    measured = _measured()
+    wrong = replace(measured, label_N=(measured.label_N + 1) % 3)
+    radius = np.array([prediction.radius for prediction in measured.predictions])
+    nearest = AttackResult("union", "", {}, np.full(6, np.inf), radius)
+    (entry,) = summarise_attacks(wrong, np.arange(6), nearest, [0.0])["robust_accuracy"]
+    assert entry == {"epsilon": 0.0, "certified": 0.0, "under_attack": 0.0, "n": 6}

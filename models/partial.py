@@ -1,0 +1,93 @@
+"""What a long measurement has so far: parts on disk, each under the settings that made it.
+
+A part is found again only under the very same settings (digests of the graphs and of the images among them), so that
+a stale one is never read: it is measured again. Each file appears whole or not at all, also after a crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class PartialResults:
+    """Parts of one measurement in one folder, which git ignores."""
+
+    folder: Path
+
+    def part(self, settings: Mapping[str, Any], measure: Callable[[], Arrays]) -> Arrays:
+        """The arrays that were kept under `settings`, else those that `measure` gives, which are then kept.
+
+        Args:
+            settings: everything the arrays depend on; JSON values.
+            measure: gives arrays of numbers (no objects) by name.
+
+        Raises:
+            OSError: the part cannot be written (a full disk, no permission).
+        """
+        path = self._path(settings)
+        kept = _read(path)
+        if kept is None:
+            kept = measure()
+            self._write(path, kept)
+        return kept
+
+    def count(self) -> int:
+        """Number of parts that are kept."""
+        return len(list(self.folder.glob("*.npz")))
+
+    def discard(self) -> None:
+        """Forget all parts: the measurement is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, settings: Mapping[str, Any]) -> Path:
+        return self.folder / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]}.npz"
+
+    def _write(self, path: Path, arrays: Arrays) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / ".gitignore").write_text("*\n")
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+                file.close()
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+
+def digest_of(*arrays: np.ndarray) -> str:
+    """`sha256:<hex>` of shapes, types and contents."""
+    state = hashlib.sha256()
+    for array in arrays:
+        state.update(f"{array.dtype.str}{array.shape}".encode())
+        state.update(np.ascontiguousarray(array).tobytes())
+    return f"sha256:{state.hexdigest()}"
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        # Opened here, for np.load leaves the file open where its content is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+            return {name: kept[name] for name in kept.files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        log.warning("%s cannot be read (%s): this part is measured again", path, error)
+        return None
