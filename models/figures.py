@@ -168,8 +168,8 @@ def plot_counterfactuals(panels: Sequence[Panel], path: Path) -> None:
         bar.ax.tick_params(labelsize=7)
         note = ""
     else:
-        note = f" (mid-grey: no change; black and white: {largest:.2g} of a channel in [0, 1])"
-    figure.suptitle(f"Image, difference{note}, counterfactual. Radius and distance: {UNIT}", fontsize=9)
+        note = f"\nDifference: mid-grey is none, black and white are {largest:.2g} of a channel in [0, 1]"
+    figure.suptitle(f"Image, difference, counterfactual. Radius and distance: {UNIT}{note}", fontsize=9)
     _save(figure, path)
 
 
