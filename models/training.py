@@ -181,16 +181,9 @@ def objective_of(loss: Loss) -> Objective:
                     accuracy_alpha=loss.accuracy_alpha,
                     accuracy_margin=loss.accuracy_margin,
                 )
-            case "soft_hkr":
-                value = losses.soft_hkr_loss(
-                    both_logits(logits),
-                    labels,
-                    alpha=loss.alpha,
-                    min_margin=loss.min_margin,
-                    temperature=loss.temperature,
-                )
-            case "lse_hkr":
-                value = losses.lse_hkr_loss(
+            case "soft_hkr" | "lse_hkr":
+                smooth = losses.soft_hkr_loss if loss.kind == "soft_hkr" else losses.lse_hkr_loss
+                value = smooth(
                     both_logits(logits),
                     labels,
                     alpha=loss.alpha,
