@@ -107,15 +107,12 @@ def convolution_cost(kernel: Array, size: Sequence[int], strides: Sequence[int],
     return groups * (factorisations + lags * math.prod(taps) * large * small * small)
 
 
-def circular_norm_bound(
-    kernel: Array, size: Sequence[int], strides: Sequence[int], dilations: Sequence[int], groups: int
-) -> float:
+def circular_norm_bound(kernel: Array, size: Sequence[int], strides: Sequence[int], groups: int) -> float:
     """Upper bound of the L2 norm of the circular convolution of an image of `size`, which the strides divide."""
     torus = [n // s for n, s in zip(size, strides, strict=True)]
     channels_out = kernel.shape[0] // groups
-    spread = dilated(kernel, dilations)
     return max(
-        torus_norm_bound(_in_phases(spread[g * channels_out : (g + 1) * channels_out], strides), torus)
+        torus_norm_bound(_in_phases(kernel[g * channels_out : (g + 1) * channels_out], strides), torus)
         for g in range(groups)
     )
 

@@ -124,7 +124,7 @@ def conv(context: Context, node: Node, inputs: Operands) -> list[Value]:
             terms=terms,
             convolution=convolution,
             others=[
-                (_circular_bound(context, view, kernel, strides, dilations, groups, pads), _CIRCULAR),
+                (math.inf if np.any(pads) else _circular_bound(context, view, convolution), _CIRCULAR),
                 (_patch_bound(view, kernel, strides, dilations, groups, pads), _PATCHES),
             ],
         )
@@ -135,29 +135,21 @@ _CIRCULAR = "Circular convolution: the largest norm of its symbol on the torus o
 _PATCHES = "Kernel as a matrix W on patches, an element in at most m of them: ||W||_2 sqrt(m)."
 
 
-def _circular_bound(
-    context: Context,
-    view: View,
-    kernel: Array,
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    groups: int,
-    pads: Sequence[tuple[int, int]],
-) -> float:
+def _circular_bound(context: Context, view: View, convolution: Convolution) -> float:
     """Lipschitz bound of a convolution of an image that wrap padding has made periodic; infinity for another image.
 
     A circular convolution on n points is block-diagonal in the frequencies of the torus of n points itself.
     """
     periods = [_period(view.index, axis) for axis in range(1, len(view.shape))]
-    if any(low or high for low, high in pads) or tuple(periods) == view.shape[1:]:
+    if tuple(periods) == view.shape[1:]:
         return math.inf
-    extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilations, strict=True)]
-    for n, k, s, period in zip(view.shape[1:], extent, strides, periods, strict=True):
+    kernel, strides = convolution.kernel, convolution.strides
+    for n, k, s, period in zip(view.shape[1:], kernel.shape[2:], strides, periods, strict=True):
         # Each result of the torus is read once at most.
         if period % s or (n - k) // s + 1 > period // s:
             return math.inf
     core = view.rearranged(view.index[(slice(None), *(slice(0, period) for period in periods))])
-    norm = circular_norm_bound(kernel, periods, strides, dilations, groups)
+    norm = circular_norm_bound(kernel, periods, strides, convolution.groups)
     return mul_up(norm, context.domain.joint(core).lipschitz)
 
 
