@@ -255,12 +255,7 @@ def _grams(kernel: Array, frequencies: NDArray[np.int64], torus: Sequence[int]) 
             middle = np.tril(product) + np.tril(product, -1).T
             continue
         lags.append(product.ravel())
-        # The cosine of a sum of angles: by the addition theorem, axis by axis.
-        wave = np.ones(len(frequencies), dtype=np.complex128)
-        for axis, (d, n) in enumerate(zip(lag, torus, strict=True)):
-            cosine, sine = _cosine_and_sine(frequencies[:, axis] * d, n)
-            wave *= cosine + 1j * sine
-        waves.append(wave)
+        waves.append(_wave(frequencies, lag, torus))
     wave_FD = np.array(waves).reshape(len(lags), len(frequencies)).T
     stacked = np.array(lags).reshape(len(lags), n_in * n_in)
     return _Grams(middle, stacked, np.ascontiguousarray(wave_FD.real), np.ascontiguousarray(wave_FD.imag))
@@ -282,10 +277,14 @@ def _half_of_the_frequencies(torus: Sequence[int]) -> NDArray[np.int64]:
     return np.array(chosen, dtype=np.int64)
 
 
-def _cosine_and_sine(turns: NDArray[np.int64], n: int) -> tuple[Array, Array]:
-    """Of `2 pi turns / n`, the angle reduced exactly first."""
-    angle = 2.0 * np.pi * (np.arange(n) / n)
-    return np.cos(angle)[turns % n], np.sin(angle)[turns % n]
+def _wave(frequencies: NDArray[np.int64], shift: Sequence[int], torus: Sequence[int]) -> NDArray[np.complex128]:
+    """`exp(i <w, m>)` of a shift m at each frequency: axis by axis, each angle reduced exactly first."""
+    wave = np.ones(len(frequencies), dtype=np.complex128)
+    for axis, (m, n) in enumerate(zip(shift, torus, strict=True)):
+        angle = 2.0 * np.pi * (np.arange(n) / n)
+        turns = frequencies[:, axis] * m % n
+        wave *= np.cos(angle)[turns] + 1j * np.sin(angle)[turns]
+    return wave
 
 
 def _window_correction(
@@ -301,11 +300,7 @@ def _window_correction(
     shifts = [shift for shift in itertools.product(*reach) if shift > (0,) * len(shift)]
     for shift in sorted(shifts, key=lambda m: sum(k * k for k in m))[:_MOST_SHIFTS]:
         chain = min(-(-n // abs(m)) for n, m in zip(window, shift, strict=True) if m)
-        # The cosine of a sum of angles whose sizes differ: by the addition theorem, axis by axis.
-        wave = np.ones(len(frequencies), dtype=np.complex128)
-        for axis, (m, n) in enumerate(zip(shift, torus, strict=True)):
-            cosine, sine = _cosine_and_sine(frequencies[:, axis] * m, n)
-            wave *= cosine + 1j * sine
+        wave = _wave(frequencies, shift, torus)
         limit = math.cos(math.pi / (chain + 1))
         columns += [limit - wave.real, limit + wave.real]
     if not columns:

@@ -25,7 +25,7 @@ from service.certificate.convolutions import (
 )
 from service.certificate.norms import pairwise_distance_bounds, spectral_norm_bound
 from service.certificate.rounding import FLOAT64, SMALLEST_NORMAL, add_up, gamma_up, mul_up, norm_up, sqrt_up
-from service.certificate.values import Convolution, Domain, Identity, LinearStep, Source, View, identity_of
+from service.certificate.values import Convolution, Domain, Identity, LinearStep, Source, View, identity_of, stand_in
 
 Array = NDArray[np.float64]
 
@@ -110,14 +110,18 @@ class Joint:
 
     def convolution_norm(self, convolution: Convolution, size: Sequence[int]) -> float:
         """`convolution_norm_bound` of images of `size`, each proved once."""
-        key = _norm_key(convolution, size)
+        return self._affordable_norm(convolution, size, cost=0.0)
+
+    def _affordable_norm(self, convolution: Convolution, size: Sequence[int], cost: float) -> float:
+        """The norm, proved once; infinity where it is not known yet and its `cost` is beyond the budget."""
+        digest = hashlib.sha256(np.ascontiguousarray(convolution.kernel).tobytes()).digest()
+        key = digest, convolution.kernel.shape, tuple(size), tuple(convolution.strides), convolution.groups
         if key not in self._norms:
+            if not self._afford(cost, math.inf):
+                return math.inf
             kernel, ones = convolution.kernel, [1] * len(size)
             self._norms[key] = convolution_norm_bound(kernel, size, convolution.strides, ones, convolution.groups)
         return self._norms[key]
-
-    def _known(self, convolution: Convolution, size: Sequence[int]) -> bool:
-        return _norm_key(convolution, size) in self._norms
 
     def _nothing_to_gain(self, step: LinearStep) -> bool:
         if len(step.operands) != 1 or step.operands[0].repetition > 1:
@@ -189,10 +193,10 @@ class Joint:
             return math.inf
         total = 0.0
         for kernel in kernels.values():
-            size = kernel.base.shape[1:]
-            if not self._known(kernel.convolution, size) and not self._afford(kernel.cost, self._left):
+            proved = self._affordable_norm(kernel.convolution, kernel.base.shape[1:], kernel.cost)
+            if math.isinf(proved):
                 return math.inf
-            norm = add_up(self.convolution_norm(kernel.convolution, size), kernel.deviation)
+            norm = add_up(proved, kernel.deviation)
             total = add_up(total, mul_up(norm, self._domain.joint(kernel.base).lipschitz))
         return total
 
@@ -287,10 +291,9 @@ class Joint:
 
     def _gradient_step_of_kernels(self, x: View, step: View, sign: float) -> float:
         # From the result back to the activation, each step by its adjoint: together the adjoint of g.
-        stand_in = View(Source(np.zeros(step.shape), 0.0, 0.0, 0.0), np.arange(step.index.size).reshape(step.shape))
         if len(step.shape) not in (2, 3) or x.shape != step.shape:
             return math.inf
-        back = _Kernel(stand_in, identity_convolution(step.shape, -sign), 0.0)
+        back = _Kernel(stand_in(step.shape), identity_convolution(step.shape, -sign), 0.0)
         view = step
         while view.source.step is not None:
             made = view.source.step
@@ -311,7 +314,7 @@ class Joint:
         one, other = forward.convolution, back.convolution
         if (one.strides, one.offsets, one.groups) != (other.strides, other.offsets, other.groups):
             return math.inf
-        if one.kernel.shape != other.kernel.shape or not self._afford(2.0 * forward.cost, self._left):
+        if one.kernel.shape != other.kernel.shape or not self._afford(2.0 * forward.cost, math.inf):
             return math.inf
         outputs = len(one.kernel)
         first_NH, last_NH = (made.kernel.reshape(outputs, -1).T for made in (one, other))
@@ -352,11 +355,6 @@ def _distance_up(left: Array, right: Array) -> float:
 def _gradient_bound(highest_slope: float, scaled: float, stray: float) -> float:
     excess = add_up(mul_up(highest_slope, scaled, scaled), -1.0)
     return add_up(max(1.0, excess), mul_up(highest_slope, stray))
-
-
-def _norm_key(convolution: Convolution, size: Sequence[int]) -> object:
-    digest = hashlib.sha256(np.ascontiguousarray(convolution.kernel).tobytes()).digest()
-    return digest, convolution.kernel.shape, tuple(size), tuple(convolution.strides), convolution.groups
 
 
 def _plain(source: Source) -> bool:

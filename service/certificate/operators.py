@@ -24,6 +24,7 @@ from service.certificate.values import (
     Squares,
     Value,
     View,
+    seen_whole,
 )
 
 Array = NDArray[np.float64]
@@ -92,8 +93,7 @@ class Context:
         if step is not None:
             lipschitz = self.smaller(lipschitz, self.joint.lipschitz(step, center.shape), _JOINT)
         largest_error = min(error, error_max if error_max is not None else error)
-        made = Source(center, lipschitz, error, largest_error, affine, step, slopes, part)
-        return View(made, np.arange(center.size).reshape(center.shape))
+        return seen_whole(Source(center, lipschitz, error, largest_error, affine, step, slopes, part))
 
 
 Operands = Sequence[Value | None]

@@ -250,10 +250,10 @@ def _coverage(
     kernel: Sequence[int],
     strides: Sequence[int],
     dilations: Sequence[int],
-) -> Array:
+) -> NDArray[np.int64]:
     """Indices into the image (one channel) of each window, -1 for padding: `*out x window`."""
-    positions = np.arange(math.prod(size), dtype=np.float64).reshape(1, *size)
-    return _windows(np.pad(positions, [(0, 0), *pads], constant_values=-1.0), kernel, strides, dilations)[0]
+    positions = np.arange(math.prod(size)).reshape(1, *size)
+    return _windows(np.pad(positions, [(0, 0), *pads], constant_values=-1), kernel, strides, dilations)[0]
 
 
 def _pool_geometry(node: Node, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:
@@ -278,7 +278,7 @@ POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads",
 def pool_windows(node: Node, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], Array]:
     """Positions `C x *out x window` in a flattened `C x *S` image, -1 for padding, and the divisors of their means."""
     kernel, strides, dilations, pads = _pool_geometry(node, shape)
-    one = _coverage(shape[1:], pads, kernel, strides, dilations).astype(np.int64)
+    one = _coverage(shape[1:], pads, kernel, strides, dilations)
     offsets = np.arange(shape[0]).reshape(-1, *[1] * one.ndim) * math.prod(shape[1:])
     divisors = _divisors(node, one >= 0)
     return np.where(one >= 0, one + offsets, -1), np.broadcast_to(divisors, (shape[0], *divisors.shape))
@@ -305,7 +305,7 @@ def max_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
     if not np.isfinite(center).all():
         raise Refusal("a window holds padding only")
     used = _coverage(view.shape[1:], pads, kernel, strides, dilations).ravel()
-    times = float(np.bincount(used[used >= 0].astype(np.int64)).max())
+    times = float(np.bincount(used[used >= 0]).max())
     facts = context.domain.joint(view)
     factor = sqrt_up(times)
     return [context.source(center, mul_up(factor, facts.lipschitz), mul_up(factor, facts.error), view.source.error_max)]
@@ -328,7 +328,7 @@ def average_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
         return _windows(padded, kernel, strides, dilations).sum(axis=-1) / divisors
 
     shares = np.broadcast_to((1.0 / divisors)[..., None], inside.shape)[inside]
-    columns = np.bincount(indices[inside].astype(np.int64), weights=shares)
+    columns = np.bincount(indices[inside], weights=shares)
     # Row sums are at most 1; a column is a sum of at most n quotients, each rounded once.
     column = mul_up(float(columns.max()), 1.0 + 4.0 * (n + 2) * 2.0**-53)
     norm = spread = sqrt_up(column)

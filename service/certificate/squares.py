@@ -32,7 +32,7 @@ from service.certificate.operators import (
 from service.certificate.rounding import FLOAT64, add_up, gamma_up, mul_up, norm_up, sqrt_up
 from service.certificate.rules import grouped_axes, with_axes
 from service.certificate.spatial import POOL_ATTRIBUTES, pool_windows
-from service.certificate.values import Constant, Source, Squares, SquareTerm, Value, View, identity_of
+from service.certificate.values import Constant, Squares, SquareTerm, Value, View, identity_of, stand_in
 
 _ROUNDINGS_OF_POW = 16
 """A runtime's `pow`, for the exponents 2 and 1/2, is taken to be as accurate as this many roundings."""
@@ -120,13 +120,8 @@ def _refuse(context: Context, node: Node, inputs: Operands) -> list[Value]:
 def _rearrange(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """What the operator does to the positions of a tensor, done to the sums of squares."""
     squares = _squares(inputs[0])
-    moved = RULES[node.operator].apply(context, node, [_stand_in(squares.constant.shape), *inputs[1:]])
+    moved = RULES[node.operator].apply(context, node, [stand_in(squares.constant.shape), *inputs[1:]])
     return [_rearranged(squares, view.index) for view in moved if isinstance(view, View)]
-
-
-def _stand_in(shape: tuple[int, ...]) -> View:
-    """A tensor of which only the positions count."""
-    return View(Source(np.zeros(shape), 0.0, 0.0, 0.0), np.arange(math.prod(shape)).reshape(shape))
 
 
 def _squares(value: Value | None) -> Squares:
@@ -277,11 +272,11 @@ def _sign(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 def _reduced(context: Context, node: Node, inputs: Operands, mean: bool) -> list[Value]:
     squares = _squares(inputs[0])
-    stand_in = _stand_in(squares.constant.shape)
-    grouped, axes, keep = grouped_axes(node, [stand_in, *inputs[1:]], stand_in)
+    positions = stand_in(squares.constant.shape)
+    grouped, axes, keep = grouped_axes(node, [positions, *inputs[1:]], positions)
     n = grouped.shape[-1]
     gathered = _gathered(context, squares, grouped.index, np.full(grouped.shape[:-1], 1.0 / n if mean else 1.0))
-    return [_rearranged(gathered, with_axes(_stand_in(gathered.constant.shape), axes, keep).index)]
+    return [_rearranged(gathered, with_axes(stand_in(gathered.constant.shape), axes, keep).index)]
 
 
 def _reduced_mean(context: Context, node: Node, inputs: Operands) -> list[Value]:

@@ -136,6 +136,16 @@ class View:
         return View(self.source, np.array(index, dtype=np.int64, order="C"))
 
 
+def seen_whole(source: Source) -> View:
+    """A source as it stands."""
+    return View(source, np.arange(source.center.size).reshape(source.center.shape))
+
+
+def stand_in(shape: tuple[int, ...]) -> View:
+    """A tensor of which only the positions count."""
+    return seen_whole(Source(np.zeros(shape), 0.0, 0.0, 0.0))
+
+
 @dataclass(frozen=True, eq=False)
 class SquareTerm:
     """`sum over k of weights[p, k] x[positions[p, k]]^2` of the elements x of a view."""
