@@ -68,6 +68,9 @@ class Schedule(_Frozen):
     """Share of the steps in which the learning rate rises."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay for each step of the averaged weights, which are then the ones evaluated and exported."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """`bf16-mixed`: the products of the body in bfloat16, in training alone. Weights, head, loss, evaluation and export
+    keep their precision."""
 
 
 class Network(_Frozen):

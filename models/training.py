@@ -40,8 +40,8 @@ from models.recipes import Augment, Loss, Schedule
 log = logging.getLogger(__name__)
 
 Batch = tuple[Float[Tensor, "N C H W"], Int[Tensor, " N"]]
-Objective = Callable[[LipschitzNetwork, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`(network, images, labels) -> (loss, logits)`."""
+Objective = Callable[[LipschitzNetwork, Tensor, Tensor], Tensor]
+"""`(network, logits_NK, labels_N) -> loss`, of a whole batch."""
 
 
 class TrainingError(Exception):
@@ -164,15 +164,14 @@ class SampledBatches:
 def objective_of(loss: Loss) -> Objective:
     """The function of `models.losses` that a recipe asks for, closed over its parameters."""
 
-    def objective(network: LipschitzNetwork, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = network(images)
+    def objective(network: LipschitzNetwork, logits: Tensor, labels: Tensor) -> Tensor:
         match loss.kind:
             case "kr":
-                value = losses.kr_loss(logits, labels)
+                return losses.kr_loss(logits, labels)
             case "hkr":
-                value = losses.hkr_loss(logits, labels, alpha=loss.alpha, min_margin=loss.min_margin)
+                return losses.hkr_loss(logits, labels, alpha=loss.alpha, min_margin=loss.min_margin)
             case "hkr_margin":
-                value = losses.hkr_margin_loss(
+                return losses.hkr_margin_loss(
                     both_logits(logits),
                     labels,
                     alpha=loss.alpha,
@@ -183,7 +182,7 @@ def objective_of(loss: Loss) -> Objective:
                 )
             case "soft_hkr" | "lse_hkr":
                 smooth = losses.soft_hkr_loss if loss.kind == "soft_hkr" else losses.lse_hkr_loss
-                value = smooth(
+                return smooth(
                     both_logits(logits),
                     labels,
                     alpha=loss.alpha,
@@ -191,10 +190,9 @@ def objective_of(loss: Loss) -> Objective:
                     temperature=loss.temperature,
                 )
             case "margin_cross_entropy":
-                value = losses.margin_cross_entropy_loss(
+                return losses.margin_cross_entropy_loss(
                     both_logits(logits), labels, min_margin=loss.min_margin, temperature=loss.temperature
                 )
-        return value, logits
 
     return objective
 
@@ -341,7 +339,8 @@ class _Session:
         images, labels = self.run.batches.batch(self.epoch, self.step)
         images, labels = images.to(self.run.device), labels.to(self.run.device)
         self.network.zero_grad(set_to_none=True)
-        loss, logits = self.run.objective(self.network, images, labels)
+        logits = self._forward(images)
+        loss = self.run.objective(self.network, logits, labels)
         if not bool(torch.isfinite(loss)):
             raise self._non_finite(f"the loss is {loss.item()}")
         torch.autograd.backward(loss)
@@ -355,6 +354,13 @@ class _Session:
         bar.update()
         if self.step % 10 == 0:
             bar.set_postfix_str(self._running_text(), refresh=False)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """Logits in float32: a margin is a difference of logits, too small for bfloat16."""
+        mixed = self.run.schedule.precision == "bf16-mixed"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=mixed):
+            features = self.network.body(images)
+        return self.network.head(features.float())
 
     def finish_epoch(self) -> None:
         evaluated = self.network_to_evaluate()

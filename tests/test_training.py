@@ -57,11 +57,11 @@ def small_network(parametrisation: Any = "cayley") -> LipschitzNetwork:
     return dense_network((1, 6, 6), (12, 8), 3, parametrisation=parametrisation)
 
 
-def small_run(folder: Path, *, ema_decay: float | None = None) -> Run:
+def small_run(folder: Path, *, ema_decay: float | None = None, precision: Any = "32-true") -> Run:
     return Run(
         batches=ImageBatches(small_set(), BATCH, seed=0, augmentation=AUGMENT),
         objective=objective_of(LOSS),
-        schedule=Schedule(epochs=EPOCHS, batch_size=BATCH, ema_decay=ema_decay),
+        schedule=Schedule(epochs=EPOCHS, batch_size=BATCH, ema_decay=ema_decay, precision=precision),
         checkpoints=folder,
         identity={"recipe": {"epochs": EPOCHS}, "seed": 0},
         device=torch.device("cpu"),
@@ -81,14 +81,14 @@ def interrupt_after(run: Run, steps: int, how: str) -> Run:
     """The same run, cut at the given step by an exception or by a signal."""
     taken = 0
 
-    def objective(network: LipschitzNetwork, images: torch.Tensor, labels: torch.Tensor) -> Any:
+    def objective(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         nonlocal taken
         if taken == steps and how == "crash":
             raise StopHere
         taken += 1
         if taken == steps and how == "signal":
             os.kill(os.getpid(), signal.SIGINT)
-        return run.objective(network, images, labels)
+        return run.objective(network, logits, labels)
 
     return replace(run, objective=objective)
 
@@ -100,17 +100,39 @@ def assert_equal_networks(one: LipschitzNetwork, other: LipschitzNetwork) -> Non
 
 
 @pytest.mark.parametrize("parametrisation", ["cayley", "stiefel"])
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize(("ema_decay", "precision"), [(None, "32-true"), (0.9, "32-true"), (0.9, "bf16-mixed")])
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, parametrisation: str, ema_decay: float | None
+    tmp_path: Path, parametrisation: str, ema_decay: float | None, precision: str
 ) -> None:
-    whole = fit(small_network(parametrisation), small_run(tmp_path / "whole", ema_decay=ema_decay)).network
-    run = small_run(tmp_path / "cut", ema_decay=ema_decay)
+    options = {"ema_decay": ema_decay, "precision": precision}
+    whole = fit(small_network(parametrisation), small_run(tmp_path / "whole", **options)).network
+    run = small_run(tmp_path / "cut", **options)
     with pytest.raises(Interrupted, match=r"epoch 2 after step 2.*--resume"):
         fit(small_network(parametrisation), interrupt_after(run, STEPS + 2, "signal"))
     torch.manual_seed(99)  # what the new process starts with must not matter
     resumed = fit(dense_network((1, 6, 6), (12, 8), 3, parametrisation=parametrisation), run, resume=True).network  # type: ignore[arg-type]
     assert_equal_networks(whole, resumed)
+
+
+@pytest.mark.parametrize("parametrisation", ["cayley", "stiefel"])
+def test_mixed_precision_rounds_in_the_body_alone_and_learns_the_same(tmp_path: Path, parametrisation: str) -> None:
+    seen: list[torch.Tensor] = []
+    trained: list[LipschitzNetwork] = []
+    for precision in ("32-true", "bf16-mixed"):
+        run = small_run(tmp_path / precision, precision=precision)
+
+        def objective(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.Tensor, run: Run = run) -> Any:
+            seen.append(logits.detach())
+            return run.objective(network, logits, labels)
+
+        trained.append(fit(small_network(parametrisation), replace(run, objective=objective)).network)
+    exact, mixed = seen[0], seen[len(seen) // 2]
+    assert all(logits.dtype == torch.float32 for logits in seen)
+    assert 0 < (exact - mixed).abs().max() < 0.02  # bfloat16 was in it, once or twice
+    assert not torch.equal(mixed, mixed.bfloat16().float())  # and not in the head
+    for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - other).abs().max() < 0.05
 
 
 def test_killed_run_resumes_at_the_last_epoch_and_ends_the_same(tmp_path: Path) -> None:
@@ -172,11 +194,11 @@ def test_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_checkpoi
     run = small_run(tmp_path)
     taken = 0
 
-    def objective(network: LipschitzNetwork, images: torch.Tensor, labels: torch.Tensor) -> Any:
+    def objective(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         nonlocal taken
         taken += 1
-        loss, logits = run.objective(network, images, labels)
-        return (loss * torch.nan if taken == STEPS + 3 else loss), logits
+        loss = run.objective(network, logits, labels)
+        return loss * torch.nan if taken == STEPS + 3 else loss
 
     with pytest.raises(NonFiniteError, match=r"the loss is nan in epoch 2, step 3; .*last\.pt is from before"):
         fit(small_network(), replace(run, objective=objective))
