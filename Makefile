@@ -27,7 +27,7 @@ OTHERS := .venv-libraries
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test format readme libraries soundness random-graphs lock image clean
+.PHONY: help serve test format readme libraries soundness random-graphs side-by-side lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -60,6 +60,12 @@ soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they ar
 
 random-graphs: $(VENV)/test $(VENV)/project  ## certify 25,000 random graphs and look for what contradicts a proof (half an hour), write its section of benchmarks/SOUNDNESS.md
 	$(RUN) benchmarks/random_graphs.py --write
+
+side-by-side: DATA ?= data
+side-by-side: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## train deel-torchlip's networks and ours for the same time, measure both (MNIST and Fashion-MNIST in DATA=DIR; three hours), write benchmarks/SIDE_BY_SIDE.md
+	$(OTHERS)/bin/python benchmarks/side_by_side/authors.py --data $(DATA) --out build/side-by-side/authors
+	$(RUN) -m benchmarks.side_by_side.ours --authors build/side-by-side/authors --data $(DATA) --out build/side-by-side/ours
+	$(RUN) -m benchmarks.side_by_side.compare build/side-by-side --data $(DATA) --write
 
 lock:  ## resolve the dependencies of pyproject.toml again and write requirements/*.txt
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
