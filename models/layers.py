@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -214,13 +214,7 @@ class Shift2d(Layer):
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
         """`y[n, c, i, j] = x[n, c, i - dy_c, j - dx_c]`, zero outside."""
-        H, W = x.shape[2:]
-        padded = F.pad(x, (1, 1, 1, 1))
-        y = torch.empty_like(x)
-        for group, (dy, dx) in enumerate(self.offsets):
-            part = slice(group, None, len(self.offsets))
-            y[:, part] = padded[:, part, 1 - dy : 1 - dy + H, 1 - dx : 1 - dx + W]
-        return y
+        return _Shift.apply(x, self.offsets)
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """Circular shift (Gather by a permutation) and a 0/1 mask; the adjoint masks and permutes back."""
@@ -250,6 +244,30 @@ class Shift2d(Layer):
             source[c] = np.roll(pixel[c], (dy, dx), (0, 1))
             mask[c] = np.pad(ones, 1)[1 - dy : 1 - dy + H, 1 - dx : 1 - dx + W]
         return source.ravel(), mask.ravel()
+
+
+class _Shift(torch.autograd.Function):
+    """The adjoint moves back, so that neither direction touches an element more than once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.offsets = offsets
+        return _shifted(x, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _shifted(gradient, [(-dy, -dx) for dy, dx in ctx.offsets]), None
+
+
+def _shifted(x: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
+    H, W = x.shape[2:]
+    y = torch.zeros_like(x)
+    for group, (dy, dx) in enumerate(offsets):
+        part = slice(group, None, len(offsets))
+        to_y, to_x = slice(max(dy, 0), H + min(dy, 0)), slice(max(dx, 0), W + min(dx, 0))
+        from_y, from_x = slice(max(-dy, 0), H + min(-dy, 0)), slice(max(-dx, 0), W + min(-dx, 0))
+        y[:, part, to_y, to_x] = x[:, part, from_y, from_x]
+    return y
 
 
 class ChannelAffine(Layer):
@@ -364,8 +382,7 @@ class GroupSort2(Layer):
     def forward(self, x: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C ..."]:
         """`concat(max(a, b), min(a, b))` for the halves a, b of axis 1."""
         _require_even(x.shape[1])
-        a, b = x.chunk(2, dim=1)
-        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
+        return _Sort.apply(x)
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """Split, Max, Min, Concat; the adjoint undoes the permutation with Where."""
@@ -383,6 +400,22 @@ class GroupSort2(Layer):
             return graph.node("Concat", [to_a, to_b], x.shape, axis=1)
 
         return y, pullback
+
+
+class _Sort(torch.autograd.Function):
+    """Autograd would go through both halves twice, and split the gradient of a tie."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        a, b = x.chunk(2, dim=1)
+        ctx.save_for_backward(a >= b)
+        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (kept,) = ctx.saved_tensors
+        upper, lower = gradient.chunk(2, dim=1)
+        return torch.cat([torch.where(kept, upper, lower), torch.where(kept, lower, upper)], dim=1)
 
 
 class FullSort(Layer):
@@ -428,6 +461,52 @@ class L2Pool2d(Layer):
             return graph.reshape(graph.node("Mul", [windows, ratio], windows.shape), x.shape)
 
         return y, pullback
+
+
+class GlobalMaxPool2d(Layer):
+    """Largest value of each channel, wherever it is. Constant: 1 (a maximum moves no further than what it is taken of).
+
+    As a detector: one place where a feature is strong is enough.
+    """
+
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C 1 1"]:
+        """`max` over the pixels; at a tie the gradient goes to one of the largest."""
+        return x.flatten(2).max(dim=2).values[:, :, None, None]
+
+    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
+        """Reshape, ReduceMax; the adjoint gives all to the first of the largest."""
+        C, H, W = x.shape
+        pixels = graph.reshape(x, [C, H * W])
+        y = graph.node("ReduceMax", [pixels, graph.int64([2])], [C, 1], keepdims=1)
+
+        def pullback(g: Value) -> Value:
+            first = graph.node("ArgMax", [pixels], [C, 1], axis=2, keepdims=1)
+            nothing = graph.node("Mul", [pixels, graph.float64(np.zeros(()))], pixels.shape)
+            spread = graph.node("ScatterElements", [nothing, first, graph.reshape(g, [C, 1])], pixels.shape, axis=2)
+            return graph.reshape(spread, x.shape)
+
+        return graph.reshape(y, [C, 1, 1]), pullback
+
+
+class GlobalL2Pool2d(Layer):
+    """Euclidean norm of each channel. Constant: 1 (triangle inequality)."""
+
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C 1 1"]:
+        """`sqrt(sum of squares)`; the gradient at an all-zero channel is taken as zero."""
+        return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+
+    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
+        """Reshape, ReduceL2; the adjoint is `g x / norm`."""
+        C, H, W = x.shape
+        pixels = graph.reshape(x, [C, H * W])
+        y = graph.node("ReduceL2", [pixels, graph.int64([2])], [C, 1], keepdims=1)
+
+        def pullback(g: Value) -> Value:
+            positive = graph.node("Max", [y, graph.float64(np.array(np.finfo(np.float64).tiny))], y.shape)
+            ratio = graph.node("Div", [graph.reshape(g, [C, 1]), positive], y.shape)
+            return graph.reshape(graph.node("Mul", [pixels, ratio], pixels.shape), x.shape)
+
+        return graph.reshape(y, [C, 1, 1]), pullback
 
 
 class ScaledAvgPool2d(Layer):
@@ -537,8 +616,7 @@ class Normalize(Layer):
 
 
 def _mix_channels(x: Tensor, weight_OC: Tensor, bias_O: Tensor) -> Tensor:
-    mixed = torch.matmul(weight_OC, x.flatten(2)) + bias_O[:, None]
-    return mixed.unflatten(2, x.shape[2:])
+    return F.conv2d(x, weight_OC[:, :, None, None], bias_O)
 
 
 def _windows(shape: tuple[int, ...], k: int) -> tuple[int, int, int, int, int]:

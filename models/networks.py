@@ -14,6 +14,8 @@ from models.layers import (
     Chain,
     Flatten,
     FullSort,
+    GlobalL2Pool2d,
+    GlobalMaxPool2d,
     GroupSort2,
     Layer,
     OrthogonalConv2d,
@@ -22,6 +24,7 @@ from models.layers import (
     SpaceToDepth,
     UnitHead,
 )
+from models.recipes import Stage
 
 
 class LipschitzNetwork(nn.Module):
@@ -89,21 +92,32 @@ def dense_network(
 
 def convolutional_network(
     input_shape: tuple[int, int, int],
-    channels: Sequence[int],
-    blocks: int,
+    stem: Sequence[Stage],
+    pool: Literal["none", "max", "l2"],
     widths: Sequence[int],
     outputs: int,
     *,
+    activation: Literal["groupsort2", "fullsort"] = "groupsort2",
     parametrisation: Parametrisation = "cayley",
 ) -> LipschitzNetwork:
-    """Stages of `SpaceToDepth(2)` and `blocks` orthogonal convolutions, then dense layers and the head."""
+    """Stages of `SpaceToDepth` and orthogonal convolutions, then the pool over all pixels, dense layers and the head.
+
+    Raises:
+        ValueError: an image cannot be cut into the windows of a stage.
+    """
     features, height, width = input_shape
     layers: list[Layer] = []
-    for out in channels:
-        layers.append(SpaceToDepth(2))
-        features, height, width = 4 * features, height // 2, width // 2
-        for _ in range(blocks):
-            layers += [OrthogonalConv2d(features, out, 3, parametrisation), GroupSort2()]
-            features = out
-    tail = dense_network((features, height, width), widths, outputs, parametrisation=parametrisation)
-    return LipschitzNetwork(input_shape, Chain([*layers, tail.body]), UnitHead(tail.head.weight().shape[1], outputs))
+    for stage in stem:
+        if stage.window > 1:
+            layers.append(SpaceToDepth(stage.window))
+        features, height, width = features * stage.window**2, height // stage.window, width // stage.window
+        for _ in range(stage.blocks):
+            layers += [OrthogonalConv2d(features, stage.channels, 3, parametrisation), GroupSort2()]
+            features = stage.channels
+    if pool != "none":
+        layers.append(GlobalMaxPool2d() if pool == "max" else GlobalL2Pool2d())
+        height, width = 1, 1
+    tail = dense_network(
+        (features, height, width), widths, outputs, activation=activation, parametrisation=parametrisation
+    )
+    return LipschitzNetwork(input_shape, Chain([*layers, tail.body]), tail.head)

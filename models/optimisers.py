@@ -32,10 +32,19 @@ class StiefelMuon(torch.optim.Optimizer):
         params: matrices that lie on the manifold.
         lr: largest rotation in one step, in radians.
         momentum: decay of the running mean of gradients; Nesterov's form.
+        direction_dtype: precision in which the singular values of the direction are set, which only has to be rough;
+            None for that of the matrix. The matrix stays on the manifold in its own.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.03, momentum: float = 0.9) -> None:
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 0.03,
+        momentum: float = 0.9,
+        direction_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self._direction_dtype = direction_dtype
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -54,7 +63,7 @@ class StiefelMuon(torch.optim.Optimizer):
                 mean = state.setdefault("mean", torch.zeros_like(matrix))
                 mean.lerp_(matrix.grad, 1 - group["momentum"])
                 ahead = matrix.grad.lerp(mean, group["momentum"])
-                direction = orthogonalised(tangent(matrix, ahead))
+                direction = orthogonalised(tangent(matrix, ahead), self._direction_dtype)
                 matrix.copy_(newton_schulz(matrix - group["lr"] * direction, _RETRACTION_ITERATIONS))
         return None
 
@@ -67,16 +76,16 @@ def tangent(matrix_OD: Float[Tensor, "O D"], gradient_OD: Float[Tensor, "O D"]) 
     return gradient_OD - 0.5 * (product + product.T) @ matrix_OD
 
 
-def orthogonalised(direction_OD: Float[Tensor, "O D"]) -> Float[Tensor, "O D"]:
-    """The matrix with its singular values pulled to between about 0.7 and 1.2; zero stays zero."""
+def orthogonalised(direction_OD: Float[Tensor, "O D"], dtype: torch.dtype | None = None) -> Float[Tensor, "O D"]:
+    """The matrix with its singular values pulled to between about 0.7 and 1.2, computed in `dtype`; 0 stays 0."""
     if direction_OD.shape[0] > direction_OD.shape[1]:
-        return orthogonalised(direction_OD.T).T
+        return orthogonalised(direction_OD.T, dtype).T
     a, b, c = _QUINTIC
-    scaled = direction_OD / (direction_OD.norm() + 1e-12)
+    scaled = (direction_OD / (direction_OD.norm() + 1e-12)).to(dtype or direction_OD.dtype)
     for _ in range(_QUINTIC_ITERATIONS):
         gram = scaled @ scaled.T
         scaled = a * scaled + (b * gram + c * gram @ gram) @ scaled
-    return scaled
+    return scaled.to(direction_OD.dtype)
 
 
 def optimisers_of(network: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
@@ -86,5 +95,6 @@ def optimisers_of(network: nn.Module, schedule: Schedule) -> list[torch.optim.Op
     others = [parameter for parameter in network.parameters() if id(parameter) not in ids]
     optimisers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=schedule.learning_rate)]
     if on_manifold:
-        optimisers.append(StiefelMuon(on_manifold, lr=schedule.rotation_rate))
+        dtype = torch.bfloat16 if schedule.precision == "bf16-mixed" else None
+        optimisers.append(StiefelMuon(on_manifold, lr=schedule.rotation_rate, direction_dtype=dtype))
     return optimisers

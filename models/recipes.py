@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -73,16 +74,37 @@ class Schedule(_Frozen):
     keep their precision."""
 
 
+class Stage(_Frozen):
+    """Orthogonal convolutions at one resolution, each followed by GroupSort2."""
+
+    channels: int = Field(ge=2)
+    blocks: int = Field(default=1, ge=1)
+    window: int = Field(default=2, ge=1)
+    """Side of the windows that move into the channels before (space-to-depth); 1 keeps the resolution."""
+
+
 class Network(_Frozen):
     """A dense stack, after an optional convolutional stem."""
 
+    stem: tuple[Stage, ...] = ()
+    pool: Literal["none", "max", "l2"] = "none"
+    """What the stem leaves of each channel: all its pixels; their maximum, which finds what is small wherever it is; or
+    their Euclidean norm."""
     widths: tuple[int, ...]
     activation: Literal["groupsort2", "fullsort"] = "groupsort2"
     """Of the dense layers; a stem always uses GroupSort2."""
     parametrisation: Parametrisation = "cayley"
-    stem_channels: tuple[int, ...] = ()
-    """Channels of each convolutional stage; each stage halves the image (space-to-depth)."""
-    stem_blocks: int = Field(default=1, ge=1)
+
+    @property
+    def multiple(self) -> int:
+        """Height and width of an image must be multiples of this."""
+        return math.prod(stage.window for stage in self.stem)
+
+    @model_validator(mode="after")
+    def _pools_a_stem(self) -> Self:
+        if self.pool != "none" and not self.stem:
+            raise ValueError(f"pool={self.pool} pools the channels of a stem, and there is none: set network.stem")
+        return self
 
 
 class Recipe(_Frozen):
@@ -250,7 +272,9 @@ RECIPES: dict[str, AnyRecipe] = {
         ImageRecipe(
             name="cifar10-cpu",
             dataset="cifar10",
-            network=Network(widths=(512, 512), stem_channels=(32, 64), parametrisation="stiefel"),
+            network=Network(
+                widths=(512, 512), stem=(Stage(channels=32), Stage(channels=64)), parametrisation="stiefel"
+            ),
             loss=_radius_loss(min_margin=0.4, alpha=10.0, accuracy_alpha=20.0, accuracy_margin=0.15),
             schedule=Schedule(epochs=20, batch_size=512, learning_rate=8e-3, rotation_rate=0.05),
             epsilons=(36 / 255, 72 / 255, 108 / 255),
@@ -259,7 +283,9 @@ RECIPES: dict[str, AnyRecipe] = {
         ImageRecipe(
             name="image-folder",
             dataset="image-folder",
-            network=Network(widths=(256, 256), stem_channels=(32, 64), parametrisation="stiefel"),
+            network=Network(
+                widths=(256, 256), stem=(Stage(channels=32), Stage(channels=64)), parametrisation="stiefel"
+            ),
             loss=_radius_loss(min_margin=0.3, alpha=10.0, accuracy_alpha=20.0, accuracy_margin=0.1),
             schedule=Schedule(epochs=30, batch_size=256, learning_rate=8e-3, rotation_rate=0.05),
             epsilons=(0.05, 0.1, 0.25, 0.5),

@@ -90,7 +90,7 @@ def run_recipe(
 
 
 def _train_images(recipe: ImageRecipe, setting: _Setting) -> str:
-    multiple = 2 ** len(recipe.network.stem_channels)
+    multiple = recipe.network.multiple
     data = load_dataset(recipe, setting.data, multiple=multiple)
     train, validation = _training_images(recipe, data, setting.seed)
     recipe = _with_fitting_batches(recipe, len(train))
@@ -191,8 +191,8 @@ def _input_shape(data: DataSet, multiple: int) -> tuple[int, int, int]:
     channels, height, width = data.train.images_NCHW.shape[1:]
     if height % multiple or width % multiple:
         raise TrainingError(
-            f"the images are {height} x {width}, and the stages of network.stem_channels halve them to windows of "
-            f"{multiple}: choose image_size as a multiple of {multiple}, or other stem_channels"
+            f"the images are {height} x {width}, and the stages of network.stem cut them into windows of {multiple}: "
+            f"choose image_size as a multiple of {multiple}, or another stem"
         )
     return channels, height, width
 
@@ -249,13 +249,14 @@ def _run(recipe: AnyRecipe, setting: _Setting, batches: BatchSource) -> Run:
 
 def build_network(network: Network, input_shape: tuple[int, int, int], outputs: int) -> LipschitzNetwork:
     """Assemble the network that a recipe describes; initial weights come from torch's global generator."""
-    if network.stem_channels:
+    if network.stem:
         return convolutional_network(
             input_shape,
-            network.stem_channels,
-            network.stem_blocks,
+            network.stem,
+            network.pool,
             network.widths,
             outputs,
+            activation=network.activation,
             parametrisation=network.parametrisation,
         )
     return dense_network(

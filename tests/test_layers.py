@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from models.layers import (
 )
 from models.networks import both_logits, convolutional_network, dense_network
 from models.onnx_graph import GraphBuilder
+from models.recipes import Stage
 
 TOLERANCE = 1e-6
 """Relative excess that rounding of weights to float32 may cause."""
@@ -201,9 +203,10 @@ def test_gradient_of_margin_bounds_is_finite_on_the_diagonal() -> None:
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
 
 
-def test_convolutional_network_is_one_lipschitz() -> None:
+@pytest.mark.parametrize("pool", ["none", "max", "l2"])
+def test_convolutional_network_is_one_lipschitz(pool: Literal["none", "max", "l2"]) -> None:
     torch.manual_seed(10)
-    network = convolutional_network((1, 8, 8), (8, 8), 2, (6,), 1).fold()
+    network = convolutional_network((1, 8, 8), [Stage(channels=8, blocks=2)] * 2, pool, (6,), 1).fold()
     x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
     gradient = torch.autograd.functional.jacobian(network, x)
     assert math.sqrt(gradient.square().sum()) <= 1 + TOLERANCE

@@ -108,7 +108,7 @@ def test_unknown_recipe_is_answered_with_the_known_ones() -> None:
 
 
 def test_recipe_builds_the_network_it_describes() -> None:
-    recipe = recipe_by_name("mnist", ["network.stem_channels=[8]", "network.stem_blocks=2", "network.widths=[16]"])
+    recipe = recipe_by_name("mnist", ['network.stem=[{"channels":8,"blocks":2}]', "network.widths=[16]"])
     network = build_network(recipe.network, (1, 28, 28), 10)
     assert sum(isinstance(module, OrthogonalConv2d) for module in network.modules()) == 2
     assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)

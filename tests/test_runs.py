@@ -25,7 +25,7 @@ from service.images import decode_image, to_unit
 runner = CliRunner()
 
 SMALL = [
-    "network.stem_channels=[8]",
+    'network.stem=[{"channels":8}]',
     "network.widths=[16]",
     "schedule.epochs=6",
     "schedule.batch_size=16",
@@ -154,7 +154,7 @@ def test_weights_are_asked_for_or_follow_the_counts() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("image_size=13", "the images are 13 x 13, and the stages of network.stem_channels"),
+        ("image_size=13", "the images are 13 x 13, and the stages of network.stem"),
         ("validation_images=79", "validation_images=79 and train_images=all need 81 images at least"),
         ("train_images=81", "need 81 images at least, the training set has 80"),
         ('classes=["low","middle"]', "has no class middle"),
