@@ -27,7 +27,7 @@ OTHERS := .venv-libraries
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test format readme libraries soundness random-graphs side-by-side lock image clean
+.PHONY: help serve test format readme libraries layers soundness random-graphs side-by-side lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -53,6 +53,10 @@ readme: $(VENV)/test $(VENV)/project  ## write the generated blocks of README.md
 libraries: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## export models of deel-torchlip and orthogonium, certify them, write the section of benchmarks/SOUNDNESS.md
 	$(OTHERS)/bin/python benchmarks/libraries/export.py --out build/libraries
 	$(RUN) -m benchmarks.libraries.certify build/libraries --write
+
+layers: DATA ?= data
+layers: $(OTHERS)/project  ## compare parametrisations of Lipschitz layers (Fashion-MNIST and CIFAR-10 in DATA=DIR; an hour), write the tables of docs/layers.md
+	$(OTHERS)/bin/python -m benchmarks.layers --data $(DATA) --write
 
 soundness: DATA ?= data
 soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they are served (MNIST in DATA=DIR; an hour), write the sections of benchmarks/SOUNDNESS.md
@@ -117,6 +121,11 @@ $(VENV)/project: pyproject.toml requirements/build.txt $(VENV)/serve-$(ACCELERAT
 $(OTHERS)/installed: benchmarks/libraries/requirements.txt
 	$(PYTHON) -m venv --clear $(OTHERS)
 	$(OTHERS)/bin/python -m pip --disable-pip-version-check --no-input install -r $<
+	@touch $@
+
+# Training with weights of these libraries needs lipcert beside them; both pin the same torch, numpy and onnx.
+$(OTHERS)/project: pyproject.toml $(OTHERS)/installed
+	$(OTHERS)/bin/python -m pip --disable-pip-version-check --no-input install --editable '.[cpu,train]'
 	@touch $@
 
 $(VENV)/test: requirements/test.txt $(VENV)/serve-$(ACCELERATOR)
