@@ -37,8 +37,8 @@ CLASSES = 10
 WIDTH, LAYERS = 512, 3
 CHANNELS, TAIL = (32, 64), 256
 """Of the 3 x 3 convolutions."""
-SHIFTED_CHANNELS = (64, 128)
-"""Of shift and mix, two blocks a stage: a block costs a ninth of a 3 x 3 convolution of its width."""
+WIDER_CHANNELS = (64, 128)
+"""Of shift and mix, two a stage: as many multiply-adds as the 3 x 3 convolutions; one costs a ninth of theirs."""
 SLL_CHANNELS, SLL_HIDDEN = 32, 16
 
 ADAM = (2e-3, 4e-3, 8e-3)
@@ -147,14 +147,12 @@ def _sll_convolutional() -> LipschitzNetwork:
 
 
 CONVOLUTIONAL = (
-    Method("stiefel-conv", "shift and mix, descent along the manifold", "`models.layers`, `models.optimisers`",
-           lambda: _shifted("stiefel", SHIFTED_CHANNELS, 2), ROTATION, on_manifold=True),
-    Method("cayley-conv", "shift and mix, Cayley", "`models.layers`",
-           lambda: _shifted("cayley", SHIFTED_CHANNELS, 2)),
-    Method("stiefel-conv-small", "shift and mix, descent along the manifold, as wide and deep as the 3 x 3 kernels",
+    Method("stiefel-conv-large", "shift and mix, two of twice the width a stage, descent along the manifold", "`models.layers`, `models.optimisers`",
+           lambda: _shifted("stiefel", WIDER_CHANNELS, 2), ROTATION, on_manifold=True),
+    Method("stiefel-conv", "shift and mix, descent along the manifold",
            "`models.layers`, `models.optimisers`", lambda: _shifted("stiefel", CHANNELS, 1), ROTATION,
            on_manifold=True),
-    Method("cayley-conv-small", "shift and mix, Cayley, as wide and deep as the 3 x 3 kernels", "`models.layers`",
+    Method("cayley-conv", "shift and mix, Cayley", "`models.layers`",
            lambda: _shifted("cayley", CHANNELS, 1)),
     Method("aoc", "orthogonal convolution 3 x 3 (AOC)", "orthogonium `AdaptiveOrthoConv2d`",
            lambda: _convolutional_of_library("aoc_kernel")),

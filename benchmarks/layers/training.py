@@ -66,7 +66,7 @@ BUDGETS = {
     for budget in (
         Budget("dense", "fashion-mnist", DENSE, 55_000, 5_000, 20_000, 4, 512, 0.8, 0.2, (0.25, 0.5, 1.0),
                ("0.25", "0.5", "1.0")),
-        Budget("convolutional", "cifar10", CONVOLUTIONAL, 20_000, 5_000, 10_000, 4, 256, 0.4, 0.15,
+        Budget("convolutional", "cifar10", CONVOLUTIONAL, 20_000, 2_000, 10_000, 3, 256, 0.4, 0.15,
                (36 / 255, 72 / 255, 108 / 255), ("36/255", "72/255", "108/255")),
     )
 }  # fmt: skip
