@@ -26,11 +26,13 @@ from models.layers import (
     Flatten,
     GroupSort2,
     Layer,
+    OrthogonalConv2d,
     OrthogonalDense,
+    Parametrisation,
     SpaceToDepth,
     UnitHead,
 )
-from models.networks import LipschitzNetwork, Parametrisation, convolutional_network, dense_network
+from models.networks import LipschitzNetwork, dense_network
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 CLASSES = 10
@@ -125,8 +127,17 @@ def _convolutional_of_library(name: str) -> LipschitzNetwork:
     return _convolutional(getattr(libraries, name))
 
 
-def _shifted(parametrisation: Parametrisation, channels: tuple[int, ...], blocks: int) -> LipschitzNetwork:
-    return convolutional_network(COLOUR, channels, blocks, [TAIL], CLASSES, parametrisation=parametrisation)
+def _shifted(parametrisation: Parametrisation, stages: tuple[int, ...], blocks: int) -> LipschitzNetwork:
+    features, height, width = COLOUR
+    layers: list[Layer] = []
+    for channels in stages:
+        layers.append(SpaceToDepth(2))
+        features, height, width = 4 * features, height // 2, width // 2
+        for _ in range(blocks):
+            layers += [OrthogonalConv2d(features, channels, 3, parametrisation), GroupSort2()]
+            features = channels
+    layers += [Flatten(), OrthogonalDense(features * height * width, TAIL, parametrisation), GroupSort2()]
+    return LipschitzNetwork(COLOUR, Chain(layers), UnitHead(TAIL, CLASSES))
 
 
 def _sll_convolutional() -> LipschitzNetwork:
@@ -147,8 +158,9 @@ def _sll_convolutional() -> LipschitzNetwork:
 
 
 CONVOLUTIONAL = (
-    Method("stiefel-conv-large", "shift and mix, two of twice the width a stage, descent along the manifold", "`models.layers`, `models.optimisers`",
-           lambda: _shifted("stiefel", WIDER_CHANNELS, 2), ROTATION, on_manifold=True),
+    Method("stiefel-conv-large", "shift and mix, two of twice the width a stage, descent along the manifold",
+           "`models.layers`, `models.optimisers`", lambda: _shifted("stiefel", WIDER_CHANNELS, 2), ROTATION,
+           on_manifold=True),
     Method("stiefel-conv", "shift and mix, descent along the manifold",
            "`models.layers`, `models.optimisers`", lambda: _shifted("stiefel", CHANNELS, 1), ROTATION,
            on_manifold=True),
