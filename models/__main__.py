@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from models.logs import log_to_stderr
 from models.recipes import RECIPES, RecipeError, recipe_by_name
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -28,7 +28,7 @@ class Device(StrEnum):
 @app.callback()
 def commands() -> None:
     """Train and evaluate 1-Lipschitz classifiers."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log_to_stderr()
 
 
 @app.command()
@@ -42,8 +42,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's number.")] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process; all by default.")] = None,
     device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.AUTO,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on the CPU; they share each batch.")] = 1,
+    tensorboard: Annotated[bool, typer.Option(help="Curves in OUT/.checkpoints/RECIPE/tensorboard.")] = True,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, e.g. loss.min_margin=2; may be repeated.")
     ] = None,
@@ -67,6 +69,8 @@ def train(
             seed=seed,
             threads=threads,
             device_name=device.value,
+            devices=devices,
+            tensorboard=tensorboard,
         )
     except Interrupted as interruption:
         typer.echo(str(interruption), err=True)

@@ -191,6 +191,7 @@ def export_artefact(
     recipe: dict[str, Any],
     seed: int,
     wall_time_s: float,
+    devices: str | None = None,
 ) -> Measured:
     """Write `model.onnx`, `transport.onnx` and `card.json` to `folder`, replacing an artefact that is there.
 
@@ -217,7 +218,7 @@ def export_artefact(
             CertifiedAccuracy(epsilon=e, value=v, n=measured.n) for e, v in measured.certified_accuracy.items()
         ],
         licence=data.get("licence"),
-        environment=environment(wall_time_s),
+        environment=environment(wall_time_s, devices),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as workspace:
@@ -229,9 +230,10 @@ def export_artefact(
     return measured
 
 
-def environment(wall_time_s: float) -> dict[str, Any]:
-    """Hardware and versions that made a run; no host name, no path."""
+def environment(wall_time_s: float, devices: str | None = None) -> dict[str, Any]:
+    """Hardware and versions that made a run, and how many devices if that was asked; no host name, no path."""
     return {
+        **({} if devices is None else {"devices": devices}),
         "cpu": _cpu_model(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.data import DataSet, LabelledImages
 from models.datasets import load_dataset
 from models.export import code_version, emit_graphs, environment, export_artefact, prove
 from models.networks import LipschitzNetwork, convolutional_network, dense_network
+from models.processes import fit_on
 from models.recipes import AnyRecipe, ImageRecipe, Network, SquaresRecipe, TwoMoonsRecipe
 from models.toys import (
     MOONS_SHAPE,
@@ -31,8 +33,8 @@ from models.training import (
     ImageBatches,
     Run,
     SampledBatches,
+    Trained,
     TrainingError,
-    fit,
     generator_for,
     objective_of,
 )
@@ -44,6 +46,7 @@ FEWEST_STEPS = 4
 UNBALANCED = 1.5
 """Largest class over smallest; above it `class_weights=auto` weighs."""
 MOONS_DRAWN = 400
+_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,10 @@ class _Setting:
     out: Path
     resume: bool
     seed: int
+    threads: int | None
     device: torch.device
+    devices: int
+    tensorboard: bool
 
 
 def run_recipe(
@@ -66,8 +72,21 @@ def run_recipe(
     seed: int,
     threads: int | None,
     device_name: str,
+    devices: int = 1,
+    tensorboard: bool = True,
 ) -> str:
     """Train `recipe` and write its results to `out / recipe.name`.
+
+    Args:
+        recipe: what to train.
+        data: folder of the data set.
+        out: folder of results and checkpoints.
+        resume: go on from the last checkpoint.
+        seed: of initial weights, order and augmentation.
+        threads: of each process on the CPU; None for all.
+        device_name: `auto`, `cpu` or `cuda`.
+        devices: number of processes, each with its share of every batch.
+        tensorboard: write curves beside the checkpoints.
 
     Returns:
         A summary for the terminal.
@@ -78,7 +97,9 @@ def run_recipe(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    setting = _Setting(data, out, resume, seed, _device(device_name))
+    device = _device(device_name)
+    _warn_without_bfloat16(recipe, device)
+    setting = _Setting(data, out, resume, seed, threads, device, devices, tensorboard)
     _refuse_unwritable(out)
     match recipe:
         case ImageRecipe():
@@ -108,7 +129,7 @@ def _train_images(recipe: ImageRecipe, setting: _Setting) -> str:
     network = build_network(recipe.network, input_shape, outputs)
     # What the server cannot prove is known before the training, not hours later.
     prove(network, emit_graphs(network), recipe.lipschitz_constant)
-    trained = fit(network, run, resume=setting.resume)
+    trained = _fit(network, run, setting)
     folder = setting.out / recipe.name
     card = {
         **data.card,
@@ -130,6 +151,7 @@ def _train_images(recipe: ImageRecipe, setting: _Setting) -> str:
             recipe=recipe.model_dump(mode="json"),
             seed=setting.seed,
             wall_time_s=trained.seconds,
+            devices=_devices(setting),
         )
     except OSError as error:
         raise TrainingError(
@@ -198,12 +220,10 @@ def _input_shape(data: DataSet, multiple: int) -> tuple[int, int, int]:
 
 
 def _train_moons(recipe: TwoMoonsRecipe, setting: _Setting) -> str:
-    def sample(size: int, generator: torch.Generator) -> Batch:
-        return two_moons(size, recipe.noise, generator)
-
+    sample = partial(_sample_moons, recipe.noise)
     batches = SampledBatches(sample, recipe.schedule.batch_size, recipe.steps_per_epoch, setting.seed)
     network = build_network(recipe.network, MOONS_SHAPE, 1)
-    trained = fit(network, _run(recipe, setting, batches), resume=setting.resume)
+    trained = _fit(network, _run(recipe, setting, batches), setting)
     network = trained.network.cpu()
     points, labels = sample(MOONS_DRAWN, generator_for(setting.seed, 3))
     plots = plot_moons(network, (points, labels), setting.out / recipe.name)
@@ -215,10 +235,11 @@ def _train_moons(recipe: TwoMoonsRecipe, setting: _Setting) -> str:
 
 def _train_squares(recipe: SquaresRecipe, setting: _Setting) -> str:
     size, side = recipe.image_size, recipe.square_size
-    sample = squares_sampler(size, side)
-    batches = SampledBatches(sample, recipe.schedule.batch_size, recipe.steps_per_epoch, setting.seed)
+    batches = SampledBatches(
+        partial(_sample_squares, size, side), recipe.schedule.batch_size, recipe.steps_per_epoch, setting.seed
+    )
     run = replace(_run(recipe, setting, batches), classifies=False)
-    trained = fit(build_network(recipe.network, (1, size, size), 1), run, resume=setting.resume)
+    trained = _fit(build_network(recipe.network, (1, size, size), 1), run, setting)
     true, learned = true_squares_distance(size, side), learned_squares_distance(trained.network, size, side)
     error = abs(learned - true) / true
     metrics = {"true_distance": true, "learned_distance": learned, "relative_error": error}
@@ -231,19 +252,34 @@ def _train_squares(recipe: SquaresRecipe, setting: _Setting) -> str:
     return f"W1 true {true:.4f}, learned {learned:.4f}, relative error {error:.4%}"
 
 
+# Functions of the module, so that batches can be sent to other processes.
+def _sample_moons(noise: float, size: int, generator: torch.Generator) -> Batch:
+    return two_moons(size, noise, generator)
+
+
+def _sample_squares(image_size: int, square_size: int, size: int, generator: torch.Generator) -> Batch:
+    return squares_sampler(image_size, square_size)(size, generator)
+
+
+def _fit(network: LipschitzNetwork, run: Run, setting: _Setting) -> Trained:
+    return fit_on(network, run, devices=setting.devices, threads=setting.threads, resume=setting.resume)
+
+
 def _identity(recipe: AnyRecipe, setting: _Setting) -> dict[str, Any]:
     return {"recipe": recipe.model_dump(mode="json"), "seed": setting.seed}
 
 
 def _run(recipe: AnyRecipe, setting: _Setting, batches: BatchSource) -> Run:
+    # Beside the artefacts but hidden: a server that is pointed at `out` must not take it for one.
+    checkpoints = setting.out / ".checkpoints" / recipe.name
     return Run(
         batches=batches,
         objective=objective_of(recipe.loss),
         schedule=recipe.schedule,
-        # Beside the artefacts but hidden: a server that is pointed at `out` must not take it for one.
-        checkpoints=setting.out / ".checkpoints" / recipe.name,
+        checkpoints=checkpoints,
         identity=_identity(recipe, setting),
         device=setting.device,
+        curves=checkpoints / "tensorboard" if setting.tensorboard else None,
     )
 
 
@@ -288,9 +324,28 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _warn_without_bfloat16(recipe: AnyRecipe, device: torch.device) -> None:
+    if recipe.schedule.precision != "bf16-mixed":
+        return
+    if device.type == "cuda":
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        has_it = any(capabilities.get(name) for name in _BFLOAT16_INSTRUCTIONS)
+    if not has_it:
+        log.warning(
+            "this %s has no instructions for bfloat16: schedule.precision=bf16-mixed works, but 32-true is faster",
+            "GPU" if device.type == "cuda" else "processor",
+        )
+
+
+def _devices(setting: _Setting) -> str:
+    return f"{setting.devices} x {setting.device.type}"
+
+
 def _write_metrics(recipe: AnyRecipe, setting: _Setting, metrics: dict[str, Any], wall_time_s: float) -> None:
     folder = setting.out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    origin = {"code_version": code_version(), "environment": environment(wall_time_s)}
+    origin = {"code_version": code_version(), "environment": environment(wall_time_s, _devices(setting))}
     content = {**metrics, **_identity(recipe, setting), **origin}
     (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")

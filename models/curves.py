@@ -1,0 +1,93 @@
+"""Curves of a training as TensorBoard reads them: event files in one folder, one for each part of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+FLUSH_EVERY_S = 5.0
+
+
+class Curves:
+    """Scalars over the number of steps taken.
+
+    Written by the thread that adds them: the ready-made writers queue for a thread of their own, and on a full disk
+    that thread dies and the full queue stops the training. Here a file that cannot be written ends the curves with a
+    warning, and not the training.
+
+    Args:
+        folder: of the event files; made where it is missing.
+        steps_taken: what an earlier part of the run wrote beyond this step is not shown any more (a run that was
+            killed has curves beyond its last checkpoint).
+    """
+
+    def __init__(self, folder: Path, steps_taken: int) -> None:
+        self._folder = folder
+        self._writer: Any = None
+        self._flushed = time.monotonic()
+        try:
+            # Takes a second, and is not needed where no curves are asked for.
+            record_writer: Any = importlib.import_module("tensorboardX.record_writer")
+            self._event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+            self._summary_pb2: Any = importlib.import_module("tensorboardX.proto.summary_pb2")
+        except ImportError as error:
+            log.warning("no curves for TensorBoard (%s): install tensorboardX, or say --no-tensorboard", error)
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads the files of a folder in the order of their names.
+            self._writer = record_writer.RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
+        except OSError as error:
+            self._give_up(error)
+            return
+        self._write(file_version="brain.Event:2")
+        session_log = self._event_pb2.SessionLog
+        self._write(step=steps_taken + 1, session_log=session_log(status=session_log.START))
+
+    def add(self, steps_taken: int, scalars: Mapping[str, float]) -> None:
+        """One point of each curve; on the disk a few seconds later at the latest."""
+        if self._writer is None:
+            return
+        summary = self._summary_pb2.Summary
+        values = [summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(step=steps_taken, summary=summary(value=values))
+        if time.monotonic() - self._flushed > FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Everything to the disk, now."""
+        if self._writer is not None:
+            self._flushed = time.monotonic()
+            try:
+                self._writer.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        """Flush and close; later points are dropped."""
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, **content: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.write(self._event_pb2.Event(wall_time=time.time(), **content).SerializeToString())
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
+        log.warning("the curves in %s cannot be written (%s): training goes on without them", self._folder, error)
