@@ -189,7 +189,7 @@ class SllDense(Layer):
     """`x - 2 W^T T^-1 relu(W x + b)` with `T_ii = sum_j |W W^T|_ij q_j / q_i`, q > 0. Constant: 1.
 
     Source: Araujo, Havens, Delattre, Allauzen and Hu, A unified algebraic perspective on Lipschitz neural networks,
-    ICLR 2023, theorem 3: `T - W W^T` is positive semidefinite, and the activation's slopes lie in [0, 1].
+    ICLR 2023 (SDP-based Lipschitz layers): `T - W W^T` is positive semidefinite, and relu's slopes lie in [0, 1].
     """
 
     def __init__(self, features: int, hidden: int) -> None:
