@@ -27,12 +27,19 @@ def test_the_recipes_of_the_command_line_exist() -> None:
         "mnist-accurate",
         "fashion-mnist-accurate",
         "fashion-mnist-robust",
+        "cifar10",
         "cifar10-cpu",
         "image-folder",
         "two-moons",
         "wasserstein-squares",
     }
     assert all(name == recipe.name for name, recipe in RECIPES.items())
+
+
+@pytest.mark.parametrize(("alias", "name"), [("mnist-robust", "mnist"), ("fashion-mnist", "fashion-mnist-accurate")])
+def test_another_name_of_a_recipe_changes_only_the_name(alias: str, name: str) -> None:
+    assert recipe_by_name(alias).name == alias
+    assert recipe_by_name(alias, [f"name={name}"]) == RECIPES[name]
 
 
 @pytest.mark.parametrize("name", ["mnist", "mnist-0-8"])
@@ -103,7 +110,7 @@ def test_both_operating_points_of_a_data_set_differ_in_their_loss_alone() -> Non
 
 
 def test_unknown_recipe_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="mnist, mnist-0-8, mnist-accurate, two-moons, wasserstein-squares"):
+    with pytest.raises(RecipeError, match="mnist, mnist-0-8, mnist-accurate, mnist-robust, two-moons, wasserstein-squares"):
         recipe_by_name("mnist-1-7")
 
 
