@@ -1,6 +1,7 @@
 """Training is reproducible, resumes exactly, and stops with the step that broke it."""
 
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_curves import points
 
+from models import training
 from models.data import LabelledImages
 from models.layers import GroupSort2
 from models.networks import LipschitzNetwork, dense_network
@@ -133,6 +136,63 @@ def test_mixed_precision_rounds_in_the_body_alone_and_learns_the_same(tmp_path: 
     for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
         assert one.dtype == other.dtype == torch.float32
         assert (one - other).abs().max() < 0.05
+
+
+def test_curves_of_an_interrupted_and_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    def run(name: str) -> Run:
+        return replace(small_run(tmp_path / name), curves=tmp_path / f"{name} curves", validation=small_set())
+
+    fit(small_network(), run("whole"))
+    with pytest.raises(Interrupted):
+        fit(small_network(), interrupt_after(run("cut"), STEPS + 2, "signal"))
+    with pytest.raises(StopHere):  # has written points beyond its last checkpoint
+        fit(small_network(), interrupt_after(run("cut"), STEPS + 1, "crash"), resume=True)
+    fit(small_network(), run("cut"), resume=True)
+    tags = ["train/loss", "train/accuracy", "train/certified_at_0.5", "learning_rate/Adam"]
+    tags += ["epoch/loss", "epoch/accuracy", "held_out/accuracy", "held_out/certified_at_0.1"]
+    for tag in tags:
+        whole, cut = (points(tmp_path / f"{name} curves", tag) for name in ("whole", "cut"))
+        assert whole == cut, tag
+        assert [step for step, _ in whole] == ([4, 8, 12] if tag.startswith(("epoch", "held")) else [10])
+    assert [step for step, _ in points(tmp_path / "whole curves", "images_per_second")] == [10]
+    first, *_, last = (value for _, value in points(tmp_path / "whole curves", "epoch/loss"))
+    assert last < first
+
+
+def test_each_epoch_says_how_much_time_the_run_still_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = 0.0
+
+    def objective(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 600.0
+        return small.objective(network, logits, labels)
+
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    small = small_run(tmp_path)
+    fit(small_network(), replace(small, objective=objective))
+    lines = [record.getMessage() for record in caplog.records]
+    # Four steps of ten minutes each in an epoch.
+    assert [line.rpartition("; ")[2] for line in lines] == ["80 min left", "40 min left", "0 s left"]
+    assert lines[0].startswith("epoch 1/3: loss ")
+
+
+def test_first_figures_after_resuming_within_an_epoch_are_those_of_the_whole_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    fit(small_network(), small_run(tmp_path / "whole"))
+    whole = [record.getMessage().rpartition("; ")[0] for record in caplog.records]
+    caplog.clear()
+    run = small_run(tmp_path / "cut")
+    with pytest.raises(Interrupted):
+        fit(small_network(), interrupt_after(run, STEPS + 2, "signal"))
+    fit(small_network(), run, resume=True)
+    cut = [record.getMessage().rpartition("; ")[0] for record in caplog.records if "resumed" not in record.getMessage()]
+    assert whole == cut
+    assert len(whole) == EPOCHS
 
 
 def test_killed_run_resumes_at_the_last_epoch_and_ends_the_same(tmp_path: Path) -> None:
