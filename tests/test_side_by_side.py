@@ -108,12 +108,12 @@ def test_a_claim_beyond_the_proof_is_counted_and_the_attacks_refute_it() -> None
     one = result("theirs")
     assert [one.certified(0.5), one.certified(1.5), one.certified(2.0)] == [2 / 3, 1 / 3, 0.0]
     # margin / 2 is the proof here; margin itself claims radii of 2, 4 and 6, and the second image flips at 2.5.
-    assert (one.beyond_proof(2.0), one.refuted(2.0)) == (0.0, 0)
-    assert (one.beyond_proof(1.0), one.refuted(1.0)) == (1.0, 1)
+    assert (one.excess(2.0), one.refuted(2.0)) == (1.0, 0)
+    assert (one.excess(1.0), one.refuted(1.0)) == (2.0, 1)
     assert one.claimed(1.0, 3.0) == 1 / 3
     assert one.robust(2.0) == 2 / 3
     assert one.tightness == pytest.approx(0.6)
-    assert "|  | margin | 66.67 | 100.00 % | 1 of 3 |" in rows_of_claims([one], {"margin": 1.0}, (0.5,))
+    assert "|  | margin | 66.67 | 2.000000 | 1 of 3 |" in rows_of_claims([one], {"margin": 1.0}, (0.5,))
 
 
 def test_each_radius_has_its_own_best_row() -> None:

@@ -85,7 +85,7 @@ def sorting(outputs: int) -> list[nn.Module]:
     return [*layers, torchlip.FrobeniusLinear(32, outputs)]
 
 
-def convolutions(*channels: int, width: int, repeat: int = 1) -> Callable[[int], list[nn.Module]]:
+def convolutions(*channels: int, width: int) -> Callable[[int], list[nn.Module]]:
     """Stages of 3 x 3 convolutions, each ended by an L2-norm pool of 2 x 2; one dense layer, head with rows of norm 1.
 
     `convolutions(16, 32, width=64)` is the notebook on Fashion-MNIST.
@@ -95,10 +95,9 @@ def convolutions(*channels: int, width: int, repeat: int = 1) -> Callable[[int],
         layers: list[nn.Module] = []
         before = 1
         for after in channels:
-            for _ in range(repeat):
-                layers += [torchlip.SpectralConv2d(before, after, 3, padding=1), torchlip.GroupSort2()]
-                before = after
+            layers += [torchlip.SpectralConv2d(before, after, 3, padding=1), torchlip.GroupSort2()]
             layers.append(torchlip.ScaledL2NormPool2d(2))
+            before = after
         features = before * (28 // 2 ** len(channels)) ** 2
         layers += [nn.Flatten(), torchlip.SpectralLinear(features, width), torchlip.GroupSort2()]
         return [*layers, torchlip.FrobeniusLinear(width, outputs, disjoint_neurons=True)]
@@ -108,14 +107,11 @@ def convolutions(*channels: int, width: int, repeat: int = 1) -> Callable[[int],
 
 NETWORKS: dict[str, Callable[[int], list[nn.Module]]] = {
     "dense 128-64-32, FullSort": sorting,
-    "dense 128-64-32": dense(128, 64, 32),
     "dense 256-128-64": dense(256, 128, 64),
     "dense 256-256": dense(256, 256),
-    "dense 256-256-256": dense(256, 256, 256),
     "dense 512-512": dense(512, 512),
     "convolutions 16-32, dense 64": convolutions(16, 32, width=64),
     "convolutions 32-64, dense 128": convolutions(32, 64, width=128),
-    "convolutions 16-16-32-32, dense 128": convolutions(16, 32, width=128, repeat=2),
 }
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {
@@ -150,6 +146,41 @@ SETTINGS: dict[str, Setting] = {
         batch_size=256,
         learning_rate=1e-3,
         seconds=600.0,
+    ),
+    "mnist-0-8-tuned": Setting(
+        data="mnist",
+        classes=(0, 8),
+        network="dense 256-128-64",
+        loss="HKRLoss",
+        options={"alpha": 0.98, "min_margin": 3.0},
+        batch_size=128,
+        learning_rate=3e-3,
+        seconds=120.0,
+        schedule="falling",
+    ),
+    "fashion-mnist-tuned-accurate": Setting(
+        data="fashion-mnist",
+        classes=ALL,
+        network="dense 256-256",
+        loss="LseHKRMulticlassLoss",
+        options={"alpha": 0.98, "min_margin": 1.0},
+        batch_size=256,
+        learning_rate=3e-3,
+        seconds=600.0,
+        schedule="falling",
+        mirror=True,
+    ),
+    "fashion-mnist-tuned-robust": Setting(
+        data="fashion-mnist",
+        classes=ALL,
+        network="dense 256-256",
+        loss="SoftHKRMulticlassLoss",
+        options={"alpha": 0.98, "min_margin": 4.0, "temperature": 5.0},
+        batch_size=256,
+        learning_rate=3e-3,
+        seconds=600.0,
+        schedule="falling",
+        mirror=True,
     ),
 }
 
