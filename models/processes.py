@@ -17,6 +17,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,12 @@ def fit_on(network: LipschitzNetwork, run: Run, *, devices: int, threads: int | 
 def _launch(fabric: Fabric, order: bytes, folder: Path) -> ProcessException | None:
     """Run the processes to their end, from a thread that takes no signals; they inherit that."""
 
-    def take_no_signals() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
+    # Starting the first process starts a tracker, and that lets the signals through again.
+    resource_tracker.ensure_running()
     # Fabric leaves the port in the environment, where the next training would find it taken.
     port = os.environ.get("MASTER_PORT")
     try:
-        with ThreadPoolExecutor(1, initializer=take_no_signals) as thread:
+        with ThreadPoolExecutor(1, initializer=_take_no_signals) as thread:
             thread.submit(fabric.launch, partial(_train_one_share, order=order, folder=folder)).result()
     except ProcessException as error:
         return error
@@ -106,7 +106,12 @@ def _launch(fabric: Fabric, order: bytes, folder: Path) -> ProcessException | No
     return None
 
 
+def _take_no_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
 def _train_one_share(fabric: Fabric, order: bytes, folder: Path) -> None:
+    _take_no_signals()
     given = pickle.loads(order)
     assert isinstance(given, _Order)
     (folder / f"{os.getpid()}.pid").touch()

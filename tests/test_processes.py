@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def interrupted(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.T
     global steps_begun
     steps_begun += 1
     if steps_begun == STEPS + 2 and torch.distributed.get_rank() == 0:
-        os.kill(os.getppid(), signal.SIGTERM)
+        # As Ctrl-C does: to everybody.
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getppid(), signal.SIGINT)
         time.sleep(0.5)
     return all_at_once(network, logits, labels)
 
@@ -96,6 +99,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[LipschitzNetwork,
     return by_two(bar_run(folder, all_at_once)), folder
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches the tests, also where a shell started them in the background and lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_two_processes_train_the_network_of_one(trained: tuple[LipschitzNetwork, Path], tmp_path: Path) -> None:
     network, folder = trained
     expected = fit(bar_network(), bar_run(tmp_path, all_at_once)).network.state_dict()
@@ -110,7 +121,7 @@ def test_two_processes_train_the_network_of_one(trained: tuple[LipschitzNetwork,
     assert len(list((folder / "curves").iterdir())) == 1
 
 
-def test_signal_to_the_caller_stops_all_processes_after_one_step_and_resuming_is_exact(
+def test_signal_stops_all_processes_after_one_step_and_resuming_is_exact(
     trained: tuple[LipschitzNetwork, Path], tmp_path: Path
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
