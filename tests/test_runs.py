@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -15,9 +17,10 @@ pytest.importorskip("foolbox")
 
 from models import attacks, runs
 from models.__main__ import app
+from models.networks import LipschitzNetwork
 from models.recipes import RECIPES, ImageRecipe
 from models.runs import class_weights
-from models.training import TrainingError
+from models.training import Run, Trained, TrainingError
 from service.artefact import read_card
 from service.classifier import Classifier
 from service.images import decode_image, to_unit
@@ -47,10 +50,17 @@ def write_folder(folder: Path, classes: dict[str, int], *, colour: bool = False,
     return folder
 
 
-def train(data: Path, out: Path, *changes: str, recipe: str = "image-folder", resume: bool = False) -> tuple[int, str]:
+def train(
+    data: Path,
+    out: Path,
+    *changes: str,
+    recipe: str = "image-folder",
+    resume: bool = False,
+    options: tuple[str, ...] = (),
+) -> tuple[int, str]:
     arguments = ["train", recipe, "--data", str(data), "--out", str(out), "--threads", "1", "--device", "cpu"]
     arguments += [part for change in (*SMALL, *changes) for part in ("--set", change)]
-    result = runner.invoke(app, [*arguments, *(["--resume"] if resume else [])])
+    result = runner.invoke(app, [*arguments, *(["--resume"] if resume else []), *options])
     return result.exit_code, result.output
 
 
@@ -91,6 +101,63 @@ def test_card_says_which_images_and_what_was_done_to_them(out: Path) -> None:
     assert card.data["options"]["image_size"] == [12, 18]
     assert "class_weights" not in card.data
     assert card.recipe["kind"] == "images"
+
+
+def test_card_says_on_how_many_devices_and_in_which_precision_and_curves_are_beside_the_checkpoints(
+    folder: Path, out: Path, tmp_path: Path
+) -> None:
+    card = read_card(out / "small")
+    usual = card.recipe["schedule"]["precision"]
+    assert usual == RECIPES["image-folder"].schedule.precision
+    assert card.environment["devices"] == "1 x cpu"
+    assert len(list((out / ".checkpoints" / "small" / "tensorboard").glob("events.out.tfevents.*"))) == 1
+    other = {"32-true": "bf16-mixed", "bf16-mixed": "32-true"}[usual]
+    change = f"schedule.precision={other}"
+    code, text = train(folder, tmp_path, change, "schedule.epochs=1", options=("--no-tensorboard",))
+    assert code == 0, text
+    assert read_card(tmp_path / "small").recipe["schedule"]["precision"] == other
+    assert {path.name for path in (tmp_path / ".checkpoints" / "small").iterdir()} == {"last.pt", "best.pt"}
+    code, text = train(folder, tmp_path, "schedule.epochs=1", resume=True)
+    assert code == 1
+    assert f"recipe.schedule.precision was '{other}', now '{usual}'" in text
+
+
+@pytest.mark.parametrize(("capabilities", "warned"), [({"avx512_bf16": True}, False), ({"avx512_f": True}, True)])
+def test_processor_without_bfloat16_is_said_to_be_slow_and_works(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capabilities: dict[str, bool],
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    code, text = train(folder, tmp_path, "schedule.precision=bf16-mixed", "schedule.epochs=1")
+    assert code == 0, text
+    assert ("this processor has no instructions for bfloat16" in caplog.text) == warned
+
+
+def test_every_recipe_can_be_given_to_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Run, int, int | None]] = []
+
+    class Enough(Exception):
+        """The rest is the business of `models.processes`."""
+
+    def fit_on(network: LipschitzNetwork, run: Run, *, devices: int, threads: int | None, resume: bool) -> Trained:
+        given.append((pickle.loads(pickle.dumps(run)), devices, threads))
+        raise Enough
+
+    monkeypatch.setattr(runs, "fit_on", fit_on)
+    folder = write_folder(tmp_path / "bars", {"low": 20, "high": 20})
+    changes = {"image-folder": ["network.stem=[]", "network.pool=none", "network.widths=[8]"]}
+    for name in ("image-folder", "two-moons", "wasserstein-squares"):
+        arguments = ["train", name, "--data", str(folder), "--out", str(tmp_path / "out"), "--devices", "3"]
+        options = [part for change in changes.get(name, []) for part in ("--set", change)]
+        assert isinstance(runner.invoke(app, [*arguments, "--threads", "1", *options]).exception, Enough)
+    assert [(devices, threads) for _, devices, threads in given] == [(3, 1)] * 3
+    for run, _, _ in given:
+        images, labels = run.batches.batch(0, 0)
+        assert len(images) == len(labels) > 0
 
 
 def test_artefact_of_a_folder_is_evaluated_on_the_held_out_images(
