@@ -230,10 +230,11 @@ def test_a_rate_at_the_edge_is_followed_until_it_is_inside(monkeypatch: pytest.M
     assert tried_rates(monkeypatch, 1e-6, (1.0, 2.0, 4.0))[1] == [1.0, 2.0, 4.0, 0.5, 0.25]
 
 
-def row(method: str, seed: int, second: float, bound: float = 1.0) -> Row:
+def row(method: str, seed: int, second: float, bound: float = 1.0, epochs: int = 4) -> Row:
     return Row(
         method=method,
         seed=seed,
+        epochs=epochs,
         rate=0.004,
         tried={},
         parameters=1_000_000,
@@ -269,7 +270,15 @@ def test_other_seeds_are_told_as_a_spread() -> None:
 
 
 def test_the_whole_section_needs_no_more_than_rows_and_times() -> None:
-    rows = [row("qr", 0, 0.62), row("aoc", 0, 0.3)]
+    rows = [row("qr", 0, 0.62), row("aoc", 0, 0.3, epochs=3)]
     text = tables.section(list(BUDGETS.values()), rows, {"dense": {"qr": 1.0}, "convolutional": {"aoc": 2.0}})
     assert text.count("### ") == 2
     assert "36/255" in text
+
+
+def test_rows_of_more_epochs_are_told_apart_and_sorted_by_time() -> None:
+    rows = [row("qr", 0, 0.62), row("qr", 0, 0.66, epochs=9), row("cayley", 0, 0.61)]
+    text = tables.section([BUDGETS["dense"]], rows, {"dense": {"qr": 5.0, "cayley": 12.0}})
+    first, second = text.split("By processor time")
+    assert "66.00" not in first
+    assert [line.split(" | ")[1:3] for line in second.splitlines()[-3:]] == [["4", "20"], ["9", "45"], ["4", "48"]]

@@ -1,8 +1,8 @@
 """Compare parametrisations: `python -m benchmarks.layers --data DIR [--out DIR] [--write] [NAME ...]`.
 
-Every row that is not in the folder yet is trained, proved and measured, one thread, and kept as `NAME.SEED.json`;
-`--write` then puts the tables into `docs/layers.md`. Needs lipcert with its extra `train` and the libraries of
-`benchmarks/libraries/requirements.txt` in one environment: `make layers DATA=DIR`.
+Every row that is not in the folder yet is trained, proved and measured, one thread, and kept as
+`NAME.SEED.EPOCHS.json`; `--write` then puts the tables into `docs/layers.md`. Needs lipcert with its extra `train` and
+the libraries of `benchmarks/libraries/requirements.txt` in one environment: `make layers DATA=DIR`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def say(text: str) -> None:
 
 def rows_of(folder: Path) -> list[Row]:
     """What was measured so far."""
-    files = sorted(folder.glob("*.[0-9]*.json"))
+    files = sorted(folder.glob("*.*.*.json"))
     return [Row(**json.loads(file.read_text(encoding="utf-8"))["row"]) for file in files]
 
 
@@ -48,6 +48,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("build/layers"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, help="another one shows how much of a difference is chance")
+    parser.add_argument("--epochs", type=int, help="others than the budget's, at the rates that are known already")
     parser.add_argument("--write", action="store_true", help="write the tables of docs/layers.md")
     arguments = parser.parse_args()
     known = {method.name for budget in BUDGETS.values() for method in budget.methods}
@@ -62,10 +63,12 @@ def main() -> int:
     code = code_version()
     for budget in BUDGETS.values():
         for method in budget.methods:
-            file = folder / f"{method.name}.{arguments.seed}.json"
+            epochs = arguments.epochs or budget.epochs
+            file = folder / f"{method.name}.{arguments.seed}.{epochs}.json"
             if file.exists() or (arguments.names and method.name not in arguments.names):
                 continue
-            row = measured(method, budget, arguments.data, arguments.seed, say)
+            like = next((row for row in rows_of(folder) if row.method == method.name), None)
+            row = measured(method, budget, arguments.data, arguments.seed, epochs, say, like)
             say(f"{row}")
             content = {"code": code, "row": dataclasses.asdict(row)}
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from benchmarks.soundness import document
 
 
 def section(budgets: Sequence[Budget], rows: Sequence[Row], seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """One table for each budget, and how far rows of other seeds are from those of seed 0.
+    """One table for each budget, how far rows of other seeds are from those of seed 0, and rows of other epochs.
 
     Args:
         budgets: in the order of the tables.
@@ -20,9 +20,12 @@ def section(budgets: Sequence[Budget], rows: Sequence[Row], seconds: Mapping[str
     """
     parts: list[str] = []
     for budget in budgets:
-        parts += [table(budget, rows, seconds[budget.name])]
-        if others := spread(budget, rows):
+        own = [row for row in rows if row.epochs == budget.epochs]
+        parts += [table(budget, own, seconds[budget.name])]
+        if others := spread(budget, own):
             parts.append(others)
+        if any(row.epochs != budget.epochs and row.method in seconds[budget.name] for row in rows):
+            parts.append(longer(budget, rows, seconds[budget.name]))
     return "\n\n".join(parts)
 
 
@@ -83,6 +86,24 @@ def spread(budget: Budget, rows: Sequence[Row]) -> str:
         named = zip(("clean", *(f"at {name}" for name in budget.names)), texts, strict=True)
         lines.append(f"* {method.title}, {len(own)} seeds: " + "; ".join(f"{name} {text}" for name, text in named))
     return "\n".join(lines)
+
+
+def longer(budget: Budget, rows: Sequence[Row], seconds: Mapping[str, float]) -> str:
+    """All rows of seed 0, of whatever number of epochs, in the order of their processor time."""
+    titles = {method.name: method.title for method in budget.methods}
+    first = [row for row in rows if row.seed == 0 and row.method in titles]
+    cells = [
+        [
+            titles[row.method],
+            str(row.epochs),
+            f"{row.epochs * seconds[row.method]:.0f}",
+            percent(row.accuracy),
+            *(percent(value) for value in row.certified),
+        ]
+        for row in sorted(first, key=lambda row: row.epochs * seconds[row.method])
+    ]
+    header = ["weights", "epochs", "s in all", "clean", *(f"certified at {name}" for name in budget.names)]
+    return f"By processor time, with rows of more epochs:\n\n{document.table(header, cells)}"
 
 
 def percent(share: float) -> str:

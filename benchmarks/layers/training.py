@@ -78,6 +78,7 @@ class Row:
 
     method: str
     seed: int
+    epochs: int
     rate: float
     tried: dict[str, float]
     """Learning rate -> certified accuracy at the second epsilon, on the images held out, after the short run."""
@@ -260,16 +261,25 @@ def multiply_adds(network: LipschitzNetwork) -> int:
     return counter.get_total_flops() // 2
 
 
-def measured(method: Method, budget: Budget, directory: Path, seed: int, say: Callable[[str], None]) -> Row:
-    """Choose the rate, train, fold, prove, measure on the whole test set."""
+def measured(
+    method: Method,
+    budget: Budget,
+    directory: Path,
+    seed: int,
+    epochs: int,
+    say: Callable[[str], None],
+    like: Row | None = None,
+) -> Row:
+    """Choose the rate, or take that of `like`; train, fold, prove, measure on the whole test set."""
     images, held_out, test = images_of(budget, directory)
-    rate, tried = chosen_rate(method, budget, images, held_out, say)
-    network, seconds = trained(method, budget, images, rate, budget.epochs, seed)
+    rate, tried = (like.rate, like.tried) if like else chosen_rate(method, budget, images, held_out, say)
+    network, seconds = trained(method, budget, images, rate, epochs, seed)
     proof = Proof(network)
     accuracy, *certified = proof.certified(test, (0.0, *budget.epsilons))
     return Row(
         method=method.name,
         seed=seed,
+        epochs=epochs,
         rate=rate,
         tried=tried,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
