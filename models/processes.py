@@ -132,6 +132,7 @@ def _train_one_share(fabric: Fabric, order: bytes, folder: Path) -> None:
         unfinished = folder / "outcome.tmp"
         unfinished.write_bytes(pickle.dumps(outcome))
         unfinished.rename(folder / "outcome")
+    torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
