@@ -35,7 +35,7 @@ from models.networks import LipschitzNetwork
 SHAPES = [(5, 9), (9, 5), (6, 6)]
 ROUNDING = 1e-12
 IMAGE = 5
-NEEDS_LIBRARIES = {"bjorck", "ortho", "aoc", "rko"}
+NEEDS_LIBRARIES = {"bjorck", "aoc", "rko"}
 
 
 def disturbed(module: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:

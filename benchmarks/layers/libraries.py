@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from deel import torchlip
-from orthogonium.layers import AdaptiveOrthoConv2d, OrthoLinear
+from orthogonium.layers import AdaptiveOrthoConv2d
 from torch import Tensor, nn
 
 from benchmarks.layers.constructions import Weight
@@ -33,11 +33,6 @@ class LibraryWeight(Weight):
 def bjorck_matrix(out_features: int, in_features: int) -> LibraryWeight:
     """deel-torchlip: spectral normalisation by power iteration, then at most 15 iterations of Bjorck and Bowie."""
     return LibraryWeight(torchlip.SpectralLinear(in_features, out_features, bias=False))
-
-
-def ortho_matrix(out_features: int, in_features: int) -> LibraryWeight:
-    """orthogonium: power iteration, then 12 iterations of Bjorck and Bowie, with gradients through all."""
-    return LibraryWeight(OrthoLinear(in_features, out_features, bias=False))
 
 
 def rko_kernel(out_channels: int, in_channels: int, kernel_size: int) -> LibraryWeight:

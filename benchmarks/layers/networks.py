@@ -105,8 +105,6 @@ DENSE = (
     Method("qr", "QR", "`torch.linalg.qr`", lambda: _dense(QrMatrix)),
     Method("aol", "AOL", "`benchmarks/layers`", lambda: _dense(AolMatrix), LOW),
     Method("sll", "SLL (first layer Cayley)", "`benchmarks/layers`", _sll),
-    Method("ortho", "Newton-Schulz (Björck)", "orthogonium `OrthoLinear`",
-           lambda: _dense_of_library("ortho_matrix")),
 )  # fmt: skip
 
 
