@@ -128,7 +128,8 @@ $(OTHERS)/project: pyproject.toml $(OTHERS)/installed
 	$(OTHERS)/bin/python -m pip --disable-pip-version-check --no-input install --editable '.[cpu,train]'
 	@touch $@
 
+# --no-deps: the lock is complete but for torch, which packages in it need and pip would miss.
 $(VENV)/test: requirements/test.txt $(VENV)/serve-$(ACCELERATOR)
-	$(LOCKED) -r $<
+	$(LOCKED) --no-deps -r $<
 	$(PIP) install $(TORCH)
 	@touch $@
