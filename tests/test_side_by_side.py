@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from benchmarks.side_by_side.compare import Result, margins, rows_of_claims, rows_of_differences, spread
 from benchmarks.side_by_side.contender import Contender
 from benchmarks.side_by_side.in_torch import GraphInTorch, UnknownOperatorError
-from benchmarks.side_by_side.ours import TRIAL_EPOCHS, epochs_within
+from benchmarks.side_by_side.ours import TRIAL_EPOCHS, alike, epochs_within
 from service.classifier import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,3 +140,7 @@ def test_the_epochs_that_are_chosen_fit_and_one_in_ten_more_would_not(fixed: flo
 def test_a_time_in_which_no_epoch_fits_is_refused() -> None:
     with pytest.raises(ValueError, match="not one fits"):
         epochs_within(10.0, 12.0, 20.0)
+
+
+def test_recipes_that_differ_in_their_loss_alone_are_tried_once() -> None:
+    assert alike("fashion-mnist-accurate") == alike("fashion-mnist-robust") != alike("mnist-0-8")
