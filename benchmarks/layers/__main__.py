@@ -35,10 +35,14 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def kept(folder: Path) -> list[dict[str, Any]]:
+    """What was measured so far: `row` and the `code` that measured it."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.*.*.json"))]
+
+
 def rows_of(folder: Path) -> list[Row]:
-    """What was measured so far."""
-    files = sorted(folder.glob("*.*.*.json"))
-    return [Row(**json.loads(file.read_text(encoding="utf-8"))["row"]) for file in files]
+    """The rows measured so far."""
+    return [Row(**content["row"]) for content in kept(folder)]
 
 
 def main() -> int:
@@ -87,7 +91,9 @@ def main() -> int:
         versions = ", ".join(f"{package} {metadata.version(package).partition('+')[0]}" for package in PACKAGES)
         text = section(list(BUDGETS.values()), rows_of(folder), made)
         ran = document.provenance("make layers DATA=DIR", code)
-        document.write_section("layers", "layers", f"{text}\n\n{ran} {versions}; one thread.", DOCUMENT)
+        trained_by = ", ".join(sorted({content["code"] for content in kept(folder)}))
+        note = f"{ran} {versions}; one thread. Rows were trained by code {trained_by}."
+        document.write_section("layers", "layers", f"{text}\n\n{note}", DOCUMENT)
     return 0
 
 
