@@ -73,9 +73,7 @@ def hkr_margin_loss(
     """
     difference_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
     if margin_bounds_KK is not None:
-        # The diagonal is masked below; 1 keeps 0 / 0 out of the gradient.
-        bounds_KK = margin_bounds_KK + torch.eye(len(margin_bounds_KK)).to(margin_bounds_KK)
-        difference_NK = difference_NK / bounds_KK[labels_N]
+        difference_NK = difference_NK / _with_unit_diagonal(margin_bounds_KK)[labels_N]
     margin_N = difference_NK.scatter(1, labels_N[:, None], torch.inf).amin(1)
     hinges_N = alpha * F.relu(min_margin - margin_N) + accuracy_alpha * F.relu(accuracy_margin - margin_N)
     return (hinges_N - margin_N).mean()
@@ -118,15 +116,32 @@ def lse_hkr_loss(
 
 
 def margin_cross_entropy_loss(
-    logits_NK: Float[Tensor, "N K"], labels_N: Int[Tensor, " N"], *, min_margin: float, temperature: float
+    logits_NK: Float[Tensor, "N K"],
+    labels_N: Int[Tensor, " N"],
+    *,
+    min_margin: float,
+    temperature: float,
+    margin_bounds_KK: Float[Tensor, "K K"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of logits whose own class is set back: `T * mean(-log softmax((f - min_margin e_y) / T)_y)`.
+    """Cross-entropy of margins that are set back: `T mean(log(1 + sum_{j != y} exp((min_margin - m_yj) / T)))`.
 
-    The factor T keeps the size of the gradient. Source: Prach and Lampert, Almost-orthogonal layers for efficient
-    general-purpose Lipschitz networks, ECCV 2022, section 5 (there the margin is called offset).
+    `m_yj = f_y - f_j`, which makes it `T` times the cross-entropy of `(f - min_margin e_y) / T`; the factor T keeps the
+    size of the gradient. Where the constants `K_ij` of the differences are given `m_yj = (f_y - f_j) / K_yj`, a radius,
+    and so are min_margin and T: the head then learns which classes it pays to keep apart.
+
+    Source: Prach and Lampert, Almost-orthogonal layers for efficient general-purpose Lipschitz networks, ECCV 2022,
+    section 5 (there the margin is called offset); dividing by `K_yj` is ours.
     """
-    offset_NK = min_margin * F.one_hot(labels_N, logits_NK.shape[1]).to(logits_NK)
-    return temperature * F.cross_entropy((logits_NK - offset_NK) / temperature, labels_N)
+    deficit_NK = logits_NK - logits_NK.gather(1, labels_N[:, None])
+    if margin_bounds_KK is not None:
+        deficit_NK = deficit_NK / _with_unit_diagonal(margin_bounds_KK)[labels_N]
+    deficit_NK = deficit_NK + min_margin * (1 - F.one_hot(labels_N, logits_NK.shape[1]).to(logits_NK))
+    return temperature * torch.logsumexp(deficit_NK / temperature, dim=1).mean()
+
+
+def _with_unit_diagonal(margin_bounds_KK: Tensor) -> Tensor:
+    """The diagonal never counts; 1 keeps 0 / 0 out of the gradient."""
+    return margin_bounds_KK + torch.eye(len(margin_bounds_KK)).to(margin_bounds_KK)
 
 
 def _membership(logits_NK: Tensor, labels_N: Tensor) -> Tensor:

@@ -186,6 +186,7 @@ def objective_of(loss: Loss) -> Objective:
 
 
 def _loss_of(loss: Loss, network: LipschitzNetwork, logits: Tensor, labels: Tensor) -> Tensor:
+    bounds = network.declared_margin_bounds_KK() if loss.per_pair_bound else None
     match loss.kind:
         case "kr":
             return losses.kr_loss(logits, labels)
@@ -197,7 +198,7 @@ def _loss_of(loss: Loss, network: LipschitzNetwork, logits: Tensor, labels: Tens
                 labels,
                 alpha=loss.alpha,
                 min_margin=loss.min_margin,
-                margin_bounds_KK=network.declared_margin_bounds_KK() if loss.per_pair_bound else None,
+                margin_bounds_KK=bounds,
                 accuracy_alpha=loss.accuracy_alpha,
                 accuracy_margin=loss.accuracy_margin,
             )
@@ -212,7 +213,11 @@ def _loss_of(loss: Loss, network: LipschitzNetwork, logits: Tensor, labels: Tens
             )
         case "margin_cross_entropy":
             return losses.margin_cross_entropy_loss(
-                both_logits(logits), labels, min_margin=loss.min_margin, temperature=loss.temperature
+                both_logits(logits),
+                labels,
+                min_margin=loss.min_margin,
+                temperature=loss.temperature,
+                margin_bounds_KK=bounds,
             )
 
 

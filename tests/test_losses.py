@@ -221,6 +221,18 @@ def test_margin_cross_entropy_sets_the_own_class_back(
     assert loss.item() == pytest.approx(mean(terms), rel=1e-9, abs=1e-9)
 
 
+def test_margin_cross_entropy_on_radii_divides_each_margin_by_its_constant() -> None:
+    logits, labels = sample(3, 5, 4)
+    points = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    bounds = torch.cdist(points, points)
+    terms: list[float] = []
+    for row, y in zip(logits.tolist(), labels.tolist(), strict=True):
+        radii = [(row[y] - f) / bounds[y, j].item() for j, f in enumerate(row) if j != y]
+        terms.append(0.5 * math.log1p(math.fsum(math.exp((1.5 - radius) / 0.5) for radius in radii)))
+    loss = margin_cross_entropy_loss(logits, labels, min_margin=1.5, temperature=0.5, margin_bounds_KK=bounds)
+    assert loss.item() == pytest.approx(mean(terms), rel=1e-12)
+
+
 def test_no_gradient_flows_through_the_weights_of_soft_hkr() -> None:
     logits = torch.tensor([[1.0, 0.5, -0.5]], requires_grad=True)
     soft_hkr_loss(logits, torch.tensor([0]), alpha=0.0, min_margin=1.0, temperature=0.5).backward()
