@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks.layers.training import Budget, Row
@@ -72,7 +71,7 @@ def table(budget: Budget, rows: Sequence[Row], seconds: Mapping[str, float]) -> 
 
 
 def spread(budget: Budget, rows: Sequence[Row]) -> str:
-    """Means and extremes of the methods that ran with several seeds."""
+    """The figures of every method that ran with several seeds."""
     lines: list[str] = []
     for method in budget.methods:
         own = [row for row in rows if row.method == method.name]
@@ -82,7 +81,7 @@ def spread(budget: Budget, rows: Sequence[Row]) -> str:
             [row.accuracy for row in own],
             *([row.certified[k] for row in own] for k in range(len(budget.names))),
         ]
-        texts = [f"{percent(min(c))} to {percent(max(c))} (mean {percent(statistics.fmean(c))})" for c in columns]
+        texts = [", ".join(percent(value) for value in column) for column in columns]
         named = zip(("clean", *(f"at {name}" for name in budget.names)), texts, strict=True)
         lines.append(f"* {method.title}, {len(own)} seeds: " + "; ".join(f"{name} {text}" for name, text in named))
     return "\n".join(lines)
@@ -103,7 +102,7 @@ def longer(budget: Budget, rows: Sequence[Row], seconds: Mapping[str, float]) ->
         for row in sorted(first, key=lambda row: row.epochs * seconds[row.method])
     ]
     header = ["weights", "epochs", "s in all", "clean", *(f"certified at {name}" for name in budget.names)]
-    return f"By processor time, with rows of more epochs:\n\n{document.table(header, cells)}"
+    return f"By processor time, with rows of other numbers of epochs:\n\n{document.table(header, cells)}"
 
 
 def percent(share: float) -> str:
@@ -113,4 +112,4 @@ def percent(share: float) -> str:
 
 def bound_text(bound: float) -> str:
     """A bound must not look smaller than it is."""
-    return f"{math.ceil(bound * 1e5) / 1e5:.5f}"
+    return f"{math.ceil(bound * 1e7) / 1e7:.7f}"
