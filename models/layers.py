@@ -99,8 +99,11 @@ class OrthogonalMatrix(nn.Module):
         nn.init.orthogonal_(self.raw)
 
     def forward(self) -> Float[Tensor, "O D"]:
-        """The matrix in the precision of the parameter."""
-        return cayley(self.raw) if self.parametrisation == "cayley" else self.raw
+        """The matrix in the precision of the parameter, under autocast too: products in bfloat16 are not orthogonal."""
+        if self.parametrisation == "stiefel":
+            return self.raw
+        with torch.autocast(self.raw.device.type, enabled=False):
+            return cayley(self.raw)
 
     def fold(self) -> Float[Tensor, "O D"]:
         """The matrix evaluated in float64, rounded to float32, held in float64."""

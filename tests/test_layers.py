@@ -20,6 +20,7 @@ from models.layers import (
     Normalize,
     OrthogonalConv2d,
     OrthogonalDense,
+    OrthogonalMatrix,
     ScaledAvgPool2d,
     Shift2d,
     SpaceToDepth,
@@ -201,6 +202,21 @@ def test_gradient_of_margin_bounds_is_finite_on_the_diagonal() -> None:
     network = dense_network((1, 4, 4), (8,), 3)
     network.declared_margin_bounds_KK().sum().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+@each_layer
+def test_gradient_is_that_of_finite_differences(make: Callable[[], Layer], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(11)
+    layer = trained(make()).double()
+    x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_cayley_stays_orthogonal_under_autocast() -> None:
+    matrix = OrthogonalMatrix(16, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        W = matrix()
+    torch.testing.assert_close(W @ W.T, torch.eye(16), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("pool", ["none", "max", "l2"])
