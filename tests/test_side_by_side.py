@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from benchmarks.side_by_side.compare import Result, margins, rows_of_claims, rows_of_differences, spread
+from benchmarks.side_by_side.compare import Result, margins, rows_of_claims, rows_of_differences, spread, write
 from benchmarks.side_by_side.contender import Contender
 from benchmarks.side_by_side.in_torch import GraphInTorch, UnknownOperatorError
 from benchmarks.side_by_side.ours import TRIAL_EPOCHS, alike, epochs_within
@@ -144,3 +144,12 @@ def test_a_time_in_which_no_epoch_fits_is_refused() -> None:
 
 def test_recipes_that_differ_in_their_loss_alone_are_tried_once() -> None:
     assert alike("fashion-mnist-accurate") == alike("fashion-mnist-robust") != alike("mnist-0-8")
+
+
+def test_writing_one_data_set_leaves_the_other_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "written.md"
+    write({"mnist-0-8": "## Digits", "fashion-mnist": "## Garments"}, file)
+    write({"mnist-0-8": "## Better digits"}, file)
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("# Side by side")
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Better digits", "## Garments"]

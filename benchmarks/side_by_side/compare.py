@@ -1,8 +1,9 @@
 """Put the authors' library and lipcert side by side: `python -m benchmarks.side_by_side.compare DIR --data DATA`.
 
 `DIR/authors` is what `authors.py` wrote, `DIR/ours` what `ours.py` wrote. Every file goes through the same certifier,
-the same evaluation of the whole test set and the same attacks. `--write` replaces `benchmarks/SIDE_BY_SIDE.md`. What
-the attacks found is kept in `DIR/.partial`, so that an interrupted run goes on.
+the same evaluation of the whole test set and the same attacks. `--write` puts the sections into
+`benchmarks/SIDE_BY_SIDE.md`; with `--only NAME` the other one stays as it is. What the attacks found is kept in
+`DIR/.partial`, so that an interrupted run goes on.
 
 Axes: N images, K classes, M attacked images.
 """
@@ -13,8 +14,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
-import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from jaxtyping import Bool, Float64
 
 from benchmarks.side_by_side import in_torch
 from benchmarks.side_by_side.contender import Contender
+from benchmarks.soundness import document
 from benchmarks.soundness.document import table
 from models import attacks
 from models.datasets import PUBLISHED, load_dataset
-from models.export import code_version, environment
+from models.export import code_version
 from models.partial import PartialResults
 from models.recipes import DataOptions
 
@@ -315,15 +315,15 @@ def section(comparison: Comparison, theirs: Sequence[Result], ours: Sequence[Res
         rows_of_claims(theirs, comparison.claims, epsilons),
         "How the library's rows were trained:",
         rows_of_settings(theirs),
-        "Recipes of lipcert, each with `--set schedule.epochs=E` alone: "
+        f"Recipes of lipcert, code {ours[0].made['code_version']}, each with `--set schedule.epochs=E` alone: "
         + "; ".join(f"`{result.name}` E = {result.made['epochs']}" for result in ours)
         + ".",
     ]
     return "\n\n".join(parts)
 
 
-INTRODUCTION = """# Side by side with the authors' library
-
+TITLE = "# Side by side with the authors' library\n"
+INTRODUCTION = """
 deel-torchlip is the library of the authors of the hKR loss. Both sides get the same training images and the same time:
 processor seconds of one thread, which are seconds of the clock unless others use the machine. Theirs are counted in the
 training loop alone, ours over the whole command `python -m models train`. Then every ONNX file, float64 on both sides,
@@ -353,16 +353,18 @@ def files_of(comparison: Comparison, folder: Path) -> tuple[list[tuple[Path, Pat
     )
 
 
-def document(sections: Sequence[str], versions: Mapping[str, str], code: str) -> str:
-    """The whole file."""
-    made = environment(0.0)
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    origin = (
-        f"`make side-by-side`, code {code}. Hardware: {made['cpu']}, {os.cpu_count()} logical CPUs, "
-        f"{platform.machine()}. Versions: {packages}; here Python {platform.python_version()}, torch {made['torch']}, "
-        f"ONNX Runtime {made['onnxruntime']}, numpy {made['numpy']}."
-    )
-    return "\n\n".join([INTRODUCTION.strip(), *sections, origin]) + "\n"
+def origin(made: Mapping[str, Any], code: str) -> str:
+    """What made the figures of a section."""
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return f"Trained by {made['library']} with {versions}. {document.provenance('make side-by-side', code)}"
+
+
+def write(sections: Mapping[str, str], file: Path = FILE) -> None:
+    """Replace these sections; others stay."""
+    if not file.exists():
+        file.write_text(TITLE, encoding="utf-8")
+    for name, text in {"introduction": INTRODUCTION, **sections}.items():
+        document.write_section(name, "side-by-side", text, file)
 
 
 def main() -> None:
@@ -379,10 +381,10 @@ def main() -> None:
     # Before anything is written: the file that is written is part of the tree.
     code = code_version()
     keep = PartialResults(arguments.folder / ".partial")
-    sections: list[str] = []
-    versions: dict[str, str] = {}
-    chosen = [comparison for comparison in COMPARISONS if not arguments.only or comparison.name in arguments.only]
-    for comparison in chosen:
+    sections: dict[str, str] = {}
+    for comparison in COMPARISONS:
+        if arguments.only and comparison.name not in arguments.only:
+            continue
         data = load_dataset(comparison.options, arguments.data, test_only=True)
         labels = comparison.options.classes or PUBLISHED[comparison.options.dataset].labels
         theirs, ours = (
@@ -392,14 +394,10 @@ def main() -> None:
             ]
             for files in files_of(comparison, arguments.folder)
         )
-        library = theirs[0].made
-        package, _, version = library["library"].partition(" ")
-        versions = {package: version, **{f"its {name}": value for name, value in library["versions"].items()}}
-        sections.append(section(comparison, theirs, ours))
-    text = document(sections, versions, code)
-    print(text)
+        sections[comparison.name] = f"{section(comparison, theirs, ours)}\n\n{origin(theirs[0].made, code)}"
+        print(sections[comparison.name], flush=True)
     if arguments.write:
-        FILE.write_text(text, encoding="utf-8")
+        write(sections)
 
 
 if __name__ == "__main__":
