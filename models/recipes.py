@@ -225,7 +225,7 @@ def _fashion(name: str, loss: Loss) -> ImageRecipe:
         dataset="fashion-mnist",
         network=_DEEP,
         loss=loss,
-        schedule=_LARGE_BATCHES.model_copy(update={"epochs": 24}),
+        schedule=_LARGE_BATCHES.model_copy(update={"epochs": 16}),
         epsilons=(0.1, 0.25, 0.5, 1.0),
         augment=Augment(scale=0.03, shift_pixels=0.5, flip=True),
     )
