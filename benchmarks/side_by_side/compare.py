@@ -202,7 +202,7 @@ def rows_of_accuracy(results: Sequence[Result], epsilons: Sequence[float]) -> st
                 f"{result.made['processor_seconds']:.0f}",
                 f"{result.made['seconds']:.0f}",
                 f"{result.parameters:,}",
-                up(result.margin_bound, 4),
+                up(result.margin_bound, 6),
             ]
             for result in results
         ],
@@ -326,7 +326,8 @@ TITLE = "# Side by side with the authors' library\n"
 INTRODUCTION = """
 deel-torchlip is the library of the authors of the hKR loss. Both sides get the same training images and the same time:
 processor seconds of one thread, which are seconds of the clock unless others use the machine. Theirs are counted in the
-training loop alone, ours over the whole command `python -m models train`. Then every ONNX file, float64 on both sides,
+training loop alone, ours over the whole command `python -m models train`. The machine was shared, so that the seconds
+of the clock (`clock s`) are more, by what the others took at that moment. Then every ONNX file, float64 on both sides,
 goes through one certifier (`service.certificate`), one evaluation (`benchmarks/side_by_side/in_torch.py`, compared with
 ONNX Runtime where that has the kernels) and one set of attacks (`models.attacks`). Seed 0, one run each.
 
