@@ -8,11 +8,15 @@ from functools import cache
 
 import numpy as np
 import pytest
-from builders import linear, load, random_groupsort
+import torch
+from builders import Graphs, linear, load, random_groupsort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from models.export import emit_graphs
+from models.layers import Affine, Chain, Flatten, GlobalMaxPool2d
+from models.networks import LipschitzNetwork
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual, closest_levels, l2_distance
 
@@ -171,6 +175,25 @@ def test_target_out_of_reach_is_answered_with_the_best_image_found() -> None:
             return float(max(logits_K[:2]) - logits_K[2])
 
         assert left(found.logits_K) <= left(prediction.logits_K)
+
+
+def brightest_pixel_above(threshold: float, side: int) -> Classifier:
+    """Class 0 where any pixel is brighter: a detector under a global maximum, as for parasites or scratches."""
+    head = Affine(torch.ones(1, 1, dtype=torch.float64), torch.tensor([-threshold], dtype=torch.float64))
+    graphs = emit_graphs(LipschitzNetwork((1, side, side), Chain([GlobalMaxPool2d(), Flatten()]), head))
+    return load(Graphs(graphs.model, graphs.transport, (1, side, side), 1))
+
+
+def test_every_detection_under_a_maximum_is_taken_back() -> None:
+    classifier = brightest_pixel_above(0.5, 6)
+    image = np.full((1, 1, 6, 6), 0.2)
+    image[0, 0].flat[:30] = (140 + 3 * np.arange(30)) / 255
+    predictions = classifier.predict(image)
+    answers = classifier.counterfactual(image, predictions, None)
+    check_invariants(classifier, image, predictions, answers, None)
+    assert answers[0].reached
+    nearest = np.sqrt(np.square(np.maximum(image - 0.5, 0)).sum())
+    assert nearest <= answers[0].distance <= 1.1 * nearest
 
 
 def test_model_that_never_changes_its_mind_is_answered() -> None:
