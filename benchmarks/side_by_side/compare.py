@@ -325,11 +325,11 @@ def section(comparison: Comparison, theirs: Sequence[Result], ours: Sequence[Res
 TITLE = "# Side by side with the authors' library\n"
 INTRODUCTION = """
 deel-torchlip is the library of the authors of the hKR loss. Both sides get the same training images and the same time:
-processor seconds of one thread, which are seconds of the clock unless others use the machine. Theirs are counted in the
-training loop alone, ours over the whole command `python -m models train`. The machine was shared, so that the seconds
-of the clock (`clock s`) are more, by what the others took at that moment. Then every ONNX file, float64 on both sides,
-goes through one certifier (`service.certificate`), one evaluation (`benchmarks/side_by_side/in_torch.py`, compared with
-ONNX Runtime where that has the kernels) and one set of attacks (`models.attacks`). Seed 0, one run each.
+processor seconds of one thread (`core s`). Theirs are counted in the training loop alone, ours over the whole command
+`python -m models train`. Seconds of the clock (`clock s`) are more by what others took of the machine at that moment.
+Then every ONNX file, float64 on both sides, goes through one certifier (`service.certificate`), one evaluation
+(`benchmarks/side_by_side/in_torch.py`, compared with ONNX Runtime where that has the kernels) and one set of attacks
+(`models.attacks`). Seed 0, one run each.
 
 Rows `notebook`: the networks and losses of the library's notebooks, for this time instead of their number of epochs.
 The notebooks are not part of the installed package; what is set here is in the tables. Rows `tuned`: set after thirteen
