@@ -231,13 +231,13 @@ def _fashion(name: str, loss: Loss) -> ImageRecipe:
     )
 
 
-def _mnist(name: str, network: Network, loss: Loss) -> ImageRecipe:
+def _mnist(name: str, network: Network, loss: Loss, **schedule: Any) -> ImageRecipe:
     return ImageRecipe(
         name=name,
         dataset="mnist",
         network=network,
         loss=loss,
-        schedule=_LARGE_BATCHES.model_copy(update={"epochs": 40}),
+        schedule=_LARGE_BATCHES.model_copy(update=schedule),
         epsilons=(0.3, 1.0, 1.58),
         augment=Augment(rotation_degrees=6.0, scale=0.06, shear=0.05, shift_pixels=0.8),
     )
@@ -261,9 +261,21 @@ RECIPES: dict[str, AnyRecipe] = {
             schedule=Schedule(epochs=20, batch_size=256),
             epsilons=(0.3, 1.0, 1.58),
         ),
-        _mnist("mnist", _SHALLOW, _radius_loss(min_margin=2.3, alpha=10.0, accuracy_alpha=15.0, accuracy_margin=0.5)),
-        _mnist("mnist-robust", _DEEP, _cross_entropy(min_margin=2.4, temperature=0.35)),
-        _mnist("mnist-accurate", _DEEP, _cross_entropy(min_margin=0.65, temperature=0.1)),
+        _mnist(
+            "mnist",
+            _SHALLOW,
+            _radius_loss(min_margin=2.3, alpha=10.0, accuracy_alpha=15.0, accuracy_margin=0.5),
+            epochs=40,
+            precision="32-true",
+        ),
+        _mnist("mnist-robust", _DEEP, _cross_entropy(min_margin=2.4, temperature=0.35), epochs=40),
+        _mnist(
+            "mnist-accurate",
+            _SHALLOW,
+            Loss(kind="margin_cross_entropy", min_margin=0.7, temperature=0.12),
+            epochs=12,
+            precision="32-true",
+        ),
         _fashion("fashion-mnist-accurate", _cross_entropy(min_margin=0.36, temperature=0.085)),
         _fashion("fashion-mnist-robust", _cross_entropy(min_margin=2.0, temperature=0.22)),
         ImageRecipe(
@@ -290,7 +302,7 @@ RECIPES: dict[str, AnyRecipe] = {
                 parametrisation="stiefel",
             ),
             loss=Loss(kind="margin_cross_entropy", min_margin=0.5, temperature=0.2),
-            schedule=_LARGE_BATCHES,
+            schedule=_LARGE_BATCHES.model_copy(update={"rotation_rate": 0.07}),
             epsilons=_CIFAR_EPSILONS,
             augment=_COLOUR,
         ),

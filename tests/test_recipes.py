@@ -103,11 +103,19 @@ def test_classes_may_be_written_as_numbers() -> None:
     assert changed.classes == ("3", "7")
 
 
-def test_both_operating_points_of_a_data_set_differ_in_their_loss_alone() -> None:
-    for accurate, robust in (("mnist-accurate", "mnist-robust"), ("fashion-mnist-accurate", "fashion-mnist-robust")):
-        one, other = RECIPES[accurate].model_dump(), RECIPES[robust].model_dump()
-        assert {key for key in one if one[key] != other[key]} == {"name", "loss"}
-        assert one["loss"]["min_margin"] < other["loss"]["min_margin"]
+@pytest.mark.parametrize(
+    ("accurate", "robust", "differences"),
+    [
+        ("mnist-accurate", "mnist", {"name", "loss", "schedule"}),
+        ("fashion-mnist-accurate", "fashion-mnist-robust", {"name", "loss"}),
+    ],
+)
+def test_operating_points_of_a_data_set_are_one_network_and_two_losses(
+    accurate: str, robust: str, differences: set[str]
+) -> None:
+    one, other = RECIPES[accurate].model_dump(), RECIPES[robust].model_dump()
+    assert {key for key in one if one[key] != other[key]} == differences
+    assert one["loss"]["min_margin"] < other["loss"]["min_margin"]
 
 
 def test_unknown_recipe_is_answered_with_the_known_ones() -> None:
