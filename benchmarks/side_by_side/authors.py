@@ -4,9 +4,9 @@ Runs in the environment of `benchmarks/libraries/requirements.txt` and imports n
 `OUT/NAME/model.onnx` (float64, image N x 1 x 28 x 28 in [0, 1] -> logits) and `OUT/NAME/run.json`.
 
 Rows `...-notebook` are built after the library's notebooks on MNIST 0-8 and Fashion-MNIST, which its package does not
-hold: networks and losses are theirs as far as known, batch size and rate are not compared with them. Rows `...-tuned...` are the best that was found for the library in the same time: other widths, its other losses,
-margins, temperatures, batch sizes, a learning rate that falls to 0. `--hold-out N` trains without N training images and
-prints what a setting is worth on them; `--set key=value` changes one: by these two the tuned rows were found.
+hold: the settings were not compared with them. Rows `...-tuned...` are a stronger opponent from its own layers
+and losses, set after short trainings: `--hold-out N` trains without N images and prints what a setting is worth
+on them, `--set key=value` changes one.
 """
 
 from __future__ import annotations
