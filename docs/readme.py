@@ -100,21 +100,18 @@ def settings_block() -> str:
 def models_block() -> str:
     """One row for each shipped artefact, from its card."""
     cards = [read_card(path.parent) for path in sorted(ZOO.glob("*/card.json"))]
-    epsilons = sorted({entry.epsilon for card in cards for entry in card.certified_accuracy})
-    header = ["model", "classes", "accuracy", *(f"certified at {epsilon:g}" for epsilon in epsilons), "n", "loss"]
-    rows = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    rows += [f"| {' | '.join(_row(card, epsilons))} |" for card in cards]
+    rows = ["| model | classes | accuracy | certified accuracy at radius | n | loss |", "|" + "---|" * 6]
+    rows += [f"| {' | '.join(_row(card))} |" for card in cards]
     return "\n".join(rows) + "\n"
 
 
-def _row(card: Card, epsilons: list[float]) -> list[str]:
-    certified = {entry.epsilon: f"{entry.value:.2%}" for entry in card.certified_accuracy}
+def _row(card: Card) -> list[str]:
     sizes = sorted({entry.n for entry in card.certified_accuracy})
     return [
         f"`{card.name}`",
         ", ".join(card.labels),
         "-" if card.accuracy is None else f"{card.accuracy:.2%}",
-        *(certified.get(epsilon, "-") for epsilon in epsilons),
+        ", ".join(f"{entry.value:.2%} at {entry.epsilon:.4g}" for entry in card.certified_accuracy) or "-",
         ", ".join(f"{n:,}" for n in sizes) or "-",
         str(card.loss.get("kind", "-")),
     ]

@@ -331,27 +331,37 @@ Then every ONNX file, float64 on both sides, goes through one certifier (`servic
 (`benchmarks/side_by_side/in_torch.py`, compared with ONNX Runtime where that has the kernels) and one set of attacks
 (`models.attacks`). Seed 0, one run each.
 
-Rows `notebook`: networks and losses after the library's notebooks, for this time instead of a number of epochs. The
-notebooks are not part of the installed package, and the settings were not compared with them; what was set is in the
-tables. Rows `tuned`: set after thirteen short trainings (20 to 60 s) that were judged on held-out training images: the
-notebooks' networks and dense ones of up to 512 columns; hKR, soft and log-sum-exp hKR and cross-entropy with a
-temperature; margins from 0.1 to 4; rates that stay and that fall.
+Rows `notebook`: networks and losses of the library's notebooks (`docs/notebooks` of its repository), for this time
+instead of a number of epochs. The notebook on Fashion-MNIST takes batches of 4096; here they are of 256, sixteen
+times as many steps of an epoch. Its versions differ in the head: unit rows, as here, or orthogonal ones. Rows
+`tuned`: set after thirteen short trainings (20 to 60 s) that were judged on held-out training images: the notebooks'
+networks and dense ones of up to 512 columns; hKR, soft and log-sum-exp hKR and cross-entropy with a temperature;
+margins from 0.1 to 4; rates that stay and that fall.
 
 `margin / 2` follows from what the library says of its layers: a body of constant 1 and a head whose rows have norm 1
 each, or one output f, whose radius is |f|. It holds up to the accuracy of the library's iterations and in exact
 arithmetic. `margin / sqrt(2)` holds only where all logits together are 1-Lipschitz, which such a head does not make
-them; a notebook of the library plots it all the same. The proved radius divides each margin by the bound of its own
-pair of logits, and covers rounding.
+them (orthogonal rows would). The proved radius divides each margin by the bound of its own pair of logits, and covers
+rounding.
 """
 
 
 def files_of(comparison: Comparison, folder: Path) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:
-    """Graphs of both sides, each with what is noted about its training."""
+    """Graphs of both sides, each with what is noted about its training; what was not trained is left out.
+
+    Raises:
+        SystemExit: a side has none.
+    """
     theirs, ours = folder / "authors", folder / "ours"
-    return (
+    sides = (
         [(theirs / name / "model.onnx", theirs / name / "run.json") for name in comparison.authors],
         [(ours / name / "model.onnx", ours / f"{name}.run.json") for name in comparison.ours],
     )
+    for side in sides:
+        if not any(record.is_file() for _, record in side):
+            raise SystemExit(f"{side[0][1]} is missing: run authors.py and ours.py first, as `make side-by-side` does")
+    theirs_made, ours_made = ([pair for pair in side if pair[1].is_file()] for side in sides)
+    return theirs_made, ours_made
 
 
 def origin(made: Mapping[str, Any], code: str) -> str:
