@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from bright_bars import bars
 
 from models import losses
-from models.data import LabelledImages
 from models.networks import LipschitzNetwork, dense_network
 from models.processes import fit_on
 from models.recipes import Augment, Schedule
@@ -24,16 +24,6 @@ BATCH = 15
 """Odd: two processes cannot have equal shares of it."""
 STEPS = 4
 """Of an epoch, of 70 images."""
-
-
-def bars() -> LabelledImages:
-    """Three kinds of bright bars, with noise."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(70) % 3
-    images = torch.randint(0, 40, (70, 1, 6, 6), generator=generator, dtype=torch.uint8)
-    for n, label in enumerate(labels.tolist()):
-        images[n, 0, 2 * label] += 200
-    return LabelledImages(images, labels)
 
 
 def bar_network() -> LipschitzNetwork:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from bright_bars import bars
 from test_curves import points
 
 from models import training
@@ -45,16 +46,6 @@ class StopHere(Exception):
     """Stands for a killed process."""
 
 
-def small_set() -> LabelledImages:
-    """Three kinds of bright bars, with noise."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(70) % 3
-    images = torch.randint(0, 40, (70, 1, 6, 6), generator=generator, dtype=torch.uint8)
-    for n, label in enumerate(labels.tolist()):
-        images[n, 0, 2 * label] += 200
-    return LabelledImages(images, labels)
-
-
 def small_network(parametrisation: Any = "cayley") -> LipschitzNetwork:
     torch.manual_seed(1)
     return dense_network((1, 6, 6), (12, 8), 3, parametrisation=parametrisation)
@@ -62,7 +53,7 @@ def small_network(parametrisation: Any = "cayley") -> LipschitzNetwork:
 
 def small_run(folder: Path, *, ema_decay: float | None = None, precision: Any = "32-true") -> Run:
     return Run(
-        batches=ImageBatches(small_set(), BATCH, seed=0, augmentation=AUGMENT),
+        batches=ImageBatches(bars(), BATCH, seed=0, augmentation=AUGMENT),
         objective=objective_of(LOSS),
         schedule=Schedule(epochs=EPOCHS, batch_size=BATCH, ema_decay=ema_decay, precision=precision),
         checkpoints=folder,
@@ -140,7 +131,7 @@ def test_mixed_precision_rounds_in_the_body_alone_and_learns_the_same(tmp_path: 
 
 def test_curves_of_an_interrupted_and_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
     def run(name: str) -> Run:
-        return replace(small_run(tmp_path / name), curves=tmp_path / f"{name} curves", validation=small_set())
+        return replace(small_run(tmp_path / name), curves=tmp_path / f"{name} curves", validation=bars())
 
     fit(small_network(), run("whole"))
     with pytest.raises(Interrupted):
@@ -213,7 +204,7 @@ def test_equal_seeds_give_equal_networks_and_other_seeds_other_batches(tmp_path:
     assert_equal_networks(
         fit(small_network(), small_run(tmp_path / "a")).network, fit(small_network(), small_run(tmp_path / "b")).network
     )
-    one, other = (ImageBatches(small_set(), BATCH, seed, None).batch(0, 0)[0] for seed in (0, 1))
+    one, other = (ImageBatches(bars(), BATCH, seed, None).batch(0, 0)[0] for seed in (0, 1))
     assert not torch.equal(one, other)
 
 
@@ -273,7 +264,7 @@ def test_weight_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: p
             group["params"][0].data.fill_(torch.inf)
 
     run = small_run(tmp_path)
-    batches = ImageBatches(small_set(), 70, 0, None)  # one step an epoch: no later loss shows it
+    batches = ImageBatches(bars(), 70, 0, None)  # one step an epoch: no later loss shows it
     monkeypatch.setattr(torch.optim.Adam, "step", spoil)
     with pytest.raises(NonFiniteError, match="a weight is not finite in epoch 1"):
         fit(small_network(), replace(run, batches=batches))
@@ -312,7 +303,7 @@ def test_checkpoints_leave_no_temporary_file(tmp_path: Path) -> None:
 
 def test_data_set_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(TrainingError, match="batch_size"):
-        ImageBatches(small_set(), 71, 0, None)
+        ImageBatches(bars(), 71, 0, None)
 
 
 def test_full_disk_during_training_loses_nothing(
@@ -362,7 +353,7 @@ def test_disk_without_room_for_the_checkpoints_is_refused_before_training(
 
 
 def test_fewer_steps_than_the_schedule_needs_are_refused(tmp_path: Path) -> None:
-    batches = ImageBatches(small_set(), 70, 0, None)
+    batches = ImageBatches(bars(), 70, 0, None)
     run = replace(small_run(tmp_path), batches=batches, schedule=Schedule(epochs=2, batch_size=70))
     with pytest.raises(TrainingError, match="2 steps are too few"):
         fit(small_network(), run)
@@ -371,8 +362,8 @@ def test_fewer_steps_than_the_schedule_needs_are_refused(tmp_path: Path) -> None
 def test_training_learns_the_bars(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     run = replace(run, schedule=Schedule(epochs=15, batch_size=BATCH, learning_rate=2e-2))
-    run = replace(run, batches=ImageBatches(small_set(), BATCH, 0, None))
-    scores = score(fit(small_network(), run).network, small_set(), (0.1,))
+    run = replace(run, batches=ImageBatches(bars(), BATCH, 0, None))
+    scores = score(fit(small_network(), run).network, bars(), (0.1,))
     assert scores.accuracy == 1.0
     assert scores.certified[0.1] > 0.9
 
