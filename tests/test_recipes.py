@@ -107,7 +107,7 @@ def test_classes_may_be_written_as_numbers() -> None:
     ("accurate", "robust", "differences"),
     [
         ("mnist-accurate", "mnist", {"name", "loss", "schedule"}),
-        ("fashion-mnist-accurate", "fashion-mnist-robust", {"name", "loss"}),
+        ("fashion-mnist-accurate", "fashion-mnist-robust", {"name", "loss", "augment"}),
     ],
 )
 def test_operating_points_of_a_data_set_are_one_network_and_two_losses(
