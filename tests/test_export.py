@@ -29,6 +29,7 @@ from models.layers import (
 )
 from models.networks import LipschitzNetwork, convolutional_network, dense_network
 from models.onnx_graph import IR_VERSION, OPSET, GraphBuilder, Value
+from models.recipes import Stage
 from service.artefact import read_artefact
 from service.certificate import UnsupportedGraphError
 
@@ -138,10 +139,12 @@ def test_equal_networks_give_equal_bytes() -> None:
     [
         small_network(1),
         small_network(3),
-        convolutional_network((1, 8, 8), (8, 8), 2, (6,), 3),
+        convolutional_network((1, 8, 8), [Stage(channels=8, blocks=2)] * 2, "none", (6,), 3),
+        convolutional_network((1, 8, 8), [Stage(channels=8, blocks=2)], "max", (6,), 3),
+        convolutional_network((1, 8, 8), [Stage(channels=8, window=1)], "l2", (6,), 1),
         dense_network((1, 4, 4), (12, 8), 2, activation="fullsort", parametrisation="stiefel"),
     ],
-    ids=["one output", "three outputs", "convolutional", "full sort"],
+    ids=["one output", "three outputs", "convolutional", "global maximum", "global norm", "full sort"],
 )
 def test_certifier_proves_the_declared_constant_of_what_is_exported(network: LipschitzNetwork) -> None:
     graphs = emit_graphs(network)
