@@ -170,14 +170,17 @@ def test_networks_of_the_trainer_with_convolutions_and_normalisation_hold(tmp_pa
     from models.export import emit_graphs
     from models.layers import Chain, FullSort, L2Pool2d, Normalize, ScaledAvgPool2d
     from models.networks import LipschitzNetwork, convolutional_network, dense_network
+    from models.recipes import Stage
 
     torch.manual_seed(0)
-    conv = convolutional_network((2, 8, 8), (8,), 2, (12,), 3)
+    conv = convolutional_network((2, 8, 8), [Stage(channels=8, blocks=2)], "none", (12,), 3)
+    detector = convolutional_network((1, 6, 8), [Stage(channels=8)], "max", (8,), 1)
+    norms = convolutional_network((1, 6, 8), [Stage(channels=8)], "l2", (8,), 3)
     pooled = dense_network((2, 2, 2), (8,), 3)
     body = Chain([Normalize([0.4, 0.5], [0.2, 0.3]), L2Pool2d(2), ScaledAvgPool2d(2), pooled.body])
     sort = dense_network((1, 4, 4), (12,), 1, activation="fullsort")
     assert any(isinstance(layer, FullSort) for layer in sort.body.modules())
-    for network in (conv, LipschitzNetwork((2, 8, 8), body, pooled.head), sort):
+    for network in (conv, detector, norms, LipschitzNetwork((2, 8, 8), body, pooled.head), sort):
         assert server_agrees(emit_graphs(network).model, network.input_shape, 5)
 
 

@@ -142,8 +142,8 @@ def test_a_time_in_which_no_epoch_fits_is_refused() -> None:
         epochs_within(10.0, 12.0, 20.0)
 
 
-def test_recipes_that_differ_in_their_loss_alone_are_tried_once() -> None:
-    assert alike("fashion-mnist-accurate") == alike("fashion-mnist-robust") != alike("mnist-0-8")
+def test_recipes_of_one_network_and_schedule_are_tried_once() -> None:
+    assert alike("fashion-mnist") == alike("fashion-mnist-accurate") != alike("fashion-mnist-robust")
 
 
 def test_writing_one_data_set_leaves_the_other_as_it_is(tmp_path: Path) -> None:
