@@ -267,15 +267,16 @@ def rows_of_differences(theirs: Sequence[Result], ours: Sequence[Result], epsilo
         def value(result: Result, epsilon: float | None = epsilon) -> float:
             return result.clean if epsilon is None else result.certified(epsilon)
 
-        notebook, tuned, own = best(theirs[:1], epsilon), best(theirs[1:], epsilon), best(ours, epsilon)
+        notebook, own = best(theirs[:1], epsilon), best(ours, epsilon)
+        tuned = best(theirs[1:], epsilon) if len(theirs) > 1 else None
         rows.append(
             [
                 "clean" if epsilon is None else f"certified {epsilon:g}",
                 percent(value(notebook)),
-                f"{percent(value(tuned))} ({tuned.name})",
+                "not trained" if tuned is None else f"{percent(value(tuned))} ({tuned.name})",
                 f"{percent(value(own))} ({own.name})",
                 f"{100 * (value(own) - value(notebook)):+.2f}",
-                f"{100 * (value(own) - value(tuned)):+.2f}",
+                "-" if tuned is None else f"{100 * (value(own) - value(tuned)):+.2f}",
             ]
         )
     return table(["", "notebook", "best tuned", "best of ours", "against notebook", "against tuned"], rows)
