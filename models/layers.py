@@ -454,16 +454,8 @@ class L2Pool2d(Layer):
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """Reshape, ReduceL2; the adjoint is `g x / norm`."""
         C, h, k, w, _ = _windows(x.shape, self.kernel_size)
-        windows = graph.reshape(x, [C, h, k, w, k])
-        axes = graph.int64([3, 5])
-        y = graph.node("ReduceL2", [windows, axes], [C, h, w], keepdims=0)
-
-        def pullback(g: Value) -> Value:
-            positive = graph.node("Max", [y, graph.float64(np.array(np.finfo(np.float64).tiny))], y.shape)
-            ratio = graph.reshape(graph.node("Div", [g, positive], y.shape), [C, h, 1, w, 1])
-            return graph.reshape(graph.node("Mul", [windows, ratio], windows.shape), x.shape)
-
-        return y, pullback
+        y, to_windows = _emit_norm(graph, graph.reshape(x, [C, h, k, w, k]), [3, 5])
+        return y, lambda g: graph.reshape(to_windows(g), x.shape)
 
 
 class GlobalMaxPool2d(Layer):
@@ -501,15 +493,8 @@ class GlobalL2Pool2d(Layer):
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """Reshape, ReduceL2; the adjoint is `g x / norm`."""
         C, H, W = x.shape
-        pixels = graph.reshape(x, [C, H * W])
-        y = graph.node("ReduceL2", [pixels, graph.int64([2])], [C, 1], keepdims=1)
-
-        def pullback(g: Value) -> Value:
-            positive = graph.node("Max", [y, graph.float64(np.array(np.finfo(np.float64).tiny))], y.shape)
-            ratio = graph.node("Div", [graph.reshape(g, [C, 1]), positive], y.shape)
-            return graph.reshape(graph.node("Mul", [pixels, ratio], pixels.shape), x.shape)
-
-        return graph.reshape(y, [C, 1, 1]), pullback
+        y, to_pixels = _emit_norm(graph, graph.reshape(x, [C, H * W]), [2])
+        return graph.reshape(y, [C, 1, 1]), lambda g: graph.reshape(to_pixels(graph.reshape(g, [C])), x.shape)
 
 
 class ScaledAvgPool2d(Layer):
@@ -620,6 +605,20 @@ class Normalize(Layer):
 
 def _mix_channels(x: Tensor, weight_OC: Tensor, bias_O: Tensor) -> Tensor:
     return F.conv2d(x, weight_OC[:, :, None, None], bias_O)
+
+
+def _emit_norm(graph: GraphBuilder, x: Value, axes: Sequence[int]) -> tuple[Value, Pullback]:
+    """Euclidean norm over `axes` (which count the batch axis), and its adjoint `g x / norm`, 0 where the norm is."""
+    pooled = [size for axis, size in enumerate(x.shape, 1) if axis not in axes]
+    spread = [1 if axis in axes else size for axis, size in enumerate(x.shape, 1)]
+    y = graph.node("ReduceL2", [x, graph.int64(list(axes))], pooled, keepdims=0)
+
+    def pullback(g: Value) -> Value:
+        positive = graph.node("Max", [y, graph.float64(np.array(np.finfo(np.float64).tiny))], pooled)
+        ratio = graph.reshape(graph.node("Div", [g, positive], pooled), spread)
+        return graph.node("Mul", [x, ratio], x.shape)
+
+    return y, pullback
 
 
 def _windows(shape: tuple[int, ...], k: int) -> tuple[int, int, int, int, int]:

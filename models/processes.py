@@ -27,11 +27,9 @@ from torch.multiprocessing.spawn import ProcessException
 
 from models.logs import log_to_stderr
 from models.networks import LipschitzNetwork
-from models.training import Interrupted, Run, Trained, TrainingError, fabric_for, fit
+from models.training import STOP_SIGNALS, Interrupted, Run, Trained, TrainingError, fabric_for, fit, on_stop_signals
 
 log = logging.getLogger(__name__)
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def _launch(fabric: Fabric, order: bytes, folder: Path) -> ProcessException | No
 
 
 def _take_no_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _train_one_share(fabric: Fabric, order: bytes, folder: Path) -> None:
@@ -139,9 +137,8 @@ def _train_one_share(fabric: Fabric, order: bytes, folder: Path) -> None:
 def _signals_left_in(folder: Path) -> Generator[list[int]]:
     """The first SIGINT or SIGTERM leaves a file that asks all processes to stop; the second ends them."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
 
-    def pass_on(number: int, _frame: object) -> None:
+    def pass_on(number: int, _previous: Any) -> None:
         received.append(number)
         (folder / "stop").touch()
         if len(received) > 1:
@@ -149,15 +146,5 @@ def _signals_left_in(folder: Path) -> Generator[list[int]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(file.stem), signal.SIGKILL)
 
-    try:
-        for number in _SIGNALS:
-            # A shell lets its background jobs ignore Ctrl-C, which is meant for the one in the foreground.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                previous[number] = signal.signal(number, pass_on)
-    except ValueError:  # not the main thread: signals are somebody else's
-        previous.clear()
-    try:
+    with on_stop_signals(pass_on):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

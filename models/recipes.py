@@ -304,9 +304,7 @@ RECIPES: dict[str, AnyRecipe] = {
                 parametrisation="stiefel",
             ),
             loss=_cross_entropy(min_margin=0.5, temperature=0.2, per_pair_bound=False),
-            schedule=Schedule(
-                epochs=150, batch_size=1024, learning_rate=8e-3, rotation_rate=0.06, precision="bf16-mixed"
-            ),
+            schedule=_LARGE_BATCHES.model_copy(update={"epochs": 150}),
             epsilons=_CIFAR_EPSILONS,
             augment=_COLOUR,
         ),

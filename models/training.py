@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 CPU = torch.device("cpu")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPORT_EVERY = 10
 """Steps from one figure of the bar, and one point of the curves, to the next."""
 
@@ -723,24 +724,35 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Generator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that no step is cut in half; a second acts at once."""
-    received: list[int] = []
+def on_stop_signals(handle: Callable[[int, Any], None]) -> Generator[None]:
+    """Call `handle(number, previous handler)` on SIGINT and SIGTERM; at the end the previous handlers are back."""
     previous: dict[int, Any] = {}
 
-    def remember(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
+    def call(number: int, _frame: object) -> None:
+        handle(number, previous[number])
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             # A shell lets its background jobs ignore Ctrl-C, which is meant for the one in the foreground.
             if signal.getsignal(number) != signal.SIG_IGN:
-                previous[number] = signal.signal(number, remember)
+                previous[number] = signal.signal(number, call)
     except ValueError:  # not the main thread: signals are somebody else's
         previous.clear()
     try:
-        yield lambda: bool(received)
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Generator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag, so that no step is cut in half; a second acts at once."""
+    received: list[int] = []
+
+    def remember(number: int, previous: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous)
+
+    with on_stop_signals(remember):
+        yield lambda: bool(received)
