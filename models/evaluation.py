@@ -284,7 +284,7 @@ def _measure(
 
 
 def _measure_part(classifier: Classifier, image_NCHW: np.ndarray) -> Arrays:
-    answers = classifier.counterfactual(image_NCHW, classifier.predict(image_NCHW), None)
+    answers = classifier.counterfactual(image_NCHW, classifier.predict(image_NCHW), [None] * len(image_NCHW))
     return {
         "pixels": np.array([answer.pixels_CHW for answer in answers]),
         "class_id": np.array([answer.class_id for answer in answers]),

@@ -47,7 +47,9 @@ def classify(
     predictions = classifier.predict(image_NCHW, resize=options.resize)
     counterfactuals: Sequence[Counterfactual | None] = [None] * len(predictions)
     if options.counterfactual:
-        counterfactuals = classifier.counterfactual(image_NCHW, predictions, target, resize=options.resize)
+        counterfactuals = classifier.counterfactual(
+            image_NCHW, predictions, [target] * len(predictions), resize=options.resize
+        )
     return list(zip(predictions, counterfactuals, strict=True))
 
 

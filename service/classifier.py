@@ -8,6 +8,7 @@ takes; K classes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,8 +173,8 @@ class Classifier:
     def counterfactual(
         self,
         image_NCHW: Float64[np.ndarray, "N C H W"],
-        predictions: list[Prediction],
-        target: int | None,
+        predictions: Sequence[Prediction],
+        targets: Sequence[int | None],
         resize: bool = False,
     ) -> list[Counterfactual]:
         """The nearest image found with another class, for each image; see `find_counterfactuals`.
@@ -181,17 +182,17 @@ class Classifier:
         Args:
             image_NCHW: the images of `predictions`.
             predictions: what `predict` answered about them with the same `resize`.
-            target: the class to reach; None for the nearest other one.
+            targets: for each image the class to reach; None for the nearest other one.
             resize: as in `predict`. The search moves the pixels of the image that was sent.
 
         Raises:
-            TargetIsPredictedClassError: an image already has class `target`; in a batch it is named.
+            TargetIsPredictedClassError: an image already has the class of its target; in a batch it is named.
             ImageSizeError: as in `predict`.
         """
         view = self._view(image_NCHW, resize)
-        for index, prediction in enumerate(predictions):
-            if target is not None and prediction.class_id == target:
-                error = TargetIsPredictedClassError(self.labels[target])
+        for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
+            if prediction.class_id == target:
+                error = TargetIsPredictedClassError(self.labels[prediction.class_id])
                 raise error.at_index(index) if len(predictions) > 1 else error
         return find_counterfactuals(
             view,
@@ -200,7 +201,7 @@ class Classifier:
             runner_up_N=np.array([prediction.runner_up for prediction in predictions], np.int64),
             radius_N=np.array([prediction.radius for prediction in predictions], np.float64),
             n_classes=len(self.labels),
-            target=target,
+            target_N=np.array([-1 if target is None else target for target in targets], np.int64),
         )
 
     def _view(self, image_NCHW: np.ndarray, resize: bool) -> _View:

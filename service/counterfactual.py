@@ -97,24 +97,24 @@ def find_counterfactuals(
     runner_up_N: Int64[np.ndarray, " N"],
     radius_N: Float64[np.ndarray, " N"],
     n_classes: int,
-    target: int | None,
+    target_N: Int64[np.ndarray, " N"],
 ) -> list[Counterfactual]:
-    """The nearest images found that `model` gives another class than `class_id_N`, or exactly `target`.
+    """The nearest images found that `model` gives another class than `class_id_N`, or exactly `target_N`.
 
     Args:
         model: classifies and differentiates; called with batches of at most a few times N images.
         image_NCHW: pixels in [0, 1].
-        class_id_N: predicted classes, none of which is `target`.
+        class_id_N: predicted classes, each of which differs from its target.
         runner_up_N: class to descend towards first where there is no target.
         radius_N: certified radii; no answer is nearer. Where nothing is reached, the answer is the image with
             the lowest margin left among those at least that far. Only if the radius exceeds the distance to
             every image tried, the farthest corner of the box included, is the answer that corner.
         n_classes: K.
-        target: wanted class; None for any other.
+        target_N: wanted classes; -1 for any other.
     """
     if len(image_NCHW) == 0:
         return []
-    search = _Search(model, image_NCHW, class_id_N, runner_up_N, radius_N, n_classes, target)
+    search = _Search(model, image_NCHW, class_id_N, runner_up_N, radius_N, n_classes, target_N)
     search.descend()
     search.settle()
     return search.answers()
@@ -149,7 +149,7 @@ class _Search:
         runner_up_N: np.ndarray,
         radius_N: np.ndarray,
         n_classes: int,
-        target: int | None,
+        target_N: np.ndarray,
     ) -> None:
         n_images = len(image_NCHW)
         self.model = model
@@ -159,10 +159,10 @@ class _Search:
         self.class_id_N = class_id_N
         self.radius_N = radius_N
         self.n_classes = n_classes
-        self.target = target
+        self.target_N = target_N
         self.falling_N = class_id_N.copy()
         """The class whose logit is to fall, i of the margin `f_i - f_j`."""
-        self.rising_N = runner_up_N.copy() if target is None else np.full(n_images, target)
+        self.rising_N = np.where(target_N < 0, runner_up_N, target_N)
         self.at_ND = self.start_ND.copy()
         """The iterate: the best image found, or else the candidate of the last step with the least margin left."""
         self.gradient_ND = np.zeros_like(self.start_ND)
@@ -325,21 +325,17 @@ class _Search:
         row_L = np.arange(len(index_L))
         distance_SL = np.sqrt(np.square(level_SLD - self.start_ND[index_L]).sum(axis=2)) / LEVELS
         # The margin that is left to the wanted class, and the pair of classes that it is between.
-        if self.target is None:
-            falling_SL = np.broadcast_to(self.class_id_N[index_L], class_SL.shape)
-            rising_SL = np.where(class_SL == falling_SL, runner_up_SL, class_SL)
-        else:
-            rivals_SLK = logits_SLK.copy()
-            rivals_SLK[:, :, self.target] = -np.inf
-            falling_SL = rivals_SLK.argmax(axis=2)
-            rising_SL = np.full_like(class_SL, self.target)
+        target_L = self.target_N[index_L]
+        free_L = target_L < 0
+        rivals_SLK = logits_SLK.copy()
+        rivals_SLK[:, row_L[~free_L], target_L[~free_L]] = -np.inf
+        falling_SL = np.where(free_L, self.class_id_N[index_L], rivals_SLK.argmax(axis=2))
+        rising_SL = np.where(free_L, np.where(class_SL == falling_SL, runner_up_SL, class_SL), target_L)
         margin_SL = (
             np.take_along_axis(logits_SLK, falling_SL[:, :, None], axis=2)
             - np.take_along_axis(logits_SLK, rising_SL[:, :, None], axis=2)
         )[:, :, 0]
-        found_SL = certain_SL & (class_SL == rising_SL)
-        if self.target is None:
-            found_SL &= class_SL != falling_SL
+        found_SL = certain_SL & (class_SL == rising_SL) & (class_SL != falling_SL)
 
         found_distance_SL = np.where(found_SL, distance_SL, np.inf)
         best_L = found_distance_SL.argmin(axis=0)

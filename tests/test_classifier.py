@@ -282,9 +282,9 @@ def test_target_that_is_the_predicted_class_is_refused_and_named_in_a_batch() ->
     class_id = predictions[4].class_id
     first = next(index for index, prediction in enumerate(predictions) if prediction.class_id == class_id)
     with pytest.raises(TargetIsPredictedClassError, match=f"image {first}: .*'class {class_id}'"):
-        classifier.counterfactual(batch, predictions, class_id)
+        classifier.counterfactual(batch, predictions, [class_id] * 6)
     with pytest.raises(TargetIsPredictedClassError, match=f"^target 'class {class_id}'"):
-        classifier.counterfactual(batch[4:5], predictions[4:5], class_id)
+        classifier.counterfactual(batch[4:5], predictions[4:5], [class_id])
 
 
 def test_threads_get_the_answers_that_one_thread_gets() -> None:

@@ -73,7 +73,7 @@ def test_invariants_hold_for_any_other_class(
     shape = (n, 1, 7, 9) if resize else (n, 1, 5, 4)
     image = random.integers(0, 256, shape) / 255 if eight_bit else random.random(shape)
     predictions = classifier.predict(image, resize=resize)
-    answers = classifier.counterfactual(image, predictions, None, resize=resize)
+    answers = classifier.counterfactual(image, predictions, [None] * n, resize=resize)
     check_invariants(classifier, image, predictions, answers, None, resize)
 
 
@@ -96,7 +96,7 @@ def test_invariants_hold_for_converted_images_in_the_channels_that_were_sent(
     predictions = classifier.predict(image, resize=resize)
     kept = [n for n, prediction in enumerate(predictions) if prediction.class_id != target]
     image, predictions = image[kept], [predictions[n] for n in kept]
-    answers = classifier.counterfactual(image, predictions, target, resize=resize)
+    answers = classifier.counterfactual(image, predictions, [target] * len(image), resize=resize)
     check_invariants(classifier, image, predictions, answers, target, resize)
 
 
@@ -113,7 +113,7 @@ def test_distance_of_a_converted_image_of_a_linear_model_is_the_closed_form(sent
     bias_K = -weight_PK.T @ seen[0].ravel() + random.normal(size=3) / 3
     classifier = load(linear(weight_PK.T, bias_K, (taken, 20, 20)))
     predictions = classifier.predict(image)
-    answers = classifier.counterfactual(image, predictions, None)
+    answers = classifier.counterfactual(image, predictions, [None] * len(image))
     check_invariants(classifier, image, predictions, answers, None)
     for prediction, answer in zip(predictions, answers, strict=True):
         assert answer.reached
@@ -129,7 +129,7 @@ def test_invariants_hold_for_a_target(seed: int, image_seed: int, target: int, r
     predictions = classifier.predict(image, resize=resize)
     kept = [n for n, prediction in enumerate(predictions) if prediction.class_id != target]
     image, predictions = image[kept], [predictions[n] for n in kept]
-    answers = classifier.counterfactual(image, predictions, target, resize=resize)
+    answers = classifier.counterfactual(image, predictions, [target] * len(image), resize=resize)
     check_invariants(classifier, image, predictions, answers, target, resize)
 
 
@@ -145,7 +145,7 @@ def test_distance_of_a_linear_model_is_the_closed_form(n_outputs: int, eight_bit
     bias = -weight @ image[0].ravel() + random.normal(size=n_outputs) / 3
     classifier = load(linear(weight, bias, (1, 20, 20)))
     predictions = classifier.predict(image)
-    answers = classifier.counterfactual(image, predictions, None)
+    answers = classifier.counterfactual(image, predictions, [None] * len(image))
     check_invariants(classifier, image, predictions, answers, None)
     for prediction, answer in zip(predictions, answers, strict=True):
         assert answer.reached
@@ -165,7 +165,7 @@ def test_target_out_of_reach_is_answered_with_the_best_image_found() -> None:
     classifier = load(linear(weight, np.array([0.0, 0.0, -100.0]), (1, 3, 3)))
     image = random.integers(0, 256, (6, 1, 3, 3)) / 255
     predictions = classifier.predict(image)
-    answers = classifier.counterfactual(image, predictions, 2)
+    answers = classifier.counterfactual(image, predictions, [2] * len(image))
     check_invariants(classifier, image, predictions, answers, 2)
     for prediction, answer in zip(predictions, answers, strict=True):
         assert not answer.reached
@@ -189,7 +189,7 @@ def test_every_detection_under_a_maximum_is_taken_back() -> None:
     image = np.full((1, 1, 6, 6), 0.2)
     image[0, 0].flat[:30] = (140 + 3 * np.arange(30)) / 255
     predictions = classifier.predict(image)
-    answers = classifier.counterfactual(image, predictions, None)
+    answers = classifier.counterfactual(image, predictions, [None] * len(image))
     check_invariants(classifier, image, predictions, answers, None)
     assert answers[0].reached
     nearest = np.sqrt(np.square(np.maximum(image - 0.5, 0)).sum())
@@ -201,7 +201,7 @@ def test_model_that_never_changes_its_mind_is_answered() -> None:
     classifier = load(linear(np.zeros((2, 9)), np.array([1.0, 0.0]), (1, 3, 3)))
     image = np.full((2, 1, 3, 3), 0.25)
     predictions = classifier.predict(image)
-    for answer in classifier.counterfactual(image, predictions, None):
+    for answer in classifier.counterfactual(image, predictions, [None] * len(image)):
         assert not answer.reached
         assert answer.class_id == 0
         assert answer.distance == 2.25
@@ -212,7 +212,7 @@ def test_tie_still_gets_a_counterfactual_of_a_certain_class() -> None:
     image = np.full((1, 1, 3, 3), 0.5)
     predictions = classifier.predict(image)
     assert not predictions[0].certified
-    answers = classifier.counterfactual(image, predictions, None)
+    answers = classifier.counterfactual(image, predictions, [None] * len(image))
     check_invariants(classifier, image, predictions, answers, None)
     assert answers[0].reached
 
@@ -221,15 +221,15 @@ def test_batch_gives_each_image_what_it_gets_alone() -> None:
     classifier = groupsort_classifier(0, 4)
     image = np.random.default_rng(0).integers(0, 256, (12, 1, 5, 4)) / 255
     predictions = classifier.predict(image)
-    together = classifier.counterfactual(image, predictions, None)
+    together = classifier.counterfactual(image, predictions, [None] * len(image))
     for n, answer in enumerate(together):
-        (alone,) = classifier.counterfactual(image[n : n + 1], predictions[n : n + 1], None)
+        (alone,) = classifier.counterfactual(image[n : n + 1], predictions[n : n + 1], [None])
         assert alone.reached == answer.reached
         assert alone.distance == pytest.approx(answer.distance, rel=0.02)
 
 
 def test_empty_batch_has_no_counterfactuals() -> None:
-    assert groupsort_classifier(0, 4).counterfactual(np.zeros((0, 1, 5, 4)), [], None) == []
+    assert groupsort_classifier(0, 4).counterfactual(np.zeros((0, 1, 5, 4)), [], []) == []
 
 
 @given(SEEDS, st.booleans())
@@ -295,5 +295,5 @@ def test_gradient_that_is_not_a_number_moves_nothing_and_breaks_nothing(monkeypa
         return [logits, np.full_like(gradient, np.nan)]
 
     monkeypatch.setattr(classifier._transport, "run", broken)
-    answers = classifier.counterfactual(image, predictions, None)
+    answers = classifier.counterfactual(image, predictions, [None] * len(image))
     check_invariants(classifier, image, predictions, answers, None)

@@ -236,7 +236,7 @@ def _measured() -> Measured:
     classifier = load(random_groupsort(0))
     image = np.random.default_rng(0).integers(0, 256, (6, 1, 4, 4)) / 255
     predictions = classifier.predict(image)
-    counterfactuals = classifier.counterfactual(image, predictions, None)
+    counterfactuals = classifier.counterfactual(image, predictions, [None] * len(image))
     back = np.array([answer.class_id for answer in counterfactuals])
     return Measured(image, np.array([p.class_id for p in predictions]), predictions, counterfactuals, back)
 

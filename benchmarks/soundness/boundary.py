@@ -355,7 +355,7 @@ def _neighbour(image_MCHW: np.ndarray, point_MCHW: np.ndarray, rng: np.random.Ge
 def own_starts(view: View, image_NCHW: np.ndarray, effort: Effort) -> list[np.ndarray]:
     """The service's counterfactual, and a descent to each of the nearest classes."""
     predictions = view.classifier.predict(image_NCHW, view.resize)
-    answers = view.classifier.counterfactual(image_NCHW, predictions, None, view.resize)
+    answers = view.classifier.counterfactual(image_NCHW, predictions, [None] * len(predictions), view.resize)
     starts = [np.stack([answer.pixels_CHW / 255.0 for answer in answers])]
     logits_NK, radii = view.classify(image_NCHW)
     naive_NK = _naive_ratios(view.certificate(image_NCHW), logits_NK, radii.class_id_N)
