@@ -17,7 +17,7 @@ from jaxtyping import Float64
 
 from service.artefact import MODEL_FILE, TRANSPORT_FILE, Artefact, Card, read_artefact
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
-from service.counterfactual import Counterfactual, find_counterfactuals
+from service.counterfactual import Counterfactual, Differentiable, find_counterfactuals
 from service.engine import Engine, GraphError, Provider, resolve_provider
 from service.errors import (
     ArtefactError,
@@ -84,7 +84,7 @@ class Classifier:
         self.input_shape = artefact.card.input.shape
         self._model = model
         self._transport = transport
-        self._certificates: dict[tuple[int, int, int], Certificate] = {}
+        self._views: dict[tuple[int, int, int], View] = {}
         self._check_transport(artefact.folder / TRANSPORT_FILE)
 
     @classmethod
@@ -123,90 +123,15 @@ class Classifier:
         )
         return classifier
 
-    def predict(self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False) -> list[Prediction]:
-        """Class and certified radius of each image.
-
-        Args:
-            image_NCHW: pixels in [0, 1]. Grey images of a model that takes RGB, and RGB images of one that takes grey,
-                are converted; the radius stays about the image that was sent.
-            resize: resize images of another size than the model's; the radius stays about the image that was
-                sent.
+    def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
+        """The model as images of this shape, (C, H, W), see it; the same object for the same shape, while it is kept.
 
         Raises:
             ImageSizeError: another height or width than the model's, and `resize` is false.
             SideTooLongError: a side is too long to be resized.
             ChannelsError: a number of channels that there is no conversion of.
-            PixelRangeError: a pixel is NaN, infinite or outside [0, 1], where the proof says nothing.
         """
-        view = self._view(image_NCHW, resize)
-        if not ((image_NCHW >= 0.0) & (image_NCHW <= 1.0)).all():
-            raise PixelRangeError("a pixel is NaN, infinite or outside [0, 1]; divide 8-bit pixels by 255")
-        logits_NK, radii = view.classify(image_NCHW)
-        return [
-            Prediction(
-                class_id=int(radii.class_id_N[n]),
-                logits_K=logits_NK[n],
-                radius=float(radii.radius_N[n]),
-                certified=bool(radii.certified_N[n]),
-                runner_up=int(radii.runner_up_N[n]),
-                lipschitz_bound=float(radii.lipschitz_bound_N[n]),
-                logit_error=view.certificate.logit_error,
-            )
-            for n in range(len(image_NCHW))
-        ]
-
-    def classify(
-        self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False
-    ) -> tuple[Float64[np.ndarray, "N K"], Radii]:
-        """Logits and radii as arrays: what `predict` answers, without the check of the pixels."""
-        return self._view(image_NCHW, resize).classify(image_NCHW)
-
-    def margin_gradient(
-        self,
-        image_NCHW: Float64[np.ndarray, "N C H W"],
-        weights_NK: Float64[np.ndarray, "N K"],
-        resize: bool = False,
-    ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
-        """Logits, and the gradient of `sum_k weights[k] logits[k]` with respect to the image: the adjoint."""
-        return self._view(image_NCHW, resize).margin_gradient(image_NCHW, weights_NK)
-
-    def counterfactual(
-        self,
-        image_NCHW: Float64[np.ndarray, "N C H W"],
-        predictions: Sequence[Prediction],
-        targets: Sequence[int | None],
-        resize: bool = False,
-    ) -> list[Counterfactual]:
-        """The nearest image found with another class, for each image; see `find_counterfactuals`.
-
-        Args:
-            image_NCHW: the images of `predictions`.
-            predictions: what `predict` answered about them with the same `resize`.
-            targets: for each image the class to reach; None for the nearest other one.
-            resize: as in `predict`. The search moves the pixels of the image that was sent.
-
-        Raises:
-            TargetIsPredictedClassError: an image already has the class of its target; in a batch it is named.
-            ImageSizeError: as in `predict`.
-        """
-        view = self._view(image_NCHW, resize)
-        for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-            if prediction.class_id == target:
-                error = TargetIsPredictedClassError(self.labels[prediction.class_id])
-                raise error.at_index(index) if len(predictions) > 1 else error
-        return find_counterfactuals(
-            view,
-            image_NCHW,
-            class_id_N=np.array([prediction.class_id for prediction in predictions], np.int64),
-            runner_up_N=np.array([prediction.runner_up for prediction in predictions], np.int64),
-            radius_N=np.array([prediction.radius for prediction in predictions], np.float64),
-            n_classes=len(self.labels),
-            target_N=np.array([-1 if target is None else target for target in targets], np.int64),
-        )
-
-    def _view(self, image_NCHW: np.ndarray, resize: bool) -> _View:
-        """How images of this shape are seen; refuses those that the model cannot see."""
-        sent_channels, sent_height, sent_width = image_NCHW.shape[1:]
+        sent_channels, sent_height, sent_width = sent_shape
         channels, height, width = self.input_shape
         try:
             conversion_between(sent_channels, channels)
@@ -220,24 +145,74 @@ class Classifier:
         for sent_side, side in ((sent_height, height), (sent_width, width)):
             if sent_side != side and max(sent_side, side) > LONGEST_SIDE:
                 raise SideTooLongError(sent_side, side, LONGEST_SIDE)
-        sent_shape = (sent_channels, sent_height, sent_width)
-        if sent_shape == self.input_shape:
-            return self._view_of(self.certificate, None)
-        mapping = preprocessing_between(sent_shape, self.input_shape)
-        certificate = self._certificates.get(sent_shape)
-        if certificate is None:
-            certificate = self.certificate.after_preprocessing(mapping.norm, mapping.error_l2)
-            if len(self._certificates) >= _CACHED_SHAPES:
-                self._certificates.clear()
-            self._certificates[sent_shape] = certificate
-        return self._view_of(certificate, mapping)
+        view = self._views.get(sent_shape)
+        if view is None:
+            view = self._view_of(sent_shape)
+            if len(self._views) >= _CACHED_SHAPES:
+                self._views.clear()
+            self._views[sent_shape] = view
+        return view
 
-    def _view_of(self, certificate: Certificate, mapping: Preprocessing | None) -> _View:
-        return _View(self._model, self._transport, certificate, self._model.output_size == 1, mapping)
+    def predict(self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False) -> list[Prediction]:
+        """`View.predict`, through the view of these images; raises what `view` does, too."""
+        return self.view(image_NCHW.shape[1:], resize).predict(image_NCHW)
+
+    def classify(
+        self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False
+    ) -> tuple[Float64[np.ndarray, "N K"], Radii]:
+        """`View.classify`, through the view of these images."""
+        return self.view(image_NCHW.shape[1:], resize).classify(image_NCHW)
+
+    def margin_gradient(
+        self,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        weights_NK: Float64[np.ndarray, "N K"],
+        resize: bool = False,
+    ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
+        """`View.margin_gradient`, through the view of these images."""
+        return self.view(image_NCHW.shape[1:], resize).margin_gradient(image_NCHW, weights_NK)
+
+    def counterfactual(
+        self,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        predictions: Sequence[Prediction],
+        targets: Sequence[int | None],
+        resize: bool = False,
+    ) -> list[Counterfactual]:
+        """The nearest image found with another class, for each image; see `find_counterfactuals`.
+
+        Args:
+            image_NCHW: the images of `predictions`.
+            predictions: what `predict` answered about them with the same `resize`.
+            targets: the class to reach for each image; None for the nearest other one.
+            resize: as in `predict`. The search moves the pixels of the image that was sent.
+
+        Raises:
+            TargetIsPredictedClassError: an image already has its target's class; in a batch it is named.
+            ImageSizeError: as in `view`.
+        """
+        view = self.view(image_NCHW.shape[1:], resize)
+        self.check_targets(predictions, targets)
+        return counterfactuals(view, image_NCHW, predictions, targets)
+
+    def check_targets(self, predictions: Sequence[Prediction], targets: Sequence[int | None]) -> None:
+        """Raise `TargetIsPredictedClassError` where an image has its target's class already; in a batch it is named."""
+        for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
+            if prediction.class_id == target:
+                error = TargetIsPredictedClassError(self.labels[target])
+                raise error.at_index(index) if len(predictions) > 1 else error
+
+    def _view_of(self, sent_shape: tuple[int, int, int]) -> View:
+        single_output = self._model.output_size == 1
+        if sent_shape == self.input_shape:
+            return View(self._model, self._transport, self.certificate, single_output, None)
+        mapping = preprocessing_between(sent_shape, self.input_shape)
+        certificate = self.certificate.after_preprocessing(mapping.norm, mapping.error_l2)
+        return View(self._model, self._transport, certificate, single_output, mapping)
 
     def _check_transport(self, file: Path) -> None:
         """Both graphs must be of one network; otherwise no counterfactual would ever be reached."""
-        view = self._view_of(self.certificate, None)
+        view = self.view(self.input_shape)
         image_NCHW = np.linspace(0.0, 1.0, int(np.prod(self.input_shape))).reshape(1, *self.input_shape)
         weights_NK = np.zeros((1, len(self.labels)))
         weights_NK[0, :2] = (1.0, -1.0)
@@ -260,10 +235,9 @@ class Classifier:
             )
 
 
-@dataclass(frozen=True)
-class _View:
-    """The model as images of one shape see it: the one path from pixels that were sent to a class and a
-    radius."""
+@dataclass(frozen=True, eq=False)
+class View:
+    """The model as images of one shape see it: the one path from pixels that were sent to a class and a radius."""
 
     model: Engine
     transport: Engine
@@ -271,15 +245,44 @@ class _View:
     single_output: bool
     preprocessing: Preprocessing | None
 
-    def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
-        """Logits N x K and radii."""
+    def predict(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> list[Prediction]:
+        """Class and certified radius of each image.
+
+        Args:
+            image_NCHW: pixels in [0, 1]. Where they are converted or resized for the model, the radius stays about the
+                image that was sent.
+
+        Raises:
+            PixelRangeError: a pixel is NaN, infinite or outside [0, 1], where the proof says nothing.
+        """
+        if not ((image_NCHW >= 0.0) & (image_NCHW <= 1.0)).all():
+            raise PixelRangeError("a pixel is NaN, infinite or outside [0, 1]; divide 8-bit pixels by 255")
+        logits_NK, radii = self.classify(image_NCHW)
+        logit_error = self.certificate.logit_error
+        return [
+            Prediction(class_id, logits_K, radius, certified, runner_up, lipschitz_bound, logit_error)
+            for class_id, logits_K, radius, certified, runner_up, lipschitz_bound in zip(
+                radii.class_id_N.tolist(),
+                logits_NK,
+                radii.radius_N.tolist(),
+                radii.certified_N.tolist(),
+                radii.runner_up_N.tolist(),
+                radii.lipschitz_bound_N.tolist(),
+                strict=True,
+            )
+        ]
+
+    def classify(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> tuple[Float64[np.ndarray, "N K"], Radii]:
+        """Logits and radii as arrays: what `predict` answers, without the check of the pixels."""
         seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
         (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NDAB})
         logits_NK = _two_or_more(raw_NK)
         return logits_NK, certified_radius(logits_NK, self.certificate.margin_bounds_KK, self.certificate.logit_error)
 
-    def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits N x K and the gradient of their weighted sum with respect to the image that was sent."""
+    def margin_gradient(
+        self, image_NCHW: Float64[np.ndarray, "N C H W"], weights_NK: Float64[np.ndarray, "N K"]
+    ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
+        """Logits, and the gradient of `sum_k weights[k] logits[k]` with respect to the image that was sent."""
         seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
         if self.single_output:
             # One output f stands for the logits (f, -f): their weighted sum is (w_0 - w_1) f.
@@ -289,6 +292,24 @@ class _View:
         )
         gradient = gradient_NDAB.astype(np.float64)
         return _two_or_more(raw_NK), (gradient if self.preprocessing is None else self.preprocessing.adjoint(gradient))
+
+
+def counterfactuals(
+    model: Differentiable,
+    image_NCHW: Float64[np.ndarray, "N C H W"],
+    predictions: Sequence[Prediction],
+    targets: Sequence[int | None],
+) -> list[Counterfactual]:
+    """`find_counterfactuals` from the answers of `View.predict`; `model` is the view that gave them."""
+    return find_counterfactuals(
+        model,
+        image_NCHW,
+        class_id_N=np.array([prediction.class_id for prediction in predictions], np.int64),
+        runner_up_N=np.array([prediction.runner_up for prediction in predictions], np.int64),
+        radius_N=np.array([prediction.radius for prediction in predictions], np.float64),
+        n_classes=len(predictions[0].logits_K) if predictions else 0,
+        target_N=np.array([-1 if target is None else target for target in targets], np.int64),
+    )
 
 
 def _two_or_more(raw_NK: np.ndarray) -> np.ndarray:
