@@ -198,7 +198,7 @@ class Classifier:
     def check_targets(self, predictions: Sequence[Prediction], targets: Sequence[int | None]) -> None:
         """Raise `TargetIsPredictedClassError` where an image has its target's class already; in a batch it is named."""
         for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-            if prediction.class_id == target:
+            if target is not None and prediction.class_id == target:
                 error = TargetIsPredictedClassError(self.labels[target])
                 raise error.at_index(index) if len(predictions) > 1 else error
 
