@@ -1,0 +1,192 @@
+"""Who is measured, how each is started, what it is sent, and where the logits stand in its answer.
+
+This service answers class, certified radius and logits; the peers answer logits alone. Every peer runs the same graph
+with one ONNX Runtime thread for each worker and as many workers as there are CPUs, batches dynamically where it can,
+and decodes the same PNG with Pillow. Their programs are in `benchmarks/serving/peers`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.serving.artefacts import BATCH, Payloads, Subject
+from benchmarks.serving.load import Request
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PEERS = Path(__file__).resolve().parent / "peers"
+
+LoadName = Literal["single", "base64", "batch", "counterfactual"]
+LOADS: tuple[LoadName, ...] = ("single", "base64", "batch", "counterfactual")
+
+Logits = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A server under measurement."""
+
+    name: str
+    title: str
+    kind: Literal["ours", "echo", "peer"]
+    packaged: bool
+    """A peer that is a product, not an endpoint written for the occasion."""
+    venv: str | None
+    """Folder of the virtual environment that runs it; None is the one of this program."""
+    command: Callable[[Subject, int], list[str]]
+    """Arguments after the interpreter."""
+    ready_path: str
+    requests: Mapping[LoadName, Callable[[Payloads], Request]]
+    logits: Callable[[LoadName, bytes], Logits] | None
+    """Logits of each image in an answer; None for the one that echoes."""
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Environment variables that configure it."""
+    note: str = ""
+    """Its configuration, for the report."""
+    deadline_s: float = 120.0
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that runs it."""
+        return Path(sys.executable) if self.venv is None else ROOT / self.venv / "bin" / "python"
+
+    def environment(self, subject: Subject, port: int) -> dict[str, str]:
+        """Environment variables of the server."""
+        if self.kind == "ours":
+            return {
+                "LIPCERT_HOST": "127.0.0.1",
+                "LIPCERT_PORT": str(port),
+                "LIPCERT_MODELS": str(subject.zoo.resolve()),
+                "LIPCERT_DEFAULT_MODEL": subject.name,
+                "LIPCERT_LOG_LEVEL": "warning",
+                "ORT_DISABLE_TELEMETRY": "1",
+                **self.settings,
+            }
+        return {
+            "BENCH_MODEL": str(subject.model.resolve()),
+            "BENCH_PORT": str(port),
+            "BENCH_WORKERS": str(cpus()),
+            "BENCH_MAX_BATCH": str(BATCH),
+            "ORT_DISABLE_TELEMETRY": "1",
+            **self.settings,
+        }
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _png(path: str, headers: Mapping[str, str] | None = None) -> Callable[[Payloads], Request]:
+    sent = {"Content-Type": "image/png"} if headers is None else headers
+    return lambda payloads: Request(path, sent, payloads.png)
+
+
+def _json_of(path: str, body: Callable[[str], Any]) -> Callable[[Payloads], Request]:
+    """A JSON request around the base64 of the image."""
+    headers = {"Content-Type": "application/json"}
+    return lambda payloads: Request(path, headers, [json.dumps(body(image)).encode() for image in payloads.base64])
+
+
+def _batch(payloads: Payloads) -> Request:
+    headers = {"Content-Type": "application/x-npy", "Accept": "application/x-npy"}
+    return Request("/predict/batch", headers, payloads.npy, images=BATCH)
+
+
+def _our_logits(load: LoadName, answer: bytes) -> Logits:
+    if load == "batch":
+        from benchmarks.serving.arrays import logits_of_batch
+
+        return logits_of_batch(answer)
+    return [json.loads(answer)["logits"]]
+
+
+def ours(name: str, title: str, settings: Mapping[str, str]) -> Contestant:
+    """This service with these `LIPCERT_*` settings besides address and models."""
+    return Contestant(
+        name=name,
+        title=title,
+        kind="ours",
+        packaged=False,
+        venv=None,
+        command=lambda subject, port: ["-m", "service"],
+        ready_path="/health/ready",
+        requests={
+            "single": _png("/predict"),
+            "base64": _json_of("/predict", lambda image: {"image": image}),
+            "batch": _batch,
+            "counterfactual": _png("/predict?counterfactual=true"),
+        },
+        logits=_our_logits,
+        settings=settings,
+        note=" ".join(f"`{key}={value}`" for key, value in settings.items()) or "default settings",
+    )
+
+
+def _peer(
+    name: str,
+    title: str,
+    *,
+    venv: str | None,
+    request: Callable[[Payloads], Request],
+    logits: Callable[[Any], list[float]],
+    ready_path: str,
+    note: str,
+    packaged: bool = True,
+) -> Contestant:
+    return Contestant(
+        name=name,
+        title=title,
+        kind="peer",
+        packaged=packaged,
+        venv=venv,
+        command=lambda subject, port: [str(PEERS / f"{name}_server.py")],
+        ready_path=ready_path,
+        requests={"single": request},
+        logits=lambda load, answer: [[float(value) for value in logits(json.loads(answer))]],
+        note=note,
+    )
+
+
+# One process, and the settings with which it uses the machine best; equal settings are measured once.
+ONE_PROCESS: dict[str, str] = {}
+ALL_CORES: dict[str, str] = {}
+
+ECHO = Contestant(
+    name="echo",
+    title="echo (FastAPI)",
+    kind="echo",
+    packaged=False,
+    venv=None,
+    command=lambda subject, port: [str(PEERS / "echo_server.py")],
+    ready_path="/ready",
+    requests={"single": _png("/predict")},
+    logits=None,
+    note="uvicorn with uvloop and httptools, one process; the body comes back",
+)
+
+PEER_LIST = (
+    _peer(
+        "naive",
+        "naive FastAPI",
+        venv=None,
+        packaged=False,
+        request=_png("/predict"),
+        logits=lambda answer: answer["logits"],
+        ready_path="/ready",
+        note="uvicorn with one worker process for each CPU, `session.run` in an `async def`; no batching; PNG as body",
+    ),
+)
+
+
+def all_contestants() -> list[Contestant]:
+    """In the order of the tables."""
+    services = [ours("ours", "lipcert, one process", ONE_PROCESS)]
+    if ALL_CORES != ONE_PROCESS:
+        services.append(ours("ours-all", "lipcert, all cores", ALL_CORES))
+    return [*services, ECHO, *PEER_LIST]
