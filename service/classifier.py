@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float64
 
 from service.artefact import MODEL_FILE, TRANSPORT_FILE, Artefact, Card, read_artefact
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
@@ -28,6 +27,7 @@ from service.errors import (
     TargetIsPredictedClassError,
 )
 from service.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
+from service.shapes import Float64
 
 _log = logging.getLogger(__name__)
 

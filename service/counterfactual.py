@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float64, Int64, UInt8
 
 from service.certificate import Radii
+from service.shapes import Float64, Int64, UInt8
 
 LEVELS = 255.0
 

@@ -23,7 +23,6 @@ import io
 from math import prod
 
 import numpy as np
-from jaxtyping import Float64, Num, UInt8
 from PIL import Image, ImageOps
 
 from service.errors import (
@@ -37,6 +36,7 @@ from service.errors import (
     NotAnImageError,
     PixelRangeError,
 )
+from service.shapes import Float64, Num, UInt8
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Decoders that are used; the others of Pillow are not offered to bytes from outside."""

@@ -25,7 +25,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float64
 
 from service.certificate import spectral_norm_bound
 from service.certificate.rounding import (
@@ -37,6 +36,7 @@ from service.certificate.rounding import (
     mul_up,
     sqrt_up,
 )
+from service.shapes import Float64
 
 Conversion = Literal["rgb_to_grey", "grey_to_rgb"]
 Shape = tuple[int, int, int]

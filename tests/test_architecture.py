@@ -85,8 +85,8 @@ def test_certificate_needs_numpy_and_onnx_only() -> None:
         for name in graph.find_modules_directly_imported_by(module)
         if not name.startswith("service")
     }
-    # google.protobuf: the errors of onnx's own parser; jaxtyping: shapes in annotations.
-    assert imported - sys.stdlib_module_names <= {"numpy", "onnx", "google", "jaxtyping"}
+    # google.protobuf: the errors of onnx's own parser.
+    assert imported - sys.stdlib_module_names <= {"numpy", "onnx", "google"}
 
 
 def test_everything_that_service_imports_is_in_the_lock_of_make_serve() -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
-from jaxtyping import Float64
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
@@ -19,6 +18,7 @@ from service.certificate.graph import PROBE_BATCH, Graph, Node, UnsupportedGraph
 from service.certificate.operators import RULES, Context, Operands, Refusal, int_attribute
 from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
 from service.certificate.values import Constant, Domain, Squares, Unknown, Value, View
+from service.shapes import Float64
 
 _EXACT_FOLDS = frozenset(
     [

@@ -7,7 +7,6 @@ guess that a proof then checks. Axes: M rows, N columns.
 import math
 
 import numpy as np
-from jaxtyping import Float64
 
 from service.certificate.rounding import (
     FLOAT64,
@@ -21,6 +20,7 @@ from service.certificate.rounding import (
     sqrt_up,
     sum_up,
 )
+from service.shapes import Float64
 
 _KRYLOV_STEPS = 48
 _GUESS_FACTORS = (1.0 + 2.0**-40, 1.0 + 2.0**-30, 1.0 + 2.0**-20, 1.0 + 2.0**-16, 1.0 + 2.0**-13, 1.0 + 2.0**-8)

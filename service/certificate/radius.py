@@ -6,7 +6,8 @@ Axes: N batch, K classes.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+
+from service.shapes import Bool, Float64, Int64
 
 
 @dataclass(frozen=True)
