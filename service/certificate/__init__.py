@@ -3,10 +3,14 @@
 numpy and onnx only; imports nothing else of this project.
 """
 
-from service.certificate.analysis import Certificate, NodeReport, certify
-from service.certificate.graph import UnsupportedGraphError
+from typing import TYPE_CHECKING, Any
+
 from service.certificate.norms import spectral_norm_bound
 from service.certificate.radius import Radii, certified_radius, two_class_logits
+from service.certificate.statement import Certificate, NodeReport, UnsupportedGraphError
+
+if TYPE_CHECKING:
+    from service.certificate.analysis import certify
 
 __all__ = [
     "Certificate",
@@ -18,3 +22,12 @@ __all__ = [
     "spectral_norm_bound",
     "two_class_logits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`certify` comes with the rules and with onnx, which a process that proves nothing does not load."""
+    if name != "certify":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from service.certificate.analysis import certify
+
+    return certify

@@ -6,19 +6,18 @@ them is exact; the others go through `rules.RULES`. Nothing is believed from the
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
 from onnx import TensorProto, helper
-from onnx.reference import ReferenceEvaluator
 
 from service.certificate import rearrangements, resizing, rules, smooth, spatial, squares
-from service.certificate.graph import PROBE_BATCH, Graph, Node, UnsupportedGraphError, read_graph
+from service.certificate.graph import PROBE_BATCH, Graph, Node, read_graph
 from service.certificate.operators import RULES, Context, Operands, Refusal, int_attribute
 from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
+from service.certificate.statement import Certificate, NodeReport, UnsupportedGraphError
 from service.certificate.values import Constant, Domain, Squares, Unknown, Value, View
-from service.shapes import Float64
 
 _EXACT_FOLDS = frozenset(
     [
@@ -40,62 +39,13 @@ _EXACT_CASTS = frozenset(
     for name in ("FLOAT", "DOUBLE", "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 )
 """Formats to which every runtime casts a constant in one and the same way."""
+_DOUBLE = int(TensorProto.DOUBLE)
 _PICKING_FOLDS = frozenset(
     ["Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
 )
 """What may be done with integers that hold the batch size: each entry of the result is one of the first operand's."""
 # Importing these modules fills the table of operators.
 RULE_MODULES = (rearrangements, resizing, rules, smooth, spatial, squares)
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """What the analysis proved up to one node."""
-
-    node: str
-    """Operator and name."""
-    lipschitz_bound: float
-    """L2 Lipschitz bound of the map from the image to this node's output."""
-    error: float
-    """Bound of the L2 norm of computed minus exact output."""
-    theorem: str
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is proved about one classifier for every image in [0, 1]^d.
-
-    Axes: K classes; a graph with one output counts as two, see `two_class_logits`.
-    """
-
-    input_shape: tuple[int, ...]
-    """Without the batch axis, e.g. `(C, H, W)`."""
-    n_outputs: int
-    """Outputs of the graph; 1 means a binary model with logits `(f, -f)`."""
-    precision: str
-    """`float64` or `float32`: the arithmetic of the graph."""
-    lipschitz_bound: float
-    """Upper bound of the L2 Lipschitz constant of the map from the image to the graph's outputs."""
-    margin_bounds_KK: Float64[np.ndarray, "K K"]
-    """`K_ij`: upper bounds of the L2 Lipschitz constants of `f_i - f_j`."""
-    logit_error: float
-    """`E >= |computed logit - exact logit|`, any order of summation, the rounding of the input included."""
-    nodes: tuple[NodeReport, ...]
-
-    def after_preprocessing(self, norm: float, error_l2: float) -> "Certificate":
-        """The certificate of this classifier behind a map of L2 Lipschitz bound `norm`.
-
-        Args:
-            norm: proved bound of the preprocessing, from the image that was sent to the graph's input.
-            error_l2: bound of the L2 norm of the computed minus the exact input of the graph, in [0, 1] pixel units.
-        """
-        bounds_KK = np.where(self.margin_bounds_KK > 0.0, np.nextafter(self.margin_bounds_KK * norm, np.inf), 0.0)
-        return replace(
-            self,
-            lipschitz_bound=mul_up(self.lipschitz_bound, norm),
-            margin_bounds_KK=bounds_KK,
-            logit_error=add_up(self.logit_error, mul_up(self.lipschitz_bound, error_l2)),
-        )
 
 
 def certify(model_bytes: bytes) -> Certificate:
@@ -218,17 +168,29 @@ def _folded(context: Context, node: Node, inputs: Sequence[Constant | None]) -> 
     if node.operator == "Cast" and node.attributes.get("to") not in _EXACT_CASTS:
         raise Refusal("a constant cast to a narrow format: some runtimes round it to float32 first, others do not")
     _check_fold(node, inputs)
-    feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=False) if value is not None and name}
-    try:
-        # ReferenceEvaluator is annotated too narrowly: a single node is fine.
-        run = cast(Callable[..., list[np.ndarray]], ReferenceEvaluator(node.proto).run)
-        arrays = run(None, feeds)
-    except Exception as error:  # the reference implementation raises whatever its numpy code raises
-        raise Refusal(f"its constant inputs do not fit: {error}") from error
+    data = inputs[0].array if inputs and inputs[0] is not None else None
+    if node.operator == "Cast" and data is not None and data.dtype == np.float32 and node.attributes["to"] == _DOUBLE:
+        # How weights are stored; without the reference implementation, which takes longer to load than a proof.
+        arrays = [data.astype(np.float64)]
+    else:
+        arrays = _evaluated(node, inputs)
     folded = [np.asarray(array) for array in arrays]
     if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in folded):
         raise Refusal("a constant that is not finite")
     return [Constant(array, depends_on_batch and bool((array == context.batch).any())) for array in folded]
+
+
+def _evaluated(node: Node, inputs: Sequence[Constant | None]) -> list[np.ndarray]:
+    """The results of a node of constants, by the reference implementation of ONNX."""
+    from onnx.reference import ReferenceEvaluator
+
+    feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=False) if value is not None and name}
+    try:
+        # ReferenceEvaluator is annotated too narrowly: a single node is fine.
+        run = cast(Callable[..., list[np.ndarray]], ReferenceEvaluator(node.proto).run)
+        return run(None, feeds)
+    except Exception as error:  # the reference implementation raises whatever its numpy code raises
+        raise Refusal(f"its constant inputs do not fit: {error}") from error
 
 
 def _check_fold(node: Node, inputs: Sequence[Constant | None]) -> None:

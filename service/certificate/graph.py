@@ -4,7 +4,6 @@ What cannot be read unambiguously is refused here: several inputs or outputs, ot
 functions, number formats without an error analysis. All reasons are collected before anything is raised.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from service.certificate.rounding import FLOAT32, FLOAT64, Precision
+from service.certificate.statement import UnsupportedGraphError
 
 PROBE_BATCH = 2**61 - 1
 """Stands for the batch size N wherever a shape holds it: a prime that no tensor's dimension equals, nor any number that
@@ -27,18 +27,6 @@ _WHY_NOT: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "float16 has too little precision for a certificate; export float64 (or float32)",
     onnx.TensorProto.BFLOAT16: "bfloat16 has too little precision for a certificate; export float64 (or float32)",
 }
-
-
-class UnsupportedGraphError(Exception):
-    """No bound can be proved for this graph.
-
-    Attributes:
-        reasons: every node (or input, output, weight) that stands in the way, with why, one line each.
-    """
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = tuple(reasons)
-        super().__init__("the graph cannot be certified:\n" + "\n".join(f"  - {reason}" for reason in reasons))
 
 
 @dataclass(frozen=True)
@@ -125,7 +113,7 @@ def read_graph(model_bytes: bytes) -> Graph:
                     for name in outside
                 ]
             )
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(model_bytes)
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedGraphError([f"not a valid ONNX model: {first_line}"]) from error

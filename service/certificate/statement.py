@@ -1,0 +1,71 @@
+"""What is proved about a classifier, or why nothing is: plain data, which needs no ONNX library."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from service.certificate.rounding import add_up, mul_up
+from service.shapes import Float64
+
+
+class UnsupportedGraphError(Exception):
+    """No bound can be proved for this graph.
+
+    Attributes:
+        reasons: every node (or input, output, weight) that stands in the way, with why, one line each.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__("the graph cannot be certified:\n" + "\n".join(f"  - {reason}" for reason in reasons))
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What the analysis proved up to one node."""
+
+    node: str
+    """Operator and name."""
+    lipschitz_bound: float
+    """L2 Lipschitz bound of the map from the image to this node's output."""
+    error: float
+    """Bound of the L2 norm of computed minus exact output."""
+    theorem: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proved about one classifier for every image in [0, 1]^d.
+
+    Axes: K classes; a graph with one output counts as two, see `two_class_logits`.
+    """
+
+    input_shape: tuple[int, ...]
+    """Without the batch axis, e.g. `(C, H, W)`."""
+    n_outputs: int
+    """Outputs of the graph; 1 means a binary model with logits `(f, -f)`."""
+    precision: str
+    """`float64` or `float32`: the arithmetic of the graph."""
+    lipschitz_bound: float
+    """Upper bound of the L2 Lipschitz constant of the map from the image to the graph's outputs."""
+    margin_bounds_KK: Float64[np.ndarray, "K K"]
+    """`K_ij`: upper bounds of the L2 Lipschitz constants of `f_i - f_j`."""
+    logit_error: float
+    """`E >= |computed logit - exact logit|`, any order of summation, the rounding of the input included."""
+    nodes: tuple[NodeReport, ...]
+
+    def after_preprocessing(self, norm: float, error_l2: float) -> "Certificate":
+        """The certificate of this classifier behind a map of L2 Lipschitz bound `norm`.
+
+        Args:
+            norm: proved bound of the preprocessing, from the image that was sent to the graph's input.
+            error_l2: bound of the L2 norm of the computed minus the exact input of the graph, in [0, 1] pixel units.
+        """
+        bounds_KK = np.where(self.margin_bounds_KK > 0.0, np.nextafter(self.margin_bounds_KK * norm, np.inf), 0.0)
+        return replace(
+            self,
+            lipschitz_bound=mul_up(self.lipschitz_bound, norm),
+            margin_bounds_KK=bounds_KK,
+            logit_error=add_up(self.logit_error, mul_up(self.lipschitz_bound, error_l2)),
+        )
