@@ -64,16 +64,17 @@ def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> fl
     n_rows, n = tall_MN.shape
     unit = FLOAT64.unit_roundoff
     gram = tall_MN.T @ tall_MN
-    # The lower triangle alone is meant: mirrored, so that what is factorised is exactly symmetric.
-    gram = np.tril(gram) + np.tril(gram, -1).T
     guess = _largest_eigenvalue_guess(gram)
+    diagonal = np.diagonal(gram).copy()
+    # The lower triangle alone is meant, and alone is read: what is factorised is exactly symmetric. In place, because
+    # fresh memory costs as much as the arithmetic.
+    difference = np.negative(gram, out=gram)
     gram_error = add_up(mul_up(gamma_up(n_rows), frobenius, frobenius), mul_up(4.0 * n_rows * n, SMALLEST_NORMAL))
     gamma = gamma_up(n + 1)
     for factor in _GUESS_FACTORS:
         # Room for the rounding that the factorisation itself commits, so that the first guess usually passes.
         shift = add_up(mul_up(guess, factor), mul_up(4.0 * n * unit, frobenius, frobenius))
-        difference = -gram
-        np.fill_diagonal(difference, shift - np.diagonal(gram))
+        np.fill_diagonal(difference, shift - diagonal)
         try:
             factorised = np.linalg.cholesky(difference)
         except np.linalg.LinAlgError:

@@ -149,7 +149,7 @@ def integer_operand(value: Value | None, what: str, batch_allowed: bool = False)
         raise Refusal(f"{what} depends on the batch size")
     if not isinstance(value, Constant) or value.array.dtype.kind not in "iu":
         raise Refusal(f"{what} must be constant integers")
-    return [int(entry) for entry in value.array.ravel()]
+    return value.array.ravel().tolist()
 
 
 def constant_shape(value: Value | None) -> tuple[int, ...]:

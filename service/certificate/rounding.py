@@ -104,14 +104,15 @@ def norm_up(values: NDArray[np.float64]) -> float:
     """
     if values.size == 0:
         return 0.0
-    peak = float(np.max(np.abs(values)))
+    peak = max(float(np.max(values)), -float(np.min(values)))
     if peak == 0.0 or not math.isfinite(peak):
         return peak
     if peak > 2.0**1000:
         # The power of two above the peak may itself overflow.
         return mul_up(2.0**100, norm_up(values / 2.0**100))
     scale = 2.0 ** math.frexp(peak)[1]
-    squares = np.square(values / scale)
+    squares = values / scale
+    np.square(squares, out=squares)
     total = add_up(sum_up(squares), mul_up(float(values.size), 4.0 * SMALLEST_NORMAL))
     # Each square carries one rounding (1 + u); sum_up's 2 n covers it together with the additions.
     return mul_up(scale, sqrt_up(total))

@@ -239,6 +239,8 @@ class Domain:
     size: int
     radius: float = field(init=False)
     """L2 distance from the centre of the box to its corners, rounded up."""
+    _known: dict[View, Facts] = field(init=False, default_factory=dict[View, Facts])
+    """Of single views: each is asked about by the node that makes it and by those that read it."""
 
     def __post_init__(self) -> None:
         self.radius = mul_up(0.5, sqrt_up(float(self.size)))
@@ -249,6 +251,10 @@ class Domain:
         Views of one source count together: an element that is used `m` times contributes `m` times its square, so that
         disjoint parts of one tensor cost no more than the tensor itself. Different sources add in squares.
         """
+        if len(views) == 1:
+            if views[0] not in self._known:
+                self._known[views[0]] = self._together([views[0]]) or Facts(0.0, 0.0, 0.0, 0.0)
+            return self._known[views[0]]
         together: dict[object, list[View]] = {}
         for view in views:
             part = view.source.part
