@@ -22,12 +22,14 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
 UV    := uv==0.13.9
 # The libraries whose models are compared with ours: never in .venv.
 OTHERS := .venv-libraries
+# The servers that ours is measured beside.
+PEERS := .venv-peers
 
 # ONNX Runtime otherwise reports its use to its makers.
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test format readme libraries layers soundness random-graphs side-by-side lock image clean
+.PHONY: help serve test format readme libraries layers soundness random-graphs side-by-side bench lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -71,6 +73,10 @@ side-by-side: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## train deel-to
 	$(RUN) -m benchmarks.side_by_side.ours --authors build/side-by-side/authors --data $(DATA) --out build/side-by-side/ours
 	$(RUN) -m benchmarks.side_by_side.compare build/side-by-side --data $(DATA) --write
 
+bench: DATA ?= data
+bench: $(PEERS)/installed $(PEERS)-mlserver/installed $(PEERS)-triton/installed $(VENV)/test $(VENV)/project  ## measure the service beside ONNX Runtime alone and other servers (wrk; MNIST in DATA=DIR; half an hour), write benchmarks/RESULTS.md and its plots
+	$(RUN) -m benchmarks.serving --data $(DATA) --write
+
 lock:  ## resolve the dependencies of pyproject.toml again and write requirements/*.txt
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
 	$(PYTHON) -m venv "$$folder/uv" && "$$folder/uv/bin/python" -m pip install --quiet $(UV); \
@@ -89,8 +95,8 @@ lock:  ## resolve the dependencies of pyproject.toml again and write requirement
 image:  ## build the container image lipcert:cpu (or lipcert:gpu with ACCELERATOR=gpu)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target $(ACCELERATOR) --tag lipcert:$(ACCELERATOR) .
 
-clean:  ## remove .venv, .venv-libraries and caches
-	rm -rf $(VENV) $(OTHERS) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, .venv-libraries, .venv-peers* and caches
+	rm -rf $(VENV) $(OTHERS) $(PEERS) $(PEERS)-* build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find benchmarks models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:
@@ -127,6 +133,19 @@ $(OTHERS)/installed: benchmarks/libraries/requirements.txt
 $(OTHERS)/project: pyproject.toml $(OTHERS)/installed
 	$(OTHERS)/bin/python -m pip --disable-pip-version-check --no-input install --editable '.[cpu,train]'
 	@touch $@
+
+# A server that cannot be installed here is left out of the tables, which say so; the next call tries again.
+define install-peer
+	$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check --no-input install -r $< && touch $@ \
+	  || echo >&2 '$< cannot be installed; its servers will be left out'
+endef
+
+$(PEERS)/installed: benchmarks/serving/requirements.txt
+	$(install-peer)
+
+$(PEERS)-%/installed: benchmarks/serving/requirements-%.txt
+	$(install-peer)
 
 # --no-deps: the lock is complete but for torch, which packages in it need and pip would miss.
 $(VENV)/test: requirements/test.txt $(VENV)/serve-$(ACCELERATOR)

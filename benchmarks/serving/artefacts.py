@@ -1,8 +1,8 @@
 """What is served in the benchmark: the reference network at three sizes, the shipped artefacts, and test images.
 
-The reference is three shift-and-mix convolutions of 512 channels on 4 x 4 pixels (28 x 28 images in windows of 7), about
-9 million multiply-adds for each image, nearly all in matrix products, with 3 MB of weights. It has random weights: time
-does not depend on them. The service proves it as it proves any artefact.
+The reference is three shift-and-mix convolutions of 512 channels on 4 x 4 pixels (28 x 28 images in windows of 7),
+about 9 million multiply-adds for each image, nearly all in three matrix products, with 3 MB of weights. The weights are
+random: time does not depend on them. The service proves it as it proves any artefact.
 
 Axes: N batch, C channels, H height, W width.
 """

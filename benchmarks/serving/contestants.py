@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from benchmarks.serving.artefacts import BATCH, Payloads, Subject
 from benchmarks.serving.load import Request
 
@@ -98,6 +100,12 @@ def _batch(payloads: Payloads) -> Request:
     return Request("/predict/batch", headers, payloads.npy, images=BATCH)
 
 
+def _after_json(answer: bytes) -> Any:
+    """The float64 numbers after the JSON header of a binary answer of the Open Inference Protocol."""
+    _, end = json.JSONDecoder().raw_decode(answer.decode("latin-1"))
+    return np.frombuffer(answer[end:], "<f8")
+
+
 def _our_logits(load: LoadName, answer: bytes) -> Logits:
     if load == "batch":
         from benchmarks.serving.arrays import logits_of_batch
@@ -114,7 +122,7 @@ def ours(name: str, title: str, settings: Mapping[str, str]) -> Contestant:
         kind="ours",
         packaged=False,
         venv=None,
-        command=lambda subject, port: ["-m", "service"],
+        command=lambda _subject, _port: ["-m", "service"],
         ready_path="/health/ready",
         requests={
             "single": _png("/predict"),
@@ -138,6 +146,7 @@ def _peer(
     ready_path: str,
     note: str,
     packaged: bool = True,
+    read: Callable[[bytes], Any] = json.loads,
 ) -> Contestant:
     return Contestant(
         name=name,
@@ -145,10 +154,10 @@ def _peer(
         kind="peer",
         packaged=packaged,
         venv=venv,
-        command=lambda subject, port: [str(PEERS / f"{name}_server.py")],
+        command=lambda _subject, _port: [str(PEERS / f"{name}_server.py")],
         ready_path=ready_path,
         requests={"single": request},
-        logits=lambda load, answer: [[float(value) for value in logits(json.loads(answer))]],
+        logits=lambda _load, answer: [[float(value) for value in logits(read(answer))]],
         note=note,
     )
 
@@ -163,12 +172,17 @@ ECHO = Contestant(
     kind="echo",
     packaged=False,
     venv=None,
-    command=lambda subject, port: [str(PEERS / "echo_server.py")],
+    command=lambda _subject, _port: [str(PEERS / "echo_server.py")],
     ready_path="/ready",
     requests={"single": _png("/predict")},
     logits=None,
     note="uvicorn with uvloop and httptools, one process; the body comes back",
 )
+
+VENV = ".venv-peers"
+"""LitServe, BentoML and Ray Serve share a resolution; MLServer and PyTriton pin older packages and have their own."""
+
+_BATCHED = f"dynamic batches of up to {BATCH}"
 
 PEER_LIST = (
     _peer(
@@ -180,6 +194,58 @@ PEER_LIST = (
         logits=lambda answer: answer["logits"],
         ready_path="/ready",
         note="uvicorn with one worker process for each CPU, `session.run` in an `async def`; no batching; PNG as body",
+    ),
+    _peer(
+        "litserve",
+        "LitServe",
+        venv=VENV,
+        request=_json_of("/predict", lambda image: {"image": image}),
+        logits=lambda answer: answer["logits"],
+        ready_path="/health",
+        note=f"one worker for each CPU, {_BATCHED} within 5 ms, `fast_queue`; PNG as base64 in JSON",
+    ),
+    _peer(
+        "bentoml",
+        "BentoML",
+        venv=VENV,
+        request=_json_of("/predict", lambda image: {"images": [image]}),
+        logits=lambda answer: answer[0],
+        ready_path="/readyz",
+        note=f"one worker for each CPU, adaptive {_BATCHED}; PNG as base64 in JSON",
+    ),
+    _peer(
+        "mlserver",
+        "MLServer",
+        venv=f"{VENV}-mlserver",
+        request=_json_of(
+            "/v2/models/logits/infer",
+            lambda image: {"inputs": [{"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [image]}]},
+        ),
+        logits=lambda answer: answer["outputs"][0]["data"],
+        ready_path="/v2/models/logits/ready",
+        note=f"one inference process for each CPU, adaptive {_BATCHED} within 5 ms; PNG as base64 in JSON",
+    ),
+    _peer(
+        "ray",
+        "Ray Serve",
+        venv=VENV,
+        request=_png("/"),
+        logits=lambda answer: answer["logits"],
+        ready_path="/",
+        note=f"one replica for each CPU, `serve.batch`: {_BATCHED} within 5 ms, throughput-optimised; PNG as body",
+    ),
+    _peer(
+        "triton",
+        "Triton (PyTriton)",
+        venv=f"{VENV}-triton",
+        request=_png(
+            "/v2/models/logits/infer",
+            {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"},
+        ),
+        read=_after_json,
+        logits=lambda answer: answer,
+        ready_path="/v2/models/logits/ready",
+        note=f"one instance for each CPU, {_BATCHED} within 1 ms; PNG as body",
     ),
 )
 

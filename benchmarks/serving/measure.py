@@ -1,7 +1,7 @@
 """The measurement: rounds over all servers, each cell between two measurements of raw ONNX Runtime.
 
-One server runs at a time. The contestants take turns within each round, so that a machine that becomes slower is slow for
-all; every ratio is taken within its own cell, against the raw runs just before and after it.
+One server runs at a time. The contestants take turns within each round, so that a machine that becomes slower is slow
+for all; every ratio is taken within its own cell, against the raw runs just before and after it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class CellResult:
     raw_one_ms: float | None
     """Median raw time of one image, where there is one client."""
     answers_npy: bool
+    run: str
+    """When the run began that measured it."""
 
     @property
     def ratio(self) -> float:
@@ -71,6 +73,7 @@ class StartResult:
     loaded_rss_mb: float
     loaded_pss_mb: float
     processes: int
+    run: str
 
 
 def measure(
@@ -79,6 +82,7 @@ def measure(
     subjects: Mapping[str, Subject],
     payloads: Payloads,
     logs: Path,
+    run: str,
 ) -> tuple[list[CellResult], list[StartResult], dict[str, str]]:
     """Run all rounds.
 
@@ -88,24 +92,24 @@ def measure(
         subjects: every artefact of the plan, by name.
         payloads: what is sent.
         logs: folder for the logs of the servers.
+        run: stands in every result.
 
     Returns:
         Cells, starts, and the reason for each contestant that could not be measured.
     """
-    raws = {name: Raw(subject, payloads.image_NCHW) for name, subject in subjects.items() if subject.model.exists()}
+    raws = {name: Raw(subject, payloads.image_NCHW) for name, subject in subjects.items()}
     cells: list[CellResult] = []
     starts: list[StartResult] = []
     failed: dict[str, str] = {}
     for round_ in range(effort.rounds):
+        turn = _Turn(round_, effort, run)
         for instance in plan:
             contestant = instance.contestant
             if contestant.name in failed:
                 continue
             print(f"round {round_ + 1}/{effort.rounds}  {contestant.name}  {instance.subject}", file=sys.stderr)
             try:
-                found, start = _instance(
-                    instance, round_, effort, subjects[instance.subject], raws.get(instance.subject), payloads, logs
-                )
+                found, start = turn.take(instance, subjects[instance.subject], raws[instance.subject], payloads, logs)
             except (ServerError, LoadError) as error:
                 if contestant.kind != "peer":
                     raise
@@ -117,83 +121,76 @@ def measure(
     return cells, starts, failed
 
 
-def _instance(
-    instance: Instance,
-    round_: int,
-    effort: Effort,
-    subject: Subject,
-    raw: Raw | None,
-    payloads: Payloads,
-    logs: Path,
-) -> tuple[list[CellResult], StartResult]:
-    contestant = instance.contestant
-    if not contestant.python.exists():
-        raise ServerError(f"{contestant.venv} is not installed; `make bench` installs it")
-    port = free_port()
-    command = [str(contestant.python), *contestant.command(subject, port)]
-    log = logs / f"{contestant.name}-{subject.name}.log"
-    with Server(command, contestant.environment(subject, port), port, log, ROOT) as server:
-        server.wait_ready(contestant.ready_path, contestant.deadline_s)
-        idle = server.usage()
-        results: list[CellResult] = []
-        if raw is not None:
-            expected = raw.logits()
+@dataclass(frozen=True)
+class _Turn:
+    """One round."""
+
+    round: int
+    effort: Effort
+    run: str
+
+    def take(
+        self, instance: Instance, subject: Subject, raw: Raw, payloads: Payloads, logs: Path
+    ) -> tuple[list[CellResult], StartResult]:
+        """Start a server, measure its cells, stop it."""
+        contestant = instance.contestant
+        if not contestant.python.exists():
+            raise ServerError(f"{contestant.venv} is not installed; `make bench` installs it")
+        port = free_port()
+        command = [str(contestant.python), *contestant.command(subject, port)]
+        log = logs / f"{contestant.name}-{instance.subject}.log"
+        with Server(command, contestant.environment(subject, port), port, log, ROOT) as server:
+            server.wait_ready(contestant.ready_path, contestant.deadline_s)
+            idle = server.usage()
+            results: list[CellResult] = []
             npy: dict[LoadName, bool] = {}
             for cell in instance.cells:
                 request = contestant.requests[cell.load](payloads)
                 if cell.load not in npy:
-                    npy[cell.load] = _check(server, contestant, cell.load, request, expected)
+                    npy[cell.load] = _check(server, contestant, cell.load, request, raw.logits())
                     run_wrk(port, request, cell.clients, _WARM_UP_S)
-                results.append(_cell(server, contestant, subject, cell, request, round_, effort, raw, npy[cell.load]))
-        loaded = server.usage()
-    start = StartResult(
-        contestant=contestant.name,
-        subject=subject.name,
-        round=round_,
-        ready_s=server.ready_s,
-        idle_rss_mb=idle.rss_mb,
-        idle_pss_mb=idle.pss_mb,
-        loaded_rss_mb=loaded.rss_mb,
-        loaded_pss_mb=loaded.pss_mb,
-        processes=loaded.processes,
-    )
-    return results, start
+                results.append(self._cell(server, instance, cell, request, raw, npy[cell.load]))
+            loaded = server.usage()
+        return results, StartResult(
+            contestant=contestant.name,
+            subject=instance.subject,
+            round=self.round,
+            ready_s=server.ready_s,
+            idle_rss_mb=idle.rss_mb,
+            idle_pss_mb=idle.pss_mb,
+            loaded_rss_mb=loaded.rss_mb,
+            loaded_pss_mb=loaded.pss_mb,
+            processes=loaded.processes,
+            run=self.run,
+        )
 
-
-def _cell(
-    server: Server,
-    contestant: Contestant,
-    subject: Subject,
-    cell: Cell,
-    request: Request,
-    round_: int,
-    effort: Effort,
-    raw: Raw,
-    answers_npy: bool,
-) -> CellResult:
-    run = raw.transport_images_per_s if cell.load == "counterfactual" else raw.images_per_s
-    before = run(effort.raw_s)
-    used = server.usage().cpu_s
-    load = run_wrk(server.port, request, cell.clients, effort.seconds)
-    used = server.usage().cpu_s - used
-    after = run(effort.raw_s)
-    result = CellResult(
-        contestant=contestant.name,
-        subject=subject.name,
-        load=cell.load,
-        clients=cell.clients,
-        round=round_,
-        requests=load.requests,
-        images_per_s=load.requests_per_s * request.images,
-        p50_ms=load.p50_ms,
-        p99_ms=load.p99_ms,
-        cpu_ms_per_image=1e3 * used / (load.requests * request.images),
-        raw_images_per_s=(before + after) / 2,
-        raw_one_ms=raw.run_ms(1, effort.raw_s) if cell.clients == 1 else None,
-        answers_npy=answers_npy,
-    )
-    _show(result, load)
-    return result
+    def _cell(
+        self, server: Server, instance: Instance, cell: Cell, request: Request, raw: Raw, answers_npy: bool
+    ) -> CellResult:
+        raw_run = raw.transport_images_per_s if cell.load == "counterfactual" else raw.images_per_s
+        before = raw_run(self.effort.raw_s)
+        used = server.usage().cpu_s
+        load = run_wrk(server.port, request, cell.clients, self.effort.seconds)
+        used = server.usage().cpu_s - used
+        after = raw_run(self.effort.raw_s)
+        result = CellResult(
+            contestant=instance.contestant.name,
+            subject=instance.subject,
+            load=cell.load,
+            clients=cell.clients,
+            round=self.round,
+            requests=load.requests,
+            images_per_s=load.requests_per_s * request.images,
+            p50_ms=load.p50_ms,
+            p99_ms=load.p99_ms,
+            cpu_ms_per_image=1e3 * used / (load.requests * request.images),
+            raw_images_per_s=(before + after) / 2,
+            raw_one_ms=raw.run_ms(1, self.effort.raw_s) if cell.clients == 1 else None,
+            answers_npy=answers_npy,
+            run=self.run,
+        )
+        _show(result, load)
+        return result
 
 
 def _show(result: CellResult, load: Load) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import socket
 
 import numpy as np
 import onnxruntime
@@ -32,3 +34,15 @@ def decode(png: bytes) -> np.ndarray:
 def logits(model: onnxruntime.InferenceSession, image_NCHW: np.ndarray) -> np.ndarray:
     """N x K."""
     return model.run(["logits"], {"image": image_NCHW})[0]
+
+
+def decode_base64(text: str) -> np.ndarray:
+    """The same of a file in base64."""
+    return decode(base64.b64decode(text))
+
+
+def free_port() -> int:
+    """For the further ports that some servers insist on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
