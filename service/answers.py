@@ -6,7 +6,6 @@ import base64
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float64
 
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
@@ -18,7 +17,6 @@ from service.schema import (
     ClassLabel,
     CounterfactualAnswer,
     ImageAnswer,
-    ImageOptions,
     InputAnswer,
     ModelAnswer,
     ModelSummary,
@@ -27,36 +25,39 @@ from service.schema import (
     finite,
     radius_in_grey_levels,
 )
+from service.shapes import Float64
 
 
-def classify(
-    classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: ImageOptions
-) -> list[tuple[Prediction, Counterfactual | None]]:
-    """Classify and certify images, and find the counterfactuals that `options` asks for.
+def predict(
+    classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: Options
+) -> list[PredictAnswer]:
+    """Classify and certify images, find the counterfactuals that `options` asks for, and put it all into words.
 
     Args:
         classifier: the model.
         image_NCHW: pixels in [0, 1].
-        options: counterfactual, target, resize.
+        options: what a request asks for.
 
     Raises:
         UnknownLabelError: the target is no label of the model; nothing is computed then.
         InputError: the image has a shape that the model does not take, or the target's class already.
     """
     target = None if options.target is None else class_of(classifier, options.target)
-    predictions = classifier.predict(image_NCHW, resize=options.resize)
-    counterfactuals: Sequence[Counterfactual | None] = [None] * len(predictions)
+    predictions = classifier.predict(image_NCHW, options.resize)
+    found: Sequence[Counterfactual] | None = None
     if options.counterfactual:
-        counterfactuals = classifier.counterfactual(
-            image_NCHW, predictions, [target] * len(predictions), resize=options.resize
-        )
-    return list(zip(predictions, counterfactuals, strict=True))
+        found = classifier.counterfactual(image_NCHW, predictions, [target] * len(predictions), options.resize)
+    return in_words(classifier, image_NCHW, predictions, found, options.epsilon)
 
 
-def predict(
-    classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: Options
+def in_words(
+    classifier: Classifier,
+    image_NCHW: Float64[np.ndarray, "N C H W"],
+    predictions: Sequence[Prediction],
+    found: Sequence[Counterfactual] | None,
+    epsilon: float | None,
 ) -> list[PredictAnswer]:
-    """`classify`, in the words of the wire."""
+    """What was computed about images, as the wire says it; `found` is None where no counterfactual was asked for."""
     return [
         PredictAnswer(
             model=classifier.name,
@@ -65,13 +66,45 @@ def predict(
             label=classifier.labels[prediction.class_id],
             logits=[finite(logit) for logit in prediction.logits_K.tolist()],
             image=_image(classifier, image_CHW),
-            certificate=_certificate(classifier, prediction, options.epsilon),
-            counterfactual=_counterfactual(classifier, counterfactual),
+            certificate=_certificate(classifier, prediction, epsilon),
+            counterfactual=None if counterfactual is None else _counterfactual(classifier, counterfactual),
         )
-        for image_CHW, (prediction, counterfactual) in zip(
-            image_NCHW, classify(classifier, image_NCHW, options), strict=True
+        for image_CHW, prediction, counterfactual in zip(
+            image_NCHW, predictions, [None] * len(predictions) if found is None else found, strict=True
         )
     ]
+
+
+def in_records(
+    predictions: Sequence[Prediction], found: Sequence[Counterfactual] | None
+) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """The same as a structured array, one record for each image: the numbers of the answer without their words.
+
+    Fields: `class_id`, `radius`, `certified`, `runner_up`, `lipschitz_bound`, `logit_error` as in `CertificateAnswer`,
+    and `logits` (K); where counterfactuals were found also `counterfactual` (C x H x W, uint8),
+    `counterfactual_class_id`, `counterfactual_distance` and `counterfactual_reached`.
+    """
+    columns: dict[str, np.ndarray] = {
+        "class_id": np.array([prediction.class_id for prediction in predictions], "<i8"),
+        "radius": np.array([prediction.radius for prediction in predictions], "<f8"),
+        "certified": np.array([prediction.certified for prediction in predictions], "?"),
+        "runner_up": np.array([prediction.runner_up for prediction in predictions], "<i8"),
+        "lipschitz_bound": np.array([prediction.lipschitz_bound for prediction in predictions], "<f8"),
+        "logit_error": np.array([prediction.logit_error for prediction in predictions], "<f8"),
+        "logits": np.stack([prediction.logits_K for prediction in predictions]).astype("<f8", copy=False),
+    }
+    if found is not None:
+        columns |= {
+            "counterfactual": np.stack([counterfactual.pixels_CHW for counterfactual in found]),
+            "counterfactual_class_id": np.array([counterfactual.class_id for counterfactual in found], "<i8"),
+            "counterfactual_distance": np.array([counterfactual.distance for counterfactual in found], "<f8"),
+            "counterfactual_reached": np.array([counterfactual.reached for counterfactual in found], "?"),
+        }
+    fields = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
+    records_N = np.zeros(len(predictions), np.dtype(fields))
+    for name, column in columns.items():
+        records_N[name] = column
+    return records_N
 
 
 def class_of(classifier: Classifier, label: str) -> int:
@@ -131,9 +164,7 @@ def _certificate(classifier: Classifier, prediction: Prediction, epsilon: float 
     )
 
 
-def _counterfactual(classifier: Classifier, counterfactual: Counterfactual | None) -> CounterfactualAnswer | None:
-    if counterfactual is None:
-        return None
+def _counterfactual(classifier: Classifier, counterfactual: Counterfactual) -> CounterfactualAnswer:
     return CounterfactualAnswer(
         image=base64.b64encode(encode_png(counterfactual.pixels_CHW)).decode("ascii"),
         class_id=counterfactual.class_id,

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import __version__, open_inference
+from service.artefact import artefact_folders
+from service.batching import Batcher, Limits
 from service.classifier import Classifier
+from service.cpus import usable_cpus
+from service.direct import DirectRoutes
+from service.engine import CUDA, resolve_provider
 from service.errors import ArtefactError, LipcertError, SettingsError
-from service.metrics import MetricsMiddleware
+from service.metrics import Metrics, MetricsMiddleware
 from service.openapi import STATIC, document, make_examples
 from service.problem import problem, problem_of
+from service.proving import Provers
 from service.routes import Service, build_router
-from service.settings import Settings
+from service.settings import Settings, threads_of
 
 _log = logging.getLogger(__name__)
+
+_DIRECT_PATHS = frozenset({"/predict", "/predict/batch"})
 
 _DESCRIPTION = """
 Image classifiers whose every answer carries a proof. For an image x the service answers a class and a `radius`: for
@@ -44,35 +53,39 @@ Errors are RFC 9457 problem details, `application/problem+json`; `detail` says w
 """
 
 
-def load_classifiers(settings: Settings) -> dict[str, Classifier]:
-    """Load and prove every artefact in `settings.models`, by name.
+def load_classifiers(settings: Settings, provers: Provers | None = None) -> dict[str, Classifier]:
+    """Load every artefact in `settings.models`, by name, each proved by this run of the server.
+
+    Args:
+        settings: see `service.settings`.
+        provers: at work on the folders of `settings.models`; new ones if absent.
 
     Raises:
         ArtefactError: the folder cannot be read or holds no artefact, or a file of one is missing, damaged or without
             proof.
         ProviderError: the provider cannot be had.
+        SettingsError: there is no model of the default name.
     """
-    try:
-        folders = sorted(
-            path for path in settings.models.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))
-        )
-    except OSError as error:
-        raise ArtefactError(
-            settings.models, f"the folder of models cannot be read ({error.strerror}); set LIPCERT_MODELS"
-        ) from None
-    if not folders:
-        raise ArtefactError(settings.models, "the folder holds no artefact; set LIPCERT_MODELS to one that does")
-    # Where the system tells, the CPUs that this process may use, which can be fewer than there are.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = settings.threads or cpus or 1
+    folders = artefact_folders(settings.models)
+    if provers is None:
+        with Provers(usable_cpus()) as new:
+            new.start(folders, settings.provider)
+            return load_classifiers(settings, new)
+    provider = resolve_provider(settings.provider)
+    threads = threads_of(settings, usable_cpus()).inference
     classifiers: dict[str, Classifier] = {}
     for folder in folders:
-        classifier = Classifier.load(folder, settings.provider, threads)
+        classifier = Classifier.proved(folder, provers.findings(folder), provider, threads)
         if classifier.name in classifiers:
             raise ArtefactError(
                 folder / "card.json", f"the name {classifier.name!r} is taken by another artefact; change one"
             )
         classifiers[classifier.name] = classifier
+    if settings.default_model not in classifiers:
+        raise SettingsError(
+            f"LIPCERT_DEFAULT_MODEL={settings.default_model!r}: {settings.models} has no such model; it has "
+            f"{', '.join(classifiers)}"
+        )
     return classifiers
 
 
@@ -84,20 +97,16 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
         classifiers: by name; loaded from `settings.models` if absent.
 
     Raises:
-        ArtefactError, ProviderError: see `load_classifiers`.
-        SettingsError: there is no model of the default name.
+        ArtefactError, ProviderError, SettingsError: see `load_classifiers`.
     """
     if classifiers is None:
         classifiers = load_classifiers(settings)
-        if settings.default_model not in classifiers:
-            raise SettingsError(
-                f"LIPCERT_DEFAULT_MODEL={settings.default_model!r}: {settings.models} has no such model; it has "
-                f"{', '.join(classifiers)}"
-            )
     default = classifiers.get(settings.default_model)
     # This is also the warm-up: the first request finds memory and caches in place.
     examples = None if default is None else make_examples(default)
-    service = Service(settings, classifiers, examples)
+    metrics = Metrics()
+    batcher = Batcher(_limits(settings, classifiers), metrics)
+    service = Service(settings, classifiers, examples, metrics, batcher)
 
     app = FastAPI(
         title="lipcert",
@@ -107,6 +116,7 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        lifespan=_closing(batcher),
         generate_unique_id_function=lambda route: route.name,
         openapi_tags=[
             {"name": "predict", "description": "Classes, certified radii and counterfactuals."},
@@ -115,9 +125,12 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
             {"name": "open inference protocol", "description": "The same models for clients of version 2."},
         ],
     )
-    app.include_router(build_router(service))
+    router = build_router(service)
+    app.include_router(router)
     app.include_router(open_inference.build_router(service))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    direct = [route for route in router.routes if isinstance(route, APIRoute) and route.path in _DIRECT_PATHS]
+    app.add_middleware(DirectRoutes, routes=direct, answer_error=_answer_error)
     app.add_middleware(MetricsMiddleware, metrics=service.metrics)
     _add_error_handlers(app)
 
@@ -130,14 +143,43 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     return app
 
 
+def _limits(settings: Settings, classifiers: Mapping[str, Classifier]) -> Limits:
+    on_gpu = any(classifier.provider == CUDA for classifier in classifiers.values())
+    return Limits(
+        workers=threads_of(settings, usable_cpus()).workers,
+        forward_batch=settings.forward_batch or (256 if on_gpu else 64),
+        max_delay_s=settings.max_delay_ms / 1000.0,
+        max_requests=settings.max_requests,
+        max_bytes=settings.max_waiting_bytes,
+    )
+
+
+def _closing(batcher: Batcher) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+        batcher.close()
+
+    return lifespan
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    """Errors of the domain and of connections; others are raised again."""
+    if isinstance(error, ClientDisconnect):
+        # Nobody reads this; without it a client that hangs up would count as an error of the server.
+        return Response(status_code=HTTPStatus.BAD_REQUEST)
+    if not isinstance(error, LipcertError):
+        raise error
+    path = request.url.path
+    answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
+    if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error("%s %s: %s", request.method, path, error, exc_info=error)
+    return answer
+
+
 def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(LipcertError)
-    async def domain_error(request: Request, error: LipcertError) -> Response:
-        path = request.url.path
-        answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
-        if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            _log.error("%s %s: %s", request.method, path, error, exc_info=error)
-        return answer
+    app.add_exception_handler(LipcertError, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -154,12 +196,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         return problem(HTTPStatus.UNPROCESSABLE_ENTITY, faults, instance=request.url.path)
-
-    @app.exception_handler(ClientDisconnect)
-    async def client_gone(request: Request, error: ClientDisconnect) -> Response:
-        # Nobody reads this; without it a client that hangs up would count as an error of the server.
-        del request, error
-        return Response(status_code=HTTPStatus.BAD_REQUEST)
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, error: Exception) -> Response:

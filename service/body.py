@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float64
 from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -34,6 +33,7 @@ from service.errors import (
 )
 from service.images import decode_array, decode_array_batch, decode_base64, decode_image, to_unit
 from service.schema import BatchRequest, Options, PredictRequest
+from service.shapes import Float64
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -143,6 +143,12 @@ def media_type_of(request: Request, accepted: Sequence[str]) -> str:
     raise MediaTypeError(header, accepted)
 
 
+def declared_length(request: Request, default: int) -> int:
+    """Bytes of the body as its header states them; `default` where it does not."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdecimal() else default
+
+
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """The whole body, never holding more than `max_bytes` of it.
 
@@ -150,9 +156,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         BodyTooLargeError: declared or real length above the limit.
         EmptyBodyError: no bytes.
     """
-    declared = request.headers.get("content-length", "")
-    too_large = declared.isdecimal() and int(declared) > max_bytes
-    if too_large and ("expect" in request.headers or int(declared) > max_bytes + _DISCARD_BYTES):
+    declared = declared_length(request, default=0)
+    too_large = declared > max_bytes
+    if too_large and ("expect" in request.headers or declared > max_bytes + _DISCARD_BYTES):
         raise BodyTooLargeError(max_bytes)
     chunks: list[bytes] = []
     length = 0

@@ -24,6 +24,9 @@
       │   ├─ UnknownModelError
       │   ├─ UnknownLabelError
       │   └─ TargetIsPredictedClassError
+      ├─ BusyError                       the request is fine, and there is no room or time for it now
+      │   ├─ OverloadedError
+      │   └─ DeadlineError
       ├─ ArtefactError                   a file of an artefact is missing, damaged or has no proof
       ├─ ProviderError                   the asked-for execution provider is not there
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
@@ -188,6 +191,30 @@ class TargetIsPredictedClassError(InputError):
         super().__init__(
             f"target {label!r} is already the predicted class of the image; name another label, or leave "
             "target out to get the nearest other class"
+        )
+
+
+class BusyError(LipcertError):
+    """The request is fine, and the server has no room or time for it now; the same request may do later."""
+
+
+class OverloadedError(BusyError):
+    """As many requests are on their way as the server takes."""
+
+    def __init__(self, requests: int) -> None:
+        super().__init__(
+            f"{requests} requests are being answered and no more fit in; send this one again after a pause, or raise "
+            "LIPCERT_MAX_REQUESTS or LIPCERT_MAX_WAITING_BYTES"
+        )
+
+
+class DeadlineError(BusyError):
+    """The deadline of a request passed before it was answered."""
+
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(
+            f"there was no answer within {deadline_s:g} s; send the request again when the server is less busy, with a "
+            "longer `Prefer: wait=SECONDS`, or raise LIPCERT_DEADLINE_S"
         )
 
 

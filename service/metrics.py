@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import perf_counter
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_BUCKETS_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -39,12 +41,33 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._batch_images = Histogram(
+            "lipcert_batch_images",
+            "Images that shared one pass (prediction) or one search (counterfactual).",
+            ["kind"],
+            buckets=_BUCKETS_IMAGES,
+            registry=self._registry,
+        )
+        self._waiting = Gauge(
+            "lipcert_waiting",
+            "Requests, and parts of large ones, that no worker has taken yet.",
+            registry=self._registry,
+        )
+
+    def watch_waiting(self, waiting: Callable[[], int]) -> None:
+        """Ask `waiting` for the length of the queues whenever the counters are read."""
+        self._waiting.set_function(waiting)
+
+    def count_batch(self, kind: Literal["prediction", "counterfactual"], images: int) -> None:
+        """Count one batch."""
+        self._batch_images.labels(kind).observe(images)
+
     def count_predictions(self, model: str, certified: Iterable[bool]) -> None:
         """Count the images that a model answered, and those whose answer certifies nothing."""
-        for is_certified in certified:
-            self._predictions.labels(model).inc()
-            if not is_certified:
-                self._abstentions.labels(model).inc()
+        answers = list(certified)
+        self._predictions.labels(model).inc(len(answers))
+        if abstentions := answers.count(False):
+            self._abstentions.labels(model).inc(abstentions)
 
     def count_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         """Count one HTTP request; methods nobody defined share one label, so that clients cannot add labels."""

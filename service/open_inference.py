@@ -8,18 +8,20 @@ the member `error` that the protocol wants.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from jaxtyping import Float64
 from pydantic import BaseModel, ConfigDict, Field
 
 from service import __version__
-from service.answers import classify
-from service.body import JSON, media_type_of, parse_json, read_body, refuse_query
+from service.answers import class_of
+from service.batching import Decoded
+from service.body import JSON, media_type_of, parse_json, refuse_query
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
 from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
@@ -28,6 +30,7 @@ from service.openapi import problem_responses
 from service.routes import Service
 from service.schema import ImageOptions, finite
 from service.settings import Settings
+from service.shapes import Float64
 
 PREFIX = "/v2"
 
@@ -113,7 +116,7 @@ def build_router(service: Service) -> APIRouter:
         "/models/{name}/infer",
         summary="Classify images",
         response_model=InferAnswer,
-        responses=problem_responses(400, 404, 413, 415, 422),
+        responses=problem_responses(400, 404, 413, 415, 422, 503),
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -124,25 +127,44 @@ def build_router(service: Service) -> APIRouter:
     async def infer(name: str, request: Request) -> Response:
         media_type_of(request, [JSON])
         refuse_query(request.query_params.multi_items(), "`parameters`")
-        content = await read_body(request, settings.max_body_bytes)
-
-        def work() -> InferAnswer:
-            classifier = service.classifier(name)
-            question = parse_json(InferRequest, content)
-            image_NCHW = _images(question.inputs[0], classifier, settings)
-            results = classify(classifier, image_NCHW, question.parameters)
-            service.metrics.count_predictions(classifier.name, [prediction.certified for prediction, _ in results])
-            outputs = _outputs(image_NCHW, results)
-            return InferAnswer(
-                model_name=classifier.name,
-                model_version=classifier.digest,
-                id=question.id,
-                outputs=_wanted(outputs, question.outputs),
-            )
-
-        return Response((await service.on_worker(work)).model_dump_json(), media_type=JSON)
+        classifier = service.classifier(name)
+        answer = await service.ask(request, lambda content: _InferQuestion(content, classifier, service))
+        return Response(answer, media_type=JSON)
 
     return router
+
+
+@dataclass
+class _InferQuestion:
+    """One request of the protocol, as a worker sees it."""
+
+    content: bytes
+    classifier: Classifier
+    service: Service
+
+    def decode(self) -> Decoded:
+        self.request = parse_json(InferRequest, self.content)
+        options = self.request.parameters
+        return Decoded(
+            classifier=self.classifier,
+            image_NCHW=_images(self.request.inputs[0], self.classifier, self.service.settings),
+            resize=options.resize,
+            counterfactual=options.counterfactual,
+            target=None if options.target is None else class_of(self.classifier, options.target),
+        )
+
+    def answer(
+        self, decoded: Decoded, predictions: Sequence[Prediction], found: Sequence[Counterfactual] | None
+    ) -> bytes:
+        certified = [prediction.certified for prediction in predictions]
+        self.service.metrics.count_predictions(self.classifier.name, certified)
+        answer = InferAnswer(
+            model_name=self.classifier.name,
+            model_version=self.classifier.digest,
+            id=self.request.id,
+            outputs=_wanted(_outputs(decoded.image_NCHW, predictions, found), self.request.outputs),
+        )
+        return answer.model_dump_json().encode()
 
 
 def _metadata(classifier: Classifier) -> dict[str, Any]:
@@ -194,11 +216,11 @@ def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> 
 
 
 def _outputs(
-    image_NCHW: Float64[np.ndarray, "N C H W"], results: list[tuple[Prediction, Counterfactual | None]]
+    image_NCHW: Float64[np.ndarray, "N C H W"],
+    predictions: Sequence[Prediction],
+    found: Sequence[Counterfactual] | None,
 ) -> list[OutputTensor]:
-    count = len(results)
-    predictions = [prediction for prediction, _ in results]
-    found = [counterfactual for _, counterfactual in results if counterfactual is not None]
+    count = len(predictions)
     logits_NK = np.stack([prediction.logits_K for prediction in predictions])
     outputs = [
         OutputTensor(
@@ -214,7 +236,7 @@ def _outputs(
             name="image_digest", datatype="BYTES", shape=[count], data=[image_digest(image) for image in image_NCHW]
         ),
     ]
-    if found:
+    if found is not None:
         pixels_NCHW = np.stack([counterfactual.pixels_CHW for counterfactual in found])
         outputs += [
             OutputTensor(

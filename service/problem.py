@@ -18,6 +18,7 @@ from service import errors
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:problem-type:lipcert:"
+_RETRY_AFTER_S = "1"
 
 STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
     {
@@ -42,6 +43,9 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.UnknownLabelError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.TargetIsPredictedClassError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.InputError: HTTPStatus.BAD_REQUEST,
+        errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
         # These stop the server at start; an answer with them means that a check at start is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -61,7 +65,11 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
     detail = str(error)
     if status is HTTPStatus.INTERNAL_SERVER_ERROR:
         detail = "the server failed on a valid request; its log says more"
-    headers = {"Accept": ", ".join(error.accepted)} if isinstance(error, errors.MediaTypeError) else None
+    headers: dict[str, str] = {}
+    if isinstance(error, errors.MediaTypeError):
+        headers["Accept"] = ", ".join(error.accepted)
+    if isinstance(error, errors.BusyError):
+        headers["Retry-After"] = _RETRY_AFTER_S
     return problem(
         status,
         detail,

@@ -1,25 +1,25 @@
-"""What each path does. Decoding and inference run on worker threads; the event loop only moves bytes."""
+"""What each path does. Decoding, inference and encoding run on worker threads; the event loop only moves bytes."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
-import anyio
-import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from service.answers import describe, describe_in_full, predict
-from service.body import BATCH_TYPES, PREDICT_TYPES, media_type_of, parse_batch, parse_predict, read_body
+from service.answers import describe, describe_in_full
+from service.batching import Batcher, Question
+from service.body import BATCH_TYPES, NPY, PREDICT_TYPES, declared_length, media_type_of, read_body
 from service.classifier import Classifier
 from service.errors import UnknownModelError
 from service.metrics import Metrics
 from service.openapi import SAMPLES, STATIC, Examples, problem_responses
+from service.questions import Body, ImageQuestion, Reply
 from service.schema import (
     BatchAnswer,
     HealthAnswer,
@@ -30,8 +30,10 @@ from service.schema import (
 from service.settings import Settings
 
 Result = TypeVar("Result")
+Endpoint = Callable[[Request], Awaitable[Response]]
 
-_BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422)
+_BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
+_WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
 _PAGE_HEADERS = {
     # The pages fetch nothing but this server; the browser holds them to it.
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
@@ -47,9 +49,8 @@ class Service:
     settings: Settings
     classifiers: Mapping[str, Classifier]
     examples: Examples | None
-    metrics: Metrics = field(default_factory=Metrics)
-    # One worker a core: more would only add images in memory, not speed.
-    workers: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(max(2, os.cpu_count() or 2)))
+    metrics: Metrics
+    batcher: Batcher
 
     def classifier(self, name: str | None) -> Classifier:
         """The model of this name, or the default one; raises `UnknownModelError`."""
@@ -58,9 +59,25 @@ class Service:
             raise UnknownModelError(wanted, self.classifiers)
         return self.classifiers[wanted]
 
-    async def on_worker(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on a worker thread."""
-        return await anyio.to_thread.run_sync(work, limiter=self.workers)
+    async def ask(self, request: Request, question_of: Callable[[bytes], Question[Result]]) -> Result:
+        """Read the body of a request and have its question answered by a worker.
+
+        The header `Prefer: wait=SECONDS` (RFC 7240 section 4.3) asks for an earlier deadline than the server's.
+
+        Raises:
+            BodyTooLargeError, EmptyBodyError: see `read_body`.
+            OverloadedError, DeadlineError: see `Batcher`.
+        """
+        limit = self.settings.max_body_bytes
+        with self.batcher.admit(min(limit, declared_length(request, default=limit))):
+            content = await read_body(request, limit)
+            return await self.batcher.ask(question_of(content), len(content), self._deadline_s(request))
+
+    def _deadline_s(self, request: Request) -> float:
+        longest_s = self.settings.deadline_s
+        preferences = request.headers.get("prefer")
+        wanted = None if preferences is None else _WAIT.search(preferences)
+        return longest_s if wanted is None else min(longest_s, float(wanted[1]))
 
 
 def build_router(service: Service) -> APIRouter:
@@ -74,8 +91,6 @@ def build_router(service: Service) -> APIRouter:
 
 
 def _add_predictions(router: APIRouter, service: Service) -> None:
-    settings = service.settings
-
     @router.post(
         "/predict",
         tags=["predict"],
@@ -102,20 +117,7 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
         radius, counterfactual and distance are about the image that was sent, in its own channels. An array must have
         the model's channels.
         """
-        media_type = media_type_of(request, PREDICT_TYPES)
-        content_type = request.headers["content-type"]
-        query = request.query_params.multi_items()
-        content = await read_body(request, settings.max_body_bytes)
-
-        def work() -> PredictAnswer:
-            options, image = parse_predict(media_type, content_type, query, content)
-            classifier = service.classifier(options.model)
-            pixels_CHW = image.decode(classifier.input_shape, settings.max_pixels)
-            return predict(classifier, pixels_CHW[None], options)[0]
-
-        answer = await service.on_worker(work)
-        service.metrics.count_predictions(answer.model, [answer.certificate.certified])
-        return _json(answer)
+        return await _ask_about_images(service, request, PREDICT_TYPES, is_batch=False)
 
     @router.post(
         "/predict/batch",
@@ -129,21 +131,37 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
 
         The answer to an image does not depend on the batch it is in: its class and radius hold either way.
         """
-        media_type = media_type_of(request, BATCH_TYPES)
-        query = request.query_params.multi_items()
-        content = await read_body(request, settings.max_body_bytes)
+        return await _ask_about_images(service, request, BATCH_TYPES, is_batch=True)
 
-        def work() -> BatchAnswer:
-            options, images = parse_batch(media_type, query, content)
-            classifier = service.classifier(options.model)
-            image_NCHW = images.decode(classifier.input_shape, settings.max_pixels, settings.max_batch, options.resize)
-            return BatchAnswer(predictions=predict(classifier, image_NCHW, options))
 
-        answer = await service.on_worker(work)
-        service.metrics.count_predictions(
-            answer.predictions[0].model, [one.certificate.certified for one in answer.predictions]
-        )
-        return _json(answer)
+async def _ask_about_images(service: Service, request: Request, accepted: Sequence[str], is_batch: bool) -> Response:
+    media_type = media_type_of(request, accepted)
+    content_type = request.headers["content-type"]
+    query = request.query_params.multi_items() if request.scope["query_string"] else []
+    as_npy = prefers_npy(request.headers.get("accept", ""))
+
+    def question_of(content: bytes) -> ImageQuestion:
+        body = Body(media_type, content_type, query, content)
+        return ImageQuestion(body, is_batch, as_npy, service.settings, service.classifier, service.metrics)
+
+    reply: Reply = await service.ask(request, question_of)
+    return Response(reply.content, media_type=reply.media_type)
+
+
+def prefers_npy(accept: str) -> bool:
+    """Whether a header `Accept` (RFC 9110 section 12.5.1) names `application/x-npy`, and ranks JSON no higher."""
+    if NPY not in accept.lower():
+        return False
+    weights: dict[str, float] = {}
+    for choice in accept.lower().split(","):
+        media_range, *parameters = (part.strip() for part in choice.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        try:
+            weights[media_range] = float(weight)
+        except ValueError:
+            weights[media_range] = 0.0
+    wanted = weights.get(NPY, 0.0)
+    return wanted > 0.0 and wanted >= weights.get("application/json", 0.0)
 
 
 def _add_models(router: APIRouter, service: Service) -> None:

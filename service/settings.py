@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.errors import SettingsError
 
 PREFIX = "LIPCERT_"
+_MOST_WORKERS = 8
 PILLOW_PIXEL_LIMIT = 89_478_485
 """Pillow refuses or warns above this on its own; a higher limit of ours would not be honoured."""
 
@@ -50,11 +52,49 @@ class Settings(BaseSettings):
     max_batch: Annotated[int, Field(ge=1)] = 256
     """Most images in one `/predict/batch`."""
 
-    threads: Annotated[int, Field(ge=0)] = 0
-    """Threads inside one inference; 0 takes as many as the process has CPUs. Requests run side by side anyway."""
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Threads that decode, compute and answer, side by side; 0 takes one for each CPU that the process may use, 8 at
+    most."""
+
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Threads inside one inference; 0 shares the CPUs among the workers: 1 on up to 8 CPUs."""
+
+    forward_batch: Annotated[int, Field(ge=0, le=65536)] = 0
+    """Most images that share one pass of the network; 0 takes 64 on a CPU and 256 on a GPU."""
+
+    max_delay_ms: Annotated[float, Field(ge=0.0, le=10_000.0, allow_inf_nan=False)] = 0.0
+    """How long a request waits for others to share its pass; 0 takes what is waiting and never waits when idle."""
+
+    max_requests: Annotated[int, Field(ge=1)] = 1024
+    """Most requests that are read, wait or are computed at the same time; more get status 503."""
+
+    max_waiting_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    """The same for the bytes of their bodies."""
+
+    deadline_s: Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)] = 30.0
+    """Seconds after which a request that has no answer gets status 503; `Prefer: wait=SECONDS` asks for less."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How the CPUs are shared: `workers * inference` threads compute at the same time."""
+
+    workers: int
+    inference: int
+    """Inside one inference."""
+
+
+def threads_of(settings: Settings, cpus: int) -> Threads:
+    """What the settings say, or as many threads as there are CPUs.
+
+    Workers with one thread each come first: two of them, each with a batch of its own, answer more images than one
+    inference on two threads. They share one interpreter, so beyond some number threads inside an inference pay more.
+    """
+    workers = settings.workers or min(cpus, _MOST_WORKERS)
+    return Threads(workers, settings.threads or max(1, cpus // workers))
 
 
 def variable_names() -> list[str]:

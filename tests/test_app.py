@@ -8,7 +8,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from encoding import encode, npy
 from PIL import Image
 
 from service.app import create_app
-from service.classifier import Classifier
+from service.classifier import Classifier, Prediction, View
 from service.errors import ArtefactError, SettingsError
 from service.images import decode_image
 from service.openapi import SAMPLE_DIGIT
@@ -455,10 +455,18 @@ class Tie(Classifier):
         self.__dict__.update(real.__dict__)
         self.name = "tie"
 
-    def predict(self, image_NCHW: np.ndarray, resize: bool = False) -> list[Any]:
+    def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
+        real = super().view(sent_shape, resize)
+        return TiedView(*(getattr(real, field.name) for field in fields(real)))
+
+
+class TiedView(View):
+    """Knows nothing about any image."""
+
+    def predict(self, image_NCHW: np.ndarray) -> list[Prediction]:
         return [
             replace(prediction, logits_K=np.full(3, np.nan), radius=0.0, certified=False)
-            for prediction in super().predict(image_NCHW, resize)
+            for prediction in super().predict(image_NCHW)
         ]
 
 

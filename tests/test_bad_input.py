@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from service.app import create_app
-from service.classifier import Classifier
+from service.classifier import Classifier, View
 from service.settings import Settings
 
 JSON = {"Content-Type": "application/json"}
@@ -409,7 +409,7 @@ def test_an_unexpected_failure_is_a_problem_without_its_traceback(
         def __init__(self) -> None:
             self.__dict__.update(classifiers["grey"].__dict__)
 
-        def predict(self, image_NCHW: np.ndarray, resize: bool = False) -> list[Any]:
+        def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
             raise RuntimeError("the secret of the machine")
 
     app = create_app(Settings(default_model="none"), {"grey": Broken()})

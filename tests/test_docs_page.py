@@ -129,7 +129,7 @@ def test_every_field_of_the_answer_is_described(document: dict[str, Any]) -> Non
 
 def test_every_problem_of_a_request_is_documented_with_its_media_type(document: dict[str, Any]) -> None:
     responses = document["paths"]["/predict"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "404", "413", "415", "422"}
+    assert set(responses) == {"200", "400", "404", "413", "415", "422", "503"}
     for status in set(responses) - {"200"}:
         (media_type,) = responses[status]["content"]
         assert media_type == "application/problem+json"

@@ -1,0 +1,551 @@
+"""Dynamic batching: requests that wait at the same time share a forward pass.
+
+::
+
+    coroutine of a request          worker threads                                event loop
+    ---------------------           ---------------------------------------      -----------------
+    admit, read the body  ──► queue ──► decode each ─► one pass per view ─┬─► answer each ──► all at once
+                                            counterfactual wanted ────────┘
+                                            queue of searches ─► one search per view ─► answer each
+
+A worker that is free takes what is waiting and never waits for more (unless `max_delay_s` says so): while it computes,
+the next batch gathers by itself. A pass of the network runs without the interpreter's lock, so workers overlap.
+
+A search for counterfactuals takes many passes. It has a queue of its own and makes way for predictions before each
+of its passes, so that a prediction never waits for a whole search.
+
+What is wrong with one request is answered to that request: each is decoded and answered on its own, and if a shared
+pass fails, its images run again alone. That a batch changes no answer beyond `logit_error` is not of this module's
+making: the certificate holds for any order of summation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from service.certificate import Radii
+from service.classifier import Classifier, Prediction, View, counterfactuals
+from service.counterfactual import Counterfactual
+from service.errors import DeadlineError, OverloadedError
+from service.metrics import Metrics
+from service.shapes import Float64
+
+_log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+Answer_co = TypeVar("Answer_co", covariant=True)
+
+# Bytes of requests that one worker decodes before it computes: a large file does not make many small ones wait.
+_DECODED_BYTES = 1024 * 1024
+# Fewer images than this are not shared out among idle workers: passes of a few images cost about the same.
+_LEAST_SHARE = 8
+# A search keeps this share of a forward batch: each image of it costs several passes, and predictions wait for one.
+_SEARCH_SHARE = 4
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A request that has been read: images of one shape for one model."""
+
+    classifier: Classifier
+    image_NCHW: Float64[np.ndarray, "N C H W"]
+    resize: bool = False
+    counterfactual: bool = False
+    target: int | None = None
+    """Class that the counterfactuals shall have."""
+
+
+class Question(Protocol[Answer_co]):
+    """A request; both methods run on a worker thread, and what they raise is the answer to this request alone."""
+
+    def decode(self) -> Decoded:
+        """Read the request."""
+        ...
+
+    def answer(
+        self, decoded: Decoded, predictions: Sequence[Prediction], found: Sequence[Counterfactual] | None
+    ) -> Answer_co:
+        """Put into words what was computed; `found` is None where no counterfactual was asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a `Batcher` takes at once, and for how long."""
+
+    workers: int = 1
+    """Threads that decode, compute and answer."""
+    forward_batch: int = 64
+    """Most images that share one pass."""
+    max_delay_s: float = 0.0
+    """How long a request waits for others while the batch is not full; 0 takes what is there."""
+    max_requests: int = 1024
+    """Requests that are read, wait or are computed at the same time; more are refused."""
+    max_bytes: int = 256 * 1024 * 1024
+    """The same for the bytes of their bodies."""
+
+
+class Batcher:
+    """Answers `Question`s on worker threads, which start with the first one."""
+
+    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+        """Nothing runs yet.
+
+        Raises:
+            ValueError: `workers` or `forward_batch` below 1.
+        """
+        if limits.workers < 1 or limits.forward_batch < 1:
+            raise ValueError(f"a batcher needs 1 worker and batches of 1 image or more, got {limits}")
+        self._limits = limits
+        self._metrics = metrics
+        self._threads: list[threading.Thread] = []
+        # Everything of these is guarded by the condition; it wakes workers.
+        self._condition = threading.Condition()
+        self._questions: deque[_Request[Any]] = deque()
+        self._parts: deque[_Part] = deque()
+        """Parts of batches that are decoded and wait for their pass."""
+        self._searches: deque[_Part] = deque()
+        self._idle = 0
+        self._closed = False
+        # These belong to the event loop.
+        self._open: set[_Request[Any]] = set()
+        self._admitted_requests = 0
+        self._admitted_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_loop: asyncio.AbstractEventLoop | None = None
+        metrics.watch_waiting(lambda: len(self._questions) + len(self._parts) + len(self._searches))
+
+    @contextlib.contextmanager
+    def admit(self, n_bytes: int) -> Generator[None]:
+        """Hold a place for a request while it is read and answered.
+
+        Args:
+            n_bytes: the declared or largest possible length of its body.
+
+        Raises:
+            OverloadedError: there is no place; nothing of the body needs to be read.
+        """
+        limits = self._limits
+        # One request may always come in: a body above the limit of bytes is the body's own limit to refuse.
+        full = self._admitted_requests > 0 and self._admitted_bytes + n_bytes > limits.max_bytes
+        if full or self._admitted_requests >= limits.max_requests:
+            raise OverloadedError(self._admitted_requests)
+        self._admitted_requests += 1
+        self._admitted_bytes += n_bytes
+        try:
+            yield
+        finally:
+            self._admitted_requests -= 1
+            self._admitted_bytes -= n_bytes
+
+    async def ask(self, question: Question[Answer], n_bytes: int, deadline_s: float) -> Answer:
+        """The answer to a question.
+
+        Args:
+            question: what to do.
+            n_bytes: how much there is to decode.
+            deadline_s: seconds from now after which nobody waits for the answer.
+
+        Raises:
+            DeadlineError: the deadline passed; what was computed is thrown away.
+            Exception: whatever the question's own methods raise.
+        """
+        loop = asyncio.get_running_loop()
+        request = _Request(question, n_bytes, loop, loop.create_future(), loop.time(), loop.time() + deadline_s)
+        self._watch(request)
+        try:
+            with self._condition:
+                self._questions.append(request)
+                if self._idle:
+                    self._condition.notify()
+            if not self._threads:
+                self._start()
+            return await request.future
+        finally:
+            self._open.discard(request)
+
+    def close(self) -> None:
+        """Let the workers finish what they compute, and end them; questions that wait are not answered."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _start(self) -> None:
+        self._threads = [
+            threading.Thread(target=self._work, name=f"worker-{number}", daemon=True)
+            for number in range(self._limits.workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _watch(self, request: _Request[Any]) -> None:
+        """One timer for all deadlines, at the earliest."""
+        self._open.add(request)
+        if self._timer is None or self._timer_loop is not request.loop or request.deadline < self._timer.when():
+            self._expire_at(request.deadline, request.loop)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for request in [request for request in self._open if request.deadline <= now]:
+            self._open.discard(request)
+            request.settle(DeadlineError(request.deadline - request.arrived))
+        self._timer = None
+        if self._open:
+            self._expire_at(min(request.deadline for request in self._open), loop)
+
+    def _expire_at(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(deadline, self._expire, loop)
+        self._timer_loop = loop
+
+    # From here on: worker threads.
+
+    def _work(self) -> None:
+        while (batch := self._take(wait=True)) is not None:
+            self._compute(*batch)
+
+    def _compute(self, requests: list[_Request[Any]], parts: list[_Part], searches: list[_Part]) -> None:
+        done = _Done()
+        try:
+            for request in requests:
+                parts += self._decode(request, done)
+            for view, group in _by_view(parts):
+                for batch in _filled(group, self._limits.forward_batch):
+                    self._predict(view, batch, done)
+            for view, group in _by_view(searches):
+                self._search(view, group, done)
+        except Exception as error:  # a defect of this module: the worker goes on, and nobody waits in vain
+            _log.exception("a worker failed on a batch")
+            for request in {*requests, *(part.request for part in [*parts, *searches])}:
+                done.fail(request, error)
+        done.deliver()
+
+    def _take(self, wait: bool) -> tuple[list[_Request[Any]], list[_Part], list[_Part]] | None:
+        """What one worker does next: questions and parts to predict, or else searches; None at the end.
+
+        Args:
+            wait: for something to do; otherwise only predictions that are there are taken.
+        """
+        with self._condition:
+            while True:
+                if self._closed:
+                    return None
+                delay_s = self._delay_s()
+                if (self._questions or self._parts) and delay_s <= 0.0:
+                    return *self._take_predictions(), []
+                if not wait:
+                    return None
+                if self._searches:
+                    return [], [], self._take_searches()
+                self._idle += 1
+                self._condition.wait(delay_s if self._questions else None)
+                self._idle -= 1
+
+    def _delay_s(self) -> float:
+        """How much longer the first question may wait for others."""
+        limits = self._limits
+        if limits.max_delay_s <= 0.0 or self._parts or not self._questions:
+            return 0.0
+        if len(self._questions) >= limits.forward_batch:
+            return 0.0
+        first = self._questions[0]
+        return first.arrived + limits.max_delay_s - first.loop.time()
+
+    def _take_predictions(self) -> tuple[list[_Request[Any]], list[_Part]]:
+        limits = self._limits
+        waiting = len(self._questions) + sum(part.count for part in self._parts)
+        room = min(limits.forward_batch, max(_LEAST_SHARE, -(-waiting // (1 + self._idle))))
+        parts: list[_Part] = []
+        while self._parts and (not parts or self._parts[0].count <= room):
+            part = self._parts.popleft()
+            parts.append(part)
+            room -= part.count
+        requests: list[_Request[Any]] = []
+        n_bytes = 0
+        while self._questions and room > 0 and (not requests or n_bytes + self._questions[0].n_bytes <= _DECODED_BYTES):
+            request = self._questions.popleft()
+            requests.append(request)
+            n_bytes += request.n_bytes
+            room -= 1
+        if (self._questions or self._parts) and self._idle:
+            self._condition.notify()
+        return requests, parts
+
+    def _take_searches(self) -> list[_Part]:
+        """Searches of one view, in order; those of others keep their places."""
+        room = max(1, self._limits.forward_batch // _SEARCH_SHARE)
+        view = self._searches[0].view
+        room = min(room, max(1, -(-sum(part.count for part in self._searches) // (1 + self._idle))))
+        taken: list[_Part] = []
+        others: list[_Part] = []
+        while self._searches and room > 0:
+            part = self._searches.popleft()
+            if part.view is not view or (taken and part.count > room):
+                others.append(part)
+                continue
+            taken.append(part)
+            room -= part.count
+        self._searches.extendleft(reversed(others))
+        if self._searches and self._idle:
+            self._condition.notify()
+        return taken
+
+    def _decode(self, request: _Request[Any], done: _Done) -> list[_Part]:
+        """The part that this worker computes itself; others are left to whoever is free."""
+        if request.future.done():  # its deadline has passed, or its client is gone
+            return []
+        try:
+            decoded = request.question.decode()
+            view = decoded.classifier.view(decoded.image_NCHW.shape[1:], decoded.resize)
+        except Exception as error:
+            done.fail(request, error)
+            return []
+        count = len(decoded.image_NCHW)
+        request.decoded = decoded
+        request.predictions = [None] * count
+        pieces = max(-(-count // self._limits.forward_batch), min(1 + self._idle, count // _LEAST_SHARE), 1)
+        parts = request.split(view, pieces)
+        if len(parts) > 1:
+            with self._condition:
+                self._parts.extend(parts[1:])
+                self._condition.notify(len(parts) - 1)
+        return parts[:1]
+
+    def _predict(self, view: View, parts: list[_Part], done: _Done) -> None:
+        parts = [part for part in parts if not part.request.future.done()]
+        if not parts:
+            return
+        try:
+            predictions = view.predict(_images(parts))
+        except Exception as error:
+            self._alone_or_fail(parts, error, done, lambda part: self._predict(view, [part], done))
+            return
+        self._metrics.count_batch("prediction", len(predictions))
+        offset = 0
+        for part in parts:
+            part.request.predictions[part.start : part.stop] = predictions[offset : offset + part.count]
+            offset += part.count
+            if self._is_last(part):
+                self._after_prediction(part.request, view, done)
+
+    def _after_prediction(self, request: _Request[Any], view: View, done: _Done) -> None:
+        decoded = request.decoded
+        assert decoded is not None
+        if not decoded.counterfactual:
+            done.answer(request)
+            return
+        count = len(decoded.image_NCHW)
+        try:
+            decoded.classifier.check_targets(request.predicted(), [decoded.target] * count)
+        except Exception as error:
+            done.fail(request, error)
+            return
+        request.found = list[Counterfactual | None]([None] * count)
+        parts = request.split(view, -(-count // max(1, self._limits.forward_batch // _SEARCH_SHARE)))
+        with self._condition:
+            self._searches.extend(parts)
+            if self._idle:
+                self._condition.notify(len(parts))
+
+    def _search(self, view: View, parts: list[_Part], done: _Done) -> None:
+        parts = [part for part in parts if not part.request.future.done()]
+        if not parts:
+            return
+        predictions = [prediction for part in parts for prediction in part.predictions()]
+        targets = [target for part in parts for target in [part.target] * part.count]
+        try:
+            found = counterfactuals(_MakingWay(self, view), _images(parts), predictions, targets)
+        except Exception as error:
+            self._alone_or_fail(parts, error, done, lambda part: self._search(view, [part], done))
+            return
+        self._metrics.count_batch("counterfactual", len(found))
+        offset = 0
+        for part in parts:
+            assert part.request.found is not None
+            part.request.found[part.start : part.stop] = found[offset : offset + part.count]
+            offset += part.count
+            if self._is_last(part):
+                done.answer(part.request)
+
+    def predict_what_waits(self) -> None:
+        """Compute one batch of predictions if there is one: called by a worker that is in the middle of a search."""
+        if (self._questions or self._parts) and (batch := self._take(wait=False)) is not None:
+            self._compute(*batch)
+
+    def _alone_or_fail(self, parts: list[_Part], error: Exception, done: _Done, run: Any) -> None:
+        if len(parts) == 1:
+            done.fail(parts[0].request, error)
+            return
+        _log.warning("a batch of %d requests failed and runs again one by one: %s", len(parts), error)
+        for part in parts:
+            run(part)
+
+    def _is_last(self, part: _Part) -> bool:
+        with self._condition:
+            part.request.left -= 1
+            return part.request.left == 0
+
+
+class _Request(Generic[Answer]):
+    """A question on its way."""
+
+    __slots__ = (
+        "arrived", "deadline", "decoded", "found", "future", "left", "loop", "n_bytes", "predictions", "question",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        question: Question[Answer],
+        n_bytes: int,
+        loop: asyncio.AbstractEventLoop,
+        future: asyncio.Future[Answer],
+        arrived: float,
+        deadline: float,
+    ) -> None:
+        self.question = question
+        self.n_bytes = n_bytes
+        self.loop = loop
+        self.future = future
+        self.arrived = arrived
+        self.deadline = deadline
+        self.decoded: Decoded | None = None
+        self.predictions: list[Prediction | None] = []
+        self.found: list[Counterfactual | None] | None = None
+        """One for each image, where counterfactuals are wanted."""
+        self.left = 0
+        """Parts that are not computed yet."""
+
+    def split(self, view: View, pieces: int) -> list[_Part]:
+        """The images in pieces of nearly one size, all of them still to do."""
+        assert self.decoded is not None
+        count = len(self.decoded.image_NCHW)
+        bounds = [count * piece // pieces for piece in range(pieces + 1)]
+        parts = [_Part(self, view, start, stop) for start, stop in itertools.pairwise(bounds)]
+        self.left = len(parts)
+        return parts
+
+    def predicted(self) -> list[Prediction]:
+        """All predictions, once every part is done."""
+        return [prediction for prediction in self.predictions if prediction is not None]
+
+    def settle(self, outcome: Answer | Exception) -> None:
+        """Give the answer, on the event loop, unless somebody did before or nobody waits any more."""
+        if self.future.done():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Images `start` to `stop` of a request."""
+
+    request: _Request[Any]
+    view: View
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def image_NCHW(self) -> np.ndarray:
+        assert self.request.decoded is not None
+        return self.request.decoded.image_NCHW[self.start : self.stop]
+
+    @property
+    def target(self) -> int | None:
+        assert self.request.decoded is not None
+        return self.request.decoded.target
+
+    def predictions(self) -> list[Prediction]:
+        return self.request.predicted()[self.start : self.stop]
+
+
+class _MakingWay:
+    """A view for a search that lets predictions pass before each of its gradients."""
+
+    def __init__(self, batcher: Batcher, view: View) -> None:
+        self._batcher = batcher
+        self._view = view
+
+    def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
+        return self._view.classify(image_NCHW)
+
+    def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self._batcher.predict_what_waits()
+        return self._view.margin_gradient(image_NCHW, weights_NK)
+
+
+class _Done:
+    """Outcomes that a worker hands to the event loop at once: waking it for each would cost more than an answer."""
+
+    def __init__(self) -> None:
+        self._outcomes: list[tuple[_Request[Any], Any]] = []
+
+    def answer(self, request: _Request[Any]) -> None:
+        assert request.decoded is not None
+        found = None if request.found is None else [one for one in request.found if one is not None]
+        try:
+            self._outcomes.append((request, request.question.answer(request.decoded, request.predicted(), found)))
+        except Exception as error:
+            self.fail(request, error)
+
+    def fail(self, request: _Request[Any], error: Exception) -> None:
+        self._outcomes.append((request, error))
+
+    def deliver(self) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Request[Any], Any]]] = {}
+        for request, outcome in self._outcomes:
+            by_loop.setdefault(request.loop, []).append((request, outcome))
+        for loop, outcomes in by_loop.items():
+            # The loop may be closed by now: then nobody waits.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_settle, outcomes)
+
+
+def _settle(outcomes: list[tuple[_Request[Any], Any]]) -> None:
+    for request, outcome in outcomes:
+        request.settle(outcome)
+
+
+def _images(parts: list[_Part]) -> np.ndarray:
+    return parts[0].image_NCHW if len(parts) == 1 else np.concatenate([part.image_NCHW for part in parts])
+
+
+def _by_view(parts: list[_Part]) -> list[tuple[View, list[_Part]]]:
+    groups: dict[int, list[_Part]] = {}
+    for part in parts:
+        groups.setdefault(id(part.view), []).append(part)
+    return [(group[0].view, group) for group in groups.values()]
+
+
+def _filled(parts: list[_Part], most: int) -> Generator[list[_Part]]:
+    """Batches of at most `most` images, each with one part or more."""
+    batch: list[_Part] = []
+    count = 0
+    for part in parts:
+        if batch and count + part.count > most:
+            yield batch
+            batch, count = [], 0
+        batch.append(part)
+        count += part.count
+    if batch:
+        yield batch

@@ -1,0 +1,88 @@
+"""What a request of `/predict` or `/predict/batch` is to a worker: bytes to decode, and an answer to write."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from service.answers import class_of, in_records, in_words
+from service.batching import Decoded
+from service.body import JSON, NPY, parse_batch, parse_predict
+from service.classifier import Classifier, Prediction
+from service.counterfactual import Counterfactual
+from service.metrics import Metrics
+from service.schema import BatchAnswer, Options
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Body:
+    """A request as it came."""
+
+    media_type: str
+    """One of those that the path takes, see `service.body.media_type_of`."""
+    content_type: str
+    """The whole header."""
+    query: Sequence[tuple[str, str]]
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as bytes."""
+
+    content: bytes
+    media_type: str
+
+
+@dataclass
+class ImageQuestion:
+    """One image, or (`is_batch`) several of one size."""
+
+    body: Body
+    is_batch: bool
+    as_npy: bool
+    """Whether the client prefers `application/x-npy`."""
+    settings: Settings
+    classifier_of: Callable[[str | None], Classifier]
+    metrics: Metrics
+    options: Options = field(default_factory=Options)
+    """Those of the request, once it is decoded."""
+
+    def decode(self) -> Decoded:
+        """Raises `InputError`; see `service.body` and `service.images`."""
+        body, settings = self.body, self.settings
+        if self.is_batch:
+            self.options, images = parse_batch(body.media_type, body.query, body.content)
+            classifier = self.classifier_of(self.options.model)
+            image_NCHW = images.decode(
+                classifier.input_shape, settings.max_pixels, settings.max_batch, self.options.resize
+            )
+        else:
+            self.options, image = parse_predict(body.media_type, body.content_type, body.query, body.content)
+            classifier = self.classifier_of(self.options.model)
+            image_NCHW = image.decode(classifier.input_shape, settings.max_pixels)[np.newaxis]
+        return Decoded(
+            classifier=classifier,
+            image_NCHW=image_NCHW,
+            resize=self.options.resize,
+            counterfactual=self.options.counterfactual,
+            target=None if self.options.target is None else class_of(classifier, self.options.target),
+        )
+
+    def answer(
+        self, decoded: Decoded, predictions: Sequence[Prediction], found: Sequence[Counterfactual] | None
+    ) -> Reply:
+        """JSON, or one npy array of records; see `service.answers`."""
+        self.metrics.count_predictions(decoded.classifier.name, [prediction.certified for prediction in predictions])
+        if self.as_npy:
+            file = io.BytesIO()
+            np.save(file, in_records(predictions, found), allow_pickle=False)
+            return Reply(file.getvalue(), NPY)
+        answers = in_words(decoded.classifier, decoded.image_NCHW, predictions, found, self.options.epsilon)
+        # Serialised by pydantic itself: shortest floats that read back the same, null for what is not finite.
+        wire = BatchAnswer(predictions=answers) if self.is_batch else answers[0]
+        return Reply(wire.model_dump_json().encode(), JSON)
