@@ -48,6 +48,7 @@ class Server:
         self.ready_s = float("nan")
         """From the start of the process to the first 200 of its readiness path."""
         self._mark = uuid.uuid4().hex
+        self._seen: dict[int, str] = {}
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = log.open("wb")
@@ -110,6 +111,7 @@ class Server:
 
     def stop(self) -> None:
         """Ask it to end, and end what is left of it after a while."""
+        self._pids()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         end = time.monotonic() + _STOP_S
@@ -118,26 +120,34 @@ class Server:
             if self._process.poll() is not None:
                 _signal_all(left, signal.SIGTERM)
             time.sleep(0.1)
-            self._process.poll()
-        _signal_all(self._pids(), signal.SIGKILL)
+        while left := self._pids():
+            _signal_all(left, signal.SIGKILL)
+            time.sleep(0.1)
         self._process.wait()
         self._file.close()
 
     def _pids(self) -> list[int]:
-        """Living processes that carry the mark, and their descendants: a process that renames itself loses it."""
+        """Living processes that carry the mark, their descendants, and all that once were among these.
+
+        A process that renames itself loses the mark, and an orphan its parent; a start time tells a process from a
+        later one of the same number.
+        """
         mark = f"{_MARK}={self._mark}".encode()
         children: dict[int, list[int]] = {}
+        started: dict[int, str] = {}
         waiting: list[int] = []
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
                 continue
             pid = int(folder.name)
             try:
-                state, parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
-                if state == "Z":
+                # After the name in parentheses, which may hold blanks: state, parent; the start time is field 22.
+                fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if fields[0] == "Z":
                     continue
-                children.setdefault(int(parent), []).append(pid)
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                started[pid] = fields[19]
+                children.setdefault(int(fields[1]), []).append(pid)
+                if self._seen.get(pid) == fields[19] or mark in (folder / "environ").read_bytes().split(b"\0"):
                     waiting.append(pid)
             except OSError:
                 # Ended in the meantime, or of another user.
@@ -148,6 +158,7 @@ class Server:
             if pid not in found:
                 found.add(pid)
                 waiting += children.get(pid, [])
+        self._seen |= {pid: started[pid] for pid in found if pid in started}
         return sorted(found)
 
 
