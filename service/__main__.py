@@ -17,11 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import uvicorn
-
+from service.cpus import usable_cpus
 from service.errors import LipcertError, SettingsError
-from service.settings import Settings, read_settings
+from service.proving import Provers
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 _log = logging.getLogger("service")
 
@@ -68,15 +71,20 @@ def _audit(chosen: argparse.Namespace) -> int:
 
 
 def _serve(_: argparse.Namespace) -> int:
-    from service.app import create_app
-
-    settings = read_settings()
-    logging.getLogger().setLevel(settings.log_level.upper())
-    logging.captureWarnings(True)
     # uvicorn raises the signal again once it has drained the connections: this ends the process with status 0. Before
     # it runs, the same handler ends the loading.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, _stop)
+    # First of all, so that they load what they need while this process does: hence the imports below it.
+    with Provers(usable_cpus()) as provers:
+        from service.settings import read_settings
+
+        return _serve_as(read_settings(), provers)
+
+
+def _serve_as(settings: Settings, provers: Provers) -> int:
+    logging.getLogger().setLevel(settings.log_level.upper())
+    logging.captureWarnings(True)
     try:
         # Taken before the models are proved: a port in use is then reported at once.
         listener = _bind(settings)
@@ -89,7 +97,16 @@ def _serve(_: argparse.Namespace) -> int:
         )
         return 1
     with listener:
-        app = create_app(settings)
+        from service.artefact import artefact_folders
+
+        provers.start(artefact_folders(settings.models), settings.provider)
+        import uvicorn
+
+        from service.app import create_app, load_classifiers
+
+        with provers:
+            classifiers = load_classifiers(settings, provers)
+        app = create_app(settings, classifiers)
         host, port = listener.getsockname()[:2]
         listener.listen(_BACKLOG)
         _log.info("serving on http://%s:%d - the API is at /docs", f"[{host}]" if ":" in host else host, port)

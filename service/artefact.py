@@ -9,22 +9,18 @@ Every file is read once, so that digest, certificate and session speak about the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import onnx
-from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from service.certificate import Certificate, UnsupportedGraphError, certify
+from service.certificate import Certificate
 from service.errors import ArtefactError
+from service.graphs import GRAPH_FILES, MODEL_FILE, TRANSPORT_FILE, Findings, digest, read_file
 
-MODEL_FILE = "model.onnx"
-TRANSPORT_FILE = "transport.onnx"
 CARD_FILE = "card.json"
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -114,9 +110,21 @@ class Artefact:
         return digest(self.model_bytes)
 
 
-def digest(content: bytes) -> str:
-    """`sha256:<hex>` of `content`."""
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+def artefact_folders(models: Path) -> list[Path]:
+    """The folders of artefacts in a folder of models, by name; those whose names start with `.` or `_` are none.
+
+    Raises:
+        ArtefactError: there is no such folder, or nothing is in it.
+    """
+    try:
+        folders = sorted(path for path in models.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
+    except OSError as error:
+        raise ArtefactError(
+            models, f"the folder of models cannot be read ({error.strerror}); set LIPCERT_MODELS"
+        ) from None
+    if not folders:
+        raise ArtefactError(models, "the folder holds no artefact; set LIPCERT_MODELS to one that does")
+    return folders
 
 
 def read_artefact(folder: Path) -> Artefact:
@@ -127,10 +135,9 @@ def read_artefact(folder: Path) -> Artefact:
             has no proved bound. The message names the file, the reason and what to do.
     """
     card = read_card(folder)
-    model_bytes = _read(folder / MODEL_FILE)
-    transport_bytes = _read(folder / TRANSPORT_FILE)
+    model_bytes, transport_bytes = (read_file(folder / file) for file in GRAPH_FILES)
     for file, content in ((MODEL_FILE, model_bytes), (TRANSPORT_FILE, transport_bytes)):
-        _check_digest(folder / file, card, content)
+        _check_digest(folder / file, card, digest(content))
     return _prove(folder, card, model_bytes, transport_bytes)
 
 
@@ -142,7 +149,7 @@ def read_card(folder: Path) -> Card:
     """
     path = folder / CARD_FILE
     try:
-        return Card.model_validate_json(_read(path))
+        return Card.model_validate_json(read_file(path))
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(str(part) for part in fault['loc']) or 'card'}: {fault['msg']}" for fault in error.errors()
@@ -174,27 +181,25 @@ def write_card(folder: Path, card: Card) -> None:
     _write_atomically(folder / CARD_FILE, (card.model_dump_json(indent=2) + "\n").encode())
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ArtefactError(
-            path,
-            f"the file is missing. An artefact is a folder with {MODEL_FILE}, {TRANSPORT_FILE} and "
-            f"{CARD_FILE}; copy it whole, or export it again.",
-        ) from error
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ArtefactError(path, f"the file cannot be read ({reason}). Check its permissions.") from error
+def check_findings(folder: Path, card: Card, findings: Findings) -> Certificate:
+    """What is proved about the model in `folder`, if the findings are about the graphs that its card names.
+
+    Raises:
+        ArtefactError: something is wrong with a graph, or the card is about another one.
+    """
+    for file, found in findings.digests.items():
+        _check_digest(folder / file, card, found)
+    certificate = findings.proof()
+    _check_face(folder / MODEL_FILE, card, certificate)
+    return certificate
 
 
-def _check_digest(path: Path, card: Card, content: bytes) -> None:
+def _check_digest(path: Path, card: Card, found: str) -> None:
     stated = card.graphs.get(path.name)  # type: ignore[call-overload]
     if stated is None:
         raise ArtefactError(
             path.with_name(CARD_FILE), f"it states no digest of {path.name}. Export the artefact again."
         )
-    found = digest(content)
     if stated != found:
         raise ArtefactError(
             path,
@@ -204,47 +209,27 @@ def _check_digest(path: Path, card: Card, content: bytes) -> None:
 
 
 def _prove(folder: Path, card: Card, model_bytes: bytes, transport_bytes: bytes) -> Artefact:
-    model_path = folder / MODEL_FILE
-    try:
-        certificate = certify(model_bytes)
-    except UnsupportedGraphError as error:
-        raise ArtefactError(
-            model_path,
-            f"the graph has no proved Lipschitz bound, so it is not served: {error}\n"
-            "Change the network to operators that the certifier knows, and export it again.",
-        ) from error
+    # Imported here: a server proves in processes of their own and loads nothing for it.
+    from service.prover import prove
+
+    certificate = prove(folder, model_bytes, transport_bytes)
+    _check_face(folder / MODEL_FILE, card, certificate)
+    return Artefact(folder, card, model_bytes, transport_bytes, certificate)
+
+
+def _check_face(path: Path, card: Card, certificate: Certificate) -> None:
     if tuple(certificate.input_shape) != card.input.shape:
         raise ArtefactError(
-            model_path,
+            path,
             f"the graph takes images of shape {tuple(certificate.input_shape)}, but the card states "
             f"{card.input.shape} (channels, height, width). Correct `input` in the card, or export again.",
         )
     n_classes = certificate.margin_bounds_KK.shape[0]
     if n_classes != len(card.labels):
         raise ArtefactError(
-            model_path,
+            path,
             f"the graph distinguishes {n_classes} classes, but the card has {len(card.labels)} labels. "
             "Give one label per class (two for a model with one output), in class order.",
-        )
-    _check_transport(folder / TRANSPORT_FILE, transport_bytes)
-    return Artefact(folder, card, model_bytes, transport_bytes, certificate)
-
-
-def _check_transport(path: Path, content: bytes) -> None:
-    """The transport graph carries no proof: only its face is checked, its results are re-classified."""
-    try:
-        model = onnx.load_model_from_string(content)
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError) as error:
-        raise ArtefactError(path, f"not a valid ONNX graph ({error}). Export the artefact again.") from error
-    constants = {initializer.name for initializer in model.graph.initializer}
-    inputs = {value.name for value in model.graph.input} - constants
-    outputs = {value.name for value in model.graph.output}
-    if inputs != {"image", "margin_weights"} or outputs != {"logits", "gradient"}:
-        raise ArtefactError(
-            path,
-            f"the graph has inputs {sorted(inputs)} and outputs {sorted(outputs)}; it must take `image` and "
-            "`margin_weights` and give `logits` and `gradient`. Export the artefact again.",
         )
 
 

@@ -8,24 +8,25 @@ takes; K classes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from service.artefact import MODEL_FILE, TRANSPORT_FILE, Artefact, Card, read_artefact
+from service.artefact import Card, check_findings, read_artefact, read_card
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
 from service.counterfactual import Counterfactual, Differentiable, find_counterfactuals
-from service.engine import Engine, GraphError, Provider, resolve_provider
+from service.engine import Engine, LaterEngine, Provider, Runs, resolve_provider
 from service.errors import (
-    ArtefactError,
     ChannelsError,
     ImageSizeError,
     PixelRangeError,
     SideTooLongError,
     TargetIsPredictedClassError,
 )
+from service.graphs import MODEL_FILE, TRANSPORT_FILE, Findings, check_agreement, load_engine, read_again
 from service.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
 from service.shapes import Float64
 
@@ -58,8 +59,7 @@ class Classifier:
 
     name: str
     digest: str
-    """`sha256:<hex>` of the bytes of `model.onnx` that are loaded, which are those that the certificate is
-    about."""
+    """`sha256:<hex>` of the bytes of `model.onnx` that are run, which are those that the certificate is about."""
     labels: tuple[str, ...]
     card: Card
     certificate: Certificate
@@ -69,23 +69,27 @@ class Classifier:
     input_shape: tuple[int, int, int]
     """(D, A, B)."""
 
-    def __init__(self, artefact: Artefact, model: Engine, transport: Engine) -> None:
-        """Use `load`, unless the graphs are already loaded.
-
-        Raises:
-            ArtefactError: the two graphs do not agree on the logits.
-        """
-        self.card = artefact.card
-        self.name = artefact.card.name
-        self.digest = artefact.digest
-        self.labels = tuple(artefact.card.labels)
-        self.certificate = artefact.certificate
+    def __init__(self, card: Card, digest: str, certificate: Certificate, model: Runs, transport: Runs) -> None:
+        """Use `load` or `proved`, which check all of this against each other."""
+        self.card = card
+        self.name = card.name
+        self.digest = digest
+        self.labels = tuple(card.labels)
+        self.certificate = certificate
         self.provider = model.provider
-        self.input_shape = artefact.card.input.shape
+        self.input_shape = card.input.shape
         self._model = model
         self._transport = transport
         self._views: dict[tuple[int, int, int], View] = {}
-        self._check_transport(artefact.folder / TRANSPORT_FILE)
+        _log.info(
+            "proved model %s (%s) for %s: %d classes, images %s, logit error %.3g",
+            self.name,
+            self.digest,
+            self.provider,
+            len(self.labels),
+            self.input_shape,
+            self.certificate.logit_error,
+        )
 
     @classmethod
     def load(cls, folder: Path, provider: Provider, threads: int) -> Classifier:
@@ -102,26 +106,45 @@ class Classifier:
         """
         artefact = read_artefact(folder)
         resolved = resolve_provider(provider)
-        engines: list[Engine] = []
-        for file, graph in ((MODEL_FILE, artefact.model_bytes), (TRANSPORT_FILE, artefact.transport_bytes)):
-            try:
-                engines.append(Engine(graph, resolved, threads))
-            except GraphError as error:
-                raise ArtefactError(
-                    folder / file,
-                    f"ONNX Runtime cannot run the graph ({error}). Export it with operators it has.",
-                ) from error
-        classifier = cls(artefact, *engines)
-        _log.info(
-            "loaded model %s (%s) on %s: %d classes, images %s, logit error %.3g",
-            classifier.name,
-            classifier.digest,
-            classifier.provider,
-            len(classifier.labels),
-            classifier.input_shape,
-            classifier.certificate.logit_error,
-        )
-        return classifier
+        model = load_engine(folder / MODEL_FILE, artefact.model_bytes, resolved, threads)
+        transport = load_engine(folder / TRANSPORT_FILE, artefact.transport_bytes, resolved, threads)
+        check_agreement(folder, model, transport, artefact.certificate)
+        return cls(artefact.card, artefact.digest, artefact.certificate, model, transport)
+
+    @classmethod
+    def proved(cls, folder: Path, findings: Findings, provider: Literal["cpu", "cuda"], threads: int) -> Classifier:
+        """The artefact in `folder`, of which everything that has to be found out is known already.
+
+        On the CPU each graph is loaded when it is first run, from the bytes that the findings are about: a file that
+        has changed by then is an `ArtefactError`. On a GPU both are loaded now.
+
+        Args:
+            folder: as in `load`.
+            findings: of this run of the server, see `service.prover`.
+            provider: the one that will run the graphs.
+            threads: as in `load`.
+
+        Raises:
+            ArtefactError: as `load`.
+            ProviderError: the provider cannot be had.
+        """
+        card = read_card(folder)
+        certificate = check_findings(folder, card, findings)
+
+        def load_of(file: str) -> Callable[[], Engine]:
+            path = folder / file
+            read = read_again(path, findings.digests[file])
+            return lambda: load_engine(path, read(), provider, threads)
+
+        load_model, load_transport = load_of(MODEL_FILE), load_of(TRANSPORT_FILE)
+        model: Runs
+        transport: Runs
+        if findings.run and provider == "cpu":
+            model, transport = LaterEngine(load_model), LaterEngine(load_transport)
+        else:
+            model, transport = load_model(), load_transport()
+            check_agreement(folder, model, transport, certificate)
+        return cls(card, findings.digests[MODEL_FILE], certificate, model, transport)
 
     def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
         """The model as images of this shape, (C, H, W), see it; the same object for the same shape, while it is kept.
@@ -203,44 +226,20 @@ class Classifier:
                 raise error.at_index(index) if len(predictions) > 1 else error
 
     def _view_of(self, sent_shape: tuple[int, int, int]) -> View:
-        single_output = self._model.output_size == 1
+        single_output = self.certificate.n_outputs == 1
         if sent_shape == self.input_shape:
             return View(self._model, self._transport, self.certificate, single_output, None)
         mapping = preprocessing_between(sent_shape, self.input_shape)
         certificate = self.certificate.after_preprocessing(mapping.norm, mapping.error_l2)
         return View(self._model, self._transport, certificate, single_output, mapping)
 
-    def _check_transport(self, file: Path) -> None:
-        """Both graphs must be of one network; otherwise no counterfactual would ever be reached."""
-        view = self.view(self.input_shape)
-        image_NCHW = np.linspace(0.0, 1.0, int(np.prod(self.input_shape))).reshape(1, *self.input_shape)
-        weights_NK = np.zeros((1, len(self.labels)))
-        weights_NK[0, :2] = (1.0, -1.0)
-        try:
-            logits_NK, _ = view.classify(image_NCHW)
-            transport_NK, gradient_NCHW = view.margin_gradient(image_NCHW, weights_NK)
-        except Exception as error:  # Whatever the runtime raises, the artefact cannot be served.
-            raise ArtefactError(
-                file, f"model.onnx or transport.onnx cannot be run ({error}). Export the artefact again."
-            ) from error
-        tolerance = 4.0 * self.certificate.logit_error + 1e-5 * (1.0 + np.abs(logits_NK).max())
-        if (
-            transport_NK.shape != logits_NK.shape
-            or gradient_NCHW.shape != image_NCHW.shape
-            or not np.allclose(transport_NK, logits_NK, rtol=0.0, atol=tolerance)
-        ):
-            raise ArtefactError(
-                file,
-                "its logits are not those of model.onnx, so it belongs to another network. Export both together.",
-            )
-
 
 @dataclass(frozen=True, eq=False)
 class View:
     """The model as images of one shape see it: the one path from pixels that were sent to a class and a radius."""
 
-    model: Engine
-    transport: Engine
+    model: Runs
+    transport: Runs
     certificate: Certificate
     single_output: bool
     preprocessing: Preprocessing | None

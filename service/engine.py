@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +58,8 @@ class Engine:
 
     provider: str
     """The provider that the runtime really gave, for example `CPUExecutionProvider`."""
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
 
     def __init__(self, graph_bytes: bytes, provider: Literal["cpu", "cuda"], threads: int) -> None:
         """Load a graph.
@@ -96,13 +99,53 @@ class Engine:
         self._dtypes = {value.name: _dtype(value.name, value.type) for value in self._session.get_inputs()}
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
-        self.output_size: int | str | None = self._session.get_outputs()[0].shape[-1]
-        """Last axis of the first output, as the graph declares it."""
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Evaluate `outputs` on `inputs`, each converted to the precision that the graph declares."""
         feed = {name: np.ascontiguousarray(value, self._dtypes[name]) for name, value in inputs.items()}
         return self._session.run(list(outputs), feed)  # type: ignore[return-value]
+
+
+class LaterEngine:
+    """A graph that is loaded when it is first run: of many models, a server holds those that are asked for.
+
+    `run` may be called from several threads at once.
+    """
+
+    provider = CPU
+
+    def __init__(self, load: Callable[[], Engine]) -> None:
+        """Take over how the graph is loaded; what `load` raises is raised by whatever needs the graph first."""
+        self._load = load
+        self._lock = threading.Lock()
+        self._loaded: Engine | None = None
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """As the graph declares them."""
+        return self._engine().input_names
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """As the graph declares them."""
+        return self._engine().output_names
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """As `Engine.run`."""
+        return self._engine().run(outputs, inputs)
+
+    def _engine(self) -> Engine:
+        engine = self._loaded
+        if engine is None:
+            with self._lock:
+                if self._loaded is None:
+                    self._loaded = self._load()
+                engine = self._loaded
+        return engine
+
+
+Runs = Engine | LaterEngine
+"""What runs one graph."""
 
 
 def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
@@ -113,7 +156,7 @@ def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
     """
     if provider == "cpu":
         return "cpu"
-    missing = _missing_for_cuda()
+    missing = missing_for_cuda()
     if missing is None:
         # The CUDA and cuDNN wheels are not on the loader's path; a no-op where the system has the libraries.
         onnxruntime.preload_dlls()
@@ -124,7 +167,7 @@ def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-def _missing_for_cuda() -> str | None:
+def missing_for_cuda() -> str | None:
     """What keeps this process from using CUDA, as a sentence with its cure; None if nothing is known to.
 
     Asks the driver itself: a failed attempt of the runtime would be reported on stderr by native code.

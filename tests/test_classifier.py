@@ -310,7 +310,7 @@ def test_loading_tells_what_is_served(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_cuda_without_cuda_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.engine._missing_for_cuda", lambda: "there is no driver; install it.")
+    monkeypatch.setattr("service.engine.missing_for_cuda", lambda: "there is no driver; install it.")
     write(tmp_path, random_groupsort(0))
     with pytest.raises(ProviderError, match="no driver"):
         Classifier.load(tmp_path, "cuda", threads=1)

@@ -45,12 +45,12 @@ def test_engine_without_a_thread_is_refused() -> None:
 
 
 def test_cpu_never_asks_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_missing_for_cuda", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(engine, "missing_for_cuda", lambda: pytest.fail("asked"))
     assert resolve_provider("cpu") == "cpu"
 
 
 def test_auto_falls_to_the_cpu_and_logs_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(engine, "_missing_for_cuda", lambda: "no driver; install one.")
+    monkeypatch.setattr(engine, "missing_for_cuda", lambda: "no driver; install one.")
     with caplog.at_level(logging.INFO):
         assert resolve_provider("auto") == "cpu"
     assert "no driver" in caplog.text
@@ -108,7 +108,7 @@ def test_silent_fall_back_of_the_runtime_is_an_error(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 def test_cuda_gives_the_logits_of_the_cpu() -> None:
-    if missing := engine._missing_for_cuda():
+    if missing := engine.missing_for_cuda():
         pytest.skip(missing)
     image = np.random.default_rng(0).random((5, 1, 2, 2))
     (on_cpu,) = Engine(GRAPHS.model, "cpu", threads=1).run(["logits"], {"image": image})

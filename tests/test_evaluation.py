@@ -221,7 +221,7 @@ def test_artefact_of_another_image_size_is_refused(artefact: Path, tmp_path: Pat
 def test_provider_that_cannot_be_had_is_an_error_of_the_evaluation(
     artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.engine._missing_for_cuda", lambda: "there is no driver; install it.")
+    monkeypatch.setattr("service.engine.missing_for_cuda", lambda: "there is no driver; install it.")
     with pytest.raises(EvaluationError, match="no driver"):
         evaluate(artefact, Path("unused"), provider="cuda")
 
