@@ -105,7 +105,7 @@ def measure(
         turn = _Turn(round_, effort, run)
         for instance in plan:
             contestant = instance.contestant
-            if contestant.name in failed:
+            if contestant.name in failed or not effort.takes_part(instance.subject, round_):
                 continue
             print(f"round {round_ + 1}/{effort.rounds}  {contestant.name}  {instance.subject}", file=sys.stderr)
             try:
@@ -170,7 +170,7 @@ class _Turn:
         raw_run = raw.transport_images_per_s if cell.load == "counterfactual" else raw.images_per_s
         before = raw_run(self.effort.raw_s)
         used = server.usage().cpu_s
-        load = run_wrk(server.port, request, cell.clients, self.effort.seconds)
+        load = run_wrk(server.port, request, cell.clients, self.effort.seconds_of(cell))
         used = server.usage().cpu_s - used
         after = raw_run(self.effort.raw_s)
         result = CellResult(

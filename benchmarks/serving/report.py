@@ -9,11 +9,12 @@ from benchmarks.serving.artefacts import BATCH, IMAGES, REFERENCE_CHANNELS, SHIP
 from benchmarks.serving.claims import REFERENCE, ZOO, Claim, claims, growth_of_cost
 from benchmarks.serving.contestants import Contestant
 from benchmarks.serving.measure import CellResult, StartResult
-from benchmarks.serving.plan import CLIENTS
+from benchmarks.serving.plan import CLIENTS, MANY
 from benchmarks.serving.results import Results
 
 THROUGHPUT_PLOT = "throughput.svg"
 GROWTH_PLOT = "growth.svg"
+_COLUMNS = tuple(f"{clients} client{'s' if clients > 1 else ''}" for clients in CLIENTS)
 
 
 def document(results: Results, contestants: Sequence[Contestant]) -> str:
@@ -72,11 +73,12 @@ def _made(results: Results) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         lines.append(
             f"{run.id}: `{run.command}`, code {run.code}; {run.rounds} round{'s' if run.rounds != 1 else ''}, "
-            f"{run.seconds} s for each cell and round. {run.cpu}, {run.cpus} CPUs, {run.machine}; {versions}. Load "
+            f"{run.seconds} s for each cell and round, "
+            f"twice that for {MANY} clients. {run.cpu}, {run.cpus} CPUs, {run.machine}; {versions}. Load "
             f"average of the machine before: {run.load_average:.1f}."
         )
     if len(lines) > 1:
-        lines.insert(0, "Measured in more than one run; ratios are within one run unless a table says otherwise.")
+        lines.insert(0, "Measured in more than one run; quotients of two figures are taken within one run alone.")
     lines.append(
         f"Load: `wrk`, one thread, on the same CPUs as the server; {IMAGES} MNIST test images in turn, every answer "
         "200. Before each load the logits in the answers are compared with raw ones. The figures are medians of the "
@@ -137,7 +139,7 @@ def _reference(results: Results, contestants: Sequence[Contestant]) -> str:
             [one.title, *(_cell(results, figure, one.name, REFERENCE, "single", clients) for clients in CLIENTS)]
             for one in contestants
         ]
-        return table(["", *(f"{clients} client{'s' if clients > 1 else ''}" for clients in CLIENTS)], rows)
+        return table(["", *_COLUMNS], rows)
 
     growth = [(one.title, growth_of_cost(results, one.name)) for one in contestants]
     grown = "; ".join(f"{title} {value:+.0f} %" for title, value in growth if value is not None)
@@ -152,8 +154,7 @@ def _reference(results: Results, contestants: Sequence[Contestant]) -> str:
             "Processor time of the server, ms for each image:",
             by_clients(lambda cell: f"{cell.cpu_ms_per_image:.2f}"),
             f"From 1 to 256 clients it grows by: {grown}." if grown else "",
-            "Smallest and largest ratio to raw among the rounds:",
-            _spread(results, contestants),
+            *_spread(results, contestants),
         ]
     )
 
@@ -166,15 +167,17 @@ def _cell(
     return figure(cells[len(cells) // 2]) if cells else None
 
 
-def _spread(results: Results, contestants: Sequence[Contestant]) -> str:
+def _spread(results: Results, contestants: Sequence[Contestant]) -> list[str]:
     rows: list[Sequence[object]] = []
+    most = 0
     for one in contestants:
         row: list[object] = [one.title]
         for clients in CLIENTS:
             ratios = [cell.ratio for cell in results.of(one.name, REFERENCE, "single", clients)]
+            most = max(most, len(ratios))
             row.append(f"{min(ratios):.2f} - {max(ratios):.2f} (n = {len(ratios)})" if ratios else None)
         rows.append(row)
-    return table(["", *(f"{clients} clients" for clients in CLIENTS)], rows)
+    return ["Smallest and largest ratio to raw among the rounds:", table(["", *_COLUMNS], rows)] if most > 1 else []
 
 
 def _other_loads(results: Results, contestants: Sequence[Contestant]) -> str:
@@ -248,7 +251,7 @@ def _small(results: Results, contestants: Sequence[Contestant]) -> str:
     if any(echo):
         rows.append(["none", "echo of the body", *echo])
     return "## Shipped artefacts\n\nImages a second (p50 / p99 in ms), single images:\n\n" + table(
-        ["artefact", "", *(f"{clients} clients" for clients in CLIENTS)], rows
+        ["artefact", "", *_COLUMNS], rows
     )
 
 
@@ -274,9 +277,11 @@ def _grown(results: Results, contestants: Sequence[Contestant]) -> str:
         for one in contestants
         if any(results.of(one.name, subject, "single", 64) for subject in grown[1:])
     ]
+    rounds = max(len(results.of(one.name, grown[-1], "single", 64)) for one in contestants)
     return (
         "## Cost as the model grows\n\n64 clients, single images: images a second (over raw), processor time of the "
-        "server in ms for each image.\n\n" + table(["", *(f"`{name}`" for name in grown)], rows)
+        f"server in ms for each image. {grown[-1]}: n = {rounds}.\n\n"
+        + table(["", *(f"`{name}`" for name in grown)], rows)
     ) + f"\n\n![cost against size of the model]({GROWTH_PLOT})"
 
 

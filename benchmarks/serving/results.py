@@ -106,9 +106,10 @@ class Results:
         above: tuple[str, str, str, int],
         below: tuple[str, str, str, int],
     ) -> float | None:
-        """Median over the rounds of the quotient of a figure of two cells, each pair from the same round."""
-        pairs = zip(self.of(*above), self.of(*below), strict=False)
-        return median_of(value(one) / value(other) for one, other in pairs)
+        """Median over the rounds of the quotient of a figure of two cells, each pair from one round of one run."""
+        others = {(cell.run, cell.round): cell for cell in self.of(*below)}
+        pairs = ((cell, others.get((cell.run, cell.round))) for cell in self.of(*above))
+        return median_of(value(one) / value(other) for one, other in pairs if other is not None)
 
     def facts(self, subject: str) -> SubjectFacts | None:
         """What is known of the artefact of this name."""
