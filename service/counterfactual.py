@@ -47,7 +47,7 @@ _MOST_MISSES = 12
 # Aim beyond the first cut by this share of the first margin, and on the way from elsewhere by this one, doubled after
 # each step that did not lower the margin.
 _FIRST_AIM = 0.04
-_NEXT_AIM = 0.01
+_NEXT_AIM = 0.02
 # Aim beyond a mixture by this share of what the margin last exceeded it by: more than the quarter of a parabola, so
 # that nearly all images get across, and by this share of the first margin in any case.
 _EXCESS = 0.42
@@ -57,12 +57,13 @@ _AIM = 0.003
 _MOST_OLD = 0.95
 # An answer that is across the boundary by less than this share of its distance is good enough; one that is farther
 # across is worth another run, and further ones as long as they promise to shorten the distance by this share.
-_ACROSS = 0.04
+_ACROSS = 0.1
 _WORTHWHILE = 0.02
 # After so many runs without an answer, and whenever the margin is lowered then, the search goes on from there and no
 # longer from the first image: along a kinked path the mixture forgets cuts that it would need.
-_MOVE_ON_AFTER = 8
+_MOVE_ON_AFTER = 4
 _NEWTON_STEPS = 12
+_FIRST_ERROR = 1e-2
 _NEWTON_ERROR = 1e-3
 # Rounding moves the solution by little, except where most moves are below half a level.
 _GROWTHS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5, *(1.0,) * 30)
@@ -261,7 +262,7 @@ class _Search:
         need_M = margin_M + _FIRST_AIM * live.scale_M
         with np.errstate(divide="ignore", invalid="ignore"):
             guess_M = np.nan_to_num(need_M / _rows_dot(gradient_MD, gradient_MD), posinf=0.0, neginf=0.0)
-        lambda_M, _ = _multiplier(live.centre_MD, gradient_MD, need_M, guess_M)
+        lambda_M, _ = _multiplier(live.centre_MD, gradient_MD, need_M, guess_M, _FIRST_ERROR)
         live.at_MD = _moved(live.centre_MD, gradient_MD, lambda_M)
 
     def _step(self, may_move_on: bool) -> None:
@@ -270,13 +271,12 @@ class _Search:
         margin_M, gradient_MD, logits_MK = self._run(self._images(live.at_MD))
         last_MD = live.at_MD
         move_MD = live.at_MD - live.centre_MD
-        cut_M = margin_M - _rows_dot(gradient_MD, move_MD)
+        new_fall_M, old_fall_M = -_rows_dot(gradient_MD, move_MD), -_rows_dot(live.slope_MD, move_MD)
+        cut_M = margin_M + new_fall_M
         mixed_M = live.rival_M == live.rising_M
         # With a target the margin is the greatest of several: it is that which exceeds the mixture.
         highest_M = LEVELS * self._margins(live.index_M, logits_MK).margin_L
-        excess_M = np.where(self.target_N[live.index_M] < 0, margin_M, highest_M) - (
-            live.value_M + _rows_dot(live.slope_MD, move_MD)
-        )
+        excess_M = np.where(self.target_N[live.index_M] < 0, margin_M, highest_M) - (live.value_M - old_fall_M)
         aim_M = np.where(
             mixed_M,
             np.clip(_EXCESS * excess_M, 0.0, _MOST_EXCESS * live.scale_M) + _AIM * live.scale_M,
@@ -284,7 +284,13 @@ class _Search:
         )
         free_MD = (live.at_MD > 0.0) & (live.at_MD < LEVELS)
         share_M, lambda_M = _mix(
-            live.slope_MD, live.value_M + aim_M, gradient_MD, cut_M + aim_M, move_MD, free_MD, mixed_M
+            live.slope_MD,
+            live.value_M + aim_M - old_fall_M,
+            gradient_MD,
+            cut_M + aim_M - new_fall_M,
+            move_MD,
+            free_MD,
+            mixed_M,
         )
         slope_MD = live.slope_MD * share_M[:, None]
         slope_MD += np.multiply(gradient_MD, (1.0 - share_M)[:, None], out=move_MD)
@@ -463,7 +469,9 @@ def _closest_levels(
     anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray
 ) -> np.ndarray:
     """`closest_levels` from a guess of lambda."""
-    lambda_M, corner_M = _multiplier(anchor_MD, gradient_MD, fall_M, lambda_M)
+    # A little more, so that rounding seldom leaves too little.
+    more_M = fall_M + _NEWTON_ERROR * np.abs(fall_M)
+    lambda_M, corner_M = _multiplier(anchor_MD, gradient_MD, more_M, lambda_M, _NEWTON_ERROR)
     level_MD = _moved(anchor_MD, gradient_MD, lambda_M)
     np.rint(level_MD, out=level_MD)
     short_M = ~corner_M & (_fall(anchor_MD, gradient_MD, level_MD) < fall_M)
@@ -499,7 +507,7 @@ def _raised(anchor_LD: np.ndarray, gradient_LD: np.ndarray, fall_L: np.ndarray, 
 
 
 def _multiplier(
-    anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray
+    anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The lambda at which `<g, .>` has fallen by `fall` from `anchor` to `clip(anchor - lambda g)`; where none does.
 
@@ -512,40 +520,42 @@ def _multiplier(
         np.multiply(gradient_MD, -lambda_M[:, None], out=line_MD)
         np.clip(line_MD, low_MD, high_MD, out=move_MD)
         missing_M = fall_M + _rows_dot(gradient_MD, move_MD)
+        wrong_M = np.abs(missing_M) > tolerance * np.abs(fall_M)
+        if not wrong_M.any():
+            break
         # Pixels that are at their bound move no further.
         np.multiply(gradient_MD, line_MD == move_MD, out=move_MD)
         free_M = _rows_dot(move_MD, gradient_MD)
-        stuck_M = (missing_M > 0.0) & ~(free_M > 0.0)
-        wrong_M = (np.abs(missing_M) > _NEWTON_ERROR * np.abs(fall_M)) & ~stuck_M
-        if not wrong_M.any():
+        stuck_M = wrong_M & (missing_M > 0.0) & ~(free_M > 0.0)
+        if (stuck_M == wrong_M).all():
             break
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             step_M = np.where(free_M > 0.0, missing_M / free_M, -0.5 * lambda_M)
-            lambda_M = np.where(wrong_M, np.clip(lambda_M + step_M, 0.0, _MOST), lambda_M)
+            lambda_M = np.where(wrong_M & ~stuck_M, np.clip(lambda_M + step_M, 0.0, _MOST), lambda_M)
     return lambda_M, stuck_M
 
 
 def _mix(
     old_MD: np.ndarray,
-    old_need_M: np.ndarray,
+    old_left_M: np.ndarray,
     new_MD: np.ndarray,
-    new_need_M: np.ndarray,
+    new_left_M: np.ndarray,
     move_MD: np.ndarray,
     free_MD: np.ndarray,
     mixed_M: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The share of the old cut in the mixture that both ask for, 0 unless `mixed`, and a guess of its lambda.
 
-    Closest to the centre where both linear functions have fallen by what they need is a point of the plane that their
-    gradients span, found from two equations; pixels at their bound stay there.
+    Closest to the centre where both linear functions have fallen far enough, from the iterate by what is left, is a
+    point of the plane that their gradients span, found from two equations; pixels at their bound stay there.
     """
     old_free_MD, new_free_MD = old_MD * free_MD, new_MD * free_MD
     old_old_M = _rows_dot(old_free_MD, old_free_MD)
     old_new_M = _rows_dot(old_free_MD, new_free_MD)
     new_new_M = _rows_dot(new_free_MD, new_free_MD)
-    # What pixels at their bound have contributed to the falls.
-    old_need_M = old_need_M + _rows_dot(old_MD, move_MD) - _rows_dot(old_free_MD, move_MD)
-    new_need_M = new_need_M + _rows_dot(new_MD, move_MD) - _rows_dot(new_free_MD, move_MD)
+    # Pixels at their bound have made their contribution, the others shall move anew.
+    old_need_M = old_left_M - _rows_dot(old_free_MD, move_MD)
+    new_need_M = new_left_M - _rows_dot(new_free_MD, move_MD)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         determinant_M = old_old_M * new_new_M - old_new_M * old_new_M
         old_M = (old_need_M * new_new_M - new_need_M * old_new_M) / determinant_M
