@@ -137,8 +137,8 @@ $(OTHERS)/project: pyproject.toml $(OTHERS)/installed
 # A server that cannot be installed here is left out of the tables, which say so; the next call tries again.
 define install-peer
 	$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip --disable-pip-version-check --no-input install -r $< && touch $@ \
-	  || echo >&2 '$< cannot be installed; its servers will be left out'
+	@if $(@D)/bin/python -m pip --disable-pip-version-check --no-input install -r $< 2>$(@D)/errors.txt; then touch $@; \
+	else cat >&2 $(@D)/errors.txt; echo >&2 '$< cannot be installed; its servers will be left out'; fi
 endef
 
 $(PEERS)/installed: benchmarks/serving/requirements.txt

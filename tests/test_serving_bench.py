@@ -19,7 +19,7 @@ from benchmarks.serving import figures, plan, report
 from benchmarks.serving.arrays import is_npy, logits_of_batch
 from benchmarks.serving.artefacts import REFERENCE_CHANNELS, Subject, build_reference, multiply_adds
 from benchmarks.serving.claims import Claim, Figure, claims, fastest_packaged, growth_of_cost
-from benchmarks.serving.contestants import PEERS, ROOT, all_contestants, ours
+from benchmarks.serving.contestants import PEERS, ROOT, all_contestants, error_of_pip, ours
 from benchmarks.serving.load import MARKER, LoadError, Request, lua_script, parse_wrk
 from benchmarks.serving.measure import CellResult, StartResult
 from benchmarks.serving.processes import Server, ServerError
@@ -319,6 +319,12 @@ def test_every_peer_has_a_program_and_pinned_requirements_without_cuda_and_addre
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
         assert all(re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.+!]+( ;.*)?", line) for line in lines), lines
         assert not re.search(r"://|nvidia-c|^torch==(?!2\.13\.0$)", text, re.MULTILINE)
+
+
+def test_the_reason_that_a_peer_cannot_be_installed_is_the_error_of_pip() -> None:
+    printed = "WARNING: slow\nERROR: No matching distribution found for ray==9\nWARNING: there is a new pip\n"
+    assert error_of_pip(printed) == "ERROR: No matching distribution found for ray==9"
+    assert error_of_pip("disk full\n") == "disk full"
 
 
 def test_settings_of_the_service_reach_its_environment() -> None:

@@ -57,6 +57,17 @@ class Contestant:
         """The interpreter that runs it."""
         return Path(sys.executable) if self.venv is None else ROOT / self.venv / "bin" / "python"
 
+    def why_not_installed(self) -> str | None:
+        """What keeps it from being started: pip's error, if `make bench` could not install it; None if nothing is known."""
+        if self.venv is None:
+            return None
+        folder = ROOT / self.venv
+        if not self.python.exists():
+            return f"{self.venv} is not there; `make bench` makes it"
+        if (folder / "installed").exists() or not (folder / "errors.txt").exists():
+            return None
+        return "cannot be installed: " + error_of_pip((folder / "errors.txt").read_text(encoding="utf-8"))
+
     def environment(self, subject: Subject, port: int) -> dict[str, str]:
         """Environment variables of the server."""
         if self.kind == "ours":
@@ -77,6 +88,13 @@ class Contestant:
             "ORT_DISABLE_TELEMETRY": "1",
             **self.settings,
         }
+
+
+def error_of_pip(printed: str) -> str:
+    """The line that says why; pip warns on the same stream."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["pip failed and printed nothing"])[-1]
 
 
 def cpus() -> int:

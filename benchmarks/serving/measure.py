@@ -134,8 +134,8 @@ class _Turn:
     ) -> tuple[list[CellResult], StartResult]:
         """Start a server, measure its cells, stop it."""
         contestant = instance.contestant
-        if not contestant.python.exists():
-            raise ServerError(f"{contestant.venv} is not installed; `make bench` installs it")
+        if why := contestant.why_not_installed():
+            raise ServerError(why)
         port = free_port()
         command = [str(contestant.python), *contestant.command(subject, port)]
         log = logs / f"{contestant.name}-{instance.subject}.log"
