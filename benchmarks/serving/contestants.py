@@ -58,7 +58,7 @@ class Contestant:
         return Path(sys.executable) if self.venv is None else ROOT / self.venv / "bin" / "python"
 
     def why_not_installed(self) -> str | None:
-        """What keeps it from being started: pip's error, if `make bench` could not install it; None if nothing is known."""
+        """What keeps it from being started, in the words of pip where that failed; None if nothing is known."""
         if self.venv is None:
             return None
         folder = ROOT / self.venv
