@@ -228,6 +228,58 @@ def test_batch_gives_each_image_what_it_gets_alone() -> None:
         assert alone.distance == pytest.approx(answer.distance, rel=0.02)
 
 
+def assert_same(together: Counterfactual, alone: Counterfactual) -> None:
+    assert (together.reached, together.class_id) == (alone.reached, alone.class_id)
+    assert together.distance == pytest.approx(alone.distance, rel=0.02)
+
+
+def test_images_of_one_batch_may_have_different_targets() -> None:
+    classifier = groupsort_classifier(1, 4)
+    image = np.random.default_rng(1).integers(0, 256, (16, 1, 5, 4)) / 255
+    predictions = classifier.predict(image)
+    targets = [None if n % 3 == 0 else (p.class_id + 1 + n % 2) % 4 for n, p in enumerate(predictions)]
+    together = classifier.counterfactual(image, predictions, targets)
+    for n, (target, answer) in enumerate(zip(targets, together, strict=True)):
+        check_invariants(classifier, image[n : n + 1], predictions[n : n + 1], [answer], target)
+        (alone,) = classifier.counterfactual(image[n : n + 1], predictions[n : n + 1], [target])
+        assert_same(answer, alone)
+
+
+def test_target_out_of_reach_of_one_image_is_no_matter_of_its_neighbours() -> None:
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(3, 9))
+    classifier = load(linear(weight, np.array([0.0, 0.0, -100.0]), (1, 3, 3)))
+    image = random.integers(0, 256, (6, 1, 3, 3)) / 255
+    predictions = classifier.predict(image)
+    targets = [None, 2, None, None, 2, None]
+    together = classifier.counterfactual(image, predictions, targets)
+    for n, target in enumerate(targets):
+        (alone,) = classifier.counterfactual(image[n : n + 1], predictions[n : n + 1], [target])
+        assert_same(together[n], alone)
+        assert together[n].reached == (target is None)
+
+
+def test_a_step_costs_one_run_and_at_most_one_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = groupsort_classifier(0, 4)
+    image = np.random.default_rng(0).integers(0, 256, (30, 1, 5, 4)) / 255
+    predictions = classifier.predict(image)
+    images = {"model": 0, "transport": 0}
+    for name, engine in (("model", classifier._model), ("transport", classifier._transport)):
+
+        def counted(
+            outputs: object, inputs: dict[str, np.ndarray], name: str = name, run: object = engine.run
+        ) -> object:
+            images[name] += len(next(iter(inputs.values())))
+            return run(outputs, inputs)  # type: ignore[operator]
+
+        monkeypatch.setattr(engine, "run", counted)
+    answers = classifier.counterfactual(image, predictions, [None] * 30)
+    assert all(answer.reached for answer in answers)
+    assert images["transport"] == sum(answer.steps for answer in answers) <= 4 * 30
+    # The first step classifies nothing.
+    assert images["model"] <= images["transport"] - 30
+
+
 def test_empty_batch_has_no_counterfactuals() -> None:
     assert groupsort_classifier(0, 4).counterfactual(np.zeros((0, 1, 5, 4)), [], []) == []
 
@@ -295,3 +347,31 @@ def test_gradient_that_is_not_a_number_moves_nothing_and_breaks_nothing(monkeypa
     monkeypatch.setattr(classifier._transport, "run", broken)
     answers = classifier.counterfactual(image, predictions, [None] * len(image))
     check_invariants(classifier, image, predictions, answers, None)
+
+
+def test_gradient_of_one_image_that_is_not_a_number_is_no_matter_of_its_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classifier = groupsort_classifier(0, 4)
+    image = np.random.default_rng(0).integers(0, 256, (5, 1, 5, 4)) / 255
+    predictions = classifier.predict(image)
+    expected = classifier.counterfactual(image, predictions, [None] * 5)
+    run = classifier._transport.run
+    sent = image[2].ravel()
+    runs = 0
+
+    def broken(outputs: object, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        nonlocal runs
+        logits, gradient = run(outputs, inputs)  # type: ignore[arg-type]
+        same_M = np.abs(inputs["image"].reshape(len(gradient), -1) - sent).max(axis=1) == 0
+        runs += int(same_M.sum())
+        gradient[same_M] = np.nan
+        return [logits, gradient]
+
+    monkeypatch.setattr(classifier._transport, "run", broken)
+    answers = classifier.counterfactual(image, predictions, [None] * 5)
+    assert runs > 0
+    for n, (answer, healthy) in enumerate(zip(answers, expected, strict=True)):
+        check_invariants(classifier, image[n : n + 1], predictions[n : n + 1], [answer], None)
+        if n != 2:
+            assert_same(answer, healthy)
