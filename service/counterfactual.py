@@ -352,7 +352,7 @@ class _Search:
         if odd_M.any():
             # The gradient graph carries no proof; a pixel whose entry is not a number stays where it is.
             gradient_MD = np.where(odd_M[:, None], _bounded(gradient_MD), gradient_MD)
-        return LEVELS * (weights_MK * logits_MK).sum(axis=1), gradient_MD, logits_MK
+        return LEVELS * np.nan_to_num((weights_MK * logits_MK).sum(axis=1)), gradient_MD, logits_MK
 
     def _margins(self, index_L: np.ndarray, logits_LK: np.ndarray) -> _Margins:
         """The margin that is left to the wanted class, and the pair of classes that it is between."""

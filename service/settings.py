@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     """Largest request body, in bytes; enforced while the body arrives."""
 
     max_pixels: Annotated[int, Field(ge=1, le=PILLOW_PIXEL_LIMIT)] = 2 * 1024 * 1024
-    """Most pixels (of all images of a request) that are decoded; a counterfactual takes some 230 bytes for each of
+    """Most pixels (of all images of a request) that are decoded; a counterfactual takes some 120 bytes for each of
     their channels."""
 
     max_batch: Annotated[int, Field(ge=1)] = 256
