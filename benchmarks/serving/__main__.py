@@ -121,7 +121,7 @@ def _facts(name: str, subject: Subject, sent: Payloads, with_counterfactuals: bo
 
 
 def _mean_steps(subject: Subject, image_NCHW: np.ndarray) -> float:
-    """Of the service's own search, image by image, as it answers a request."""
+    """Linearisations of the service's own search, mean over the test images."""
     classifier = Classifier.load(subject.zoo / subject.name, "cpu", 1)
     predictions = classifier.predict(image_NCHW)
     found = classifier.counterfactual(image_NCHW, predictions, [None] * len(predictions))
