@@ -85,6 +85,7 @@ class Contestant:
             "BENCH_PORT": str(port),
             "BENCH_WORKERS": str(cpus()),
             "BENCH_MAX_BATCH": str(BATCH),
+            "BENCH_FOLDER": str(ROOT / "build" / "bench" / self.name),
             "ORT_DISABLE_TELEMETRY": "1",
             **self.settings,
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import inference
@@ -33,7 +32,8 @@ class Logits(MLModel):
 
 if __name__ == "__main__":
     here = str(Path(__file__).resolve().parent)
-    folder = tempfile.mkdtemp(prefix="lipcert-bench-mlserver-")
+    folder = Path(os.environ["BENCH_FOLDER"])
+    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "host": "127.0.0.1",
         "http_port": inference.PORT,
@@ -49,8 +49,8 @@ if __name__ == "__main__":
         "max_batch_size": inference.MAX_BATCH,
         "max_batch_time": 0.005,
     }
-    (Path(folder) / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-    (Path(folder) / "model-settings.json").write_text(json.dumps(model), encoding="utf-8")
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "model-settings.json").write_text(json.dumps(model), encoding="utf-8")
     os.environ["PYTHONPATH"] = here
     command = str(Path(sys.executable).parent / "mlserver")
-    os.execv(command, [command, "start", folder])
+    os.execv(command, [command, "start", str(folder)])
