@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+import tempfile
 
 import inference
 import numpy as np
@@ -38,7 +39,8 @@ if __name__ == "__main__":
         allow_metrics=False,
         log_verbose=0,
     )
-    with Triton(config=config) as triton:
+    # Sockets lie there, whose paths must be short; the default one is never removed.
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, Triton(config=config, workspace=folder) as triton:
         triton.bind(
             model_name="logits",
             infer_func=[infer for infer, _ in instances],
