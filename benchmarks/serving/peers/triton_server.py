@@ -40,7 +40,10 @@ if __name__ == "__main__":
         log_verbose=0,
     )
     # Sockets lie there, whose paths must be short; the default one is never removed.
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, Triton(config=config, workspace=folder) as triton:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as folder,
+        Triton(config=config, workspace=f"{folder}/workspace") as triton,
+    ):
         triton.bind(
             model_name="logits",
             infer_func=[infer for infer, _ in instances],
