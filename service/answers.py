@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,6 @@ from service.errors import UnknownLabelError
 from service.images import encode_png, image_digest
 from service.preprocessing import conversion_between
 from service.schema import (
-    CertificateAnswer,
-    ClassLabel,
-    CounterfactualAnswer,
-    ImageAnswer,
     InputAnswer,
     ModelAnswer,
     ModelSummary,
@@ -26,6 +23,8 @@ from service.schema import (
     radius_in_grey_levels,
 )
 from service.shapes import Float64
+
+Json = dict[str, Any]
 
 
 def predict(
@@ -47,7 +46,8 @@ def predict(
     found: Sequence[Counterfactual] | None = None
     if options.counterfactual:
         found = classifier.counterfactual(image_NCHW, predictions, [target] * len(predictions), options.resize)
-    return in_words(classifier, image_NCHW, predictions, found, options.epsilon)
+    members = in_words(classifier, image_NCHW, predictions, found, options.epsilon)
+    return [PredictAnswer.model_validate(one) for one in members]
 
 
 def in_words(
@@ -56,19 +56,53 @@ def in_words(
     predictions: Sequence[Prediction],
     found: Sequence[Counterfactual] | None,
     epsilon: float | None,
-) -> list[PredictAnswer]:
-    """What was computed about images, as the wire says it; `found` is None where no counterfactual was asked for."""
+) -> list[Json]:
+    """What was computed about images, with the members of `PredictAnswer`: an answer is written far more often than
+    read, and needs no validation.
+
+    Args:
+        classifier: the model that was asked.
+        image_NCHW: the images that were sent, pixels in [0, 1].
+        predictions: one for each.
+        found: one for each, or None where no counterfactual was asked for.
+        epsilon: the radius that the client needs.
+    """
+    labels = classifier.labels
     return [
-        PredictAnswer(
-            model=classifier.name,
-            digest=classifier.digest,
-            class_id=prediction.class_id,
-            label=classifier.labels[prediction.class_id],
-            logits=[finite(logit) for logit in prediction.logits_K.tolist()],
-            image=_image(classifier, image_CHW),
-            certificate=_certificate(classifier, prediction, epsilon),
-            counterfactual=None if counterfactual is None else _counterfactual(classifier, counterfactual),
-        )
+        {
+            "model": classifier.name,
+            "digest": classifier.digest,
+            "class_id": prediction.class_id,
+            "label": labels[prediction.class_id],
+            "logits": [finite(logit) for logit in prediction.logits_K.tolist()],
+            "image": {
+                "digest": image_digest(image_CHW),
+                "shape": image_CHW.shape,
+                "conversion": conversion_between(image_CHW.shape[0], classifier.input_shape[0]),
+                "resized": image_CHW.shape[1:] != classifier.input_shape[1:],
+            },
+            "certificate": {
+                "norm": "l2",
+                "radius": prediction.radius,
+                "radius_255": radius_in_grey_levels(prediction.radius),
+                "certified": prediction.certified,
+                "epsilon": epsilon,
+                "robust_at_epsilon": None if epsilon is None else prediction.certified and epsilon <= prediction.radius,
+                "runner_up": {"class_id": prediction.runner_up, "label": labels[prediction.runner_up]},
+                "lipschitz_bound": finite(prediction.lipschitz_bound),
+                "logit_error": finite(prediction.logit_error),
+            },
+            "counterfactual": None
+            if counterfactual is None
+            else {
+                "image": base64.b64encode(encode_png(counterfactual.pixels_CHW)).decode("ascii"),
+                "media_type": "image/png",
+                "class_id": counterfactual.class_id,
+                "label": labels[counterfactual.class_id],
+                "distance": counterfactual.distance,
+                "reached": counterfactual.reached,
+            },
+        }
         for image_CHW, prediction, counterfactual in zip(
             image_NCHW, predictions, [None] * len(predictions) if found is None else found, strict=True
         )
@@ -138,37 +172,4 @@ def describe_in_full(classifier: Classifier, default_model: str) -> ModelAnswer:
             [finite(bound) for bound in bounds_K] for bounds_K in classifier.certificate.margin_bounds_KK.tolist()
         ],
         card=classifier.card.model_dump(mode="json"),
-    )
-
-
-def _image(classifier: Classifier, image_CHW: Float64[np.ndarray, "C H W"]) -> ImageAnswer:
-    channels, height, width = image_CHW.shape
-    return ImageAnswer(
-        digest=image_digest(image_CHW),
-        shape=(channels, height, width),
-        conversion=conversion_between(channels, classifier.input_shape[0]),
-        resized=(height, width) != classifier.input_shape[1:],
-    )
-
-
-def _certificate(classifier: Classifier, prediction: Prediction, epsilon: float | None) -> CertificateAnswer:
-    return CertificateAnswer(
-        radius=prediction.radius,
-        radius_255=radius_in_grey_levels(prediction.radius),
-        certified=prediction.certified,
-        epsilon=epsilon,
-        robust_at_epsilon=None if epsilon is None else prediction.certified and epsilon <= prediction.radius,
-        runner_up=ClassLabel(class_id=prediction.runner_up, label=classifier.labels[prediction.runner_up]),
-        lipschitz_bound=finite(prediction.lipschitz_bound),
-        logit_error=finite(prediction.logit_error),
-    )
-
-
-def _counterfactual(classifier: Classifier, counterfactual: Counterfactual) -> CounterfactualAnswer:
-    return CounterfactualAnswer(
-        image=base64.b64encode(encode_png(counterfactual.pixels_CHW)).decode("ascii"),
-        class_id=counterfactual.class_id,
-        label=classifier.labels[counterfactual.class_id],
-        distance=counterfactual.distance,
-        reached=counterfactual.reached,
     )

@@ -21,7 +21,7 @@ from service.artefact import artefact_folders
 from service.batching import Batcher, Limits
 from service.classifier import Classifier
 from service.cpus import usable_cpus
-from service.direct import DirectRoutes
+from service.direct import DirectFastAPI
 from service.engine import CUDA, resolve_provider
 from service.errors import ArtefactError, LipcertError, SettingsError
 from service.metrics import Metrics, MetricsMiddleware
@@ -108,7 +108,7 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     batcher = Batcher(_limits(settings, classifiers), metrics)
     service = Service(settings, classifiers, examples, metrics, batcher)
 
-    app = FastAPI(
+    app = DirectFastAPI(
         title="lipcert",
         version=__version__,
         summary="Image classification with a proof in every answer.",
@@ -130,8 +130,8 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     app.include_router(open_inference.build_router(service))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     direct = [route for route in router.routes if isinstance(route, APIRoute) and route.path in _DIRECT_PATHS]
-    app.add_middleware(DirectRoutes, routes=direct, answer_error=_answer_error)
-    app.add_middleware(MetricsMiddleware, metrics=service.metrics)
+    app.call_directly(direct, _answer_any_error, MetricsMiddleware, metrics=metrics)
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
     _add_error_handlers(app)
 
     def openapi() -> dict[str, Any]:
@@ -177,6 +177,22 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     return answer
 
 
+async def _answer_any_error(request: Request, error: Exception) -> Response:
+    try:
+        return await _answer_error(request, error)
+    except Exception:
+        _log.exception("%s %s", request.method, request.url.path)
+        return _unexpected(request)
+
+
+def _unexpected(request: Request) -> Response:
+    return problem(
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "the server failed on this request; its log says more",
+        instance=request.url.path,
+    )
+
+
 def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(LipcertError, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_error)
@@ -201,8 +217,4 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def unexpected_error(request: Request, error: Exception) -> Response:
         # Starlette raises it again after this answer, and the server logs it with its traceback.
         del error
-        return problem(
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            "the server failed on this request; its log says more",
-            instance=request.url.path,
-        )
+        return _unexpected(request)

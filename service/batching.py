@@ -37,8 +37,9 @@ from service.certificate import Radii
 from service.classifier import Classifier, Prediction, View, counterfactuals
 from service.counterfactual import Counterfactual
 from service.errors import DeadlineError, OverloadedError
+from service.images import to_unit
 from service.metrics import Metrics
-from service.shapes import Float64
+from service.shapes import Float64, UInt8
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Decoded:
     """A request that has been read: images of one shape for one model."""
 
     classifier: Classifier
-    image_NCHW: Float64[np.ndarray, "N C H W"]
+    pixels_NCHW: UInt8[np.ndarray, "N C H W"] | Float64[np.ndarray, "N C H W"]
+    """As they were sent: 0..255, or in [0, 1]."""
     resize: bool = False
     counterfactual: bool = False
     target: int | None = None
@@ -73,9 +75,14 @@ class Question(Protocol[Answer_co]):
         ...
 
     def answer(
-        self, decoded: Decoded, predictions: Sequence[Prediction], found: Sequence[Counterfactual] | None
+        self,
+        classifier: Classifier,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        predictions: Sequence[Prediction],
+        found: Sequence[Counterfactual] | None,
     ) -> Answer_co:
-        """Put into words what was computed; `found` is None where no counterfactual was asked for."""
+        """Put into words what was computed about images (pixels in [0, 1]); `found` is None where no counterfactual was
+        asked for."""
         ...
 
 
@@ -310,11 +317,11 @@ class Batcher:
             return []
         try:
             decoded = request.question.decode()
-            view = decoded.classifier.view(decoded.image_NCHW.shape[1:], decoded.resize)
+            view = decoded.classifier.view(decoded.pixels_NCHW.shape[1:], decoded.resize)
         except Exception as error:
             done.fail(request, error)
             return []
-        count = len(decoded.image_NCHW)
+        count = len(decoded.pixels_NCHW)
         request.decoded = decoded
         request.predictions = [None] * count
         pieces = max(-(-count // self._limits.forward_batch), min(1 + self._idle, count // _LEAST_SHARE), 1)
@@ -330,13 +337,15 @@ class Batcher:
         if not parts:
             return
         try:
-            predictions = view.predict(_images(parts))
+            image_NCHW = _unit_images([part.pixels_NCHW for part in parts])
+            predictions = view.predict(image_NCHW)
         except Exception as error:
             self._alone_or_fail(parts, error, done, lambda part: self._predict(view, [part], done))
             return
         self._metrics.count_batch("prediction", len(predictions))
         offset = 0
         for part in parts:
+            part.request.images[part.start] = image_NCHW[offset : offset + part.count]
             part.request.predictions[part.start : part.stop] = predictions[offset : offset + part.count]
             offset += part.count
             if self._is_last(part):
@@ -348,7 +357,7 @@ class Batcher:
         if not decoded.counterfactual:
             done.answer(request)
             return
-        count = len(decoded.image_NCHW)
+        count = len(decoded.pixels_NCHW)
         try:
             decoded.classifier.check_targets(request.predicted(), [decoded.target] * count)
         except Exception as error:
@@ -368,7 +377,9 @@ class Batcher:
         predictions = [prediction for part in parts for prediction in part.predictions()]
         targets = [target for part in parts for target in [part.target] * part.count]
         try:
-            found = counterfactuals(_MakingWay(self, view), _images(parts), predictions, targets)
+            found = counterfactuals(
+                _MakingWay(self, view), np.concatenate([part.image_NCHW for part in parts]), predictions, targets
+            )
         except Exception as error:
             self._alone_or_fail(parts, error, done, lambda part: self._search(view, [part], done))
             return
@@ -404,7 +415,8 @@ class _Request(Generic[Answer]):
     """A question on its way."""
 
     __slots__ = (
-        "arrived", "deadline", "decoded", "found", "future", "left", "loop", "n_bytes", "predictions", "question",
+        "arrived", "deadline", "decoded", "found", "future", "images", "left", "loop", "n_bytes", "predictions",
+        "question",
     )  # fmt: skip
 
     def __init__(
@@ -423,6 +435,8 @@ class _Request(Generic[Answer]):
         self.arrived = arrived
         self.deadline = deadline
         self.decoded: Decoded | None = None
+        self.images: dict[int, np.ndarray] = {}
+        """Pixels in [0, 1] of each part, by its start, as parts are computed."""
         self.predictions: list[Prediction | None] = []
         self.found: list[Counterfactual | None] | None = None
         """One for each image, where counterfactuals are wanted."""
@@ -432,7 +446,7 @@ class _Request(Generic[Answer]):
     def split(self, view: View, pieces: int) -> list[_Part]:
         """The images in pieces of nearly one size, all of them still to do."""
         assert self.decoded is not None
-        count = len(self.decoded.image_NCHW)
+        count = len(self.decoded.pixels_NCHW)
         bounds = [count * piece // pieces for piece in range(pieces + 1)]
         parts = [_Part(self, view, start, stop) for start, stop in itertools.pairwise(bounds)]
         self.left = len(parts)
@@ -441,6 +455,11 @@ class _Request(Generic[Answer]):
     def predicted(self) -> list[Prediction]:
         """All predictions, once every part is done."""
         return [prediction for prediction in self.predictions if prediction is not None]
+
+    def image_NCHW(self) -> np.ndarray:
+        """All images, likewise."""
+        self.images = {0: _joined([self.images[start] for start in sorted(self.images)])}
+        return self.images[0]
 
     def settle(self, outcome: Answer | Exception) -> None:
         """Give the answer, on the event loop, unless somebody did before or nobody waits any more."""
@@ -466,9 +485,13 @@ class _Part:
         return self.stop - self.start
 
     @property
-    def image_NCHW(self) -> np.ndarray:
+    def pixels_NCHW(self) -> np.ndarray:
         assert self.request.decoded is not None
-        return self.request.decoded.image_NCHW[self.start : self.stop]
+        return self.request.decoded.pixels_NCHW[self.start : self.stop]
+
+    @property
+    def image_NCHW(self) -> np.ndarray:
+        return self.request.image_NCHW()[self.start : self.stop]
 
     @property
     def target(self) -> int | None:
@@ -504,7 +527,10 @@ class _Done:
         assert request.decoded is not None
         found = None if request.found is None else [one for one in request.found if one is not None]
         try:
-            self._outcomes.append((request, request.question.answer(request.decoded, request.predicted(), found)))
+            answer = request.question.answer(
+                request.decoded.classifier, request.image_NCHW(), request.predicted(), found
+            )
+            self._outcomes.append((request, answer))
         except Exception as error:
             self.fail(request, error)
 
@@ -526,8 +552,15 @@ def _settle(outcomes: list[tuple[_Request[Any], Any]]) -> None:
         request.settle(outcome)
 
 
-def _images(parts: list[_Part]) -> np.ndarray:
-    return parts[0].image_NCHW if len(parts) == 1 else np.concatenate([part.image_NCHW for part in parts])
+def _unit_images(pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """All images as one array in [0, 1]; bytes are converted together."""
+    if all(pixels_NCHW.dtype == np.uint8 for pixels_NCHW in pixels):
+        return to_unit(_joined(pixels))
+    return _joined([to_unit(one_NCHW) if one_NCHW.dtype == np.uint8 else one_NCHW for one_NCHW in pixels])
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _by_view(parts: list[_Part]) -> list[tuple[View, list[_Part]]]:

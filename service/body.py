@@ -31,9 +31,9 @@ from service.errors import (
     OptionError,
     UnknownOptionError,
 )
-from service.images import decode_array, decode_array_batch, decode_base64, decode_image, to_unit
+from service.images import decode_array, decode_array_batch, decode_base64, decode_image
 from service.schema import BatchRequest, Options, PredictRequest
-from service.shapes import Float64
+from service.shapes import Float64, UInt8
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -56,8 +56,8 @@ class EncodedImage:
 
     def decode(
         self, input_shape_CHW: tuple[int, int, int], max_pixels: int, used_pixels: int = 0
-    ) -> Float64[np.ndarray, "C H W"]:
-        """Pixels in [0, 1], with the channels of the file; raises `InputError`, see `service.images`."""
+    ) -> UInt8[np.ndarray, "C H W"]:
+        """Pixels in 0..255, with the channels of the file; raises `InputError`, see `service.images`."""
         channels = input_shape_CHW[0]
         if channels not in (1, 3):
             raise ChannelsError(
@@ -65,7 +65,7 @@ class EncodedImage:
                 f"({channels}, H, W) as application/x-npy"
             )
         data = decode_base64(self.data) if isinstance(self.data, str) else self.data
-        return to_unit(decode_image(data, max_pixels, used_pixels))
+        return decode_image(data, max_pixels, used_pixels)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class EncodedBatch:
 
     def decode(
         self, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int, resize: bool
-    ) -> Float64[np.ndarray, "N C H W"]:
-        """Pixels in [0, 1]; an error about one image names its index, from 0."""
+    ) -> UInt8[np.ndarray, "N C H W"]:
+        """Pixels in 0..255; an error about one image names its index, from 0."""
         if len(self.texts) > max_batch:
             raise BatchTooLargeError(len(self.texts), max_batch)
         images: list[np.ndarray] = []

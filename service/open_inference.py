@@ -147,22 +147,26 @@ class _InferQuestion:
         options = self.request.parameters
         return Decoded(
             classifier=self.classifier,
-            image_NCHW=_images(self.request.inputs[0], self.classifier, self.service.settings),
+            pixels_NCHW=_images(self.request.inputs[0], self.classifier, self.service.settings),
             resize=options.resize,
             counterfactual=options.counterfactual,
             target=None if options.target is None else class_of(self.classifier, options.target),
         )
 
     def answer(
-        self, decoded: Decoded, predictions: Sequence[Prediction], found: Sequence[Counterfactual] | None
+        self,
+        classifier: Classifier,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        predictions: Sequence[Prediction],
+        found: Sequence[Counterfactual] | None,
     ) -> bytes:
         certified = [prediction.certified for prediction in predictions]
-        self.service.metrics.count_predictions(self.classifier.name, certified)
+        self.service.metrics.count_predictions(classifier.name, certified)
         answer = InferAnswer(
-            model_name=self.classifier.name,
-            model_version=self.classifier.digest,
+            model_name=classifier.name,
+            model_version=classifier.digest,
             id=self.request.id,
-            outputs=_wanted(_outputs(decoded.image_NCHW, predictions, found), self.request.outputs),
+            outputs=_wanted(_outputs(image_NCHW, predictions, found), self.request.outputs),
         )
         return answer.model_dump_json().encode()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from pydantic_core import to_json
 
 from service.answers import class_of, in_records, in_words
 from service.batching import Decoded
@@ -14,8 +15,9 @@ from service.body import JSON, NPY, parse_batch, parse_predict
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
 from service.metrics import Metrics
-from service.schema import BatchAnswer, Options
+from service.schema import Options
 from service.settings import Settings
+from service.shapes import Float64
 
 
 @dataclass(frozen=True)
@@ -58,31 +60,34 @@ class ImageQuestion:
         if self.is_batch:
             self.options, images = parse_batch(body.media_type, body.query, body.content)
             classifier = self.classifier_of(self.options.model)
-            image_NCHW = images.decode(
+            pixels_NCHW = images.decode(
                 classifier.input_shape, settings.max_pixels, settings.max_batch, self.options.resize
             )
         else:
             self.options, image = parse_predict(body.media_type, body.content_type, body.query, body.content)
             classifier = self.classifier_of(self.options.model)
-            image_NCHW = image.decode(classifier.input_shape, settings.max_pixels)[np.newaxis]
+            pixels_NCHW = image.decode(classifier.input_shape, settings.max_pixels)[np.newaxis]
         return Decoded(
             classifier=classifier,
-            image_NCHW=image_NCHW,
+            pixels_NCHW=pixels_NCHW,
             resize=self.options.resize,
             counterfactual=self.options.counterfactual,
             target=None if self.options.target is None else class_of(classifier, self.options.target),
         )
 
     def answer(
-        self, decoded: Decoded, predictions: Sequence[Prediction], found: Sequence[Counterfactual] | None
+        self,
+        classifier: Classifier,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        predictions: Sequence[Prediction],
+        found: Sequence[Counterfactual] | None,
     ) -> Reply:
         """JSON, or one npy array of records; see `service.answers`."""
-        self.metrics.count_predictions(decoded.classifier.name, [prediction.certified for prediction in predictions])
+        self.metrics.count_predictions(classifier.name, [prediction.certified for prediction in predictions])
         if self.as_npy:
             file = io.BytesIO()
             np.save(file, in_records(predictions, found), allow_pickle=False)
             return Reply(file.getvalue(), NPY)
-        answers = in_words(decoded.classifier, decoded.image_NCHW, predictions, found, self.options.epsilon)
-        # Serialised by pydantic itself: shortest floats that read back the same, null for what is not finite.
-        wire = BatchAnswer(predictions=answers) if self.is_batch else answers[0]
-        return Reply(wire.model_dump_json().encode(), JSON)
+        answers = in_words(classifier, image_NCHW, predictions, found, self.options.epsilon)
+        # As pydantic writes its models: floats with the fewest digits that read back the same.
+        return Reply(to_json({"predictions": answers} if self.is_batch else answers[0]), JSON)

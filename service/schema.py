@@ -8,7 +8,6 @@ its way. A value that is not finite, which only an abstention can hold, is writt
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -226,9 +225,12 @@ def radius_in_grey_levels(radius: float) -> float:
         radius: L2, pixels in [0, 1]; finite, at least 0.
     """
     product = radius * 255.0
-    if math.isinf(product) or Fraction(product) > Fraction(radius) * 255:
+    if math.isinf(product):
         return math.nextafter(product, 0.0)
-    return product
+    # Compared as the integers that the two floats are, over a common denominator.
+    above, below = product.as_integer_ratio()
+    top, bottom = radius.as_integer_ratio()
+    return math.nextafter(product, 0.0) if above * bottom > 255 * top * below else product
 
 
 def finite(value: float) -> float | None:
