@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -58,11 +60,13 @@ class Server:
             for name, value in os.environ.items()
             if not name.upper().startswith("LIPCERT_") and not name.lower().endswith("_proxy")
         }
+        # Of its own, and removed with it: some leave megabytes behind.
+        self._temporary = tempfile.mkdtemp(prefix="bench-")
         self._started = time.monotonic()
         self._process = subprocess.Popen(
             list(command),
             cwd=cwd,
-            env={**inherited, **environment, _MARK: self._mark},
+            env={**inherited, **environment, "TMPDIR": self._temporary, _MARK: self._mark},
             stdin=subprocess.DEVNULL,
             stdout=self._file,
             stderr=subprocess.STDOUT,
@@ -125,6 +129,7 @@ class Server:
             time.sleep(0.1)
         self._process.wait()
         self._file.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _pids(self) -> list[int]:
         """Living processes that carry the mark, their descendants, and all that once were among these.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Its workers otherwise run at a lower priority than the load generator on the same machine.
 os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
 
 import inference
 import numpy as np

@@ -39,11 +39,8 @@ if __name__ == "__main__":
         allow_metrics=False,
         log_verbose=0,
     )
-    # Sockets lie there, whose paths must be short; the default one is never removed.
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-") as folder,
-        Triton(config=config, workspace=f"{folder}/workspace") as triton,
-    ):
+    # Sockets lie there, whose paths must be short; the default folder is never removed.
+    with Triton(config=config, workspace=f"{tempfile.gettempdir()}/workspace") as triton:
         triton.bind(
             model_name="logits",
             infer_func=[infer for infer, _ in instances],
