@@ -10,6 +10,7 @@ answer does not hold or cannot be checked; 2 a setting or the command is not val
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import signal
 import socket
@@ -110,7 +111,11 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
         host, port = listener.getsockname()[:2]
         listener.listen(_BACKLOG)
         _log.info("serving on http://%s:%d - the API is at /docs", f"[{host}]" if ":" in host else host, port)
-        config = uvicorn.Config(app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=_DRAIN_S)
+        config = uvicorn.Config(
+            app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=_DRAIN_S, ws="none"
+        )
+        # What is there now stays: no collection of garbage has to look at it again.
+        gc.freeze()
         server = uvicorn.Server(config)
         server.run(sockets=[listener])
     return 0 if server.started else 1

@@ -8,6 +8,7 @@ silent fall-back.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import threading
@@ -88,6 +89,8 @@ class Engine:
         except Exception as error:  # The runtime's exceptions share no base of their own.
             raise GraphError(str(error)) from error
         self._session.disable_fallback()
+        # Kept for the fall-back alone: as much memory as the file is large.
+        self._session._model_bytes = None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
         self.provider = self._session.get_providers()[0]
         if provider == "cuda" and self.provider != CUDA:
             raise ProviderError(
@@ -140,12 +143,19 @@ class LaterEngine:
             with self._lock:
                 if self._loaded is None:
                     self._loaded = self._load()
+                    _give_memory_back()
                 engine = self._loaded
         return engine
 
 
 Runs = Engine | LaterEngine
 """What runs one graph."""
+
+
+def _give_memory_back() -> None:
+    """What loading a graph took and freed goes back to the system, where the C library can do that."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:

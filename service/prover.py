@@ -1,15 +1,16 @@
-"""What has to be found out about the graphs of an artefact before it is served; and the process that does it.
-
-`python -c "from service.prover import main; main()"` is started by `service.proving` and is of no other use.
+"""What has to be found out about the graphs of an artefact before it is served; and the processes that do it, which
+`service.proving` starts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
-import signal
 import sys
 import threading
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -88,32 +89,56 @@ def _check_face(path: Path, content: bytes) -> None:
         )
 
 
-def main() -> None:
-    """Find out about each folder that stdin names, one after the other, and write what was found to stdout.
+def main(results: Sequence[int]) -> None:
+    """Find out about the folders that stdin names and write what was found into pipes, one for each share of the work.
 
-    Ends with the process that started it, whatever becomes of that.
+    One process loads what is needed and becomes as many as there are shares. All of them end with the process that
+    started them, whatever becomes of that.
+
+    Args:
+        results: descriptors of the pipes.
     """
-    # Whoever presses Ctrl-C means the server, which ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    results = os.fdopen(os.dup(1), "wb")
-    # Nothing but results may get into the pipe.
-    os.dup2(2, 1)
+    others: list[int] = []
+    status = 1
     try:
-        provider, folders = pickle.load(sys.stdin.buffer)
-    except EOFError:
-        return
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        for folder in folders:
-            pickle.dump((folder, find_out(folder, provider)), results)
-            results.flush()
-    except BrokenPipeError:
+        provider, shares = pickle.load(sys.stdin.buffer)
+        mine = 0
+        # Nothing here has started a thread yet, which a fork would lose.
+        for share in range(1, len(shares)):
+            other = os.fork()
+            if other == 0:
+                mine, others = share, []
+                break
+            others.append(other)
+        threading.Thread(target=_end_with_parent, args=(others,), daemon=True).start()
+        # A pipe ends when its writer ends: nobody else may hold it open.
+        for share, descriptor in enumerate(results):
+            if share != mine:
+                os.close(descriptor)
+        with os.fdopen(results[mine], "wb") as pipe:
+            for folder in shares[mine]:
+                pickle.dump((folder, find_out(folder, provider)), pipe)
+                pipe.flush()
+        status = 0
+    except (BrokenPipeError, EOFError):
+        # The server has ended already.
         pass
-    # Without taking everything down piece by piece.
-    os._exit(0)
+    except Exception:
+        traceback.print_exc()
+    finally:
+        _end(others, status)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(others: Sequence[int]) -> None:
     while os.read(0, 1):
         pass
-    os._exit(1)
+    _end(others, 1)
+
+
+def _end(others: Sequence[int], status: int) -> None:
+    """Ends without taking everything down piece by piece, after `others`, so that nobody else has to look for them."""
+    for other in others:
+        # Whichever of two threads comes first.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(other, 0)
+    os._exit(status)

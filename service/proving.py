@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from service.errors import ArtefactError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from service.engine import Provider
     from service.graphs import Findings
 
-_MOST_PROVERS = 4
+_MOST_PROCESSES = 4
 _ENVIRONMENT = {
     # The processes are as many as the CPUs already, and threads that wait by spinning would take them from each other.
     "OPENBLAS_NUM_THREADS": "1",
@@ -34,48 +34,60 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "1000000000",
 }
+_GRACE_S = 5.0
 
 
 class Provers:
     """Processes that find out about graphs; leaving the `with` ends those that are left."""
 
     def __init__(self, cpus: int) -> None:
-        """Start the processes, which load what they need and wait.
+        """Start a process, which loads what it needs and waits; where there can be none, this one does its work.
 
         Args:
             cpus: how many CPUs there are to use.
         """
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._prover_of: dict[Path, subprocess.Popen[bytes]] = {}
+        self._results: list[BinaryIO] = []
+        self._result_of: dict[Path, BinaryIO] = {}
         self._found: dict[Path, Findings] = {}
         self._provider: Provider = "cpu"
+        self._process: subprocess.Popen[bytes] | None = None
+        descriptors: list[int] = []
         try:
-            for _ in range(min(cpus, _MOST_PROVERS)):
-                self._processes.append(_start())
+            for _ in range(min(cpus, _MOST_PROCESSES)):
+                reading, writing = os.pipe()
+                self._results.append(os.fdopen(reading, "rb"))
+                descriptors.append(writing)
+            self._process = _start(descriptors)
         except OSError:
-            # Where there can be no processes, the work is done in this one.
             self.close()
         except BaseException:
             self.close()
             raise
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def start(self, folders: Sequence[Path], provider: Provider) -> None:
-        """Share the work out: the largest first, each to whoever has the least; processes without any end."""
+        """Share the work out: the largest first, each to whoever has the least.
+
+        Args:
+            folders: with the graphs of an artefact each.
+            provider: what the server is asked for.
+        """
         self._provider = provider
-        shares: list[list[Path]] = [[] for _ in self._processes]
+        if self._process is None or self._process.stdin is None:
+            return
+        shares: list[list[Path]] = [[] for _ in self._results[: len(folders)]]
         sizes = [0] * len(shares)
         for folder in sorted(folders, key=_size, reverse=True):
-            if shares:
-                least = sizes.index(min(sizes))
-                shares[least].append(folder)
-                sizes[least] += _size(folder)
-        for process, share in zip(self._processes, shares, strict=True):
-            self._prover_of |= dict.fromkeys(share, process)
-            assert process.stdin is not None
-            # One that ended already is noticed when its results are missed.
-            with contextlib.suppress(BrokenPipeError):
-                pickle.dump((provider, share), process.stdin)
-                process.stdin.flush()
+            least = sizes.index(min(sizes))
+            shares[least].append(folder)
+            sizes[least] += _size(folder)
+            self._result_of[folder] = self._results[least]
+        # One that ended already is noticed when its results are missed.
+        with contextlib.suppress(BrokenPipeError):
+            pickle.dump((provider, shares), self._process.stdin)
+            self._process.stdin.flush()
 
     def findings(self, folder: Path) -> Findings:
         """What was found out about a folder of `start`; waits for it.
@@ -83,37 +95,43 @@ class Provers:
         Raises:
             ArtefactError: the process ended before it could tell.
         """
-        process = self._prover_of.get(folder)
-        if process is None:
+        result = self._result_of.get(folder)
+        if result is None:
             from service.prover import find_out
 
             return find_out(folder, self._provider)
         while folder not in self._found:
-            assert process.stdout is not None
             try:
-                about, findings = pickle.load(process.stdout)
+                about, findings = pickle.load(result)
             except (EOFError, pickle.UnpicklingError):
-                status = process.wait()
                 raise ArtefactError(
                     folder,
-                    f"the process that proves the model ended early, with status {status}"
-                    + (" (killed: most often the memory is too small)" if status == -9 else "")
-                    + "; see what it wrote above.",
+                    "the process that proves the model ended before it was done; if it wrote nothing above this line, "
+                    "it was killed, most often because the memory is too small.",
                 ) from None
             self._found[about] = findings
         return self._found[folder]
 
     def close(self) -> None:
         """End all processes and wait until they have ended."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
+        if self._process is not None:
+            if not self._result_of:
+                # Alone, and perhaps still loading, when it would not notice anything else.
+                self._process.kill()
+            if self._process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
-                    if pipe is not None:
-                        pipe.close()
-        self._processes.clear()
+                    # All of them end when this pipe does.
+                    self._process.stdin.close()
+            try:
+                self._process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        for result in self._results:
+            result.close()
+        self._results.clear()
+        self._result_of.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -124,13 +142,17 @@ class Provers:
         self.close()
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(results: Sequence[int]) -> subprocess.Popen[bytes]:
+    # The modules of this process, however it came by them.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from service.prover import main; main({list(results)})"
     return subprocess.Popen(
-        # The modules of this process, however it came by them.
-        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from service.prover import main; main()"],
-        # It ends when this pipe is closed, which the system does when this process ends in any way.
+        [sys.executable, "-c", code],
+        # The system closes this pipe when this process ends in any way.
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        pass_fds=results,
+        # Whoever presses Ctrl-C means the server, which ends these processes.
+        process_group=0,
         env={**os.environ, **_ENVIRONMENT},
     )
 

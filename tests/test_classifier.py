@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from service.errors import (
     TargetIsPredictedClassError,
 )
 from service.preprocessing import preprocessing_between
+from service.prover import find_out
 
 SHAPE = (1, 3, 3)
 WEIGHT_KD = np.random.default_rng(0).normal(size=(3, 9))
@@ -330,3 +332,59 @@ def test_transport_graph_of_another_image_size_is_refused(tmp_path: Path) -> Non
     write(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
     with pytest.raises(ArtefactError, match="cannot be run"):
         Classifier.load(tmp_path, "cpu", threads=1)
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "transport.onnx"])
+def test_a_file_that_changed_since_it_was_proved_is_not_run(tmp_path: Path, file: str) -> None:
+    artefact = write(tmp_path, random_groupsort(0))
+    content = (tmp_path / file).read_bytes()
+    image = images(0, 1, (1, 4, 4))
+    classifier = Classifier.proved(tmp_path, find_out(tmp_path, "cpu"), "cpu", threads=1)
+
+    def use() -> None:
+        classifier.counterfactual(image, classifier.predict(image), [None])
+
+    for other in (random_groupsort(1).model, content[:-1], b""):
+        (tmp_path / file).write_bytes(other)
+        with pytest.raises(ArtefactError, match="when the server started, it was sha256:") as caught:
+            use()
+        assert caught.value.file == tmp_path / file
+    (tmp_path / file).unlink()
+    with pytest.raises(ArtefactError, match="missing"):
+        use()
+    (tmp_path / file).write_bytes(content)
+    use()
+    assert classifier.digest == artefact.digest
+    # What is loaded stays as it is.
+    (tmp_path / file).write_bytes(b"")
+    use()
+
+
+def test_what_is_loaded_later_answers_as_what_is_loaded_now(tmp_path: Path) -> None:
+    write(tmp_path, random_groupsort(0))
+    now = Classifier.load(tmp_path, "cpu", threads=1)
+    later = Classifier.proved(tmp_path, find_out(tmp_path, "cpu"), "cpu", threads=1)
+    for one, other in zip(now.predict(images(1, 5, (1, 4, 4))), later.predict(images(1, 5, (1, 4, 4))), strict=True):
+        np.testing.assert_array_equal(one.logits_K, other.logits_K)
+        assert one.radius == other.radius
+    assert (now.name, now.digest, now.labels, now.provider) == (later.name, later.digest, later.labels, later.provider)
+    np.testing.assert_array_equal(now.certificate.margin_bounds_KK, later.certificate.margin_bounds_KK)
+
+
+def test_graphs_that_were_not_run_yet_are_run_before_anything_is_served(tmp_path: Path) -> None:
+    ours, other = random_groupsort(0), random_groupsort(1)
+    write(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
+    findings = find_out(tmp_path, "cpu")
+    assert findings.fault is not None
+    assert "another network" in findings.fault[1]
+    certificate = load(ours).certificate
+    unseen = replace(findings, certificate=certificate, fault=None)
+    with pytest.raises(ArtefactError, match="another network"):
+        Classifier.proved(tmp_path, unseen, "cpu", threads=1)
+
+
+def test_findings_about_other_graphs_than_the_card_names_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "one", random_groupsort(0))
+    write(tmp_path / "two", random_groupsort(1))
+    with pytest.raises(ArtefactError, match="digest"):
+        Classifier.proved(tmp_path / "one", find_out(tmp_path / "two", "cpu"), "cpu", threads=1)

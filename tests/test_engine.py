@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from builders import linear
 from onnx import TensorProto, helper, numpy_helper
 
 from service import engine
-from service.engine import CPU, CUDA, Engine, GraphError, resolve_provider
+from service.engine import CPU, CUDA, Engine, GraphError, LaterEngine, resolve_provider
 from service.errors import ProviderError
 
 GRAPHS = linear(np.arange(8.0).reshape(2, 4) / 8, np.array([0.5, -0.5]), (1, 2, 2))
@@ -104,6 +106,46 @@ def test_silent_fall_back_of_the_runtime_is_an_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
     with pytest.raises(ProviderError, match="could not start its CUDA provider"):
         Engine(GRAPHS.model, "cuda", threads=1)
+
+
+def test_a_graph_is_loaded_once_and_not_before_it_is_run() -> None:
+    loads: list[str] = []
+    all_there = threading.Barrier(8)
+
+    def load() -> Engine:
+        loads.append("")
+        return Engine(GRAPHS.model, "cpu", threads=1)
+
+    def run(later: LaterEngine) -> np.ndarray:
+        all_there.wait()
+        return later.run(["logits"], {"image": np.ones((1, 1, 2, 2))})[0]
+
+    later = LaterEngine(load)
+    assert later.provider == CPU
+    assert loads == []
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(run, [later] * 8))
+    assert len(loads) == 1
+    assert later.input_names == ("image",)
+    assert later.output_names == ("logits",)
+    expected = Engine(GRAPHS.model, "cpu", threads=1).run(["logits"], {"image": np.ones((1, 1, 2, 2))})[0]
+    for answer in answers:
+        np.testing.assert_array_equal(answer, expected)
+
+
+def test_a_graph_that_could_not_be_loaded_is_tried_again() -> None:
+    outcomes = [GraphError("not now"), Engine(GRAPHS.model, "cpu", threads=1)]
+
+    def load() -> Engine:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, GraphError):
+            raise outcome
+        return outcome
+
+    later = LaterEngine(load)
+    with pytest.raises(GraphError, match="not now"):
+        later.run(["logits"], {"image": np.ones((1, 1, 2, 2))})
+    assert later.run(["logits"], {"image": np.ones((1, 1, 2, 2))})[0].shape == (1, 2)
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ import builders
 import numpy as np
 import onnx
 import pytest
+from test_proving import children_of, is_running, wait_until
 
 from service.__main__ import main
 from service.artefact import digest
@@ -156,3 +157,23 @@ def test_it_serves_says_so_and_stops_on_a_signal_with_status_0(zoo: Path, stop: 
     assert not any("Traceback" in line for line in log)
     for name in ("grey", "colour", "binary"):
         assert any(name in line and "CPUExecutionProvider" in line for line in log)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_models_are_proved_ends_it_at_once_with_status_0(tmp_path: Path, stop: signal.Signals) -> None:
+    builders.write(tmp_path / "large", builders.random_groupsort(0, shape=(1, 24, 24), width=400, depth=4))
+    environment = {**os.environ, "LIPCERT_MODELS": str(tmp_path)}
+    command = [sys.executable, "-m", "service"]
+    # A group of its own, to which a terminal would send its Ctrl-C.
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        try:
+            wait_until(lambda: children_of(process.pid) != [])
+            started = children_of(process.pid)
+            os.killpg(process.pid, stop)
+            assert process.stderr is not None
+            log = process.stderr.read()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+    assert log == ""
+    assert not any(is_running(pid) for pid in started)
