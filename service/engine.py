@@ -1,9 +1,12 @@
 """ONNX Runtime: which execution provider runs a graph, and with which options.
 
 The certificate's error analysis covers correctly rounded operations summed in any order. The options here
-keep the runtime inside it: no TF32, a convolution algorithm that does not depend on the batch, no rewriting
-of weights, subnormal numbers kept. A provider that was asked for and cannot be had is an error, never a
-silent fall-back.
+keep the runtime inside it: no TF32 and no other emulation of a format by narrower ones, a convolution algorithm that
+does not depend on the batch, no rewriting of weights, subnormal numbers kept. A provider that was asked for and cannot
+be had is an error, never a silent fall-back.
+
+On a GPU every batch has one of few sizes, see `FixedBatches`. CUDA graphs, which would spare the launch of each
+operator, are left out: what they are worth has not been measured.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -32,7 +36,16 @@ _CUDA_OPTIONS = {
     # The default searches anew for every batch size, and may pick FFT or Winograd, whose errors are not
     # analysed.
     "cudnn_conv_algo_search": "DEFAULT",
+    # The default doubles what it takes each time; a GPU has other users.
+    "arena_extend_strategy": "kSameAsRequested",
 }
+# Whoever sets these asks NVIDIA's libraries for products in narrower formats, whatever a program asks for.
+_CUDA_ENVIRONMENT = {
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "CUBLAS_EMULATE_SINGLE_PRECISION": "0",
+    "CUBLAS_EMULATE_DOUBLE_PRECISION": "0",
+}
+_LARGEST_GPU_BATCH = 256
 # All but the last fold a scale into the weights of the layer before it: another network, by one rounding of every
 # weight.
 _DISABLED_OPTIMIZERS = [
@@ -63,7 +76,7 @@ class Engine:
     output_names: tuple[str, ...]
 
     def __init__(self, graph_bytes: bytes, provider: Literal["cpu", "cuda"], threads: int) -> None:
-        """Load a graph.
+        """Load a graph; on a GPU, run it in each of the batch sizes that it will have.
 
         Args:
             graph_bytes: a serialised ONNX model.
@@ -102,11 +115,110 @@ class Engine:
         self._dtypes = {value.name: _dtype(value.name, value.type) for value in self._session.get_inputs()}
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
+        self._fixed = FixedBatches(self._session, "cuda", _LARGEST_GPU_BATCH) if provider == "cuda" else None
+        if self._fixed is not None:
+            self._fixed.warm_up()
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Evaluate `outputs` on `inputs`, each converted to the precision that the graph declares."""
+        if self._fixed is not None:
+            return self._fixed.run(outputs, inputs)
         feed = {name: np.ascontiguousarray(value, self._dtypes[name]) for name, value in inputs.items()}
         return self._session.run(list(outputs), feed)  # type: ignore[return-value]
+
+
+class FixedBatches:
+    """Runs a graph in batches of few sizes, powers of two, in memory that is bound to it once.
+
+    A GPU sets itself up anew for every batch size that it has not seen, so all of them are seen before anything is
+    served. A smaller batch is filled up with black images, a larger one is cut; rows that were added are dropped, and
+    by contract no row of a batch has a part in another. One batch at a time, from any thread.
+    """
+
+    sizes: tuple[int, ...]
+    """Batch sizes, ascending; a graph of a fixed batch size has that alone."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, device: Literal["cpu", "cuda"], largest: int) -> None:
+        """Bind memory on `device`, which is where the session's provider computes.
+
+        Args:
+            session: of a graph whose inputs and outputs have the batch as their first axis.
+            device: where inputs are kept.
+            largest: images in the largest batch; a power of two.
+
+        Raises:
+            GraphError: an input has no fixed shape behind its batch axis, so that no memory can be bound to it.
+        """
+        self._session = session
+        self._device = device
+        self._lock = threading.Lock()
+        declared = session.get_inputs()
+        fixed = next((value.shape[0] for value in declared if isinstance(value.shape[0], int)), None)
+        self.sizes = tuple(2**k for k in range(largest.bit_length())) if fixed is None else (fixed,)
+        for value in declared:
+            if not all(isinstance(length, int) for length in value.shape[1:]):
+                raise GraphError(
+                    f"input {value.name!r} has shape {value.shape}; it must be fixed behind the batch axis"
+                )
+        # Rows come together here and go to the device in one piece.
+        self._gathered = {
+            value.name: np.zeros((self.sizes[-1], *value.shape[1:]), _dtype(value.name, value.type))
+            for value in declared
+        }
+        self._inputs: dict[int, dict[str, onnxruntime.OrtValue]] = {}
+        self._bindings: dict[tuple[int, tuple[str, ...]], onnxruntime.IOBinding] = {}
+
+    def warm_up(self) -> None:
+        """Run every batch size once, the largest first: what it takes is enough for the others."""
+        names = [value.name for value in self._session.get_outputs()]
+        for size in reversed(self.sizes):
+            self.run(names, {name: rows[:size] for name, rows in self._gathered.items()})
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """As `Engine.run`; raises `ValueError` where the inputs are not those of the graph."""
+        n = len(next(iter(inputs.values()), ()))
+        expected = {name: (n, *rows.shape[1:]) for name, rows in self._gathered.items()}
+        given = {name: rows.shape for name, rows in inputs.items()}
+        if given != expected:
+            raise ValueError(f"the graph takes {expected}, and got {given}")
+        largest = self.sizes[-1]
+        # An empty batch has the shape of its results, too.
+        parts = [
+            self._run({name: rows[start : start + largest] for name, rows in inputs.items()}, tuple(outputs))
+            for start in range(0, max(n, 1), largest)
+        ]
+        return parts[0] if len(parts) == 1 else [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+
+    def _run(self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...]) -> list[np.ndarray]:
+        n = len(next(iter(inputs.values())))
+        size = next(size for size in self.sizes if size >= n)
+        with self._lock:
+            binding = self._binding(size, outputs)
+            for name, rows in inputs.items():
+                gathered = self._gathered[name][:size]
+                gathered[:n] = rows
+                gathered[n:] = 0.0
+                self._inputs[size][name].update_inplace(gathered)
+            self._session.run_with_iobinding(binding)
+            # The memory of a binding is written again by its next run.
+            return [np.array(value.numpy()[:n]) for value in binding.get_outputs()]
+
+    def _binding(self, size: int, outputs: tuple[str, ...]) -> onnxruntime.IOBinding:
+        if size not in self._inputs:
+            self._inputs[size] = {
+                name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                    (size, *rows.shape[1:]), rows.dtype, self._device, 0
+                )
+                for name, rows in self._gathered.items()
+            }
+        if (size, outputs) not in self._bindings:
+            binding = self._session.io_binding()
+            for name, value in self._inputs[size].items():
+                binding.bind_ortvalue_input(name, value)
+            for name in outputs:
+                binding.bind_output(name, "cpu")
+            self._bindings[size, outputs] = binding
+        return self._bindings[size, outputs]
 
 
 class LaterEngine:
@@ -168,6 +280,7 @@ def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
         return "cpu"
     missing = missing_for_cuda()
     if missing is None:
+        os.environ.update(_CUDA_ENVIRONMENT)
         # The CUDA and cuDNN wheels are not on the loader's path; a no-op where the system has the libraries.
         onnxruntime.preload_dlls()
         return "cuda"

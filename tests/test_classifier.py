@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_preprocessing import exact_map
 
 from service.classifier import Classifier
+from service.engine import missing_for_cuda, resolve_provider
 from service.errors import (
     ArtefactError,
     ChannelsError,
@@ -388,3 +389,38 @@ def test_findings_about_other_graphs_than_the_card_names_are_refused(tmp_path: P
     write(tmp_path / "two", random_groupsort(1))
     with pytest.raises(ArtefactError, match="digest"):
         Classifier.proved(tmp_path / "one", find_out(tmp_path / "two", "cpu"), "cpu", threads=1)
+
+
+ZOO = Path(__file__).resolve().parent.parent / "models" / "zoo"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*sorted(path.name for path in ZOO.iterdir() if path.is_dir()), "random"])
+def test_cuda_gives_the_classes_radii_and_logits_of_the_cpu(tmp_path: Path, name: str) -> None:
+    if missing := missing_for_cuda():
+        pytest.skip(missing)
+    folder = ZOO / name
+    if name == "random":
+        folder = tmp_path
+        write(folder, random_groupsort(0))
+    findings = find_out(folder, "cpu")
+    cpu = Classifier.proved(folder, findings, "cpu", threads=1)
+    cuda = Classifier.proved(folder, findings, resolve_provider("cuda"), threads=1)
+    assert cuda.provider == "CUDAExecutionProvider"
+    for n in (1, 3, 300):
+        batch = images(n, n, cpu.input_shape)
+        for one, other in zip(cpu.predict(batch), cuda.predict(batch), strict=True):
+            np.testing.assert_allclose(other.logits_K, one.logits_K, rtol=0.0, atol=2.0 * one.logit_error)
+            if one.certified:
+                assert other.class_id == one.class_id
+                # Each margin moves by 4 E at most, over the smallest K.
+                bounds_KK = cpu.certificate.margin_bounds_KK
+                assert other.radius == pytest.approx(
+                    one.radius, rel=1e-12, abs=4.0 * one.logit_error / bounds_KK[bounds_KK > 0.0].min()
+                )
+    batch = images(0, 5, cpu.input_shape)
+    found = cuda.counterfactual(batch, cuda.predict(batch), [None] * 5)
+    for counterfactual, again in zip(
+        found, cpu.predict(np.stack([counterfactual.pixels_CHW for counterfactual in found]) / 255), strict=True
+    ):
+        assert again.class_id == counterfactual.class_id

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,11 +13,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from builders import linear
+from builders import linear, random_groupsort
 from onnx import TensorProto, helper, numpy_helper
 
 from service import engine
-from service.engine import CPU, CUDA, Engine, GraphError, LaterEngine, resolve_provider
+from service.engine import CPU, CUDA, Engine, FixedBatches, GraphError, LaterEngine, resolve_provider
 from service.errors import ProviderError
 
 GRAPHS = linear(np.arange(8.0).reshape(2, 4) / 8, np.array([0.5, -0.5]), (1, 2, 2))
@@ -148,15 +150,146 @@ def test_a_graph_that_could_not_be_loaded_is_tried_again() -> None:
     assert later.run(["logits"], {"image": np.ones((1, 1, 2, 2))})[0].shape == (1, 2)
 
 
+def fixed_batches(graph: bytes, largest: int) -> tuple[Engine, FixedBatches]:
+    loaded = Engine(graph, "cpu", threads=1)
+    return loaded, FixedBatches(loaded._session, "cpu", largest)
+
+
+def inputs_of(loaded: Engine, n: int, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {value.name: random.random((n, *value.shape[1:])) for value in loaded._session.get_inputs()}
+
+
+@pytest.mark.parametrize("graph", ["model", "transport"])
+@pytest.mark.parametrize("warm", [True, False])
+def test_fixed_batches_give_what_the_session_gives_for_every_size(graph: str, warm: bool) -> None:
+    loaded, fixed = fixed_batches(getattr(random_groupsort(0), graph), 8)
+    if warm:
+        fixed.warm_up()
+    assert fixed.sizes == (1, 2, 4, 8)
+    for n in (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 23):
+        inputs = inputs_of(loaded, n, seed=n)
+        for one, other in zip(
+            fixed.run(loaded.output_names, inputs), loaded.run(loaded.output_names, inputs), strict=True
+        ):
+            assert one.dtype == other.dtype
+            assert one.shape == other.shape
+            # The same sums, perhaps in another order.
+            np.testing.assert_allclose(one, other, rtol=0.0, atol=1e-14)
+
+
+def test_a_graph_of_one_batch_size_is_run_in_batches_of_that_size() -> None:
+    model = onnx.load_model_from_string(GRAPHS.model)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    _, fixed = fixed_batches(model.SerializeToString(), 256)
+    assert fixed.sizes == (4,)
+    image = np.random.default_rng(0).random((6, 1, 2, 2))
+    (expected,) = Engine(GRAPHS.model, "cpu", threads=1).run(["logits"], {"image": image})
+    np.testing.assert_allclose(fixed.run(["logits"], {"image": image})[0], expected, rtol=1e-14)
+
+
+def test_results_of_fixed_batches_are_not_written_again_by_the_next_run() -> None:
+    loaded, fixed = fixed_batches(GRAPHS.model, 4)
+    (first,) = fixed.run(["logits"], inputs_of(loaded, 3, seed=1))
+    kept = first.copy()
+    fixed.run(["logits"], inputs_of(loaded, 4, seed=2))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_threads_that_share_fixed_batches_get_their_own_results() -> None:
+    loaded, fixed = fixed_batches(random_groupsort(0).transport, 8)
+    work = [inputs_of(loaded, 1 + seed % 11, seed) for seed in range(64)]
+    expected = [loaded.run(loaded.output_names, inputs) for inputs in work]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda inputs: fixed.run(loaded.output_names, inputs), work))
+    for one, other in zip(answers, expected, strict=True):
+        for values, wanted in zip(one, other, strict=True):
+            np.testing.assert_allclose(values, wanted, rtol=0.0, atol=1e-14)
+
+
+def test_fixed_batches_take_some_of_the_outputs_in_any_order() -> None:
+    loaded, fixed = fixed_batches(random_groupsort(0).transport, 4)
+    inputs = inputs_of(loaded, 3)
+    logits, gradient = loaded.run(("logits", "gradient"), inputs)
+    for names, wanted in ((("gradient",), (gradient,)), (("gradient", "logits"), (gradient, logits))):
+        for one, other in zip(fixed.run(names, inputs), wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0.0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"image": np.zeros((2, 1, 1, 1))},
+        {"image": np.zeros((2, 4))},
+        {"picture": np.zeros((2, 1, 2, 2))},
+        {"image": np.zeros((2, 1, 2, 2)), "other": np.zeros((2, 1))},
+    ],
+)
+def test_fixed_batches_refuse_what_is_not_an_input_of_the_graph(inputs: dict[str, np.ndarray]) -> None:
+    _, fixed = fixed_batches(GRAPHS.model, 4)
+    with pytest.raises(ValueError, match=r"the graph takes \{'image'"):
+        fixed.run(["logits"], inputs)
+
+
+def test_fixed_batches_refuse_a_graph_whose_images_have_no_fixed_shape() -> None:
+    model = onnx.load_model_from_string(random_groupsort(0).transport)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
+    with pytest.raises(GraphError, match="must be fixed behind the batch axis"):
+        fixed_batches(model.SerializeToString(), 4)
+
+
+def test_on_a_gpu_every_batch_size_is_run_once_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of what is done for a GPU, with the CPU in its place."""
+    real_session, real_fixed = onnxruntime.InferenceSession, engine.FixedBatches
+    seen: list[int] = []
+
+    class Watched(real_fixed):
+        def __init__(self, session: onnxruntime.InferenceSession, device: str, largest: int) -> None:
+            assert device == "cuda"
+            super().__init__(session, "cpu", largest)
+
+        def _run(self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...]) -> list[np.ndarray]:
+            seen.append(len(inputs["image"]))
+            return super()._run(inputs, outputs)
+
+    monkeypatch.setattr(engine, "CUDA", CPU)
+    monkeypatch.setattr(engine, "FixedBatches", Watched)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda graph, providers, **options: real_session(graph, providers=[CPU])
+    )
+    loaded = Engine(GRAPHS.model, "cuda", threads=1)
+    assert sorted(seen) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    seen.clear()
+    on_cpu = Engine(GRAPHS.model, "cpu", threads=1)
+    inputs = inputs_of(on_cpu, 600)
+    np.testing.assert_allclose(
+        loaded.run(["logits"], inputs)[0], on_cpu.run(["logits"], inputs)[0], rtol=0.0, atol=1e-14
+    )
+    assert seen == [256, 256, 88]
+
+
+def test_nothing_in_the_environment_makes_cuda_compute_in_narrower_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "missing_for_cuda", lambda: None)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    names = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_EMULATE_SINGLE_PRECISION", "CUBLAS_EMULATE_DOUBLE_PRECISION")
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    assert resolve_provider("auto") == "cuda"
+    assert [os.environ[name] for name in names] == ["0", "0", "0"]
+
+
 @pytest.mark.gpu
 def test_cuda_gives_the_logits_of_the_cpu() -> None:
     if missing := engine.missing_for_cuda():
         pytest.skip(missing)
-    image = np.random.default_rng(0).random((5, 1, 2, 2))
-    (on_cpu,) = Engine(GRAPHS.model, "cpu", threads=1).run(["logits"], {"image": image})
     loaded = Engine(GRAPHS.model, resolve_provider("cuda"), threads=1)
     assert loaded.provider == CUDA
-    np.testing.assert_allclose(loaded.run(["logits"], {"image": image})[0], on_cpu, rtol=1e-13)
+    on_cpu = Engine(GRAPHS.model, "cpu", threads=1)
+    for n in (0, 1, 5, 256, 300):
+        inputs = inputs_of(on_cpu, n)
+        (wanted,) = on_cpu.run(["logits"], inputs)
+        np.testing.assert_allclose(loaded.run(["logits"], inputs)[0], wanted, rtol=1e-13)
 
 
 def test_a_float64_clip_after_a_relu_is_served() -> None:
