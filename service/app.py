@@ -66,7 +66,8 @@ def load_classifiers(settings: Settings, provers: Provers | None = None) -> dict
         ProviderError: the provider cannot be had.
         SettingsError: there is no model of the default name.
     """
-    folders = artefact_folders(settings.models)
+    # The default model first: it warms up while others are still being proved.
+    folders = artefact_folders(settings.models, settings.default_model)
     if provers is None:
         with Provers(usable_cpus()) as new:
             new.start(folders, settings.provider)
@@ -81,12 +82,14 @@ def load_classifiers(settings: Settings, provers: Provers | None = None) -> dict
                 folder / "card.json", f"the name {classifier.name!r} is taken by another artefact; change one"
             )
         classifiers[classifier.name] = classifier
+        if classifier.name == settings.default_model:
+            classifier.warm_up()
     if settings.default_model not in classifiers:
         raise SettingsError(
             f"LIPCERT_DEFAULT_MODEL={settings.default_model!r}: {settings.models} has no such model; it has "
-            f"{', '.join(classifiers)}"
+            f"{', '.join(sorted(classifiers))}"
         )
-    return classifiers
+    return dict(sorted(classifiers.items()))
 
 
 def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None = None) -> FastAPI:

@@ -110,14 +110,21 @@ class Artefact:
         return digest(self.model_bytes)
 
 
-def artefact_folders(models: Path) -> list[Path]:
+def artefact_folders(models: Path, first: str) -> list[Path]:
     """The folders of artefacts in a folder of models, by name; those whose names start with `.` or `_` are none.
+
+    Args:
+        models: the folder of models.
+        first: the name of the folder that comes before all others.
 
     Raises:
         ArtefactError: there is no such folder, or nothing is in it.
     """
     try:
-        folders = sorted(path for path in models.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
+        folders = sorted(
+            (path for path in models.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))),
+            key=lambda path: (path.name != first, path.name),
+        )
     except OSError as error:
         raise ArtefactError(
             models, f"the folder of models cannot be read ({error.strerror}); set LIPCERT_MODELS"

@@ -146,6 +146,12 @@ class Classifier:
             check_agreement(folder, model, transport, certificate)
         return cls(card, findings.digests[MODEL_FILE], certificate, model, transport)
 
+    def warm_up(self) -> None:
+        """Load both graphs and run them once, so that a request finds memory and caches in place."""
+        view = self.view(self.input_shape)
+        view.margin_gradient(np.zeros((1, *self.input_shape)), np.zeros((1, len(self.labels))))
+        view.classify(np.zeros((1, *self.input_shape)))
+
     def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
         """The model as images of this shape, (C, H, W), see it; the same object for the same shape, while it is kept.
 

@@ -44,11 +44,14 @@ def find_out(folder: Path, provider: Provider) -> Findings:
         for file in GRAPH_FILES:
             contents[file] = read_file(folder / file)
             digests[file] = digest(contents[file])
-        certificate = prove(folder, contents[MODEL_FILE], contents[TRANSPORT_FILE])
         on_cpu = provider == "cpu" or missing_for_cuda() is not None
         if on_cpu:
+            certificate = _prove_model(folder, contents[MODEL_FILE])
             model, transport = (load_engine(folder / file, contents.pop(file), "cpu", 1) for file in GRAPH_FILES)
+            _check_face(folder / TRANSPORT_FILE, transport.input_names, transport.output_names)
             check_agreement(folder, model, transport, certificate)
+        else:
+            certificate = prove(folder, contents[MODEL_FILE], contents[TRANSPORT_FILE])
     except ArtefactError as error:
         return Findings(digests, None, False, (error.file, error.reason))
     return Findings(digests, certificate, on_cpu)
@@ -60,28 +63,32 @@ def prove(folder: Path, model_bytes: bytes, transport_bytes: bytes) -> Certifica
     Raises:
         ArtefactError: the model has no proof, or the transport graph has another face than it must have.
     """
+    certificate = _prove_model(folder, model_bytes)
+    path = folder / TRANSPORT_FILE
     try:
-        certificate = certify(model_bytes)
+        graph = onnx.load_model_from_string(transport_bytes).graph
+        onnx.checker.check_model(transport_bytes)
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        raise ArtefactError(path, f"not a valid ONNX graph ({error}). Export the artefact again.") from error
+    constants = {initializer.name for initializer in graph.initializer}
+    inputs = [value.name for value in graph.input if value.name not in constants]
+    _check_face(path, inputs, [value.name for value in graph.output])
+    return certificate
+
+
+def _prove_model(folder: Path, model_bytes: bytes) -> Certificate:
+    try:
+        return certify(model_bytes)
     except UnsupportedGraphError as error:
         raise ArtefactError(
             folder / MODEL_FILE,
             f"the graph has no proved Lipschitz bound, so it is not served: {error}\n"
             "Change the network to operators that the certifier knows, and export it again.",
         ) from error
-    _check_face(folder / TRANSPORT_FILE, transport_bytes)
-    return certificate
 
 
-def _check_face(path: Path, content: bytes) -> None:
-    try:
-        model = onnx.load_model_from_string(content)
-        onnx.checker.check_model(content)
-    except (DecodeError, onnx.checker.ValidationError) as error:
-        raise ArtefactError(path, f"not a valid ONNX graph ({error}). Export the artefact again.") from error
-    constants = {initializer.name for initializer in model.graph.initializer}
-    inputs = {value.name for value in model.graph.input} - constants
-    outputs = {value.name for value in model.graph.output}
-    if inputs != {"image", "margin_weights"} or outputs != {"logits", "gradient"}:
+def _check_face(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    if set(inputs) != {"image", "margin_weights"} or set(outputs) != {"logits", "gradient"}:
         raise ArtefactError(
             path,
             f"the graph has inputs {sorted(inputs)} and outputs {sorted(outputs)}; it must take `image` and "

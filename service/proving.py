@@ -68,10 +68,10 @@ class Provers:
                 os.close(descriptor)
 
     def start(self, folders: Sequence[Path], provider: Provider) -> None:
-        """Share the work out: the largest first, each to whoever has the least.
+        """Share the work out: the largest goes first, each to whoever has the least.
 
         Args:
-            folders: with the graphs of an artefact each.
+            folders: with the graphs of an artefact each; of its share, each process takes them in this order.
             provider: what the server is asked for.
         """
         self._provider = provider
@@ -81,9 +81,10 @@ class Provers:
         sizes = [0] * len(shares)
         for folder in sorted(folders, key=_size, reverse=True):
             least = sizes.index(min(sizes))
-            shares[least].append(folder)
             sizes[least] += _size(folder)
             self._result_of[folder] = self._results[least]
+        for folder in folders:
+            shares[self._results.index(self._result_of[folder])].append(folder)
         # One that ended already is noticed when its results are missed.
         with contextlib.suppress(BrokenPipeError):
             pickle.dump((provider, shares), self._process.stdin)
