@@ -4,7 +4,8 @@ A folder with three files: `model.onnx` (image -> logits), `transport.onnx` (ima
 gradient) and `card.json` (`Card`: what it is, what made it, what was measured). The card names the sha256 of
 both graphs; the bound itself is never read from it: it is derived from the bytes of `model.onnx`.
 
-Every file is read once, so that digest, certificate and session speak about the same bytes.
+Digest, certificate and session speak about the same bytes: a file is read once for all of them, or read again and
+compared with the digest that was proved.
 """
 
 from __future__ import annotations
