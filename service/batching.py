@@ -8,6 +8,9 @@
                                             counterfactual wanted ────────┘
                                             queue of searches ─► one search per view ─► answer each
 
+An image of a few thousand pixels is decoded where it arrives: that takes less time than reading its HTTP request does,
+and several times as long on a worker, because decoders let go of the interpreter's lock and wait for it again.
+
 A worker that is free takes what is waiting and never waits for more (unless `max_delay_s` says so): while it computes,
 the next batch gathers by itself. A pass of the network runs without the interpreter's lock, so workers overlap.
 
@@ -26,6 +29,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -48,8 +52,11 @@ Answer_co = TypeVar("Answer_co", covariant=True)
 
 # Bytes of requests that one worker decodes before it computes: a large file does not make many small ones wait.
 _DECODED_BYTES = 1024 * 1024
-# Fewer images than this are not shared out among idle workers: passes of a few images cost about the same.
-_LEAST_SHARE = 8
+_SMALL_BYTES = 64 * 1024
+# No pass is kept to itself for the sake of more images than this,
+_MOST_LEAST_SHARE = 32
+# and passes shorter than this are not shared: waking another worker takes as long.
+_SHORT_S = 0.0015
 # A search keeps this share of a forward batch: each image of it costs several passes, and predictions wait for one.
 _SEARCH_SHARE = 4
 
@@ -68,10 +75,14 @@ class Decoded:
 
 
 class Question(Protocol[Answer_co]):
-    """A request; both methods run on a worker thread, and what they raise is the answer to this request alone."""
+    """A request; what its methods raise is the answer to this request alone."""
+
+    def decode_at_once(self) -> Decoded | None:
+        """Read the request on the event loop, if that takes no longer than handing it to a worker; None otherwise."""
+        ...
 
     def decode(self) -> Decoded:
-        """Read the request."""
+        """Read the request, on a worker thread."""
         ...
 
     def answer(
@@ -81,8 +92,10 @@ class Question(Protocol[Answer_co]):
         predictions: Sequence[Prediction],
         found: Sequence[Counterfactual] | None,
     ) -> Answer_co:
-        """Put into words what was computed about images (pixels in [0, 1]); `found` is None where no counterfactual was
-        asked for."""
+        """Put into words, on a worker thread, what was computed about images (pixels in [0, 1]).
+
+        `found` is None where no counterfactual was asked for.
+        """
         ...
 
 
@@ -124,17 +137,23 @@ class Batcher:
         self._searches: deque[_Part] = deque()
         self._idle = 0
         self._closed = False
+        self._python = threading.Lock()
+        """Held by the worker that decodes or answers."""
+        self._paces: dict[str, Pace] = {}
+        """By the digest of the model."""
+        self._pace = Pace(0.0, 0.0)
+        """Of the batch that was computed last."""
         # These belong to the event loop.
         self._open: set[_Request[Any]] = set()
+        self._arrived: list[_Request[Any]] = []
         self._admitted_requests = 0
         self._admitted_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_loop: asyncio.AbstractEventLoop | None = None
         metrics.watch_waiting(lambda: len(self._questions) + len(self._parts) + len(self._searches))
 
-    @contextlib.contextmanager
-    def admit(self, n_bytes: int) -> Generator[None]:
-        """Hold a place for a request while it is read and answered.
+    def admit(self, n_bytes: int) -> None:
+        """Hold a place for a request while it is read and answered; `release` gives it back.
 
         Args:
             n_bytes: the declared or largest possible length of its body.
@@ -149,11 +168,11 @@ class Batcher:
             raise OverloadedError(self._admitted_requests)
         self._admitted_requests += 1
         self._admitted_bytes += n_bytes
-        try:
-            yield
-        finally:
-            self._admitted_requests -= 1
-            self._admitted_bytes -= n_bytes
+
+    def release(self, n_bytes: int) -> None:
+        """Give back what `admit` held."""
+        self._admitted_requests -= 1
+        self._admitted_bytes -= n_bytes
 
     async def ask(self, question: Question[Answer], n_bytes: int, deadline_s: float) -> Answer:
         """The answer to a question.
@@ -169,17 +188,25 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         request = _Request(question, n_bytes, loop, loop.create_future(), loop.time(), loop.time() + deadline_s)
+        request.decoded = question.decode_at_once()
         self._watch(request)
         try:
-            with self._condition:
-                self._questions.append(request)
-                if self._idle:
-                    self._condition.notify()
-            if not self._threads:
-                self._start()
+            # Those that arrived together go to the workers together, after the last of them.
+            self._arrived.append(request)
+            if len(self._arrived) == 1:
+                loop.call_soon(self._hand_over)
             return await request.future
         finally:
             self._open.discard(request)
+
+    def _hand_over(self) -> None:
+        with self._condition:
+            self._questions.extend(self._arrived)
+            if self._is_worth_a_worker():
+                self._condition.notify()
+        self._arrived.clear()
+        if not self._threads:
+            self._start()
 
     def close(self) -> None:
         """Let the workers finish what they compute, and end them; questions that wait are not answered."""
@@ -222,45 +249,64 @@ class Batcher:
     # From here on: worker threads.
 
     def _work(self) -> None:
-        while (batch := self._take(wait=True)) is not None:
-            self._compute(*batch)
+        while self._wait_for_work():
+            self._compute_next(searches=True)
 
-    def _compute(self, requests: list[_Request[Any]], parts: list[_Part], searches: list[_Part]) -> None:
+    def _compute_next(self, searches: bool) -> None:
+        """Take, decode, compute and answer one batch, if there is one; of searches only if wanted."""
         done = _Done()
+        # One worker at a time takes, decodes and answers: threads that all run Python only take the interpreter's lock
+        # from each other. Whoever comes second finds a fuller batch.
+        with self._python:
+            batch = self._take(searches)
+            if batch is None:
+                return
+            is_small = sum(request.n_bytes for request in batch.requests if request.decoded is None) <= _SMALL_BYTES
+            parts = self._decode_all(batch, done) if is_small else []
+        if not is_small:
+            # Decoders of large files mostly run without the interpreter's lock.
+            parts = self._decode_all(batch, done)
+        self._compute(batch, parts, done)
+
+    def _compute(self, batch: _Batch, parts: list[_Part], done: _Done) -> None:
+        """Everything after decoding, and the answers on their way."""
         try:
-            for request in requests:
-                parts += self._decode(request, done)
             for view, group in _by_view(parts):
-                for batch in _filled(group, self._limits.forward_batch):
-                    self._predict(view, batch, done)
-            for view, group in _by_view(searches):
+                for together in _filled(group, self._limits.forward_batch):
+                    self._predict(view, together, done)
+            for view, group in _by_view(batch.searches):
                 self._search(view, group, done)
         except Exception as error:  # a defect of this module: the worker goes on, and nobody waits in vain
             _log.exception("a worker failed on a batch")
-            for request in {*requests, *(part.request for part in [*parts, *searches])}:
+            for request in {*batch.requests, *(part.request for part in [*parts, *batch.searches])}:
                 done.fail(request, error)
+        with self._python:
+            done.answer_all()
         done.deliver()
 
-    def _take(self, wait: bool) -> tuple[list[_Request[Any]], list[_Part], list[_Part]] | None:
-        """What one worker does next: questions and parts to predict, or else searches; None at the end.
-
-        Args:
-            wait: for something to do; otherwise only predictions that are there are taken.
-        """
+    def _wait_for_work(self) -> bool:
+        """Return when there is something to do; false at the end."""
         with self._condition:
-            while True:
-                if self._closed:
-                    return None
+            while not self._closed:
                 delay_s = self._delay_s()
-                if (self._questions or self._parts) and delay_s <= 0.0:
-                    return *self._take_predictions(), []
-                if not wait:
-                    return None
-                if self._searches:
-                    return [], [], self._take_searches()
+                if self._searches or self._parts or (self._questions and delay_s <= 0.0):
+                    return True
                 self._idle += 1
                 self._condition.wait(delay_s if self._questions else None)
                 self._idle -= 1
+            return False
+
+    def _take(self, searches: bool) -> _Batch | None:
+        """What one worker does next: questions and parts to predict, or else, if wanted, searches."""
+        with self._condition:
+            if (self._questions or self._parts) and self._delay_s() <= 0.0:
+                return self._take_predictions()
+            if searches and self._searches:
+                return _Batch([], [], self._take_searches())
+            return None
+
+    def _decode_all(self, batch: _Batch, done: _Done) -> list[_Part]:
+        return batch.parts + [part for request in batch.requests for part in self._decode(request, done)]
 
     def _delay_s(self) -> float:
         """How much longer the first question may wait for others."""
@@ -272,10 +318,11 @@ class Batcher:
         first = self._questions[0]
         return first.arrived + limits.max_delay_s - first.loop.time()
 
-    def _take_predictions(self) -> tuple[list[_Request[Any]], list[_Part]]:
+    def _take_predictions(self) -> _Batch:
         limits = self._limits
-        waiting = len(self._questions) + sum(part.count for part in self._parts)
-        room = min(limits.forward_batch, max(_LEAST_SHARE, -(-waiting // (1 + self._idle))))
+        waiting = self._waiting()
+        sharing = 1 + self._idle if self._pace.is_worth_sharing(waiting) else 1
+        room = min(limits.forward_batch, max(self._pace.least_share, -(-waiting // sharing)))
         parts: list[_Part] = []
         while self._parts and (not parts or self._parts[0].count <= room):
             part = self._parts.popleft()
@@ -288,9 +335,17 @@ class Batcher:
             requests.append(request)
             n_bytes += request.n_bytes
             room -= 1
-        if (self._questions or self._parts) and self._idle:
+        if self._waiting() and self._is_worth_a_worker():
             self._condition.notify()
-        return requests, parts
+        return _Batch(requests, parts, [])
+
+    def _waiting(self) -> int:
+        """Images to predict; requests that are not decoded count as one."""
+        return len(self._questions) + sum(part.count for part in self._parts)
+
+    def _is_worth_a_worker(self) -> bool:
+        """Whether to wake a worker for what waits: always if no other is awake, who would come for it."""
+        return self._idle > 0 and (self._idle == len(self._threads) or self._pace.is_worth_sharing(self._waiting()))
 
     def _take_searches(self) -> list[_Part]:
         """Searches of one view, in order; those of others keep their places."""
@@ -316,7 +371,7 @@ class Batcher:
         if request.future.done():  # its deadline has passed, or its client is gone
             return []
         try:
-            decoded = request.question.decode()
+            decoded = request.decoded or request.question.decode()
             view = decoded.classifier.view(decoded.pixels_NCHW.shape[1:], decoded.resize)
         except Exception as error:
             done.fail(request, error)
@@ -324,7 +379,8 @@ class Batcher:
         count = len(decoded.pixels_NCHW)
         request.decoded = decoded
         request.predictions = [None] * count
-        pieces = max(-(-count // self._limits.forward_batch), min(1 + self._idle, count // _LEAST_SHARE), 1)
+        shares = min(1 + self._idle, count // self._pace_of(decoded.classifier).least_share)
+        pieces = max(-(-count // self._limits.forward_batch), shares, 1)
         parts = request.split(view, pieces)
         if len(parts) > 1:
             with self._condition:
@@ -337,6 +393,7 @@ class Batcher:
         if not parts:
             return
         try:
+            self._pace = self._pace_of(parts[0].classifier)
             image_NCHW = _unit_images([part.pixels_NCHW for part in parts])
             predictions = view.predict(image_NCHW)
         except Exception as error:
@@ -350,6 +407,12 @@ class Batcher:
             offset += part.count
             if self._is_last(part):
                 self._after_prediction(part.request, view, done)
+
+    def _pace_of(self, classifier: Classifier) -> Pace:
+        pace = self._paces.get(classifier.digest)
+        if pace is None:
+            pace = self._paces[classifier.digest] = measure_pace(classifier)
+        return pace
 
     def _after_prediction(self, request: _Request[Any], view: View, done: _Done) -> None:
         decoded = request.decoded
@@ -394,8 +457,8 @@ class Batcher:
 
     def predict_what_waits(self) -> None:
         """Compute one batch of predictions if there is one: called by a worker that is in the middle of a search."""
-        if (self._questions or self._parts) and (batch := self._take(wait=False)) is not None:
-            self._compute(*batch)
+        if self._questions or self._parts:
+            self._compute_next(searches=False)
 
     def _alone_or_fail(self, parts: list[_Part], error: Exception, done: _Done, run: Any) -> None:
         if len(parts) == 1:
@@ -409,6 +472,41 @@ class Batcher:
         with self._condition:
             part.request.left -= 1
             return part.request.left == 0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a pass of the network takes: `fixed_s + n * image_s` for n images."""
+
+    fixed_s: float
+    """What a pass costs however many images it has: the weights are read, and the interpreter has its share."""
+    image_s: float
+
+    @property
+    def least_share(self) -> int:
+        """Images for which a pass spends at least as much time on them as on itself; at least 1."""
+        return max(1, min(_MOST_LEAST_SHARE, round(self.fixed_s / self.image_s) if self.image_s > 0.0 else 1))
+
+    def is_worth_sharing(self, images: int) -> bool:
+        """Whether a second worker should compute a part of these images: each has enough, and it takes a while."""
+        return images >= 2 * self.least_share and self.fixed_s + images * self.image_s > _SHORT_S
+
+
+def measure_pace(classifier: Classifier) -> Pace:
+    """The pace of a model, from passes of one and of four black images; the first pass also loads it."""
+    view = classifier.view(classifier.input_shape)
+    seconds: dict[int, float] = {}
+    for count in (1, 4):
+        image_NCHW = np.zeros((count, *classifier.input_shape))
+        view.classify(image_NCHW)
+        took: list[float] = []
+        for _ in range(3):
+            start = time.perf_counter()
+            view.classify(image_NCHW)
+            took.append(time.perf_counter() - start)
+        seconds[count] = min(took)
+    image_s = max((seconds[4] - seconds[1]) / 3.0, seconds[1] / _MOST_LEAST_SHARE)
+    return Pace(max(seconds[1] - image_s, 0.0), image_s)
 
 
 class _Request(Generic[Answer]):
@@ -471,6 +569,15 @@ class _Request(Generic[Answer]):
             self.future.set_result(outcome)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What a worker has taken."""
+
+    requests: list[_Request[Any]]
+    parts: list[_Part]
+    searches: list[_Part]
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """Images `start` to `stop` of a request."""
@@ -492,6 +599,11 @@ class _Part:
     @property
     def image_NCHW(self) -> np.ndarray:
         return self.request.image_NCHW()[self.start : self.stop]
+
+    @property
+    def classifier(self) -> Classifier:
+        assert self.request.decoded is not None
+        return self.request.decoded.classifier
 
     @property
     def target(self) -> int | None:
@@ -521,18 +633,27 @@ class _Done:
     """Outcomes that a worker hands to the event loop at once: waking it for each would cost more than an answer."""
 
     def __init__(self) -> None:
+        self._computed: list[_Request[Any]] = []
         self._outcomes: list[tuple[_Request[Any], Any]] = []
 
     def answer(self, request: _Request[Any]) -> None:
-        assert request.decoded is not None
-        found = None if request.found is None else [one for one in request.found if one is not None]
-        try:
-            answer = request.question.answer(
-                request.decoded.classifier, request.image_NCHW(), request.predicted(), found
-            )
-            self._outcomes.append((request, answer))
-        except Exception as error:
-            self.fail(request, error)
+        """This request is computed."""
+        self._computed.append(request)
+
+    def answer_all(self) -> None:
+        """Put into words what is computed."""
+        for request in self._computed:
+            assert request.decoded is not None
+            found = None if request.found is None else [one for one in request.found if one is not None]
+            try:
+                answer = request.question.answer(
+                    request.decoded.classifier, request.image_NCHW(), request.predicted(), found
+                )
+            except Exception as error:
+                self.fail(request, error)
+            else:
+                self._outcomes.append((request, answer))
+        self._computed.clear()
 
     def fail(self, request: _Request[Any], error: Exception) -> None:
         self._outcomes.append((request, error))

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from service.errors import (
     BatchTooLargeError,
@@ -129,40 +129,57 @@ class ArrayBatch:
         return decode_array_batch(self.data, input_shape_CHW, max_pixels, max_batch)
 
 
-def media_type_of(request: Request, accepted: Sequence[str]) -> str:
+def headers_of(request: Request) -> dict[str, str]:
+    """The headers by their lower-case names, the first of each; looked up many times, so decoded once."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(request.scope["headers"])}
+
+
+def media_type_of(headers: Mapping[str, str], accepted: Sequence[str]) -> str:
     """Media type of the body, lower case and without parameters.
 
     Raises:
         MediaTypeError: there is none, or it is not one of `accepted`; any `image/...` will do where one does,
             because the bytes decide what they are.
     """
-    header = request.headers.get("content-type", "")
+    header = headers.get("content-type", "")
     media_type = header.partition(";")[0].strip().lower()
     if media_type in accepted or (media_type.startswith("image/") and IMAGES[0] in accepted):
         return media_type
     raise MediaTypeError(header, accepted)
 
 
-def declared_length(request: Request, default: int) -> int:
+def declared_length(headers: Mapping[str, str], default: int) -> int:
     """Bytes of the body as its header states them; `default` where it does not."""
-    declared = request.headers.get("content-length", "")
+    declared = headers.get("content-length", "")
     return int(declared) if declared.isdecimal() else default
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, headers: Mapping[str, str], max_bytes: int) -> bytes:
     """The whole body, never holding more than `max_bytes` of it.
+
+    Args:
+        request: nothing of it is read yet.
+        headers: see `headers_of`.
+        max_bytes: longest body.
 
     Raises:
         BodyTooLargeError: declared or real length above the limit.
         EmptyBodyError: no bytes.
+        ClientDisconnect: the client has gone.
     """
-    declared = declared_length(request, default=0)
+    declared = declared_length(headers, default=0)
     too_large = declared > max_bytes
-    if too_large and ("expect" in request.headers or declared > max_bytes + _DISCARD_BYTES):
+    if too_large and ("expect" in headers or declared > max_bytes + _DISCARD_BYTES):
         raise BodyTooLargeError(max_bytes)
     chunks: list[bytes] = []
     length = 0
-    async for chunk in request.stream():
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
         length += len(chunk)
         if length > max_bytes + _DISCARD_BYTES:
             break

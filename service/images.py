@@ -45,6 +45,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 _SEND = f"send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 _NPY_MAGIC = b"\x93NUMPY"
+_HASHED_AT_ONCE = 64 * 1024
 _PNG_LENGTH = struct.Struct(">I")
 _GREY_MODES = frozenset({"1", "L"})
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
@@ -65,7 +66,14 @@ def image_digest(image_CHW: Float64[np.ndarray, "C H W"]) -> str:
     """
     channels, height, width = image_CHW.shape
     digest = hashlib.sha256(f"{channels}x{height}x{width}\n".encode("ascii"))
-    digest.update(np.ascontiguousarray(image_CHW, dtype="<f8").data)
+    pixels = np.ascontiguousarray(image_CHW, dtype="<f8").data.cast("B")
+    if len(pixels) > _HASHED_AT_ONCE:
+        digest.update(pixels)
+    else:
+        # hashlib lets other threads run while it hashes more than 2047 bytes, and waits for its turn afterwards: for a
+        # small image that takes longer than hashing it.
+        for start in range(0, len(pixels), 2047):
+            digest.update(pixels[start : start + 2047])
     return f"sha256:{digest.hexdigest()}"
 
 

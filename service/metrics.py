@@ -33,6 +33,8 @@ class Metrics:
             buckets=_BUCKETS_S,
             registry=self._registry,
         )
+        self._by_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        """Counters that were looked up before; routes and defined methods are few."""
         self._predictions = Counter("lipcert_predictions", "Images classified.", ["model"], registry=self._registry)
         self._abstentions = Counter(
             "lipcert_abstentions",
@@ -71,9 +73,16 @@ class Metrics:
 
     def count_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         """Count one HTTP request; methods nobody defined share one label, so that clients cannot add labels."""
-        labels = (method if method in _METHODS else "other", route, str(status))
-        self._requests.labels(*labels).inc()
-        self._duration_s.labels(*labels).observe(duration_s)
+        key = (method, route, status)
+        counters = self._by_request.get(key)
+        if counters is None:
+            labels = (method if method in _METHODS else "other", route, str(status))
+            counters = (self._requests.labels(*labels), self._duration_s.labels(*labels))
+            if method in _METHODS:
+                self._by_request[key] = counters
+        count, duration = counters
+        count.inc()
+        duration.observe(duration_s)
 
     def exposition(self) -> bytes:
         """All counters in the text format of Prometheus."""

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service import __version__
 from service.answers import class_of
 from service.batching import Decoded
-from service.body import JSON, media_type_of, parse_json, refuse_query
+from service.body import JSON, headers_of, media_type_of, parse_json, refuse_query
 from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
 from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
@@ -125,10 +125,11 @@ def build_router(service: Service) -> APIRouter:
         },
     )
     async def infer(name: str, request: Request) -> Response:
-        media_type_of(request, [JSON])
+        headers = headers_of(request)
+        media_type_of(headers, [JSON])
         refuse_query(request.query_params.multi_items(), "`parameters`")
         classifier = service.classifier(name)
-        answer = await service.ask(request, lambda content: _InferQuestion(content, classifier, service))
+        answer = await service.ask(request, headers, lambda content: _InferQuestion(content, classifier, service))
         return Response(answer, media_type=JSON)
 
     return router
@@ -141,6 +142,9 @@ class _InferQuestion:
     content: bytes
     classifier: Classifier
     service: Service
+
+    def decode_at_once(self) -> None:
+        return None  # numbers in JSON take a while
 
     def decode(self) -> Decoded:
         self.request = parse_json(InferRequest, self.content)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 
 from service.answers import describe, describe_in_full
 from service.batching import Batcher, Question
-from service.body import BATCH_TYPES, NPY, PREDICT_TYPES, declared_length, media_type_of, read_body
+from service.body import BATCH_TYPES, NPY, PREDICT_TYPES, declared_length, headers_of, media_type_of, read_body
 from service.classifier import Classifier
 from service.errors import UnknownModelError
 from service.metrics import Metrics
@@ -59,7 +60,9 @@ class Service:
             raise UnknownModelError(wanted, self.classifiers)
         return self.classifiers[wanted]
 
-    async def ask(self, request: Request, question_of: Callable[[bytes], Question[Result]]) -> Result:
+    async def ask(
+        self, request: Request, headers: Mapping[str, str], question_of: Callable[[bytes], Question[Result]]
+    ) -> Result:
         """Read the body of a request and have its question answered by a worker.
 
         The header `Prefer: wait=SECONDS` (RFC 7240 section 4.3) asks for an earlier deadline than the server's.
@@ -69,13 +72,17 @@ class Service:
             OverloadedError, DeadlineError: see `Batcher`.
         """
         limit = self.settings.max_body_bytes
-        with self.batcher.admit(min(limit, declared_length(request, default=limit))):
-            content = await read_body(request, limit)
-            return await self.batcher.ask(question_of(content), len(content), self._deadline_s(request))
+        n_bytes = min(limit, declared_length(headers, default=limit))
+        self.batcher.admit(n_bytes)
+        try:
+            content = await read_body(request, headers, limit)
+            return await self.batcher.ask(question_of(content), len(content), self._deadline_s(headers))
+        finally:
+            self.batcher.release(n_bytes)
 
-    def _deadline_s(self, request: Request) -> float:
+    def _deadline_s(self, headers: Mapping[str, str]) -> float:
         longest_s = self.settings.deadline_s
-        preferences = request.headers.get("prefer")
+        preferences = headers.get("prefer")
         wanted = None if preferences is None else _WAIT.search(preferences)
         return longest_s if wanted is None else min(longest_s, float(wanted[1]))
 
@@ -135,16 +142,17 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
 
 
 async def _ask_about_images(service: Service, request: Request, accepted: Sequence[str], is_batch: bool) -> Response:
-    media_type = media_type_of(request, accepted)
-    content_type = request.headers["content-type"]
-    query = request.query_params.multi_items() if request.scope["query_string"] else []
-    as_npy = prefers_npy(request.headers.get("accept", ""))
+    headers = headers_of(request)
+    media_type = media_type_of(headers, accepted)
+    content_type = headers["content-type"]
+    query = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    as_npy = prefers_npy(headers.get("accept", ""))
 
     def question_of(content: bytes) -> ImageQuestion:
         body = Body(media_type, content_type, query, content)
         return ImageQuestion(body, is_batch, as_npy, service.settings, service.classifier, service.metrics)
 
-    reply: Reply = await service.ask(request, question_of)
+    reply: Reply = await service.ask(request, headers, question_of)
     return Response(reply.content, media_type=reply.media_type)
 
 
