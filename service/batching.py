@@ -28,6 +28,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -53,10 +54,9 @@ Answer_co = TypeVar("Answer_co", covariant=True)
 # Bytes of requests that one worker decodes before it computes: a large file does not make many small ones wait.
 _DECODED_BYTES = 1024 * 1024
 _SMALL_BYTES = 64 * 1024
-# No pass is kept to itself for the sake of more images than this,
-_MOST_LEAST_SHARE = 32
-# and passes shorter than this are not shared: waking another worker takes as long.
-_SHORT_S = 0.0015
+# See `Pace.share`.
+_MOST_SHARE = 32
+_LEAST_PASS_S = 0.003
 # A search keeps this share of a forward batch: each image of it costs several passes, and predictions wait for one.
 _SEARCH_SHARE = 4
 
@@ -321,8 +321,7 @@ class Batcher:
     def _take_predictions(self) -> _Batch:
         limits = self._limits
         waiting = self._waiting()
-        sharing = 1 + self._idle if self._pace.is_worth_sharing(waiting) else 1
-        room = min(limits.forward_batch, max(self._pace.least_share, -(-waiting // sharing)))
+        room = min(limits.forward_batch, max(self._pace.share, -(-waiting // (1 + self._idle))))
         parts: list[_Part] = []
         while self._parts and (not parts or self._parts[0].count <= room):
             part = self._parts.popleft()
@@ -345,7 +344,7 @@ class Batcher:
 
     def _is_worth_a_worker(self) -> bool:
         """Whether to wake a worker for what waits: always if no other is awake, who would come for it."""
-        return self._idle > 0 and (self._idle == len(self._threads) or self._pace.is_worth_sharing(self._waiting()))
+        return self._idle > 0 and (self._idle == len(self._threads) or self._waiting() >= self._pace.share)
 
     def _take_searches(self) -> list[_Part]:
         """Searches of one view, in order; those of others keep their places."""
@@ -379,7 +378,7 @@ class Batcher:
         count = len(decoded.pixels_NCHW)
         request.decoded = decoded
         request.predictions = [None] * count
-        shares = min(1 + self._idle, count // self._pace_of(decoded.classifier).least_share)
+        shares = min(1 + self._idle, count // self._pace_of(decoded.classifier).share)
         pieces = max(-(-count // self._limits.forward_batch), shares, 1)
         parts = request.split(view, pieces)
         if len(parts) > 1:
@@ -483,13 +482,17 @@ class Pace:
     image_s: float
 
     @property
-    def least_share(self) -> int:
-        """Images for which a pass spends at least as much time on them as on itself; at least 1."""
-        return max(1, min(_MOST_LEAST_SHARE, round(self.fixed_s / self.image_s) if self.image_s > 0.0 else 1))
+    def share(self) -> int:
+        """Images for which it pays that one more worker runs a pass of its own; at least 1.
 
-    def is_worth_sharing(self, images: int) -> bool:
-        """Whether a second worker should compute a part of these images: each has enough, and it takes a while."""
-        return images >= 2 * self.least_share and self.fixed_s + images * self.image_s > _SHORT_S
+        The pass spends as much time on them as on itself, and takes longer than waking a worker, and than the answers
+        to the pass before take to bring the next requests.
+        """
+        if self.image_s <= 0.0:
+            return 1
+        efficient = self.fixed_s / self.image_s
+        long_enough = (_LEAST_PASS_S - self.fixed_s) / self.image_s
+        return max(1, min(_MOST_SHARE, math.ceil(max(efficient, long_enough))))
 
 
 def measure_pace(classifier: Classifier) -> Pace:
@@ -505,7 +508,7 @@ def measure_pace(classifier: Classifier) -> Pace:
             view.classify(image_NCHW)
             took.append(time.perf_counter() - start)
         seconds[count] = min(took)
-    image_s = max((seconds[4] - seconds[1]) / 3.0, seconds[1] / _MOST_LEAST_SHARE)
+    image_s = max((seconds[4] - seconds[1]) / 3.0, seconds[1] / _MOST_SHARE)
     return Pace(max(seconds[1] - image_s, 0.0), image_s)
 
 
