@@ -112,7 +112,8 @@ def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[Base
     ):
         operation: Json = openapi["paths"][path]["post"]
         operation["requestBody"] = {"required": True, "description": form, "content": body_of(examples)}
-        operation["parameters"] = _query_parameters()
+        operation["parameters"] = [*_query_parameters(), _PREFER]
+        operation["responses"]["200"]["content"][body.NPY] = {"schema": _RECORDS}
     if examples is not None:
         _add_answers(openapi["paths"], examples)
     return openapi
@@ -236,6 +237,23 @@ def _option_schema(name: str) -> Json:
         if variant.get("type") != "null":
             schema.update(variant)
     return schema
+
+
+_PREFER: Json = {
+    "name": "Prefer",
+    "in": "header",
+    "description": "`wait=SECONDS` (RFC 7240): how long the client will wait, where that is less than the server's own "
+    "deadline; afterwards the answer is status 503.",
+    "schema": {"type": "string", "pattern": "wait=[0-9]+"},
+}
+_RECORDS: Json = {
+    "type": "string",
+    "format": "binary",
+    "description": "With `Accept: application/x-npy`: one structured numpy array, a record for each image, with the "
+    "fields `class_id`, `radius`, `certified`, `runner_up`, `lipschitz_bound`, `logit_error`, `logits`, and where a "
+    "counterfactual was asked for `counterfactual` (uint8, C x H x W), `counterfactual_class_id`, "
+    "`counterfactual_distance`, `counterfactual_reached`.",
+}
 
 
 def _query_parameters() -> list[Json]:

@@ -111,13 +111,15 @@ def test_every_form_of_request_is_documented(document: dict[str, Any]) -> None:
     for path, media_types in (("/predict", PREDICT_TYPES), ("/predict/batch", BATCH_TYPES)):
         operation = document["paths"][path]["post"]
         assert set(operation["requestBody"]["content"]) == set(media_types)
-        assert {parameter["name"] for parameter in operation["parameters"]} == {
-            "model",
-            "epsilon",
-            "counterfactual",
-            "target",
-            "resize",
+        assert {(parameter["name"], parameter["in"]) for parameter in operation["parameters"]} == {
+            ("model", "query"),
+            ("epsilon", "query"),
+            ("counterfactual", "query"),
+            ("target", "query"),
+            ("resize", "query"),
+            ("Prefer", "header"),
         }
+        assert set(operation["responses"]["200"]["content"]) == {"application/json", "application/x-npy"}
 
 
 def test_every_field_of_the_answer_is_described(document: dict[str, Any]) -> None:
