@@ -211,7 +211,7 @@ def _check_png(data: bytes) -> None:
     """Raise unless the chunks of a PNG file are whole, checksums included, up to IEND: decoding stops at the last row.
 
     The layout is that of the PNG specification (third edition, section 5): 8 bytes of signature, then chunks of length,
-    type, data and CRC-32 of type and data.
+    type (four letters), data and CRC-32 of type and data; IEND has no data.
     """
     view = memoryview(data)
     start = 8
@@ -220,7 +220,12 @@ def _check_png(data: bytes) -> None:
         end = start + 8 + length
         if zlib.crc32(view[start + 4 : end]) != _PNG_LENGTH.unpack_from(view, end)[0]:
             raise ValueError(f"the checksum of the chunk at byte {start} does not match")
-        if view[start + 4 : start + 8].tobytes() == b"IEND":
+        kind = view[start + 4 : start + 8].tobytes()
+        if not kind.isalpha():
+            raise ValueError(f"the chunk at byte {start} has a type that is not four letters")
+        if kind == b"IEND":
+            if length:
+                raise ValueError("the last chunk is not empty")
             return
         start = end + 4
 

@@ -12,6 +12,7 @@ from encoding import encode, npy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from service.errors import (
     ArrayError,
@@ -220,6 +221,93 @@ def test_a_png_with_a_damaged_checksum_is_refused(grey_HW: np.ndarray) -> None:
     data[data.index(b"IDAT") + 8] ^= 1
     with pytest.raises(NotAnImageError, match="damaged"):
         decode_image(bytes(data), LIMIT)
+
+
+def interlaced() -> bytes:
+    """An interlaced grey PNG of 7 x 5: Adam7, written pass by pass."""
+    grey_HW = np.random.default_rng(4).integers(0, 256, (7, 5), dtype=np.uint8)
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = [
+        b"\0" + row.tobytes()
+        for top, left, down, right in passes
+        for row in grey_HW[top::down, left::right]
+        if row.size
+    ]
+    file = png_of_chunks(
+        (b"IHDR", struct.pack(">IIBBBBB", 5, 7, 8, 0, 0, 0, 1)),
+        (b"IDAT", zlib.compress(b"".join(rows))),
+        (b"IEND", b""),
+    )
+    assert (decode_image(file, LIMIT)[0] == grey_HW).all()
+    return file
+
+
+def png_of_chunks(*chunks: tuple[bytes, bytes]) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def pillow_verifies(data: bytes) -> bool:
+    """Whether Pillow opens, verifies and decodes the file, and it has an end."""
+    try:
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+        Image.open(io.BytesIO(data), formats=["PNG"]).load()
+    except Exception:
+        return False
+    return b"IEND\xaeB`\x82" in data
+
+
+def is_read(data: bytes) -> bool:
+    try:
+        decode_image(data, LIMIT)
+    except InputError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["grey", "RGB", "palette", "interlaced", "with text and EXIF"])
+def test_no_damage_to_a_png_that_pillow_sees_is_overlooked(
+    grey_HW: np.ndarray, colour_HWC: np.ndarray, kind: str
+) -> None:
+    files = {
+        "grey": lambda: encode(grey_HW),
+        "RGB": lambda: encode(colour_HWC),
+        "palette": lambda: encode(Image.fromarray(colour_HWC).quantize(8)),
+        "interlaced": interlaced,
+        "with text and EXIF": lambda: encode(grey_HW, pnginfo=noted(), exif=turned()),
+    }
+    file = files[kind]()
+    assert is_read(file)
+    cut = [file[:length] for length in range(len(file))]
+    flipped = [
+        file[:at] + bytes([file[at] ^ change]) + file[at + 1 :]
+        for at in range(len(file))
+        for change in (0x01, 0x20, 0xFF)
+    ]
+    overlooked = [damaged for damaged in cut + flipped if is_read(damaged) and not pillow_verifies(damaged)]
+    assert not overlooked
+    assert not any(is_read(damaged) for damaged in cut)
+
+
+def noted() -> PngInfo:
+    text = PngInfo()
+    text.add_text("Comment", "a digit")
+    return text
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+@pytest.mark.parametrize("end", [(b"IEND", b"abc"), (b"I\0\0D", b""), (b"1234", b"")])
+def test_chunks_that_are_whole_and_make_no_png_are_refused(end: tuple[bytes, bytes]) -> None:
+    header = (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    pixels = (b"IDAT", zlib.compress(b"\0\7"))
+    assert is_read(png_of_chunks(header, pixels, (b"IEND", b"")))
+    assert not is_read(png_of_chunks(header, pixels, end, *([] if end[0] == b"IEND" else [(b"IEND", b"")])))
 
 
 @pytest.mark.parametrize("size", [101, 12_000, 20_000])
