@@ -43,6 +43,7 @@ PREDICT_TYPES = (JSON, FORM, *IMAGES, NPY)
 BATCH_TYPES = (JSON, NPY)
 
 _MAX_PARTS = 32
+_NO_OPTIONS = Options()
 _DISCARD_BYTES = 64 * 1024 * 1024
 
 Wire = TypeVar("Wire", bound=BaseModel)
@@ -277,6 +278,8 @@ def _first_repeated(names: Sequence[str]) -> str:
 
 
 def _from_strings(fields: Sequence[tuple[str, str]], place: str, also: str | None = None) -> Options:
+    if not fields:
+        return _NO_OPTIONS
     names = [name for name, _ in fields]
     _refuse_unknown(names, [also, *Options.model_fields] if also else list(Options.model_fields), place)
     if len(set(names)) != len(names):
