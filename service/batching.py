@@ -59,6 +59,10 @@ _MOST_SHARE = 32
 _LEAST_PASS_S = 0.003
 # A search keeps this share of a forward batch: each image of it costs several passes, and predictions wait for one.
 _SEARCH_SHARE = 4
+# So many batches of predictions go before a search that waits,
+_MOST_IN_A_ROW = 4
+# and images that wait for a search have at most so many times the pixels that share a pass.
+_WAITING_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class Limits:
     """Requests that are read, wait or are computed at the same time; more are refused."""
     max_bytes: int = 256 * 1024 * 1024
     """The same for the bytes of their bodies."""
+    max_pixels: int = 2 * 1024 * 1024
+    """Requests whose images have more pixels together than this do not share a pass or a search: memory goes with
+    pixels, and a file of a few thousand bytes can have millions."""
 
 
 class Batcher:
@@ -136,6 +143,8 @@ class Batcher:
         """Parts of batches that are decoded and wait for their pass."""
         self._searches: deque[_Part] = deque()
         self._idle = 0
+        self._in_a_row = 0
+        """Batches of predictions since a search was taken."""
         self._closed = False
         self._python = threading.Lock()
         """Held by the worker that decodes or answers."""
@@ -236,9 +245,17 @@ class Batcher:
         for request in [request for request in self._open if request.deadline <= now]:
             self._open.discard(request)
             request.settle(DeadlineError(request.deadline - request.arrived))
+        self._forget()
         self._timer = None
         if self._open:
             self._expire_at(min(request.deadline for request in self._open), loop)
+
+    def _forget(self) -> None:
+        """Let go of what nobody waits for: its place is given to others, so its bytes must not stay."""
+        with self._condition:
+            self._questions = deque(request for request in self._questions if not request.future.done())
+            self._parts = deque(part for part in self._parts if not part.request.future.done())
+            self._searches = deque(part for part in self._searches if not part.request.future.done())
 
     def _expire_at(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
@@ -297,16 +314,37 @@ class Batcher:
             return False
 
     def _take(self, searches: bool) -> _Batch | None:
-        """What one worker does next: questions and parts to predict, or else, if wanted, searches."""
+        """What one worker does next: questions and parts to predict, or else, if wanted, searches.
+
+        Searches have their turn even if there is always something to predict: they let it pass anyway.
+        """
         with self._condition:
-            if (self._questions or self._parts) and self._delay_s() <= 0.0:
-                return self._take_predictions()
-            if searches and self._searches:
+            waiting = bool(self._questions or self._parts) and self._delay_s() <= 0.0
+            # What waits for a search is decoded already: more of it has to wait as it was sent.
+            is_full = sum(part.pixels for part in self._searches) >= _WAITING_BATCHES * self._limits.max_pixels
+            is_turn = not waiting or is_full or self._in_a_row >= _MOST_IN_A_ROW
+            if searches and self._searches and is_turn:
+                self._in_a_row = 0
                 return _Batch([], [], self._take_searches())
+            if waiting and not is_full:
+                self._in_a_row += searches
+                return self._take_predictions()
             return None
 
     def _decode_all(self, batch: _Batch, done: _Done) -> list[_Part]:
-        return batch.parts + [part for request in batch.requests for part in self._decode(request, done)]
+        """All parts to predict; requests beyond the limit of pixels go back to their place in the queue."""
+        parts = list(batch.parts)
+        pixels = sum(part.pixels for part in parts)
+        for number, request in enumerate(batch.requests):
+            if pixels >= self._limits.max_pixels:
+                with self._condition:
+                    self._questions.extendleft(reversed(batch.requests[number:]))
+                del batch.requests[number:]
+                break
+            decoded = self._decode(request, done)
+            pixels += sum(part.request.pixels for part in decoded)
+            parts += decoded
+        return parts
 
     def _delay_s(self) -> float:
         """How much longer the first question may wait for others."""
@@ -323,10 +361,12 @@ class Batcher:
         waiting = self._waiting()
         room = min(limits.forward_batch, max(self._pace.share, -(-waiting // (1 + self._idle))))
         parts: list[_Part] = []
-        while self._parts and (not parts or self._parts[0].count <= room):
+        pixels = 0
+        while self._parts and (not parts or (self._parts[0].count <= room and pixels < limits.max_pixels)):
             part = self._parts.popleft()
             parts.append(part)
             room -= part.count
+            pixels += part.pixels
         requests: list[_Request[Any]] = []
         n_bytes = 0
         while self._questions and room > 0 and (not requests or n_bytes + self._questions[0].n_bytes <= _DECODED_BYTES):
@@ -353,13 +393,16 @@ class Batcher:
         room = min(room, max(1, -(-sum(part.count for part in self._searches) // (1 + self._idle))))
         taken: list[_Part] = []
         others: list[_Part] = []
+        pixels = 0
         while self._searches and room > 0:
             part = self._searches.popleft()
-            if part.view is not view or (taken and part.count > room):
+            too_many = part.count > room or pixels + part.pixels > self._limits.max_pixels
+            if part.view is not view or (taken and too_many):
                 others.append(part)
                 continue
             taken.append(part)
             room -= part.count
+            pixels += part.pixels
         self._searches.extendleft(reversed(others))
         if self._searches and self._idle:
             self._condition.notify()
@@ -378,7 +421,9 @@ class Batcher:
         count = len(decoded.pixels_NCHW)
         request.decoded = decoded
         request.predictions = [None] * count
-        shares = min(1 + self._idle, count // self._pace_of(decoded.classifier).share)
+        # Measuring a pace loads the model, may fail, and others wait for this worker: that belongs to the pass.
+        pace = self._paces.get(decoded.classifier.digest)
+        shares = 1 if pace is None else min(1 + self._idle, count // pace.share)
         pieces = max(-(-count // self._limits.forward_batch), shares, 1)
         parts = request.split(view, pieces)
         if len(parts) > 1:
@@ -426,6 +471,7 @@ class Batcher:
             done.fail(request, error)
             return
         request.found = list[Counterfactual | None]([None] * count)
+        request.images.clear()  # nine tenths of what a request takes while it waits
         parts = request.split(view, -(-count // max(1, self._limits.forward_batch // _SEARCH_SHARE)))
         with self._condition:
             self._searches.extend(parts)
@@ -490,9 +536,9 @@ class Pace:
         """
         if self.image_s <= 0.0:
             return 1
-        efficient = self.fixed_s / self.image_s
+        efficient = min(_MOST_SHARE, self.fixed_s / self.image_s)
         long_enough = (_LEAST_PASS_S - self.fixed_s) / self.image_s
-        return max(1, min(_MOST_SHARE, math.ceil(max(efficient, long_enough))))
+        return max(1, math.ceil(max(efficient, long_enough)))
 
 
 def measure_pace(classifier: Classifier) -> Pace:
@@ -537,7 +583,7 @@ class _Request(Generic[Answer]):
         self.deadline = deadline
         self.decoded: Decoded | None = None
         self.images: dict[int, np.ndarray] = {}
-        """Pixels in [0, 1] of each part, by its start, as parts are computed."""
+        """Pixels in [0, 1] of each part, by its start, as parts are computed; none while it waits for a search."""
         self.predictions: list[Prediction | None] = []
         self.found: list[Counterfactual | None] | None = None
         """One for each image, where counterfactuals are wanted."""
@@ -553,14 +599,21 @@ class _Request(Generic[Answer]):
         self.left = len(parts)
         return parts
 
+    @property
+    def pixels(self) -> int:
+        """Of all images, not counting channels."""
+        return 0 if self.decoded is None else self.decoded.pixels_NCHW[:, 0].size
+
     def predicted(self) -> list[Prediction]:
         """All predictions, once every part is done."""
         return [prediction for prediction in self.predictions if prediction is not None]
 
     def image_NCHW(self) -> np.ndarray:
         """All images, likewise."""
-        self.images = {0: _joined([self.images[start] for start in sorted(self.images)])}
-        return self.images[0]
+        if self.images:
+            return _joined([self.images[start] for start in sorted(self.images)])
+        assert self.decoded is not None
+        return _unit_images([self.decoded.pixels_NCHW])
 
     def settle(self, outcome: Answer | Exception) -> None:
         """Give the answer, on the event loop, unless somebody did before or nobody waits any more."""
@@ -595,13 +648,18 @@ class _Part:
         return self.stop - self.start
 
     @property
+    def pixels(self) -> int:
+        """Not counting channels."""
+        return self.pixels_NCHW[:, 0].size
+
+    @property
     def pixels_NCHW(self) -> np.ndarray:
         assert self.request.decoded is not None
         return self.request.decoded.pixels_NCHW[self.start : self.stop]
 
     @property
     def image_NCHW(self) -> np.ndarray:
-        return self.request.image_NCHW()[self.start : self.stop]
+        return _unit_images([self.pixels_NCHW])
 
     @property
     def classifier(self) -> Classifier:
