@@ -154,6 +154,7 @@ def _limits(settings: Settings, classifiers: Mapping[str, Classifier]) -> Limits
         max_delay_s=settings.max_delay_ms / 1000.0,
         max_requests=settings.max_requests,
         max_bytes=settings.max_waiting_bytes,
+        max_pixels=settings.max_pixels,
     )
 
 
