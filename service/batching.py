@@ -32,7 +32,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -41,7 +41,7 @@ import numpy as np
 from service.certificate import Radii
 from service.classifier import Classifier, Prediction, View, counterfactuals
 from service.counterfactual import Counterfactual
-from service.errors import DeadlineError, OverloadedError
+from service.errors import BusyError, DeadlineError, OverloadedError
 from service.images import to_unit
 from service.metrics import Metrics
 from service.shapes import Float64, UInt8
@@ -153,7 +153,7 @@ class Batcher:
         self._pace = Pace(0.0, 0.0)
         """Of the batch that was computed last."""
         # These belong to the event loop.
-        self._open: set[_Request[Any]] = set()
+        self._open: set[_Request[Any] | _Reader] = set()
         self._arrived: list[_Request[Any]] = []
         self._admitted_requests = 0
         self._admitted_bytes = 0
@@ -183,20 +183,47 @@ class Batcher:
         self._admitted_requests -= 1
         self._admitted_bytes -= n_bytes
 
-    async def ask(self, question: Question[Answer], n_bytes: int, deadline_s: float) -> Answer:
+    async def in_time(self, reading: Coroutine[Any, Any, Answer], deadline_s: float) -> Answer:
+        """What `reading` gives, which a slow client can make last.
+
+        Raises:
+            DeadlineError: it took longer than this many seconds, and was cancelled.
+            Exception: whatever it raises itself.
+        """
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        reader = _Reader(task, loop, loop.time() + deadline_s, deadline_s)
+        self._watch(reader)
+        try:
+            return await reading
+        except asyncio.CancelledError:
+            if reader.error is None:
+                raise
+            task.uncancel()
+            raise reader.error from None
+        finally:
+            self._open.discard(reader)
+
+    async def ask(self, question: Question[Answer], n_bytes: int, deadline_s: float, waited_s: float = 0.0) -> Answer:
         """The answer to a question.
 
         Args:
             question: what to do.
             n_bytes: how much there is to decode.
-            deadline_s: seconds from now after which nobody waits for the answer.
+            deadline_s: seconds after which nobody waits for the answer.
+            waited_s: how many of them have passed.
 
         Raises:
             DeadlineError: the deadline passed; what was computed is thrown away.
+            BusyError: the batcher is closed, or was before the answer was there.
             Exception: whatever the question's own methods raise.
         """
+        if self._closed:
+            raise _stopping()
         loop = asyncio.get_running_loop()
-        request = _Request(question, n_bytes, loop, loop.create_future(), loop.time(), loop.time() + deadline_s)
+        now = loop.time()
+        request = _Request(question, n_bytes, loop, loop.create_future(), now, now + deadline_s - waited_s, deadline_s)
         request.decoded = question.decode_at_once()
         self._watch(request)
         try:
@@ -218,13 +245,17 @@ class Batcher:
             self._start()
 
     def close(self) -> None:
-        """Let the workers finish what they compute, and end them; questions that wait are not answered."""
+        """Let the workers finish what they compute, and end them; `BusyError` is the answer to questions that wait."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        for request in list(self._open):
+            # Its loop may be closed by now: then nobody waits.
+            with contextlib.suppress(RuntimeError):
+                request.settle(_stopping())
 
     def _start(self) -> None:
         self._threads = [
@@ -234,7 +265,7 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def _watch(self, request: _Request[Any]) -> None:
+    def _watch(self, request: _Request[Any] | _Reader) -> None:
         """One timer for all deadlines, at the earliest."""
         self._open.add(request)
         if self._timer is None or self._timer_loop is not request.loop or request.deadline < self._timer.when():
@@ -244,7 +275,7 @@ class Batcher:
         now = loop.time()
         for request in [request for request in self._open if request.deadline <= now]:
             self._open.discard(request)
-            request.settle(DeadlineError(request.deadline - request.arrived))
+            request.settle(DeadlineError(request.deadline_s))
         self._forget()
         self._timer = None
         if self._open:
@@ -486,8 +517,10 @@ class Batcher:
         targets = [target for part in parts for target in [part.target] * part.count]
         try:
             found = counterfactuals(
-                _MakingWay(self, view), np.concatenate([part.image_NCHW for part in parts]), predictions, targets
+                _MakingWay(self, view, parts), np.concatenate([part.image_NCHW for part in parts]), predictions, targets
             )
+        except _AbandonedError:
+            return
         except Exception as error:
             self._alone_or_fail(parts, error, done, lambda part: self._search(view, [part], done))
             return
@@ -499,6 +532,11 @@ class Batcher:
             offset += part.count
             if self._is_last(part):
                 done.answer(part.request)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def predict_what_waits(self) -> None:
         """Compute one batch of predictions if there is one: called by a worker that is in the middle of a search."""
@@ -562,8 +600,8 @@ class _Request(Generic[Answer]):
     """A question on its way."""
 
     __slots__ = (
-        "arrived", "deadline", "decoded", "found", "future", "images", "left", "loop", "n_bytes", "predictions",
-        "question",
+        "arrived", "deadline", "deadline_s", "decoded", "found", "future", "images", "left", "loop", "n_bytes",
+        "predictions", "question",
     )  # fmt: skip
 
     def __init__(
@@ -574,6 +612,7 @@ class _Request(Generic[Answer]):
         future: asyncio.Future[Answer],
         arrived: float,
         deadline: float,
+        deadline_s: float,
     ) -> None:
         self.question = question
         self.n_bytes = n_bytes
@@ -581,6 +620,7 @@ class _Request(Generic[Answer]):
         self.future = future
         self.arrived = arrived
         self.deadline = deadline
+        self.deadline_s = deadline_s
         self.decoded: Decoded | None = None
         self.images: dict[int, np.ndarray] = {}
         """Pixels in [0, 1] of each part, by its start, as parts are computed; none while it waits for a search."""
@@ -623,6 +663,24 @@ class _Request(Generic[Answer]):
             self.future.set_exception(outcome)
         else:
             self.future.set_result(outcome)
+
+
+@dataclass(eq=False)
+class _Reader:
+    """A body on its way."""
+
+    task: asyncio.Task[Any]
+    loop: asyncio.AbstractEventLoop
+    deadline: float
+    deadline_s: float
+    error: Exception | None = None
+    """Why the task was cancelled, if it was from here."""
+
+    def settle(self, error: Exception) -> None:
+        """Wait no longer."""
+        if self.error is None:
+            self.error = error
+            self.task.cancel()
 
 
 @dataclass(frozen=True)
@@ -675,18 +733,25 @@ class _Part:
         return self.request.predicted()[self.start : self.stop]
 
 
-class _MakingWay:
-    """A view for a search that lets predictions pass before each of its gradients."""
+class _AbandonedError(Exception):
+    """Nobody waits for the rest of a search."""
 
-    def __init__(self, batcher: Batcher, view: View) -> None:
+
+class _MakingWay:
+    """A view for a search that lets predictions pass before each of its gradients, and ends when nobody waits."""
+
+    def __init__(self, batcher: Batcher, view: View, parts: Sequence[_Part]) -> None:
         self._batcher = batcher
         self._view = view
+        self._parts = parts
 
     def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
         return self._view.classify(image_NCHW)
 
     def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self._batcher.predict_what_waits()
+        if self._batcher.is_closed or all(part.request.future.done() for part in self._parts):
+            raise _AbandonedError
         return self._view.margin_gradient(image_NCHW, weights_NK)
 
 
@@ -727,6 +792,10 @@ class _Done:
             # The loop may be closed by now: then nobody waits.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_settle, outcomes)
+
+
+def _stopping() -> BusyError:
+    return BusyError("this server is stopping; send the request again, to the one that takes its place")
 
 
 def _settle(outcomes: list[tuple[_Request[Any], Any]]) -> None:

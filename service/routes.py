@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -63,7 +64,7 @@ class Service:
     async def ask(
         self, request: Request, headers: Mapping[str, str], question_of: Callable[[bytes], Question[Result]]
     ) -> Result:
-        """Read the body of a request and have its question answered by a worker.
+        """Read the body of a request and have its question answered by a worker, both before the deadline.
 
         The header `Prefer: wait=SECONDS` (RFC 7240 section 4.3) asks for an earlier deadline than the server's.
 
@@ -75,8 +76,11 @@ class Service:
         n_bytes = min(limit, declared_length(headers, default=limit))
         self.batcher.admit(n_bytes)
         try:
-            content = await read_body(request, headers, limit)
-            return await self.batcher.ask(question_of(content), len(content), self._deadline_s(headers))
+            deadline_s = self._deadline_s(headers)
+            arrived_s = time.monotonic()
+            content = await self.batcher.in_time(read_body(request, headers, limit), deadline_s)
+            waited_s = time.monotonic() - arrived_s
+            return await self.batcher.ask(question_of(content), len(content), deadline_s, waited_s)
         finally:
             self.batcher.release(n_bytes)
 
