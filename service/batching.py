@@ -143,6 +143,8 @@ class Batcher:
         """Parts of batches that are decoded and wait for their pass."""
         self._searches: deque[_Part] = deque()
         self._idle = 0
+        self._away = 0
+        """Workers that are in the middle of something long."""
         self._in_a_row = 0
         """Batches of predictions since a search was taken."""
         self._closed = False
@@ -255,7 +257,8 @@ class Batcher:
         for request in list(self._open):
             # Its loop may be closed by now: then nobody waits.
             with contextlib.suppress(RuntimeError):
-                request.settle(_stopping())
+                # After the outcomes that the workers have just handed over.
+                request.loop.call_soon_threadsafe(request.settle, _stopping())
 
     def _start(self) -> None:
         self._threads = [
@@ -313,7 +316,8 @@ class Batcher:
             parts = self._decode_all(batch, done) if is_small else []
         if not is_small:
             # Decoders of large files mostly run without the interpreter's lock.
-            parts = self._decode_all(batch, done)
+            with self._taking_long():
+                parts = self._decode_all(batch, done)
         self._compute(batch, parts, done)
 
     def _compute(self, batch: _Batch, parts: list[_Part], done: _Done) -> None:
@@ -323,7 +327,8 @@ class Batcher:
                 for together in _filled(group, self._limits.forward_batch):
                     self._predict(view, together, done)
             for view, group in _by_view(batch.searches):
-                self._search(view, group, done)
+                with self._taking_long():
+                    self._search(view, group, done)
         except Exception as error:  # a defect of this module: the worker goes on, and nobody waits in vain
             _log.exception("a worker failed on a batch")
             for request in {*batch.requests, *(part.request for part in [*parts, *batch.searches])}:
@@ -414,8 +419,22 @@ class Batcher:
         return len(self._questions) + sum(part.count for part in self._parts)
 
     def _is_worth_a_worker(self) -> bool:
-        """Whether to wake a worker for what waits: always if no other is awake, who would come for it."""
-        return self._idle > 0 and (self._idle == len(self._threads) or self._waiting() >= self._pace.share)
+        """Whether to wake a worker for what waits: always if no other is awake that comes for it soon."""
+        nobody_comes = self._idle + self._away >= len(self._threads)
+        return self._idle > 0 and (nobody_comes or self._waiting() >= self._pace.share)
+
+    @contextlib.contextmanager
+    def _taking_long(self) -> Generator[None]:
+        """Around what keeps this worker for longer than a pass: who waits is not to wait for it."""
+        with self._condition:
+            self._away += 1
+            if self._waiting() and self._is_worth_a_worker():
+                self._condition.notify()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._away -= 1
 
     def _take_searches(self) -> list[_Part]:
         """Searches of one view, in order; those of others keep their places."""
@@ -486,7 +505,8 @@ class Batcher:
     def _pace_of(self, classifier: Classifier) -> Pace:
         pace = self._paces.get(classifier.digest)
         if pace is None:
-            pace = self._paces[classifier.digest] = measure_pace(classifier)
+            with self._taking_long():
+                pace = self._paces[classifier.digest] = measure_pace(classifier)
         return pace
 
     def _after_prediction(self, request: _Request[Any], view: View, done: _Done) -> None:
