@@ -395,7 +395,9 @@ class Batcher:
     def _take_predictions(self) -> _Batch:
         limits = self._limits
         waiting = self._waiting()
-        room = min(limits.forward_batch, max(self._pace.share, -(-waiting // (1 + self._idle))))
+        # What was gathered on purpose stays together: the rest would wait for others again.
+        sharing = 1 + self._idle if limits.max_delay_s <= 0.0 else 1
+        room = min(limits.forward_batch, max(self._pace.share, -(-waiting // sharing)))
         parts: list[_Part] = []
         pixels = 0
         while self._parts and (not parts or (self._parts[0].count <= room and pixels < limits.max_pixels)):
