@@ -104,5 +104,6 @@ class ImageQuestion:
             np.save(file, in_records(predictions, found), allow_pickle=False)
             return Reply(file.getvalue(), NPY)
         answers = in_words(classifier, image_NCHW, predictions, found, self.options.epsilon)
+        content = {"predictions": answers} if self.is_batch else answers[0]
         # As pydantic writes its models: floats with the fewest digits that read back the same.
-        return Reply(to_json({"predictions": answers} if self.is_batch else answers[0]), JSON)
+        return Reply(to_json(content, inf_nan_mode="null"), JSON)

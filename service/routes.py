@@ -173,7 +173,9 @@ def prefers_npy(accept: str) -> bool:
         except ValueError:
             weights[media_range] = 0.0
     wanted = weights.get(NPY, 0.0)
-    return wanted > 0.0 and wanted >= weights.get("application/json", 0.0)
+    # The most specific range that fits JSON is the one that counts for it.
+    ranges = ("application/json", "application/*", "*/*")
+    return wanted > 0.0 and wanted >= next((weights[name] for name in ranges if name in weights), 0.0)
 
 
 def _add_models(router: APIRouter, service: Service) -> None:
