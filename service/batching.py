@@ -54,6 +54,8 @@ Answer_co = TypeVar("Answer_co", covariant=True)
 # Bytes of requests that one worker decodes before it computes: a large file does not make many small ones wait.
 _DECODED_BYTES = 1024 * 1024
 _SMALL_BYTES = 64 * 1024
+# No clock of an event loop is coarser.
+_CLOCK_S = 0.001
 # See `Pace.share`.
 _MOST_SHARE = 32
 _LEAST_PASS_S = 0.003
@@ -160,6 +162,7 @@ class Batcher:
         self._admitted_requests = 0
         self._admitted_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._timer_loop: asyncio.AbstractEventLoop | None = None
         metrics.watch_waiting(lambda: len(self._questions) + len(self._parts) + len(self._searches))
 
@@ -271,7 +274,7 @@ class Batcher:
     def _watch(self, request: _Request[Any] | _Reader) -> None:
         """One timer for all deadlines, at the earliest."""
         self._open.add(request)
-        if self._timer is None or self._timer_loop is not request.loop or request.deadline < self._timer.when():
+        if self._timer is None or self._timer_loop is not request.loop or request.deadline < self._timer_at:
             self._expire_at(request.deadline, request.loop)
 
     def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -294,7 +297,9 @@ class Batcher:
     def _expire_at(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_at(deadline, self._expire, loop)
+        # uvloop counts whole milliseconds, and gives a handle without a time for what is due at once.
+        self._timer = loop.call_at(deadline + _CLOCK_S, self._expire, loop)
+        self._timer_at = deadline
         self._timer_loop = loop
 
     # From here on: worker threads.

@@ -14,6 +14,7 @@ from typing import Any
 import builders
 import numpy as np
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -382,6 +383,23 @@ def test_who_waits_gets_an_error_at_the_deadline_while_the_worker_is_stuck(makin
         await slow
 
     run(test)
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_deadlines_of_all_lengths_at_once_are_kept_on_either_event_loop(
+    making: Making, model: Watched, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    batcher = making(workers=1)
+    gate = model.on_predict = Gate()
+
+    async def test() -> None:
+        asks = [batcher.ask(Ask(model, images(1)), 100, k / 10_000) for k in (*range(100), -5)]
+        outcomes = await asyncio.gather(*asks, return_exceptions=True)
+        assert all(isinstance(outcome, DeadlineError) for outcome in outcomes)
+        gate.opened.set()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(asyncio.wait_for(test(), LONG_S))
 
 
 def test_the_request_that_is_computed_has_a_deadline_too(making: Making, model: Watched) -> None:
