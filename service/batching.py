@@ -833,7 +833,12 @@ def _settle(outcomes: list[tuple[_Request[Any], Any]]) -> None:
 def _unit_images(pixels: Sequence[np.ndarray]) -> np.ndarray:
     """All images as one array in [0, 1]; bytes are converted together."""
     if all(pixels_NCHW.dtype == np.uint8 for pixels_NCHW in pixels):
-        return to_unit(_joined(pixels))
+        if len(pixels) == 1:
+            return to_unit(pixels[0])
+        # numpy lets go of the interpreter's lock for each array of more than 500 values that it copies, and waits to
+        # have it again; joining bytes does not.
+        joined = b"".join([np.ascontiguousarray(pixels_NCHW).data for pixels_NCHW in pixels])
+        return to_unit(np.frombuffer(joined, np.uint8).reshape(-1, *pixels[0].shape[1:]))
     return _joined([to_unit(one_NCHW) if one_NCHW.dtype == np.uint8 else one_NCHW for one_NCHW in pixels])
 
 

@@ -260,7 +260,8 @@ class View:
         Raises:
             PixelRangeError: a pixel is NaN, infinite or outside [0, 1], where the proof says nothing.
         """
-        if not ((image_NCHW >= 0.0) & (image_NCHW <= 1.0)).all():
+        # Least and largest are NaN where a pixel is, and no comparison with NaN is true.
+        if image_NCHW.size and not (image_NCHW.min() >= 0.0 and image_NCHW.max() <= 1.0):
             raise PixelRangeError("a pixel is NaN, infinite or outside [0, 1]; divide 8-bit pixels by 255")
         logits_NK, radii = self.classify(image_NCHW)
         logit_error = self.certificate.logit_error

@@ -55,7 +55,7 @@ def to_unit(
     pixels: UInt8[np.ndarray, "*shape"],
 ) -> Float64[np.ndarray, "*shape"]:
     """Pixel values 0..255 as float64 in [0, 1], each `v / 255` correctly rounded."""
-    return pixels.astype(np.float64) / 255.0
+    return np.divide(pixels, 255.0, dtype=np.float64)
 
 
 def image_digest(image_CHW: Float64[np.ndarray, "C H W"]) -> str:
