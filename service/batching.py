@@ -41,7 +41,7 @@ import numpy as np
 from service.certificate import Radii
 from service.classifier import Classifier, Prediction, View, counterfactuals
 from service.counterfactual import Counterfactual
-from service.errors import BusyError, DeadlineError, OverloadedError
+from service.errors import BusyError, DeadlineError, InputError, OverloadedError
 from service.images import to_unit
 from service.metrics import Metrics
 from service.shapes import Float64, UInt8
@@ -209,6 +209,8 @@ class Batcher:
             raise reader.error from None
         finally:
             self._open.discard(reader)
+            # Garbage is rarely looked for: no error may hold itself, and with it a body, through this frame.
+            del reader, task
 
     async def ask(self, question: Question[Answer], n_bytes: int, deadline_s: float, waited_s: float = 0.0) -> Answer:
         """The answer to a question.
@@ -239,6 +241,7 @@ class Batcher:
             return await request.future
         finally:
             self._open.discard(request)
+            del request  # as in `in_time`
 
     def _hand_over(self) -> None:
         with self._condition:
@@ -809,7 +812,12 @@ class _Done:
         self._computed.clear()
 
     def fail(self, request: _Request[Any], error: Exception) -> None:
-        self._outcomes.append((request, error))
+        """This is the answer: of what the client did, or what there is no time for, without where it was found.
+
+        The frames there hold the request, which holds the error.
+        """
+        expected = isinstance(error, InputError | BusyError)
+        self._outcomes.append((request, error.with_traceback(None) if expected else error))
 
     def deliver(self) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Request[Any], Any]]] = {}

@@ -6,7 +6,10 @@ Workers are held and let go with events; nothing sleeps to wait for a worker, an
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -738,3 +741,78 @@ def test_the_share_of_a_worker_is_at_least_one_image(fixed_s: float, image_s: fl
 def test_a_batcher_without_workers_or_images_is_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="1 worker"):
         Batcher(Limits(**limits), Metrics())
+
+
+@pytest.mark.parametrize("trouble", ["none", "deadline", "file", "target", "at once", "cancelled", "search"])
+def test_a_request_leaves_memory_at_its_end_and_not_at_the_next_collection_of_garbage(
+    making: Making, model: Watched, trouble: str
+) -> None:
+    """Collections are rare in a server: what an error holds in a cycle, bodies and pixels, would pile up."""
+    batcher = making(workers=1)
+    gate = Gate()
+    (alone,) = model.predict(images(1) / 255.0)
+
+    def refuse() -> None:
+        raise NotAnImageError("no")
+
+    async def one() -> weakref.ref[Ask]:
+        ask = Ask(model, images(1))
+        if trouble == "deadline":
+            model.on_predict = gate
+        elif trouble == "search":
+            model.on_gradient, ask.counterfactual = gate, True
+        elif trouble in ("file", "at once"):
+            ask.decoding, ask.at_once = refuse, trouble == "at once"
+        elif trouble == "target":
+            ask.counterfactual, ask.target = True, alone.class_id
+        elif trouble == "cancelled":
+            model.on_predict = gate
+        task = asyncio.create_task(batcher.ask(ask, 100, 0.02 if trouble in ("deadline", "search") else LONG_S))
+        if trouble == "cancelled":
+            await reached(gate.reached)
+            task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(outcome, Said) is (trouble == "none")
+        return weakref.ref(ask)
+
+    async def test() -> None:
+        gone = await one()
+        gate.opened.set()
+        model.on_predict = model.on_gradient = lambda _: None
+        # The only worker has let go of it once it is in the middle of the next but one.
+        for seed in range(3):
+            await batcher.ask(Ask(model, images(1, seed)), 100, LONG_S)
+        assert gone() is None
+
+    gc.disable()
+    try:
+        run(test)
+    finally:
+        gc.enable()
+
+
+def test_a_body_given_up_leaves_memory(making: Making) -> None:
+    batcher = making()
+
+    class Body(bytearray):
+        """Bytes that can be watched."""
+
+    async def read() -> Body:
+        body = Body(b"part of it")
+        bodies.append(weakref.ref(body))
+        await asyncio.Event().wait()
+        return body
+
+    bodies: list[weakref.ref[Body]] = []
+
+    async def test() -> None:
+        with contextlib.suppress(DeadlineError):
+            await batcher.in_time(read(), 0.01)
+        await asyncio.sleep(0)  # asyncio itself lets go of it
+        assert bodies[0]() is None
+
+    gc.disable()
+    try:
+        run(test)
+    finally:
+        gc.enable()
