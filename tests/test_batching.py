@@ -816,3 +816,29 @@ def test_a_body_given_up_leaves_memory(making: Making) -> None:
         run(test)
     finally:
         gc.enable()
+
+
+def test_closing_ends_a_search_at_its_next_step(making: Making, model: Watched, network: Classifier) -> None:
+    batcher = making(workers=1)
+    gate = Gate()
+    gradients: list[int] = []
+
+    def step(_: np.ndarray) -> None:
+        gradients.append(len(gradients))
+        gate()
+
+    model.on_gradient = step
+
+    async def test() -> None:
+        search = asyncio.create_task(batcher.ask(Ask(model, slow_to_find(network), True), 100, LONG_S))
+        await reached(gate.reached)
+        closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+        while not batcher.is_closed:
+            await asyncio.sleep(0)
+        gate.opened.set()
+        await closing
+        with pytest.raises(BusyError, match="stopping"):
+            await search
+
+    run(test)
+    assert gradients == [0]
