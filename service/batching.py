@@ -54,6 +54,7 @@ Answer_co = TypeVar("Answer_co", covariant=True)
 # Bytes of requests that one worker decodes before it computes: a large file does not make many small ones wait.
 _DECODED_BYTES = 1024 * 1024
 _SMALL_BYTES = 64 * 1024
+_SMALL_PIXELS = 256 * 1024
 # No clock of an event loop is coarser.
 _CLOCK_S = 0.001
 # See `Pace.share`.
@@ -341,7 +342,8 @@ class Batcher:
             _log.exception("a worker failed on a batch")
             for request in {*batch.requests, *(part.request for part in [*parts, *batch.searches])}:
                 done.fail(request, error)
-        with self._python:
+        # Hashing and encoding large images mostly runs without the interpreter's lock.
+        with self._python if done.pixels <= _SMALL_PIXELS else contextlib.nullcontext():
             done.answer_all()
         done.deliver()
 
@@ -790,11 +792,15 @@ class _Done:
 
     def __init__(self) -> None:
         self._computed: list[_Request[Any]] = []
+        self.pixels = 0
+        """Of all images that are to be answered, every channel counted."""
         self._outcomes: list[tuple[_Request[Any], Any]] = []
 
     def answer(self, request: _Request[Any]) -> None:
         """This request is computed."""
         self._computed.append(request)
+        assert request.decoded is not None
+        self.pixels += request.decoded.pixels_NCHW.size
 
     def answer_all(self) -> None:
         """Put into words what is computed."""
