@@ -150,7 +150,7 @@ def _limits(settings: Settings, classifiers: Mapping[str, Classifier]) -> Limits
     on_gpu = any(classifier.provider == CUDA for classifier in classifiers.values())
     return Limits(
         workers=threads_of(settings, usable_cpus()).workers,
-        forward_batch=settings.forward_batch or (256 if on_gpu else 64),
+        forward_batch=settings.forward_batch or (256 if on_gpu else 32),
         max_delay_s=settings.max_delay_ms / 1000.0,
         max_requests=settings.max_requests,
         max_bytes=settings.max_waiting_bytes,

@@ -61,7 +61,7 @@ _CLOCK_S = 0.001
 _MOST_SHARE = 32
 _LEAST_PASS_S = 0.003
 # A search keeps this share of a forward batch: each image of it costs several passes, and predictions wait for one.
-_SEARCH_SHARE = 4
+_SEARCH_SHARE = 2
 # So many batches of predictions go before a search that waits,
 _MOST_IN_A_ROW = 4
 # and images that wait for a search have at most so many times the pixels that share a pass.
@@ -112,7 +112,7 @@ class Limits:
 
     workers: int = 1
     """Threads that decode, compute and answer."""
-    forward_batch: int = 64
+    forward_batch: int = 32
     """Most images that share one pass."""
     max_delay_s: float = 0.0
     """How long a request waits for others while the batch is not full; 0 takes what is there."""

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     """Threads inside one inference; 0 shares the CPUs among the workers: 1 on up to 8 CPUs."""
 
     forward_batch: Annotated[int, Field(ge=0, le=65536)] = 0
-    """Most images that share one pass of the network; 0 takes 64 on a CPU and 256 on a GPU."""
+    """Most images that share one pass of the network; 0 takes 32 on a CPU and 256 on a GPU. Memory goes with it."""
 
     max_delay_ms: Annotated[float, Field(ge=0.0, le=10_000.0, allow_inf_nan=False)] = 0.0
     """How long a request waits for others to share its pass; 0 takes what is waiting and never waits when idle."""
