@@ -105,7 +105,6 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     if classifiers is None:
         classifiers = load_classifiers(settings)
     default = classifiers.get(settings.default_model)
-    # This is also the warm-up: the first request finds memory and caches in place.
     examples = None if default is None else make_examples(default)
     metrics = Metrics()
     batcher = Batcher(_limits(settings, classifiers), metrics)

@@ -32,7 +32,7 @@ from service.errors import (
     UnknownOptionError,
 )
 from service.images import decode_array, decode_array_batch, decode_base64, decode_image
-from service.schema import BatchRequest, Options, PredictRequest
+from service.schema import NO_OPTIONS, BatchRequest, Options, PredictRequest
 from service.shapes import Float64, UInt8
 
 JSON = "application/json"
@@ -43,7 +43,6 @@ PREDICT_TYPES = (JSON, FORM, *IMAGES, NPY)
 BATCH_TYPES = (JSON, NPY)
 
 _MAX_PARTS = 32
-_NO_OPTIONS = Options()
 _DISCARD_BYTES = 64 * 1024 * 1024
 
 Wire = TypeVar("Wire", bound=BaseModel)
@@ -279,7 +278,7 @@ def _first_repeated(names: Sequence[str]) -> str:
 
 def _from_strings(fields: Sequence[tuple[str, str]], place: str, also: str | None = None) -> Options:
     if not fields:
-        return _NO_OPTIONS
+        return NO_OPTIONS
     names = [name for name, _ in fields]
     _refuse_unknown(names, [also, *Options.model_fields] if also else list(Options.model_fields), place)
     if len(set(names)) != len(names):

@@ -46,7 +46,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
-        # These stop the server at start; an answer with them means that a check at start is missing.
+        # These stop the server at start. In an answer: a graph was changed on disk since, or a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.SettingsError: HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -17,14 +17,13 @@ from service.classifier import Classifier, Prediction
 from service.counterfactual import Counterfactual
 from service.errors import ImageTooLargeError
 from service.metrics import Metrics
-from service.schema import Options
+from service.schema import NO_OPTIONS, Options
 from service.settings import Settings
 from service.shapes import Float64
 
 # Decoded in some 50 microseconds, or refused from the header.
 _AT_ONCE_BYTES = 8 * 1024
 _AT_ONCE_PIXELS = 4096
-_NO_OPTIONS = Options()
 
 
 class Body(NamedTuple):
@@ -56,7 +55,7 @@ class ImageQuestion:
     settings: Settings
     classifier_of: Callable[[str | None], Classifier]
     metrics: Metrics
-    options: Options = _NO_OPTIONS
+    options: Options = NO_OPTIONS
     """Those of the request, once it is decoded."""
 
     def decode_at_once(self) -> Decoded | None:

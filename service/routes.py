@@ -1,10 +1,10 @@
-"""What each path does. Decoding, inference and encoding run on worker threads; the event loop only moves bytes."""
+"""What each path does. The event loop moves bytes and decodes small images; all else is done by `service.batching`."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import parse_qsl
@@ -32,7 +32,6 @@ from service.schema import (
 from service.settings import Settings
 
 Result = TypeVar("Result")
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 _BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
 _WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})", re.IGNORECASE)

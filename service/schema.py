@@ -47,6 +47,10 @@ class Options(ImageOptions):
     """Radius that the caller needs (L2, pixels in [0, 1]); asks for `robust_at_epsilon`."""
 
 
+NO_OPTIONS = Options()
+"""What a request without options asks for."""
+
+
 class PredictRequest(Options):
     """One image with its options."""
 
