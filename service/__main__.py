@@ -10,11 +10,14 @@ answer does not hold or cannot be checked; 2 a setting or the command is not val
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("service")
 
 _DRAIN_S = 10
+_GRACE_S = 5
 _BACKLOG = 2048
 _COLLECT_AFTER = 50_000
 
@@ -92,18 +96,26 @@ def _serve(_: argparse.Namespace) -> int:
 def _serve_as(settings: Settings, provers: Provers) -> int:
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
-    try:
-        # Taken before the models are proved: a port in use is then reported at once.
-        listener = _bind(settings)
-    except OSError as error:
-        _log.error(
-            "port %d of %s cannot be had (%s); stop what holds it, or set LIPCERT_PORT or LIPCERT_HOST",
-            settings.port,
-            settings.host,
-            error.strerror or error,
-        )
-        return 1
-    with listener:
+    from service.prefork import bind, serve_in_processes
+
+    with contextlib.ExitStack() as stack:
+        settings = _with_processes(settings)
+        several = settings.processes > 1
+        try:
+            # Taken before the models are proved: a port in use is then reported at once.
+            listeners = bind(settings.host, settings.port, settings.processes)
+        except OSError as error:
+            _log.error(
+                "port %d of %s cannot be had (%s); stop what holds it, or set LIPCERT_PORT or LIPCERT_HOST",
+                settings.port,
+                settings.host,
+                error.strerror or error,
+            )
+            return 1
+        for listener in listeners:
+            stack.enter_context(listener)
+        if several:
+            _share_counters(stack)
         from service.artefact import artefact_folders
 
         provers.start(artefact_folders(settings.models, settings.default_model), settings.provider)
@@ -114,43 +126,72 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
         with provers:
             classifiers = load_classifiers(settings, provers)
         app = create_app(settings, classifiers)
-        host, port = listener.getsockname()[:2]
-        listener.listen(_BACKLOG)
+        host, port = listeners[0].getsockname()[:2]
+        for listener in listeners:
+            listener.listen(_BACKLOG)
         _log.info("serving on http://%s:%d - the API is at /docs", f"[{host}]" if ":" in host else host, port)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level=settings.log_level,
-            # A line for each request costs more than reading it; /metrics counts them.
-            access_log=settings.log_level == "debug",
-            timeout_graceful_shutdown=_DRAIN_S,
-            ws="none",
-            # Nothing here asks who the client is or how it came.
-            proxy_headers=False,
-        )
         # What is there now stays: no collection of garbage has to look at it again.
         gc.freeze()
         gc.enable()
         # Requests leave hardly any garbage in cycles.
         gc.set_threshold(_COLLECT_AFTER)
-        server = uvicorn.Server(config)
-        server.run(sockets=[listener])
-    return 0 if server.started else 1
+
+        def serve(listener: socket.socket) -> int:
+            if several:
+                # What was not inherited: threads, and pages of its own.
+                classifiers[settings.default_model].warm_up()
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                log_level=settings.log_level,
+                # A line for each request costs more than reading it; /metrics counts them.
+                access_log=settings.log_level == "debug",
+                timeout_graceful_shutdown=_DRAIN_S,
+                ws="none",
+                # Nothing here asks who the client is or how it came.
+                proxy_headers=False,
+            )
+            server = uvicorn.Server(config)
+            server.run(sockets=[listener])
+            return 0 if server.started else 1
+
+        if not several:
+            return serve(listeners[0])
+        from prometheus_client.multiprocess import mark_process_dead
+
+        serve_in_processes(listeners, serve, mark_process_dead, grace_s=_DRAIN_S + _GRACE_S)
+        return 0
 
 
-def _bind(settings: Settings) -> socket.socket:
-    """A socket that is bound and does not listen yet; raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
+def _with_processes(settings: Settings) -> Settings:
+    """With the number of processes that there will be; raises `SettingsError` for several where there can be one."""
+    if settings.processes == 1:
+        return settings
+    from service.engine import missing_for_cuda
+    from service.settings import threads_of
+
+    obstacle = None
+    if sys.platform != "linux":
+        obstacle = "only Linux shares a port among processes; set LIPCERT_PROCESSES=1"
+    elif settings.provider != "cpu" and missing_for_cuda() is None:
+        obstacle = "one process has the GPU; set LIPCERT_PROCESSES=1, or LIPCERT_PROVIDER=cpu"
+    if obstacle is None:
+        return settings.model_copy(update={"processes": threads_of(settings, usable_cpus()).processes})
+    if settings.processes > 1:
+        raise SettingsError(f"LIPCERT_PROCESSES={settings.processes} is not to be had: {obstacle}")
+    return settings.model_copy(update={"processes": 1})
+
+
+def _share_counters(stack: contextlib.ExitStack) -> None:
+    """Count in files of a folder that is there as long as `stack`; before the library that counts is imported."""
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lipcert-metrics-"))
+    except OSError as error:
+        raise SettingsError(
+            f"LIPCERT_PROCESSES: several processes add up their metrics in a temporary folder, and none can be made "
+            f"({error.strerror or error}); set TMPDIR to a folder that can be written, or LIPCERT_PROCESSES=1"
+        ) from error
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:

@@ -29,7 +29,7 @@ from service.openapi import STATIC, document, make_examples
 from service.problem import problem, problem_of
 from service.proving import Provers
 from service.routes import Service, build_router
-from service.settings import Settings, threads_of
+from service.settings import Settings, Threads, threads_of
 
 _log = logging.getLogger(__name__)
 
@@ -73,16 +73,17 @@ def load_classifiers(settings: Settings, provers: Provers | None = None) -> dict
             new.start(folders, settings.provider)
             return load_classifiers(settings, new)
     provider = resolve_provider(settings.provider)
-    threads = threads_of(settings, usable_cpus()).inference
+    threads = threads_of(settings, usable_cpus())
     classifiers: dict[str, Classifier] = {}
     for folder in folders:
-        classifier = Classifier.proved(folder, provers.findings(folder), provider, threads)
+        classifier = Classifier.proved(folder, provers.findings(folder), provider, threads.inference)
         if classifier.name in classifiers:
             raise ArtefactError(
                 folder / "card.json", f"the name {classifier.name!r} is taken by another artefact; change one"
             )
         classifiers[classifier.name] = classifier
-        if classifier.name == settings.default_model:
+        # Threads of the runtime, which its first pass starts, would be missing in processes that are forked later.
+        if classifier.name == settings.default_model and (threads.processes == 1 or threads.inference == 1):
             classifier.warm_up()
     if settings.default_model not in classifiers:
         raise SettingsError(
@@ -106,8 +107,9 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
         classifiers = load_classifiers(settings)
     default = classifiers.get(settings.default_model)
     examples = None if default is None else make_examples(default)
-    metrics = Metrics()
-    batcher = Batcher(_limits(settings, classifiers), metrics)
+    threads = threads_of(settings, usable_cpus())
+    metrics = Metrics(shared=threads.processes > 1)
+    batcher = Batcher(_limits(settings, threads, classifiers), metrics)
     service = Service(settings, classifiers, examples, metrics, batcher)
 
     app = DirectFastAPI(
@@ -145,14 +147,14 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     return app
 
 
-def _limits(settings: Settings, classifiers: Mapping[str, Classifier]) -> Limits:
+def _limits(settings: Settings, threads: Threads, classifiers: Mapping[str, Classifier]) -> Limits:
     on_gpu = any(classifier.provider == CUDA for classifier in classifiers.values())
     return Limits(
-        workers=threads_of(settings, usable_cpus()).workers,
+        workers=threads.workers,
         forward_batch=settings.forward_batch or (256 if on_gpu else 32),
         max_delay_s=settings.max_delay_ms / 1000.0,
-        max_requests=settings.max_requests,
-        max_bytes=settings.max_waiting_bytes,
+        max_requests=-(-settings.max_requests // threads.processes),
+        max_bytes=-(-settings.max_waiting_bytes // threads.processes),
         max_pixels=settings.max_pixels,
     )
 

@@ -165,7 +165,6 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._timer_loop: asyncio.AbstractEventLoop | None = None
-        metrics.watch_waiting(lambda: len(self._questions) + len(self._parts) + len(self._searches))
 
     def admit(self, n_bytes: int) -> None:
         """Hold a place for a request while it is read and answered; `release` gives it back.
@@ -247,6 +246,7 @@ class Batcher:
     def _hand_over(self) -> None:
         with self._condition:
             self._questions.extend(self._arrived)
+            self._note_waiting()
             if self._is_worth_a_worker():
                 self._condition.notify()
         self._arrived.clear()
@@ -297,6 +297,11 @@ class Batcher:
             self._questions = deque(request for request in self._questions if not request.future.done())
             self._parts = deque(part for part in self._parts if not part.request.future.done())
             self._searches = deque(part for part in self._searches if not part.request.future.done())
+            self._note_waiting()
+
+    def _note_waiting(self) -> None:
+        """Where a queue has changed, and the condition is held."""
+        self._metrics.note_waiting(len(self._questions) + len(self._parts) + len(self._searches))
 
     def _expire_at(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
@@ -385,6 +390,7 @@ class Batcher:
             if pixels >= self._limits.max_pixels:
                 with self._condition:
                     self._questions.extendleft(reversed(batch.requests[number:]))
+                    self._note_waiting()
                 del batch.requests[number:]
                 break
             decoded = self._decode(request, done)
@@ -422,6 +428,7 @@ class Batcher:
             requests.append(request)
             n_bytes += request.n_bytes
             room -= 1
+        self._note_waiting()
         if self._waiting() and self._is_worth_a_worker():
             self._condition.notify()
         return _Batch(requests, parts, [])
@@ -466,6 +473,7 @@ class Batcher:
             room -= part.count
             pixels += part.pixels
         self._searches.extendleft(reversed(others))
+        self._note_waiting()
         if self._searches and self._idle:
             self._condition.notify()
         return taken
@@ -491,6 +499,7 @@ class Batcher:
         if len(parts) > 1:
             with self._condition:
                 self._parts.extend(parts[1:])
+                self._note_waiting()
                 self._condition.notify(len(parts) - 1)
         return parts[:1]
 
@@ -538,6 +547,7 @@ class Batcher:
         parts = request.split(view, -(-count // max(1, self._limits.forward_batch // _SEARCH_SHARE)))
         with self._condition:
             self._searches.extend(parts)
+            self._note_waiting()
             if self._idle:
                 self._condition.notify(len(parts))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from time import perf_counter
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -17,9 +18,17 @@ _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
 class Metrics:
     """The counters of one application, in a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = False) -> None:
+        """Everything is 0.
+
+        Args:
+            shared: add up the counters of all processes that were forked from this one. The variable
+                `PROMETHEUS_MULTIPROC_DIR` names their folder, and did so before `prometheus_client` was imported.
+        """
+        self._shared = shared
         self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
+        if not shared:
+            ProcessCollector(registry=self._registry)
         self._requests = Counter(
             "lipcert_http_requests",
             "HTTP requests answered.",
@@ -53,12 +62,13 @@ class Metrics:
         self._waiting = Gauge(
             "lipcert_waiting",
             "Requests, and parts of large ones, that no worker has taken yet.",
+            multiprocess_mode="livesum",
             registry=self._registry,
         )
 
-    def watch_waiting(self, waiting: Callable[[], int]) -> None:
-        """Ask `waiting` for the length of the queues whenever the counters are read."""
-        self._waiting.set_function(waiting)
+    def note_waiting(self, waiting: int) -> None:
+        """This is the length of all queues together."""
+        self._waiting.set(waiting)
 
     def count_batch(self, kind: Literal["prediction", "counterfactual"], images: int) -> None:
         """Count one batch."""
@@ -86,7 +96,11 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """All counters in the text format of Prometheus."""
-        return generate_latest(self._registry)
+        if not self._shared:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        return generate_latest(registry)
 
 
 class MetricsMiddleware:

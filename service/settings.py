@@ -52,9 +52,14 @@ class Settings(BaseSettings):
     max_batch: Annotated[int, Field(ge=1)] = 256
     """Most images in one `/predict/batch`."""
 
+    processes: Annotated[int, Field(ge=0, le=256)] = 1
+    """Processes that serve side by side, on CPUs alone; 0 takes one for each CPU that the server may use. Several
+    answer more requests of small networks, since Python runs one thread of a process at a time; the default model is
+    in memory once for all."""
+
     workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Threads that decode, compute and answer, side by side; 0 takes one for each CPU that the process may use, 8 at
-    most."""
+    """Threads of a process that decode, compute and answer, side by side; 0 shares the CPUs among the processes, 8 for
+    each at most."""
 
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads inside one inference; 0 shares the CPUs among the workers: 1 on up to 8 CPUs."""
@@ -66,7 +71,8 @@ class Settings(BaseSettings):
     """How long a request waits for others to share its pass; 0 takes what is waiting and never waits when idle."""
 
     max_requests: Annotated[int, Field(ge=1)] = 1024
-    """Most requests that are read, wait or are computed at the same time; more get status 503."""
+    """Most requests that are read, wait or are computed at the same time, shared among the processes; more get status
+    503."""
 
     max_waiting_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
     """The same for the bytes of their bodies."""
@@ -80,9 +86,11 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True)
 class Threads:
-    """How the CPUs are shared: `workers * inference` threads compute at the same time."""
+    """How the CPUs are shared: `processes * workers * inference` threads compute at the same time."""
 
+    processes: int
     workers: int
+    """In one process."""
     inference: int
     """Inside one inference."""
 
@@ -93,8 +101,10 @@ def threads_of(settings: Settings, cpus: int) -> Threads:
     Workers with one thread each come first: two of them, each with a batch of its own, answer more images than one
     inference on two threads. They share one interpreter, so beyond some number threads inside an inference pay more.
     """
-    workers = settings.workers or min(cpus, _MOST_WORKERS)
-    return Threads(workers, settings.threads or max(1, cpus // workers))
+    processes = settings.processes or cpus
+    share = max(1, cpus // processes)
+    workers = settings.workers or min(share, _MOST_WORKERS)
+    return Threads(processes, workers, settings.threads or max(1, share // workers))
 
 
 def variable_names() -> list[str]:
