@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -36,8 +36,7 @@ _log = logging.getLogger(__name__)
 _CACHED_SHAPES = 64
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """The answer about one image; the radius is about the image that was sent, before any conversion and resize."""
 
     class_id: int
@@ -162,6 +161,10 @@ class Classifier:
         """
         sent_channels, sent_height, sent_width = sent_shape
         channels, height, width = self.input_shape
+        # What was there before has been checked, but for its size.
+        view = self._views.get(sent_shape)
+        if view is not None and (resize or (sent_height, sent_width) == (height, width)):
+            return view
         try:
             conversion_between(sent_channels, channels)
         except ValueError:
@@ -174,7 +177,6 @@ class Classifier:
         for sent_side, side in ((sent_height, height), (sent_width, width)):
             if sent_side != side and max(sent_side, side) > LONGEST_SIDE:
                 raise SideTooLongError(sent_side, side, LONGEST_SIDE)
-        view = self._views.get(sent_shape)
         if view is None:
             view = self._view_of(sent_shape)
             if len(self._views) >= _CACHED_SHAPES:

@@ -44,6 +44,7 @@ class Metrics:
         )
         self._by_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         """Counters that were looked up before; routes and defined methods are few."""
+        self._by_model: dict[str, tuple[Counter, Counter]] = {}
         self._predictions = Counter("lipcert_predictions", "Images classified.", ["model"], registry=self._registry)
         self._abstentions = Counter(
             "lipcert_abstentions",
@@ -76,10 +77,14 @@ class Metrics:
 
     def count_predictions(self, model: str, certified: Iterable[bool]) -> None:
         """Count the images that a model answered, and those whose answer certifies nothing."""
+        counters = self._by_model.get(model)
+        if counters is None:
+            counters = self._by_model[model] = (self._predictions.labels(model), self._abstentions.labels(model))
         answers = list(certified)
-        self._predictions.labels(model).inc(len(answers))
-        if abstentions := answers.count(False):
-            self._abstentions.labels(model).inc(abstentions)
+        predictions, abstentions = counters
+        predictions.inc(len(answers))
+        if False in answers:
+            abstentions.inc(answers.count(False))
 
     def count_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         """Count one HTTP request; methods nobody defined share one label, so that clients cannot add labels."""

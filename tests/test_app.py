@@ -8,7 +8,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -465,7 +465,7 @@ class TiedView(View):
 
     def predict(self, image_NCHW: np.ndarray) -> list[Prediction]:
         return [
-            replace(prediction, logits_K=np.full(3, np.nan), radius=0.0, certified=False)
+            prediction._replace(logits_K=np.full(3, np.nan), radius=0.0, certified=False)
             for prediction in super().predict(image_NCHW)
         ]
 
