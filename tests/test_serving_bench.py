@@ -236,7 +236,8 @@ def test_every_claim_is_there_without_a_single_measurement() -> None:
 
 def test_the_fastest_packaged_peer_is_neither_ours_nor_an_endpoint_of_the_occasion() -> None:
     cells = [
-        cell(images_per_s=900.0),
+        cell(images_per_s=700.0),
+        cell(contestant="ours-all", images_per_s=900.0),
         cell(contestant="naive", images_per_s=800.0),
         cell(contestant="echo", images_per_s=9000.0),
         cell(contestant="litserve", images_per_s=300.0),
@@ -245,6 +246,21 @@ def test_the_fastest_packaged_peer_is_neither_ours_nor_an_endpoint_of_the_occasi
     assert fastest_packaged(Results(cells=cells), CONTESTANTS, 64) == ("triton", 450.0)
     figure = figure_named(claims(Results(cells=cells), CONTESTANTS), "fastest packaged", "64 clients")
     assert (figure.got, figure.verdict) == (2.0, "floor met")
+
+
+def test_the_echo_is_compared_with_as_many_processes() -> None:
+    cells = [
+        cell(contestant=contestant, subject=subject, images_per_s=rate)
+        for contestant, subject, rate in (
+            ("ours", "mnist-0-8", 3000.0),
+            ("echo", "reference", 5000.0),
+            ("ours-all", "mnist-0-8", 4000.0),
+            ("echo-all", "reference", 10_000.0),
+        )
+    ]
+    rows = claims(Results(cells=cells), CONTESTANTS)
+    assert figure_named(rows, "only echoes", "one process each, 64 clients").got == pytest.approx(0.6)
+    assert figure_named(rows, "only echoes", "all cores each, 64 clients").got == pytest.approx(0.4)
 
 
 def test_overhead_is_the_time_above_the_raw_run_of_one_image() -> None:
@@ -311,7 +327,9 @@ def test_every_peer_has_a_program_and_pinned_requirements_without_cuda_and_addre
     for one in CONTESTANTS:
         if one.kind == "ours":
             continue
-        assert (PEERS / f"{one.name}_server.py").is_file()
+        program = Path(one.command(Subject("reference", Path()), 1)[0])
+        assert program.is_relative_to(PEERS)
+        assert program.is_file()
         if one.venv is None:
             continue
         suffix = one.venv.removeprefix(".venv-peers")

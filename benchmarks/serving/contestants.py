@@ -181,21 +181,28 @@ def _peer(
     )
 
 
-# One process, and the settings with which it uses the machine best; equal settings are measured once.
-ONE_PROCESS: dict[str, str] = {}
-ALL_CORES: dict[str, str] = {}
+ALL_CORES = {"LIPCERT_PROCESSES": "0"}
 
-ECHO = Contestant(
-    name="echo",
-    title="echo (FastAPI)",
-    kind="echo",
-    packaged=False,
-    venv=None,
-    command=lambda _subject, _port: [str(PEERS / "echo_server.py")],
-    ready_path="/ready",
-    requests={"single": _png("/predict")},
-    logits=None,
-    note="uvicorn with uvloop and httptools, one process; the body comes back",
+
+def _echo(name: str, title: str, processes: int, note: str) -> Contestant:
+    return Contestant(
+        name=name,
+        title=title,
+        kind="echo",
+        packaged=False,
+        venv=None,
+        command=lambda _subject, _port: [str(PEERS / "echo_server.py")],
+        ready_path="/ready",
+        requests={"single": _png("/predict")},
+        logits=None,
+        settings={"BENCH_PROCESSES": str(processes)},
+        note=f"uvicorn with uvloop and httptools, {note}; the body comes back",
+    )
+
+
+ECHOES = (
+    _echo("echo", "echo (FastAPI)", 1, "one process"),
+    _echo("echo-all", "echo (FastAPI), all cores", cpus(), "a worker process for each CPU"),
 )
 
 VENV = ".venv-peers"
@@ -271,7 +278,5 @@ PEER_LIST = (
 
 def all_contestants() -> list[Contestant]:
     """In the order of the tables."""
-    services = [ours("ours", "lipcert, one process", ONE_PROCESS)]
-    if ALL_CORES != ONE_PROCESS:
-        services.append(ours("ours-all", "lipcert, all cores", ALL_CORES))
-    return [*services, ECHO, *PEER_LIST]
+    services = (ours("ours", "lipcert, one process", {}), ours("ours-all", "lipcert, all cores", ALL_CORES))
+    return [*services, *ECHOES, *PEER_LIST]

@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#666666", "#999933")
-_MARKERS = "osD^vPX*<"
+_COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #666666 #999933 #F0E442".split()
+_MARKERS = "osD^vPX*<h"
 
 
 def draw(results: Results, contestants: Sequence[Contestant], folder: Path) -> list[Path]:

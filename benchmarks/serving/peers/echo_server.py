@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -23,7 +24,9 @@ async def predict(request: Request) -> Response:
 
 if __name__ == "__main__":
     uvicorn.run(
-        app,
+        "echo_server:app",
+        app_dir=str(Path(__file__).parent),
+        workers=int(os.environ["BENCH_PROCESSES"]),
         host="127.0.0.1",
         port=int(os.environ["BENCH_PORT"]),
         loop="uvloop",
