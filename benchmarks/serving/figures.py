@@ -19,7 +19,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
-_COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #666666 #999933 #F0E442".split()
+_COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#666666", "#999933", "#F0E442",
+)  # fmt: skip
 _MARKERS = "osD^vPX*<h"
 
 
