@@ -96,24 +96,16 @@ def _serve(_: argparse.Namespace) -> int:
 def _serve_as(settings: Settings, provers: Provers) -> int:
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
-    from service.prefork import bind, serve_in_processes
+    from service.prefork import bind, listen, serve_in_processes
 
     with contextlib.ExitStack() as stack:
         settings = _with_processes(settings)
         several = settings.processes > 1
         try:
             # Taken before the models are proved: a port in use is then reported at once.
-            listeners = bind(settings.host, settings.port, settings.processes)
+            first = stack.enter_context(bind(settings.host, settings.port))
         except OSError as error:
-            _log.error(
-                "port %d of %s cannot be had (%s); stop what holds it, or set LIPCERT_PORT or LIPCERT_HOST",
-                settings.port,
-                settings.host,
-                error.strerror or error,
-            )
-            return 1
-        for listener in listeners:
-            stack.enter_context(listener)
+            return _without_port(settings, error)
         if several:
             _share_counters(stack)
         from service.artefact import artefact_folders
@@ -122,13 +114,17 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
         import uvicorn
 
         from service.app import create_app, load_classifiers
+        from service.settings import threads_of
 
         with provers:
             classifiers = load_classifiers(settings, provers)
-        app = create_app(settings, classifiers)
-        host, port = listeners[0].getsockname()[:2]
-        for listener in listeners:
-            listener.listen(_BACKLOG)
+        # The application runs the default model for its examples.
+        inherited = create_app(settings, classifiers) if threads_of(settings, usable_cpus()).run_before_fork else None
+        try:
+            listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
+        except OSError as error:
+            return _without_port(settings, error)
+        host, port = first.getsockname()[:2]
         _log.info("serving on http://%s:%d - the API is at /docs", f"[{host}]" if ":" in host else host, port)
         # What is there now stays: no collection of garbage has to look at it again.
         gc.freeze()
@@ -141,7 +137,7 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
                 # What was not inherited: threads, and pages of its own.
                 classifiers[settings.default_model].warm_up()
             config = uvicorn.Config(
-                app,
+                inherited or create_app(settings, classifiers),
                 log_config=None,
                 log_level=settings.log_level,
                 # A line for each request costs more than reading it; /metrics counts them.
@@ -156,11 +152,21 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
             return 0 if server.started else 1
 
         if not several:
-            return serve(listeners[0])
+            return serve(first)
         from prometheus_client.multiprocess import mark_process_dead
 
         serve_in_processes(listeners, serve, mark_process_dead, grace_s=_DRAIN_S + _GRACE_S)
         return 0
+
+
+def _without_port(settings: Settings, error: OSError) -> int:
+    _log.error(
+        "port %d of %s cannot be had (%s); stop what holds it, or set LIPCERT_PORT or LIPCERT_HOST",
+        settings.port,
+        settings.host,
+        error.strerror or error,
+    )
+    return 1
 
 
 def _with_processes(settings: Settings) -> Settings:

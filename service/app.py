@@ -82,8 +82,7 @@ def load_classifiers(settings: Settings, provers: Provers | None = None) -> dict
                 folder / "card.json", f"the name {classifier.name!r} is taken by another artefact; change one"
             )
         classifiers[classifier.name] = classifier
-        # Threads of the runtime, which its first pass starts, would be missing in processes that are forked later.
-        if classifier.name == settings.default_model and (threads.processes == 1 or threads.inference == 1):
+        if classifier.name == settings.default_model and threads.run_before_fork:
             classifier.warm_up()
     if settings.default_model not in classifiers:
         raise SettingsError(

@@ -94,6 +94,12 @@ class Threads:
     inference: int
     """Inside one inference."""
 
+    @property
+    def run_before_fork(self) -> bool:
+        """Whether a network may run before the processes are there: threads of the runtime, which its first pass
+        starts, would be missing in them."""
+        return self.processes == 1 or self.inference == 1
+
 
 def threads_of(settings: Settings, cpus: int) -> Threads:
     """What the settings say, or as many threads as there are CPUs.
