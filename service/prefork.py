@@ -175,6 +175,9 @@ def serve_in_processes(
                 replace(number)
     finally:
         _end_all(list(running.values()), listeners, grace_s)
+        # Python itself would give a handler of its own up before it ends, and then the signal would end it.
+        for stop_signal in _STOPS:
+            signal.signal(stop_signal, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         for descriptor in (lifeline, held, stopping, stop):
             os.close(descriptor)
@@ -222,5 +225,5 @@ def _end_once(signal_number: int, frame: FrameType | None) -> None:
 
 
 def _do_nothing(signal_number: int, frame: FrameType | None) -> None:
-    # Not SIG_IGN: of a signal that has come already, Python would complain.
+    # In place of SIG_IGN: of a signal that has come already, Python would complain.
     del signal_number, frame
