@@ -77,10 +77,18 @@ def _audit(chosen: argparse.Namespace) -> int:
 
 
 def _serve(_: argparse.Namespace) -> int:
+    stopped = False
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        del signal_number, frame
+        stopped = True
+        raise SystemExit(0)
+
     # uvicorn raises the signal again once it has drained the connections: this ends the process with status 0. Before
     # it runs, the same handler ends the loading.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, _stop)
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop_signal, stop)
     # Nothing that is loaded now becomes garbage: looking for it would take a sixth of the time.
     gc.disable()
     try:
@@ -89,6 +97,11 @@ def _serve(_: argparse.Namespace) -> int:
             from service.settings import read_settings
 
             return _serve_as(read_settings(), provers)
+    except Exception:
+        # An extension module that is just being imported makes an ImportError of what the handler raised.
+        if stopped:
+            return 0
+        raise
     finally:
         gc.enable()
 
@@ -198,11 +211,6 @@ def _share_counters(stack: contextlib.ExitStack) -> None:
             f"({error.strerror or error}); set TMPDIR to a folder that can be written, or LIPCERT_PROCESSES=1"
         ) from error
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-
-
-def _stop(signal_number: int, frame: FrameType | None) -> None:
-    del signal_number, frame
-    raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -177,3 +177,15 @@ def test_a_signal_while_models_are_proved_ends_it_at_once_with_status_0(tmp_path
             process.kill()
     assert log == ""
     assert not any(is_running(pid) for pid in started)
+
+
+def test_a_signal_that_an_import_takes_for_a_failure_ends_it_with_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        # As extension modules do.
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit as stopped:
+            raise ImportError("initialization failed") from stopped
+
+    monkeypatch.setattr("service.settings.read_settings", load)
+    assert main([]) == 0
