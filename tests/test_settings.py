@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import SettingsError
-from service.settings import Settings, read_settings, variable_names
+from service.settings import Settings, read_settings, threads_of, variable_names
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,8 @@ def test_a_variable_like_no_other_is_refused_with_the_known_names(monkeypatch: p
         ("LIPCERT_MAX_BODY_BYTES", "0"),
         ("LIPCERT_MAX_PIXELS", "1000000000"),
         ("LIPCERT_THREADS", "-1"),
+        ("LIPCERT_PROCESSES", "-1"),
+        ("LIPCERT_PROCESSES", "257"),
         ("LIPCERT_LOG_LEVEL", "loud"),
         ("LIPCERT_DEFAULT_MODEL", ""),
     ],
@@ -87,3 +89,12 @@ def test_the_address_that_kubernetes_sets_is_explained(monkeypatch: pytest.Monke
     monkeypatch.setenv("LIPCERT_PORT", "tcp://10.0.0.1:80")
     with pytest.raises(SettingsError, match="enableServiceLinks"):
         read_settings()
+
+
+@pytest.mark.parametrize("processes", [0, 1, 2, 3, 16])
+@pytest.mark.parametrize("cpus", [1, 2, 3, 8, 12, 64])
+def test_processes_workers_and_threads_share_the_cpus_and_never_ask_for_more(cpus: int, processes: int) -> None:
+    threads = threads_of(Settings(processes=processes), cpus)
+    assert threads.processes == (processes or cpus)
+    assert min(threads.workers, threads.inference) >= 1
+    assert threads.processes * threads.workers * threads.inference <= max(cpus, threads.processes)
