@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -111,32 +111,14 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
     logging.captureWarnings(True)
     from service.prefork import bind, listen, serve_in_processes
 
+    settings = _with_processes(settings)
     with contextlib.ExitStack() as stack:
-        settings = _with_processes(settings)
-        several = settings.processes > 1
-        try:
-            # Taken before the models are proved: a port in use is then reported at once.
-            first = stack.enter_context(bind(settings.host, settings.port))
-        except OSError as error:
-            return _without_port(settings, error)
-        if several:
+        # Taken before the models are proved: a port in use is then reported at once.
+        first = stack.enter_context(bind(settings.host, settings.port))
+        if settings.processes > 1:
             _share_counters(stack)
-        from service.artefact import artefact_folders
-
-        provers.start(artefact_folders(settings.models, settings.default_model), settings.provider)
-        import uvicorn
-
-        from service.app import create_app, load_classifiers
-        from service.settings import threads_of
-
-        with provers:
-            classifiers = load_classifiers(settings, provers)
-        # The application runs the default model for its examples.
-        inherited = create_app(settings, classifiers) if threads_of(settings, usable_cpus()).run_before_fork else None
-        try:
-            listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
-        except OSError as error:
-            return _without_port(settings, error)
+        serve = _loaded(settings, provers)
+        listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
         host, port = first.getsockname()[:2]
         _log.info("serving on http://%s:%d - the API is at /docs", f"[{host}]" if ":" in host else host, port)
         # What is there now stays: no collection of garbage has to look at it again.
@@ -144,27 +126,7 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
         gc.enable()
         # Requests leave hardly any garbage in cycles.
         gc.set_threshold(_COLLECT_AFTER)
-
-        def serve(listener: socket.socket) -> int:
-            if several:
-                # What was not inherited: threads, and pages of its own.
-                classifiers[settings.default_model].warm_up()
-            config = uvicorn.Config(
-                inherited or create_app(settings, classifiers),
-                log_config=None,
-                log_level=settings.log_level,
-                # A line for each request costs more than reading it; /metrics counts them.
-                access_log=settings.log_level == "debug",
-                timeout_graceful_shutdown=_DRAIN_S,
-                ws="none",
-                # Nothing here asks who the client is or how it came.
-                proxy_headers=False,
-            )
-            server = uvicorn.Server(config)
-            server.run(sockets=[listener])
-            return 0 if server.started else 1
-
-        if not several:
+        if settings.processes == 1:
             return serve(first)
         from prometheus_client.multiprocess import mark_process_dead
 
@@ -172,14 +134,41 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
         return 0
 
 
-def _without_port(settings: Settings, error: OSError) -> int:
-    _log.error(
-        "port %d of %s cannot be had (%s); stop what holds it, or set LIPCERT_PORT or LIPCERT_HOST",
-        settings.port,
-        settings.host,
-        error.strerror or error,
-    )
-    return 1
+def _loaded(settings: Settings, provers: Provers) -> Callable[[socket.socket], int]:
+    """Prove and load the models; what is returned serves on a socket, in this process or one that is forked from it."""
+    from service.artefact import artefact_folders
+
+    provers.start(artefact_folders(settings.models, settings.default_model), settings.provider)
+    import uvicorn
+
+    from service.app import create_app, load_classifiers
+    from service.settings import threads_of
+
+    with provers:
+        classifiers = load_classifiers(settings, provers)
+    # The application runs the default model for its examples.
+    inherited = create_app(settings, classifiers) if threads_of(settings, usable_cpus()).run_before_fork else None
+
+    def serve(listener: socket.socket) -> int:
+        if settings.processes > 1:
+            # What was not inherited: threads, and pages of its own.
+            classifiers[settings.default_model].warm_up()
+        config = uvicorn.Config(
+            inherited or create_app(settings, classifiers),
+            log_config=None,
+            log_level=settings.log_level,
+            # A line for each request costs more than reading it; /metrics counts them.
+            access_log=settings.log_level == "debug",
+            timeout_graceful_shutdown=_DRAIN_S,
+            ws="none",
+            # Nothing here asks who the client is or how it came.
+            proxy_headers=False,
+        )
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+        return 0 if server.started else 1
+
+    return serve
 
 
 def _with_processes(settings: Settings) -> Settings:

@@ -30,6 +30,7 @@
       ├─ ArtefactError                   a file of an artefact is missing, damaged or has no proof
       ├─ ProviderError                   the asked-for execution provider is not there
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
+      ├─ PortError                       the address to listen on is not to be had
       └─ KeptError                       a file that is audited is missing or is something else
 
 The message of every error says what was expected and what to do; `service.problem` maps the tree to HTTP
@@ -233,6 +234,16 @@ class ProviderError(LipcertError):
 
 class SettingsError(LipcertError):
     """A ``LIPCERT_*`` variable is unknown or has an invalid value."""
+
+
+class PortError(LipcertError):
+    """The address to listen on is taken, not of this machine, or not allowed."""
+
+    def __init__(self, host: str, port: int, cause: OSError) -> None:
+        super().__init__(
+            f"port {port} of {host} cannot be had ({cause.strerror or cause}); stop what holds it, or set LIPCERT_PORT "
+            "or LIPCERT_HOST"
+        )
 
 
 class KeptError(LipcertError):

@@ -17,6 +17,7 @@ a signal is a byte in a pipe that the parent waits for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from service.errors import PortError
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -45,18 +48,19 @@ def bind(host: str, port: int) -> socket.socket:
         port: TCP port; 0 lets the system choose.
 
     Raises:
-        OSError: the address cannot be had; another server listens there, even if that would share it.
+        PortError: the address cannot be had; another server listens there, even if that would share it.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
+    with contextlib.ExitStack() as unless_bound:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = unless_bound.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise PortError(host, port, error) from error
+        unless_bound.pop_all()
     return listener
 
 
@@ -69,26 +73,28 @@ def listen(first: socket.socket, count: int, backlog: int) -> list[socket.socket
         backlog: connections of each that wait.
 
     Raises:
-        OSError: another server has come to listen there since `bind`.
+        PortError: another server has come to listen there since `bind`.
     """
-    first.listen(backlog)
     listeners = [first]
-    if count > 1:
-        # Only now, when `first` has the address to itself: two servers that start side by side would otherwise share it
-        # without a word.
-        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        for _ in range(count - 1):
-            listener = socket.socket(first.family, first.type, first.proto)
-            listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.bind(first.getsockname())
-            listener.listen(backlog)
-    except OSError:
-        for listener in listeners:
-            listener.close()
-        raise
+    with contextlib.ExitStack() as unless_all_listen:
+        unless_all_listen.enter_context(first)
+        try:
+            first.listen(backlog)
+            if count > 1:
+                # Only now, when `first` has the address to itself: two servers that start side by side would otherwise
+                # share it without a word.
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            for _ in range(count - 1):
+                listener = unless_all_listen.enter_context(socket.socket(first.family, first.type, first.proto))
+                listeners.append(listener)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                listener.bind(first.getsockname())
+                listener.listen(backlog)
+        except OSError as error:
+            host, port = first.getsockname()[:2]
+            raise PortError(host, port, error) from error
+        unless_all_listen.pop_all()
     return listeners
 
 

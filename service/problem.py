@@ -50,6 +50,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.SettingsError: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.PortError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.KeptError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.LipcertError: HTTPStatus.INTERNAL_SERVER_ERROR,
     }

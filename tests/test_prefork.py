@@ -26,7 +26,7 @@ from service import engine
 from service.app import _limits
 from service.classifier import Classifier
 from service.cpus import usable_cpus
-from service.errors import SettingsError
+from service.errors import PortError, SettingsError
 from service.prefork import bind, listen
 from service.settings import Settings, Threads
 
@@ -252,7 +252,7 @@ def test_another_server_does_not_get_the_port_although_it_could_be_shared(
 def test_of_two_servers_that_start_at_the_same_time_one_gets_the_port(processes: int) -> None:
     with bind("127.0.0.1", 0) as one, bind("127.0.0.1", one.getsockname()[1]) as other:
         listeners = listen(one, 2, 5)
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(PortError, match="in use"):
             listen(other, processes, 5)
         for listener in listeners:
             listener.close()
