@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -607,7 +608,7 @@ class Pace:
     """What a pass costs however many images it has: the weights are read, and the interpreter has its share."""
     image_s: float
 
-    @property
+    @functools.cached_property
     def share(self) -> int:
         """Images for which it pays that one more worker runs a pass of its own; at least 1.
 

@@ -53,13 +53,14 @@ class Metrics:
             registry=self._registry,
         )
 
-        self._batch_images = Histogram(
+        batch_images = Histogram(
             "lipcert_batch_images",
             "Images that shared one pass (prediction) or one search (counterfactual).",
             ["kind"],
             buckets=_BUCKETS_IMAGES,
             registry=self._registry,
         )
+        self._batch_images = {kind: batch_images.labels(kind) for kind in ("prediction", "counterfactual")}
         self._waiting = Gauge(
             "lipcert_waiting",
             "Requests, and parts of large ones, that no worker has taken yet.",
@@ -73,7 +74,7 @@ class Metrics:
 
     def count_batch(self, kind: Literal["prediction", "counterfactual"], images: int) -> None:
         """Count one batch."""
-        self._batch_images.labels(kind).observe(images)
+        self._batch_images[kind].observe(images)
 
     def count_predictions(self, model: str, certified: Iterable[bool]) -> None:
         """Count the images that a model answered, and those whose answer certifies nothing."""

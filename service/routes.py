@@ -148,7 +148,8 @@ async def _ask_about_images(service: Service, request: Request, accepted: Sequen
     headers = headers_of(request)
     media_type = media_type_of(headers, accepted)
     content_type = headers["content-type"]
-    query = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    query_string: bytes = request.scope["query_string"]
+    query = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True) if query_string else []
     as_npy = prefers_npy(headers.get("accept", ""))
 
     def question_of(content: bytes) -> ImageQuestion:
