@@ -100,7 +100,8 @@ def _what(results: Results) -> str:
             f"{1e3 * BATCH / facts.raw_batch_ms:,.0f}",
             None if facts.mean_steps is None else f"{facts.mean_steps:.2f}",
         ]
-        for facts in results.subjects
+        for name in (*REFERENCE_CHANNELS, *SHIPPED)
+        if (facts := results.facts(name)) is not None
     ]
     if not rows:
         return ""
