@@ -131,7 +131,9 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
         from prometheus_client.multiprocess import mark_process_dead
 
         serve_in_processes(listeners, serve, mark_process_dead, grace_s=_DRAIN_S + _GRACE_S)
-        return 0
+    # Further signals do nothing. The interpreter would give that up before it ends, and one more would end the process.
+    logging.shutdown()
+    os._exit(0)
 
 
 def _loaded(settings: Settings, provers: Provers) -> Callable[[socket.socket], int]:

@@ -164,7 +164,7 @@ def serve_in_processes(
         process.close()
         due_s[number] = started_s[number] + _SHORT_S
 
-    signal.set_wakeup_fd(stop)
+    signal.set_wakeup_fd(stop, warn_on_full_buffer=False)
     try:
         for stop_signal in _STOPS:
             signal.signal(stop_signal, _do_nothing)
@@ -181,9 +181,6 @@ def serve_in_processes(
                 replace(number)
     finally:
         _end_all(list(running.values()), listeners, grace_s)
-        # Python itself would give a handler of its own up before it ends, and then the signal would end it.
-        for stop_signal in _STOPS:
-            signal.signal(stop_signal, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         for descriptor in (lifeline, held, stopping, stop):
             os.close(descriptor)
