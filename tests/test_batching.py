@@ -576,8 +576,8 @@ def test_a_search_has_its_turn_beside_predictions_that_never_end(making: Making,
     assert order.index("search") < 100
 
 
-def test_a_search_that_nobody_waits_for_ends(making: Making, model: Watched, network: Classifier) -> None:
-    batcher = making(workers=1)
+def stopped_at_each_step(model: Watched) -> tuple[Gate, list[int]]:
+    """A gate before each gradient of the model, and the numbers of those that were begun."""
     gate = Gate()
     gradients: list[int] = []
 
@@ -586,6 +586,12 @@ def test_a_search_that_nobody_waits_for_ends(making: Making, model: Watched, net
         gate()
 
     model.on_gradient = step
+    return gate, gradients
+
+
+def test_a_search_that_nobody_waits_for_ends(making: Making, model: Watched, network: Classifier) -> None:
+    batcher = making(workers=1)
+    gate, gradients = stopped_at_each_step(model)
 
     async def test() -> None:
         search = asyncio.create_task(batcher.ask(Ask(model, slow_to_find(network), True), 100, LONG_S))
@@ -820,14 +826,7 @@ def test_a_body_given_up_leaves_memory(making: Making) -> None:
 
 def test_closing_ends_a_search_at_its_next_step(making: Making, model: Watched, network: Classifier) -> None:
     batcher = making(workers=1)
-    gate = Gate()
-    gradients: list[int] = []
-
-    def step(_: np.ndarray) -> None:
-        gradients.append(len(gradients))
-        gate()
-
-    model.on_gradient = step
+    gate, gradients = stopped_at_each_step(model)
 
     async def test() -> None:
         search = asyncio.create_task(batcher.ask(Ask(model, slow_to_find(network), True), 100, LONG_S))
