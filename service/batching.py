@@ -773,7 +773,9 @@ class _Part:
         return self.request.decoded.target
 
     def predictions(self) -> list[Prediction]:
-        return self.request.predicted()[self.start : self.stop]
+        """Of these images, once they are done."""
+        done = self.request.predictions[self.start : self.stop]
+        return [prediction for prediction in done if prediction is not None]
 
 
 class _AbandonedError(Exception):
