@@ -68,7 +68,7 @@ def listen(first: socket.socket, count: int, backlog: int) -> list[socket.socket
     """Sockets that listen on one address, one for each process.
 
     Args:
-        first: of `bind`; it is one of them.
+        first: of `bind`; it is one of them, and stays the caller's to close where this fails.
         count: at least 1; more than one needs Linux.
         backlog: connections of each that wait.
 
@@ -77,7 +77,6 @@ def listen(first: socket.socket, count: int, backlog: int) -> list[socket.socket
     """
     listeners = [first]
     with contextlib.ExitStack() as unless_all_listen:
-        unless_all_listen.enter_context(first)
         try:
             first.listen(backlog)
             if count > 1:
