@@ -1,7 +1,7 @@
 """How accurate a runtime's activations are: `python benchmarks/activations.py [--write]`.
 
 IEEE 754 says nothing about exp, tanh or erf, so that the certifier assumes a bound, `FUNCTION_ERROR` of
-`service/certificate/smooth.py`. Here it is measured: the float32 kernels of ONNX Runtime on a sweep of all finite
+`service/certificate/rules/activations.py`. Here it is measured: the float32 kernels of ONNX Runtime on a sweep of all finite
 float32 values (every `--step`-th bit pattern: negative, subnormal and huge ones among them) against float64; its
 float64 kernels, and numpy's functions that the certifier itself uses, on random and special values against balls of
 160 bits (python-flint). `--write` replaces `benchmarks/ACTIVATIONS.md`.
@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "ACTIVATIONS.md"
 sys.path.insert(0, str(ROOT))
 
 from models.export import code_version, environment  # noqa: E402
-from service.certificate.smooth import FUNCTION_ERROR  # noqa: E402
+from service.certificate.rules.activations import FUNCTION_ERROR  # noqa: E402
 
 UNIT = {np.float32: 2.0**-24, np.float64: 2.0**-53}
 BLOCK = 1 << 22
@@ -274,7 +274,7 @@ def main() -> None:
             "",
             f"`python benchmarks/activations.py --step {arguments.step} --values {arguments.values}`, code "
             f"{code_version()}. Errors are in units of `u max(scale, |y|)`: `u` the unit roundoff of the format, `y` "
-            "the exact result, `scale` as `FUNCTION_ERROR` in `service/certificate/smooth.py` defines it.",
+            "the exact result, `scale` as `FUNCTION_ERROR` in `service/certificate/rules/activations.py` defines it.",
             "",
             f"**Worst: {worst:.2f} units; the certifier assumes {FUNCTION_ERROR:g}**, {FUNCTION_ERROR / worst:.1f} "
             f"times as much. Results that are not finite where the exact one is: {lost}.",

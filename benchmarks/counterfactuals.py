@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from models.datasets import load_dataset, options_of  # noqa: E402
+from models.data.datasets import load_dataset, options_of  # noqa: E402
 from models.export import code_version  # noqa: E402
 from service.certificate import Radii  # noqa: E402
-from service.classifier import Classifier, View  # noqa: E402
-from service.counterfactual import Counterfactual, find_counterfactuals  # noqa: E402
+from service.inference.classifier import Classifier, View  # noqa: E402
+from service.inference.counterfactual import Counterfactual, find_counterfactuals  # noqa: E402
 
 
 @dataclass(frozen=True)

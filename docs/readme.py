@@ -1,4 +1,4 @@
-"""The generated blocks of README.md: `make readme` writes them, tests/test_readme.py compares them.
+"""The generated blocks of README.md: `make readme` writes them, tests/project/test_readme.py compares them.
 
 A block NAME stands between `<!-- NAME: written by make readme -->` and `<!-- /NAME -->`.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 
-from service.app import create_app
-from service.artefact import Card, read_card
+from service.api.app import create_app
+from service.artefact.card import Card, read_card
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -52,11 +52,11 @@ def train(
 ) -> None:
     """Train a recipe; export and measure the artefact, or draw and measure the toy problem."""
     # torch takes seconds to load; --help should not.
-    from models.data import DataError
+    from models.data.published import DataError
     from models.export import ExportRefusedError
     from models.runs import run_recipe
-    from models.training import Interrupted, TrainingError
-    from service.artefact import ArtefactError
+    from models.training.loop import Interrupted, TrainingError
+    from service.artefact.card import ArtefactError
     from service.certificate import UnsupportedGraphError
 
     changes = [*(overrides or []), *([f"schedule.epochs={epochs}"] if epochs is not None else [])]
@@ -114,10 +114,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of the report; ARTEFACT/report by default.")] = None,
 ) -> None:
     """Measure an artefact as it is served; write its report and its card. After Ctrl-C the same command goes on."""
-    from models.data import DataError
-    from models.evaluation import EvaluationError, EvaluationInterrupted
-    from models.evaluation import evaluate as evaluate_artefact
-    from service.artefact import ArtefactError
+    from models.data.published import DataError
+    from models.evaluation.measure import EvaluationError, EvaluationInterrupted
+    from models.evaluation.measure import evaluate as evaluate_artefact
+    from service.artefact.card import ArtefactError
 
     try:
         report = evaluate_artefact(

@@ -25,10 +25,10 @@ import onnxruntime
 import torch
 from jaxtyping import Float64
 
-from models.data import LabelledImages
-from models.networks import LipschitzNetwork
-from models.onnx_graph import GraphBuilder
-from service.artefact import MODEL_FILE, TRANSPORT_FILE, Card, CertifiedAccuracy, InputShape, write_artefact
+from models.data.published import LabelledImages
+from models.nets.networks import LipschitzNetwork
+from models.nets.onnx_graph import GraphBuilder
+from service.artefact.card import MODEL_FILE, TRANSPORT_FILE, Card, CertifiedAccuracy, InputShape, write_artefact
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
 
 BOUND_TOLERANCE = 1e-3

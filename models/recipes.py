@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.layers import Parametrisation
+from models.nets.layers.linear import Parametrisation
 
 
 class RecipeError(Exception):
@@ -24,7 +24,7 @@ class _Frozen(BaseModel):
 
 
 class Loss(_Frozen):
-    """Which of `models.losses` is minimised.
+    """Which of `models.training.losses` is minimised.
 
     `hkr`: two classes with one output, or one against all. `hkr_margin`: on the deciding margin. `kr`: the
     Kantorovich-Rubinstein term alone, whose optimum is the Wasserstein distance. `soft_hkr`, `lse_hkr` and
@@ -45,7 +45,7 @@ class Loss(_Frozen):
 
 
 class Augment(_Frozen):
-    """Ranges of the random affine map, mirroring and cropping, see `models.augmentation.Augmentation`."""
+    """Ranges of the random affine map, mirroring and cropping, see `models.data.augmentation.Augmentation`."""
 
     rotation_degrees: float = Field(default=0.0, ge=0)
     scale: float = Field(default=0.0, ge=0, lt=1)
@@ -65,7 +65,7 @@ class Schedule(_Frozen):
     learning_rate: float = Field(default=4e-3, gt=0)
     """Highest of Adam, which trains all but the `stiefel` matrices."""
     rotation_rate: float = Field(default=0.03, gt=0)
-    """Highest of `models.optimisers.StiefelMuon`, which turns the `stiefel` matrices; radians a step."""
+    """Highest of `models.training.optimisers.StiefelMuon`, which turns the `stiefel` matrices; radians a step."""
     warm_up: float = Field(default=0.2, gt=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)

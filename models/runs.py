@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from models.data import DataSet, LabelledImages
-from models.datasets import load_dataset
+from models.data.published import DataSet, LabelledImages
+from models.data.datasets import load_dataset
 from models.export import code_version, emit_graphs, environment, export_artefact, prove
-from models.networks import LipschitzNetwork, convolutional_network, dense_network
-from models.processes import fit_on
+from models.nets.networks import LipschitzNetwork, convolutional_network, dense_network
+from models.training.processes import fit_on
 from models.recipes import AnyRecipe, ImageRecipe, Network, SquaresRecipe, TwoMoonsRecipe
 from models.toys import (
     MOONS_SHAPE,
@@ -27,7 +27,7 @@ from models.toys import (
     true_squares_distance,
     two_moons,
 )
-from models.training import (
+from models.training.loop import (
     Batch,
     BatchSource,
     ImageBatches,

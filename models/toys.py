@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.networks import LipschitzNetwork
-from models.training import Batch
+from models.nets.networks import LipschitzNetwork
+from models.training.loop import Batch
 
 mpl.use("Agg")
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from service.cpus import usable_cpus
+from service.runtime.cpus import usable_cpus
 from service.errors import LipcertError, SettingsError
-from service.proving import Provers
+from service.artefact.proving import Provers
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -109,7 +109,7 @@ def _serve(_: argparse.Namespace) -> int:
 def _serve_as(settings: Settings, provers: Provers) -> int:
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
-    from service.prefork import bind, listen, serve_in_processes
+    from service.processes.prefork import bind, listen, serve_in_processes
 
     settings = _with_processes(settings)
     with contextlib.ExitStack() as stack:
@@ -138,12 +138,12 @@ def _serve_as(settings: Settings, provers: Provers) -> int:
 
 def _loaded(settings: Settings, provers: Provers) -> Callable[[socket.socket], int]:
     """Prove and load the models; what is returned serves on a socket, in this process or one that is forked from it."""
-    from service.artefact import artefact_folders
+    from service.artefact.card import artefact_folders
 
     provers.start(artefact_folders(settings.models, settings.default_model), settings.provider)
     import uvicorn
 
-    from service.app import create_app, load_classifiers
+    from service.api.app import create_app, load_classifiers
     from service.settings import threads_of
 
     with provers:
@@ -177,7 +177,7 @@ def _with_processes(settings: Settings) -> Settings:
     """With the number of processes that there will be; raises `SettingsError` for several where there can be one."""
     if settings.processes == 1:
         return settings
-    from service.engine import missing_for_cuda
+    from service.runtime.engine import missing_for_cuda
     from service.settings import threads_of
 
     obstacle = None

@@ -33,7 +33,7 @@
       ├─ PortError                       the address to listen on is not to be had
       └─ KeptError                       a file that is audited is missing or is something else
 
-The message of every error says what was expected and what to do; `service.problem` maps the tree to HTTP
+The message of every error says what was expected and what to do; `service.api.problem` maps the tree to HTTP
 status.
 """
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.data import LabelledImages
+from models.data.published import LabelledImages
 
 
 def bars() -> LabelledImages:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from service.app import create_app
-from service.classifier import Classifier
+from service.api.app import create_app
+from service.inference.classifier import Classifier
 from service.settings import Settings
 
 # No timed unit tests: a busy machine is no defect.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from models.layers import (
+from models.nets.layers.linear import (
     Chain,
     Flatten,
     FullSort,

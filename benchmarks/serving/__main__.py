@@ -32,7 +32,7 @@ from benchmarks.serving.processes import ServerError
 from benchmarks.serving.raw import Raw
 from benchmarks.serving.results import Results, SubjectFacts, describe_run
 from models.export import code_version
-from service.classifier import Classifier
+from service.inference.classifier import Classifier
 
 BUILD = ROOT / "build" / "bench"
 SHIPPED = ROOT / "models" / "zoo"

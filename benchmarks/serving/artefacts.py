@@ -24,11 +24,11 @@ import torch
 from onnx import numpy_helper, shape_inference
 from PIL import Image
 
-from models.data import load_mnist
+from models.data.published import load_mnist
 from models.export import emit_graphs
-from models.networks import convolutional_network
+from models.nets.networks import convolutional_network
 from models.recipes import Stage
-from service.artefact import MODEL_FILE, TRANSPORT_FILE, Card, InputShape, read_card, write_artefact
+from service.artefact.card import MODEL_FILE, TRANSPORT_FILE, Card, InputShape, read_card, write_artefact
 
 REFERENCE_CHANNELS = {"reference": 512, "reference-x4": 1024, "reference-x16": 2048}
 """Channels of each reference network: twice as many cost four times as much."""
@@ -157,7 +157,7 @@ class Payloads:
 
 
 def payloads(data: Path) -> Payloads:
-    """The first MNIST test images; the files are fetched where they are missing (`models.data`)."""
+    """The first MNIST test images; the files are fetched where they are missing (`models.data.published`)."""
     _, test = load_mnist(data)
     image_NHW = test.images_NCHW[:IMAGES, 0].numpy()
     png = [_png(image_HW) for image_HW in image_NHW]

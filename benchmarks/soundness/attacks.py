@@ -10,7 +10,7 @@ from foolbox.criteria import Misclassification
 from foolbox.models.pytorch import PyTorchModel
 
 from benchmarks.soundness.boundary import View
-from models.attacks import ATTACKS, BATCH, ServedModel
+from models.evaluation.attacks import ATTACKS, BATCH, ServedModel
 
 
 def foolbox_starts(view: View, image_NCHW: np.ndarray) -> list[np.ndarray]:

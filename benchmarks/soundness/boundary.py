@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.soundness.exact import inside, just_inside, ratio, squared_distance
 from service.certificate import Certificate, Radii
-from service.classifier import Classifier
-from service.preprocessing import preprocessing_between
+from service.inference.classifier import Classifier
+from service.pixels.preprocessing import preprocessing_between
 
 BATCH_SIZES = (1, 2, 3, 7, 16, 64, 256)
 """Every point that counts is classified in batches of each of these sizes."""

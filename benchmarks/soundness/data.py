@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from models.data import load_mnist
-from service.artefact import read_card
+from models.data.published import load_mnist
+from service.artefact.card import read_card
 
 
 def test_images(artefact: Path, data: Path, n: int) -> np.ndarray:

@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service.artefact import MODEL_FILE, TRANSPORT_FILE, Card, InputShape, write_artefact
-from service.classifier import Classifier
+from service.artefact.card import MODEL_FILE, TRANSPORT_FILE, Card, InputShape, write_artefact
+from service.inference.classifier import Classifier
 
 OPSET, IR_VERSION = 18, 9
 Affine = tuple[np.ndarray, np.ndarray]

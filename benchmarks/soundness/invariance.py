@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime
 
-from service import engine
+from service.runtime import engine
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
 
 BATCHES = (1, 2, 3, 7, 16, 64, 256)
@@ -56,7 +56,7 @@ def vary(model_bytes: bytes, image_NCHW: np.ndarray, rewriting: bool) -> Variati
     Args:
         model_bytes: a graph that can be certified.
         image_NCHW: the images; batches are filled up with them, starting at another one each time.
-        rewriting: leave on the optimisers that `service/engine.py` switches off, which fold one layer into the weights
+        rewriting: leave on the optimisers that `service/runtime/engine.py` switches off, which fold one layer into the weights
             of another: what the runtime does by default.
     """
     certificate = certify(model_bytes)

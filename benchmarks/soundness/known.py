@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.soundness.boundary import Effort, Search, View, naive_radius, search
 from benchmarks.soundness.exact import inside
 from benchmarks.soundness.graphs import Affine, Graphs, dense, hadamard
-from service.classifier import Classifier
+from service.inference.classifier import Classifier
 
 _GRID = 2.0**-24
 """Spacing of float32 in [1/2, 1)."""

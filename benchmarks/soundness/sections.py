@@ -31,7 +31,7 @@ from benchmarks.soundness.graphs import Graphs, in_float32, residual, shipped, w
 from benchmarks.soundness.invariance import BATCHES, THREADS, lost_radius, vary
 from benchmarks.soundness.known import Exhausted, examine, exhaust, nudge_midpoints, random_network
 from service.certificate import certify
-from service.classifier import Classifier
+from service.inference.classifier import Classifier
 
 MODELS = ("mnist", "mnist-0-8")
 OTHER_SHAPES = ((1, 20, 20), (1, 40, 33), (3, 28, 28), (3, 36, 24))
@@ -83,7 +83,7 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
             "## The nearest points of another class",
             "",
             "From each test image (the first ones), the nearest image of another class that could be found through "
-            "`service.classifier.Classifier`: the service's counterfactual, a descent to each of the two nearest "
+            "`service.inference.classifier.Classifier`: the service's counterfactual, a descent to each of the two nearest "
             "classes, foolbox's DeepFool and Carlini-Wagner; each then walked along the boundary towards the image, "
             "bisected down to adjacent floats, and improved by neighbouring floats. Other shapes are the same digits "
             "resampled (and tinted), sent with `resize=true`, and searched in the pixels that are sent. Distances "
@@ -312,7 +312,7 @@ def invariance(arguments: argparse.Namespace) -> Section:
             "",
             f"The same images in batches of {', '.join(map(str, BATCHES))}, on {', '.join(map(str, THREADS))} "
             "threads, with graph optimisation off, basic (as served), extended and all: every combination. "
-            "`service/engine.py` switches off the optimisers that fold a scale into the weights of the layer before "
+            "`service/runtime/engine.py` switches off the optimisers that fold a scale into the weights of the layer before "
             "it; each case is run with them off and on; folded weights are rounded anew, which the proof does not "
             "cover, so that column is measured only. The residual networks (16 channels, 2 blocks, 12 x 12, random "
             "weights and images) are there for what the dense ones do not have: convolutions, BatchNormalization, "

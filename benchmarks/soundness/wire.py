@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.soundness.boundary import Search
 from benchmarks.soundness.exact import inside, just_inside
-from service.app import create_app
+from service.api.app import create_app
 from service.settings import Settings
 
 

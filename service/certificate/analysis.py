@@ -12,9 +12,14 @@ from typing import cast
 import numpy as np
 from onnx import TensorProto, helper
 
-from service.certificate import rearrangements, resizing, rules, smooth, spatial, squares
+from service.certificate.rules import rearrangements
+from service.certificate.rules import resizing
+from service.certificate.rules import arithmetic as rules
+from service.certificate.rules import activations as smooth
+from service.certificate.rules import convolution as spatial
+from service.certificate.rules import squares
 from service.certificate.graph import PROBE_BATCH, Graph, Node, read_graph
-from service.certificate.operators import RULES, Context, Operands, Refusal, int_attribute
+from service.certificate.rules.table import RULES, Context, Operands, Refusal, int_attribute
 from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
 from service.certificate.statement import Certificate, NodeReport, UnsupportedGraphError
 from service.certificate.values import Constant, Domain, Squares, Unknown, Value, View

@@ -1,0 +1,86 @@
+"""From the options of a recipe, or of a card, to the images: one function for all data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from models.data.published import CIFAR10, FASHION_MNIST, MNIST, DataError, DataSet, Published, load_cifar10, load_idx
+from models.data.folders import load_folder
+from models.recipes import DataOptions
+
+PUBLISHED: dict[str, Published] = {"mnist": MNIST, "fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}
+
+
+def load_dataset(options: DataOptions, directory: Path, *, multiple: int = 1, test_only: bool = False) -> DataSet:
+    """The images that `options` describe, and a card block from which `options_of` has the same again.
+
+    Args:
+        options: a recipe, or its `DataOptions`.
+        directory: of the files; a published set is downloaded to it where it is missing.
+        multiple: where the size of the images is free, it is a multiple of this.
+        test_only: the training set is not needed and may be empty.
+
+    Raises:
+        DataError: the files are missing or unusable; the message names file and cure.
+    """
+    # A recipe is a DataOptions with more in it.
+    options = DataOptions.model_validate({key: getattr(options, key) for key in DataOptions.model_fields})
+    if options.dataset == "image-folder":
+        found = load_folder(directory, options, multiple=multiple, test_only=test_only)
+    else:
+        found = _published(options, PUBLISHED[options.dataset], directory)
+    counts = {
+        part: dict(zip(found.labels, images.counts(len(found.labels)), strict=True))
+        for part, images in (("train", found.train), ("test", found.test))
+    }
+    card = {
+        "dataset": options.dataset,
+        **found.card,
+        "n_train": len(found.train),
+        "n_test": len(found.test),
+        "counts": counts,
+    }
+    return DataSet(found.train, found.test, found.labels, card)
+
+
+def options_of(data: Mapping[str, Any], labels: list[str]) -> DataOptions:
+    """The options in the `data` block of a card.
+
+    Raises:
+        DataError: the card does not say which data set it is about.
+    """
+    if "options" not in data and data.get("name") == MNIST.name:
+        # Cards from before there were other data sets.
+        return DataOptions(dataset="mnist", classes=tuple(labels))
+    try:
+        return DataOptions.model_validate(data.get("options"))
+    except ValidationError as error:
+        raise DataError(
+            f"the card does not say which images it is about (data.options: {error.errors()[0]['msg']}): evaluate an "
+            "artefact that `python -m models train` wrote, or add them"
+        ) from error
+
+
+def _published(options: DataOptions, published: Published, directory: Path) -> DataSet:
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f"{directory} is a file: name a folder with --data")
+    labels = options.classes or published.labels
+    unknown = [label for label in labels if label not in published.labels]
+    if unknown:
+        raise DataError(
+            f"{published.name} has no class {', '.join(unknown)}: choose of {', '.join(published.labels)} "
+            "(--set classes)"
+        )
+    load = load_cifar10 if published is CIFAR10 else load_idx
+    train, test = load(directory, published)
+    numbers = [published.labels.index(label) for label in labels]
+    card = {
+        **published.card,
+        "preprocessing": None,
+        "options": options.model_copy(update={"classes": tuple(labels)}).model_dump(mode="json"),
+    }
+    return DataSet(train.only(numbers), test.only(numbers), tuple(labels), card)

@@ -1,0 +1,550 @@
+"""Attacks from public libraries (foolbox, ART) on an artefact as it is served: how near is the nearest image of another
+class?
+
+Each attack gives one distance per image: from above what the certified radius bounds from below. An image that is
+strictly inside the radius and that the service gives another class would refute the certificate: the run stops there,
+with both images in hand. The attacks see the served graphs themselves: the forward pass is `model.onnx`, and since
+`transport.onnx` computes vector-Jacobian products, the backward pass is that graph with the incoming gradient as
+`margin_weights`. What they find is judged by the served path alone, in exact arithmetic.
+
+Axes: N batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from models.evaluation.partial import Arrays, PartialResults, digest_of
+from service.inference.classifier import Classifier
+
+INSIDE = 1 - 1e-6
+"""Share of the radius to which the attacks go where they must find nothing; the rest keeps them off its rounding."""
+
+MULTIPLES = (INSIDE, 1.1, 1.3, 1.7, 2.5)
+"""Attacks that search a ball do so at these multiples of each image's radius, until they succeed."""
+
+LEAST_SCALE = 0.01
+"""In place of the radius where that is smaller or 0 (nothing certified), L2, pixels in [0, 1]."""
+
+SIMILAR = 1.25
+"""Largest quotient of radii that ART attacks together."""
+
+BATCH = 100
+"""Images in one part: what a run that is interrupted can lose."""
+
+BISECTIONS = 16
+"""Halvings of the segment between an image and what was found."""
+
+FORMAT = 1
+"""Part of the settings of partial results: raise it where the meaning of what is kept changes."""
+
+
+class AttacksMissingError(Exception):
+    """The libraries are not installed; the message says how to install them."""
+
+
+class CertificateRefutedError(Exception):
+    """An image of another class strictly inside the certified radius was found."""
+
+    def __init__(
+        self, attack: str, image_CHW: np.ndarray, found_CHW: np.ndarray, class_id: int, found_class: int, radius: float
+    ) -> None:
+        distance = exact_distance(image_CHW, found_CHW)
+        super().__init__(
+            f"{attack} found an image of class {found_class} at distance {distance!r} of one of class {class_id} whose "
+            f"certified radius is {radius!r}"
+        )
+        self.image_CHW = image_CHW
+        self.found_CHW = found_CHW
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What one attack found from each of n images. That nothing lies inside a radius is checked where it is found."""
+
+    name: str
+    library: str
+    parameters: Mapping[str, Any]
+    distance_N: Float64[np.ndarray, " N"]
+    """L2 to the nearest image of another class that was found; infinite where none was."""
+    radius_N: Float64[np.ndarray, " N"]
+    """Certified radii of the same images."""
+
+    @property
+    def flipped(self) -> int:
+        """Images that got another class at any distance."""
+        return int(np.isfinite(self.distance_N).sum())
+
+    @property
+    def median_distance(self) -> float | None:
+        """Over the flipped ones."""
+        return float(np.median(self.distance_N[np.isfinite(self.distance_N)])) if self.flipped else None
+
+    @property
+    def median_radius_over_distance(self) -> float | None:
+        """Over the flipped ones: how tight the certificate is, seen from this attack."""
+        kept_N = np.isfinite(self.distance_N)
+        return float(np.median(self.radius_N[kept_N] / self.distance_N[kept_N])) if self.flipped else None
+
+    def as_card_entry(self) -> dict[str, Any]:
+        """The entry in `attacks` of the card. `successes` counts images inside the radius: a run with one raises."""
+        return {
+            "name": self.name,
+            "library": self.library,
+            "norm": "l2",
+            "inside": INSIDE,
+            "parameters": dict(self.parameters),
+            "n": len(self.distance_N),
+            "successes": 0,
+            "flipped_at_any_distance": self.flipped,
+            "median_distance": self.median_distance,
+            "median_radius": float(np.median(self.radius_N)),
+            "median_radius_over_distance": self.median_radius_over_distance,
+        }
+
+
+def union(results: Sequence[AttackResult]) -> AttackResult:
+    """Per image the smallest distance that any of the attacks found."""
+    return AttackResult(
+        name="union",
+        library="all of the above",
+        parameters={"attacks": [result.name for result in results]},
+        distance_N=np.min([result.distance_N for result in results], axis=0),
+        radius_N=results[0].radius_N,
+    )
+
+
+class ServedModel(torch.nn.Module):
+    """The served classifier as a torch module: image N x C x H x W -> logits N x K, in the precision of the image."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self._classifier = classifier
+
+    def forward(self, image_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+        """Logits by `model.onnx`; their adjoint by `transport.onnx`."""
+        return _Served.apply(image_NCHW, self._classifier)  # type: ignore[return-value]
+
+
+class _Served(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image_NCHW: Tensor, classifier: Classifier) -> Tensor:  # type: ignore[override]
+        ctx.classifier = classifier
+        ctx.save_for_backward(image_NCHW)
+        logits_NK, _ = classifier.classify(image_NCHW.detach().numpy().astype(np.float64, copy=False))
+        return torch.from_numpy(logits_NK).to(image_NCHW.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, weights_NK: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (image_NCHW,) = ctx.saved_tensors
+        _, gradient_NCHW = ctx.classifier.margin_gradient(
+            image_NCHW.numpy().astype(np.float64, copy=False), weights_NK.numpy().astype(np.float64, copy=False)
+        )
+        return torch.from_numpy(gradient_NCHW).to(image_NCHW.dtype), None
+
+
+_FGSM = {"loss": "margin", "random_start": False}
+_PGD = {"loss": "margin", "rel_stepsize": 0.1, "steps": 40, "random_start": True}
+_DEEPFOOL = {"steps": 50, "candidates": 10, "overshoot": 0.02, "loss": "logits"}
+_CARLINI_WAGNER = {"binary_search_steps": 6, "steps": 100, "stepsize": 0.05, "initial_const": 1.0}
+_AUTOATTACK = {"apgd_steps": 100, "apgd_restarts": 1, "square_queries": 200}
+
+ATTACKS: dict[str, Mapping[str, Any]] = {
+    "FGSM": _FGSM,
+    "DeepFool": _DEEPFOOL,
+    "PGD": _PGD,
+    "Carlini-Wagner": _CARLINI_WAGNER,
+    "AutoAttack": _AUTOATTACK,
+}
+"""Name -> parameters, as foolbox calls them, save those of AutoAttack and the loss of FGSM and PGD: foolbox's
+cross-entropy of logits that differ by little points at all classes at once, the margin to the nearest one at that."""
+
+_PACKAGES = {"AutoAttack": ("art", "adversarial-robustness-toolbox")}
+_FOOLBOX = ("foolbox", "foolbox")
+
+
+def require_libraries() -> None:
+    """Refuse before anything is measured.
+
+    Raises:
+        AttacksMissingError: a library is missing.
+    """
+    wanted = {_FOOLBOX, *_PACKAGES.values(), ("multiprocess", "multiprocess")}
+    missing = sorted(package for module, package in wanted if util.find_spec(module) is None)
+    if missing:
+        raise AttacksMissingError(
+            f"the attacks need {' and '.join(missing)}: install them with `pip install '.[evaluate]'`, or leave the "
+            "attacks out with --no-attacks"
+        )
+
+
+def run_attacks(
+    classifier: Classifier,
+    image_NCHW: Float64[np.ndarray, "N C H W"],
+    *,
+    keep: PartialResults | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[AttackResult]:
+    """Attack every image with each of `ATTACKS`.
+
+    What counts as another class is one other than the predicted one, right or wrong: the certificate is about that.
+
+    Args:
+        classifier: as it is served.
+        image_NCHW: pixels in [0, 1].
+        keep: where finished parts are kept and found again; nowhere by default.
+        settings: what the parts depend on besides model, images and attack.
+        seed: of random starts and directions, for each part anew.
+        progress: whether to show a bar.
+
+    Raises:
+        AttacksMissingError: a library is missing.
+        CertificateRefutedError: an image of another class lies strictly inside a certified radius.
+    """
+    require_libraries()
+    _, radii = classifier.classify(image_NCHW)
+    class_id_N, radius_N = radii.class_id_N, radii.radius_N
+    # Images of similar radii attack together: ART takes one epsilon for a batch.
+    order_N = np.argsort(radius_N, kind="stable")
+    parts = [order_N[start : start + BATCH] for start in range(0, len(order_N), BATCH)]
+    attacks = [
+        AttackResult(name, _library(name), parameters, np.full(len(image_NCHW), np.inf), radius_N)
+        for name, parameters in ATTACKS.items()
+    ]
+    with tqdm(total=len(parts) * len(attacks), desc="attacks", unit="part", disable=not progress) as bar:
+        # All attacks on one part before the next part: the time that is left can then be told.
+        for part_M in parts:
+            for attack in attacks:
+                bar.set_description(attack.name)
+                target = _Target(classifier, attack.name, image_NCHW[part_M], class_id_N[part_M], radius_N[part_M])
+                what = {
+                    **(settings or {}),
+                    "format": FORMAT,
+                    "model": classifier.digest,
+                    "transport": classifier.card.graphs.get("transport.onnx"),
+                    "images": digest_of(target.image_NCHW),
+                    "attack": attack.name,
+                    "library": attack.library,
+                    "parameters": dict(attack.parameters),
+                    "multiples": MULTIPLES,
+                    "seed": seed,
+                }
+                found = (
+                    target.attack(attack.parameters, seed)
+                    if keep is None
+                    else keep.part(what, partial(target.attack, attack.parameters, seed))
+                )
+                attack.distance_N[part_M] = found["distance"]
+                bar.update()
+    return attacks
+
+
+def _library(name: str) -> str:
+    module, package = _PACKAGES.get(name, _FOOLBOX)
+    return f"{module} {metadata.version(package)}"
+
+
+Found = Float64[np.ndarray, "N C H W"]
+Search = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Found]
+"""(images, classes, radii of balls, whether these are certified) -> an image in or near each ball."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Images of similar radii, attacked together."""
+
+    classifier: Classifier
+    attack_name: str
+    image_NCHW: Float64[np.ndarray, "N C H W"]
+    class_id_N: Int64[np.ndarray, " N"]
+    radius_N: Float64[np.ndarray, " N"]
+
+    def attack(self, parameters: Mapping[str, Any], seed: int) -> Arrays:
+        """Distances of the nearest images found, as the array `distance`."""
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - ART draws from numpy's global generator
+        with _quiet():
+            return {"distance": self.judge(self._search(parameters))}
+
+    def _search(self, parameters: Mapping[str, Any]) -> Found:
+        if self.attack_name == "DeepFool":
+            return self._foolbox_minimum("deepfool", "L2DeepFoolAttack", parameters)
+        if self.attack_name == "Carlini-Wagner":
+            return self._foolbox_minimum("carlini_wagner", "L2CarliniWagnerAttack", parameters)
+        if self.attack_name == "AutoAttack":
+            return self._at_multiples(_autoattack_search(self.classifier, parameters))
+        return self._at_multiples(_ball_search(self.classifier, self.attack_name, parameters))
+
+    def judge(self, found_NCHW: Found) -> Float64[np.ndarray, " N"]:
+        """Distance of what was found, drawn towards its image as far as its class stays another; infinite where it has
+        none other.
+
+        Raises:
+            CertificateRefutedError: an image of another class is strictly inside the radius.
+        """
+        found_NCHW = np.where(np.isfinite(found_NCHW), np.clip(found_NCHW, 0.0, 1.0), self.image_NCHW)
+        distance_N = self._distances(found_NCHW)
+        # Attacks that only look for the nearest image of another class are tried inside the radius too.
+        share_N = np.minimum(1.0, INSIDE * self.radius_N / np.maximum(distance_N, 1e-300))
+        self._check_inside(self._between(found_NCHW, share_N))
+        found_N = self._others(found_NCHW)
+        nearest_NCHW = found_NCHW
+        low_N, high_N = np.zeros(len(found_N)), np.ones(len(found_N))
+        for _ in range(BISECTIONS if found_N.any() else 0):
+            middle_N = 0.5 * (low_N + high_N)
+            middle_NCHW = self._between(found_NCHW, middle_N)
+            other_N = self._others(middle_NCHW)
+            nearest_NCHW = np.where((other_N & found_N)[:, None, None, None], middle_NCHW, nearest_NCHW)
+            low_N, high_N = np.where(other_N, low_N, middle_N), np.where(other_N, middle_N, high_N)
+        self._check_inside(nearest_NCHW)
+        return np.where(found_N, self._distances(nearest_NCHW), np.inf)
+
+    def _between(self, found_NCHW: np.ndarray, share_N: np.ndarray) -> np.ndarray:
+        step_NCHW = share_N[:, None, None, None] * (found_NCHW - self.image_NCHW)
+        return np.clip(self.image_NCHW + step_NCHW, 0.0, 1.0)
+
+    def _others(self, image_NCHW: np.ndarray) -> np.ndarray:
+        return self.classifier.classify(image_NCHW)[1].class_id_N != self.class_id_N
+
+    def _distances(self, other_NCHW: np.ndarray) -> np.ndarray:
+        return np.array([exact_distance(a, b) for a, b in zip(self.image_NCHW, other_NCHW, strict=True)])
+
+    def _check_inside(self, other_NCHW: np.ndarray) -> None:
+        class_N = self.classifier.classify(other_NCHW)[1].class_id_N
+        for n in np.flatnonzero(class_N != self.class_id_N):
+            if is_inside(self.image_NCHW[n], other_NCHW[n], float(self.radius_N[n])):
+                raise CertificateRefutedError(
+                    self.attack_name,
+                    self.image_NCHW[n],
+                    other_NCHW[n],
+                    int(self.class_id_N[n]),
+                    int(class_N[n]),
+                    float(self.radius_N[n]),
+                )
+
+    def _at_multiples(self, search: Search) -> Found:
+        """Search larger and larger balls around the images that have not been flipped yet."""
+        scale_N = np.maximum(self.radius_N, LEAST_SCALE)
+        found_NCHW = self.image_NCHW.copy()
+        left_M = np.arange(len(self.image_NCHW))
+        for multiple in MULTIPLES:
+            candidate_MCHW = search(
+                self.image_NCHW[left_M], self.class_id_N[left_M], multiple * scale_N[left_M], multiple < 1
+            )
+            candidate_MCHW = np.where(
+                np.isfinite(candidate_MCHW), np.clip(candidate_MCHW, 0.0, 1.0), self.image_NCHW[left_M]
+            )
+            other_M = self.classifier.classify(candidate_MCHW)[1].class_id_N != self.class_id_N[left_M]
+            found_NCHW[left_M[other_M]] = candidate_MCHW[other_M]
+            left_M = left_M[~other_M]
+            if len(left_M) == 0:
+                break
+        return found_NCHW
+
+    def _foolbox_minimum(self, module: str, attack: str, parameters: Mapping[str, Any]) -> Found:
+        """An attack of foolbox that looks for the nearest image of another class by itself."""
+        from importlib import import_module
+
+        search = getattr(import_module(f"foolbox.attacks.{module}"), attack)(**parameters)
+        return _run_foolbox(search, self.classifier, self.image_NCHW, self.class_id_N)
+
+
+def _run_foolbox(
+    attack: Any, classifier: Classifier, image_NCHW: np.ndarray, class_id_N: np.ndarray, **options: Any
+) -> Found:
+    from foolbox.criteria import Misclassification
+    from foolbox.models.pytorch import PyTorchModel
+
+    return attack.run(
+        PyTorchModel(ServedModel(classifier).eval(), bounds=(0, 1), device="cpu"),
+        torch.from_numpy(np.ascontiguousarray(image_NCHW)),
+        Misclassification(torch.from_numpy(np.ascontiguousarray(class_id_N))),
+        **options,
+    ).numpy()
+
+
+def _ball_search(classifier: Classifier, name: str, parameters: Mapping[str, Any]) -> Search:
+    """FGSM (the gradient step that ends on the sphere) and projected gradient descent of foolbox."""
+    from eagerpy.astensor import astensor
+    from eagerpy.framework import onehot_like
+    from foolbox.attacks.fast_gradient_method import L2FastGradientAttack
+    from foolbox.attacks.gradient_descent_base import GDOptimizer, L2BaseGradientDescent, clip_lp_norms
+    from foolbox.attacks.projected_gradient_descent import L2ProjectedGradientDescentAttack
+
+    class OwnBalls(L2BaseGradientDescent):
+        """A radius of its own for each image of the batch; foolbox's one radius for all is not read."""
+
+        radius_N: Tensor
+
+        def get_loss_fn(self, model: Any, labels: Any) -> Any:
+            """The largest other logit less the own one."""
+
+            def loss_fn(inputs: Any) -> Any:
+                logits = model(inputs)
+                own = onehot_like(logits, labels, value=1)
+                beyond = 2 * (logits.max() - logits.min()) + 1
+                return ((logits - beyond * own).max(axis=-1) - (logits * own).sum(axis=-1)).sum()
+
+            return loss_fn
+
+        def get_random_start(self, x0: Any, epsilon: float) -> Any:
+            """Uniform in each ball."""
+            del epsilon
+            return super().get_random_start(x0, self._radius_N111())
+
+        def get_optimizer(self, x: Any, stepsize: float) -> Any:
+            """Steps of `rel_stepsize` times the radius."""
+            del stepsize
+            return GDOptimizer(x, self.rel_stepsize * self._radius_N111())
+
+        def project(self, x: Any, x0: Any, epsilon: float) -> Any:
+            """Onto each ball."""
+            del epsilon
+            return x0 + clip_lp_norms(x - x0, norm=astensor(self.radius_N), p=2)  # type: ignore[arg-type]
+
+        def _radius_N111(self) -> Any:
+            return astensor(self.radius_N[:, None, None, None])
+
+    class Descent(OwnBalls, L2ProjectedGradientDescentAttack):
+        pass
+
+    class Step(OwnBalls, L2FastGradientAttack):
+        pass
+
+    attack = (Descent if name == "PGD" else Step)(**{key: parameters[key] for key in parameters if key != "loss"})
+
+    def search(image_NCHW: np.ndarray, class_id_N: np.ndarray, ball_N: np.ndarray, certified: bool) -> Found:
+        del certified
+        attack.radius_N = torch.from_numpy(ball_N)
+        return _run_foolbox(attack, classifier, image_NCHW, class_id_N, epsilon=1.0)
+
+    return search
+
+
+def _autoattack_search(classifier: Classifier, parameters: Mapping[str, Any]) -> Search:
+    """AutoAttack (Croce and Hein 2020) by ART: APGD on cross-entropy and on the logit ratio, Square.
+
+    ART's list also has DeepFool in the place of FAB; here foolbox's runs by itself. The logit ratio needs three
+    classes. ART computes in float32 and takes one epsilon for a batch: balls that are within `SIMILAR` of each other
+    are searched together, at the largest of their radii, or at the smallest where nothing may be found.
+    """
+    from art.attacks.attack import EvasionAttack
+    from art.attacks.evasion import AutoAttack, AutoProjectedGradientDescent, SquareAttack
+    from art.estimators.classification import PyTorchClassifier
+
+    n_classes = len(classifier.labels)
+    estimator = PyTorchClassifier(
+        model=ServedModel(classifier).eval(),
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=classifier.input_shape,
+        nb_classes=n_classes,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+    # ART's square is at least 3 pixels wide, grows by one to an odd side, and must leave a row and a column free.
+    _, height, width = classifier.input_shape
+    side = min(height, width)
+    square_share = min(0.8, (side - 2) ** 2 / (height * width)) if side > 3 else 0.0
+    losses = ["cross_entropy", *(["difference_logits_ratio"] if n_classes > 2 else [])]
+
+    def at(epsilon: float) -> AutoAttack:
+        attacks: list[EvasionAttack] = [
+            *(
+                AutoProjectedGradientDescent(
+                    estimator,
+                    norm=2,
+                    eps=epsilon,
+                    eps_step=2 * epsilon,
+                    max_iter=parameters["apgd_steps"],
+                    nb_random_init=parameters["apgd_restarts"],
+                    batch_size=BATCH,
+                    loss_type=loss,
+                    verbose=False,
+                )
+                for loss in losses
+            ),
+        ]
+        if square_share > 0:
+            square = SquareAttack(
+                estimator,
+                norm=2,
+                eps=epsilon,
+                max_iter=parameters["square_queries"],
+                p_init=square_share,
+                nb_restarts=1,
+                batch_size=BATCH,
+                verbose=False,
+            )
+            attacks.append(square)
+        return AutoAttack(estimator, norm=2, eps=epsilon, eps_step=2 * epsilon, attacks=attacks, batch_size=BATCH)
+
+    def search(image_NCHW: np.ndarray, class_id_N: np.ndarray, ball_N: np.ndarray, certified: bool) -> Found:
+        found_NCHW = image_NCHW.copy()
+        for group_M in _of_similar_size(ball_N):
+            epsilon = float(ball_N[group_M].min() if certified else ball_N[group_M].max())
+            # Its Square attack divides by the norm of a perturbation that may be 0.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found_NCHW[group_M] = at(epsilon).generate(image_NCHW[group_M], class_id_N[group_M])
+        return found_NCHW
+
+    return search
+
+
+def _of_similar_size(size_N: np.ndarray) -> Iterator[np.ndarray]:
+    """Split the indices into groups whose sizes differ by at most the factor `SIMILAR`."""
+    order_N = np.argsort(size_N, kind="stable")
+    start = 0
+    for end in range(1, len(order_N) + 1):
+        if end == len(order_N) or size_N[order_N[end]] > SIMILAR * size_N[order_N[start]]:
+            yield order_N[start:end]
+            start = end
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Both libraries report every step as information."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def is_inside(image: np.ndarray, other: np.ndarray, radius: float) -> bool:
+    """Whether `||other - image|| < radius`, in exact rational arithmetic."""
+    if exact_distance(image, other) > radius * (1 + 1e-9):
+        return False
+    square = sum(
+        (Fraction(a) - Fraction(b)) ** 2 for a, b in zip(image.ravel().tolist(), other.ravel().tolist(), strict=True)
+    )
+    return square < Fraction(radius) ** 2
+
+
+def exact_distance(image: np.ndarray, other: np.ndarray) -> float:
+    """L2 distance off by a few units in the last place: one rounding for each difference, squares summed exactly."""
+    difference = (image - other).ravel()
+    return math.sqrt(math.fsum((difference * difference).tolist()))
+
+
+def save_evidence(refuted: CertificateRefutedError, path: Path) -> None:
+    """Write both images of a refutation, float64, as the arrays `image` and `found` of an npz file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, image=refuted.image_CHW, found=refuted.found_CHW)

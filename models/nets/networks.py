@@ -1,0 +1,123 @@
+"""Assembling layers to a network with a known constant: a body, and a head with one row for each logit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.nets.layers.linear import (
+    Affine,
+    Chain,
+    Flatten,
+    FullSort,
+    GlobalL2Pool2d,
+    GlobalMaxPool2d,
+    GroupSort2,
+    Layer,
+    OrthogonalConv2d,
+    OrthogonalDense,
+    Parametrisation,
+    SpaceToDepth,
+    UnitHead,
+)
+from models.recipes import Stage
+
+
+class LipschitzNetwork(nn.Module):
+    """`head(body(image))` with an affine head, whose rows give the constant of each `f_i - f_j`."""
+
+    def __init__(self, input_shape: tuple[int, int, int], body: Chain, head: UnitHead | Affine) -> None:
+        super().__init__()
+        self.input_shape = input_shape
+        self.body = body
+        self.head = head
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits: K, or 1 for the two-class case `(f, -f)`."""
+        return self.head.weight().shape[0]
+
+    def forward(self, image_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+        """Logits of a batch of images."""
+        return self.head(self.body(image_NCHW))
+
+    def fold(self) -> LipschitzNetwork:
+        """The network that is served, in float64 with weights exact in float32."""
+        return LipschitzNetwork(
+            self.input_shape,
+            self.body.fold(),
+            self.head.fold() if isinstance(self.head, UnitHead) else self.head,
+        )
+
+    def declared_margin_bounds_KK(self) -> Float[Tensor, "K K"]:
+        """Constants of `f_i - f_j` by construction: body constant times `||w_i - w_j||`.
+
+        Used by losses and progress bars. The bound that is served is proved from the exported bytes instead.
+        For one output f the classes are `(f, -f)`: a 2 x 2 matrix with `2 ||w||` off the diagonal.
+        """
+        weight_KD = self.head.weight()
+        rows_KD = torch.cat([weight_KD, -weight_KD]) if self.outputs == 1 else weight_KD
+        difference = rows_KD[:, None, :] - rows_KD[None, :, :]
+        # The clamp keeps the infinite slope of the root at 0 out of the gradient of the diagonal.
+        return self.body.lipschitz_constant * difference.square().sum(2).clamp(min=1e-30).sqrt()
+
+
+def both_logits(logits_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N K2"]:
+    """Write a single output f as the two logits `(f, -f)`; more outputs are returned as they are."""
+    return torch.cat([logits_NK, -logits_NK], dim=1) if logits_NK.shape[1] == 1 else logits_NK
+
+
+def dense_network(
+    input_shape: tuple[int, int, int],
+    widths: Sequence[int],
+    outputs: int,
+    *,
+    activation: Literal["groupsort2", "fullsort"] = "groupsort2",
+    parametrisation: Parametrisation = "cayley",
+) -> LipschitzNetwork:
+    """Flatten, then for each width an orthogonal dense layer and a sort; at the end a head of unit rows."""
+    C, H, W = input_shape
+    layers: list[Layer] = [Flatten()]
+    features = C * H * W
+    for width in widths:
+        layers.append(OrthogonalDense(features, width, parametrisation))
+        layers.append(GroupSort2() if activation == "groupsort2" else FullSort())
+        features = width
+    return LipschitzNetwork(input_shape, Chain(layers), UnitHead(features, outputs))
+
+
+def convolutional_network(
+    input_shape: tuple[int, int, int],
+    stem: Sequence[Stage],
+    pool: Literal["none", "max", "l2"],
+    widths: Sequence[int],
+    outputs: int,
+    *,
+    activation: Literal["groupsort2", "fullsort"] = "groupsort2",
+    parametrisation: Parametrisation = "cayley",
+) -> LipschitzNetwork:
+    """Stages of `SpaceToDepth` and orthogonal convolutions, then the pool over all pixels, dense layers and the head.
+
+    Raises:
+        ValueError: an image cannot be cut into the windows of a stage.
+    """
+    features, height, width = input_shape
+    layers: list[Layer] = []
+    for stage in stem:
+        if stage.window > 1:
+            layers.append(SpaceToDepth(stage.window))
+        features, height, width = features * stage.window**2, height // stage.window, width // stage.window
+        for _ in range(stage.blocks):
+            layers += [OrthogonalConv2d(features, stage.channels, 3, parametrisation), GroupSort2()]
+            features = stage.channels
+    if pool != "none":
+        layers.append(GlobalMaxPool2d() if pool == "max" else GlobalL2Pool2d())
+        height, width = 1, 1
+    tail = dense_network(
+        (features, height, width), widths, outputs, activation=activation, parametrisation=parametrisation
+    )
+    return LipschitzNetwork(input_shape, Chain([*layers, tail.body]), tail.head)

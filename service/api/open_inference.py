@@ -1,0 +1,279 @@
+"""The Open Inference Protocol, version 2 over REST: the same models for clients that speak it.
+
+Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
+`class_id`, `radius`, `certified`, `image_digest`, and with the parameter `counterfactual` also the images found.
+`parameters` of a request are the options of `/predict` that concern images. Errors are RFC 9457 problem details with
+the member `error` that the protocol wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from service import __version__
+from service.api.answers import class_of
+from service.inference.batching import Decoded
+from service.api.body import JSON, headers_of, media_type_of, parse_json, refuse_query
+from service.inference.classifier import Classifier, Prediction
+from service.inference.counterfactual import Counterfactual
+from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
+from service.pixels.images import image_digest, unit_range
+from service.api.openapi import problem_responses
+from service.api.routes import Service
+from service.api.schema import ImageOptions, finite
+from service.settings import Settings
+from service.shapes import Float64
+
+PREFIX = "/v2"
+
+Datatype = Literal["UINT8", "FP16", "FP32", "FP64"]
+_DTYPES: dict[Datatype, Any] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32, "FP64": np.float64}
+
+
+class _Protocol(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputTensor(_Protocol):
+    """The images: `data` in row-major order, flat or nested."""
+
+    name: Literal["image"]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)]
+    datatype: Datatype
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    data: list[Any]
+
+
+class OutputRequest(_Protocol):
+    """An output that the client wants."""
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class InferRequest(_Protocol):
+    """A request of the protocol."""
+
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
+    id: str | None = None
+    parameters: ImageOptions = ImageOptions()
+    outputs: list[OutputRequest] | None = None
+
+
+class OutputTensor(_Protocol):
+    """One output, flat in row-major order; null where a logit is not finite."""
+
+    name: str
+    datatype: Literal["FP64", "INT64", "BOOL", "UINT8", "BYTES"]
+    shape: list[int]
+    data: list[Any]
+
+
+class InferAnswer(_Protocol):
+    """An answer of the protocol; the version of a model is the digest of its bytes."""
+
+    model_name: str
+    model_version: str
+    id: str | None
+    outputs: list[OutputTensor]
+
+
+def build_router(service: Service) -> APIRouter:
+    """The paths of the protocol, over one `Service`."""
+    router = APIRouter(prefix=PREFIX, tags=["open inference protocol"])
+    settings = service.settings
+
+    @router.get("", summary="The server")
+    async def server() -> dict[str, Any]:
+        return {"name": "lipcert", "version": __version__, "extensions": []}
+
+    @router.get("/health/live", summary="Is the process alive")
+    async def server_live() -> dict[str, bool]:
+        return {"live": True}
+
+    @router.get("/health/ready", summary="Can it answer")
+    async def server_ready() -> Response:
+        is_ready = settings.default_model in service.classifiers
+        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
+
+    @router.get("/models/{name}", summary="Inputs and outputs of a model", responses=problem_responses(404))
+    async def model_metadata(name: str) -> dict[str, Any]:
+        return _metadata(service.inference.classifier(name))
+
+    @router.get("/models/{name}/ready", summary="Is the model loaded", responses=problem_responses(404))
+    async def model_ready(name: str) -> dict[str, Any]:
+        return {"name": service.inference.classifier(name).name, "ready": True}
+
+    @router.post(
+        "/models/{name}/infer",
+        summary="Classify images",
+        response_model=InferAnswer,
+        responses=problem_responses(400, 404, 413, 415, 422, 503),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{InferRequest.__name__}"}}},
+            }
+        },
+    )
+    async def infer(name: str, request: Request) -> Response:
+        headers = headers_of(request)
+        media_type_of(headers, [JSON])
+        refuse_query(request.query_params.multi_items(), "`parameters`")
+        classifier = service.inference.classifier(name)
+        answer = await service.ask(request, headers, lambda content: _InferQuestion(content, classifier, service))
+        return Response(answer, media_type=JSON)
+
+    return router
+
+
+@dataclass
+class _InferQuestion:
+    """One request of the protocol, as a worker sees it."""
+
+    content: bytes
+    classifier: Classifier
+    service: Service
+
+    def decode_at_once(self) -> None:
+        return None  # numbers in JSON take a while
+
+    def decode(self) -> Decoded:
+        self.request = parse_json(InferRequest, self.content)
+        options = self.request.parameters
+        return Decoded(
+            classifier=self.classifier,
+            pixels_NCHW=_images(self.request.inputs[0], self.classifier, self.service.settings),
+            resize=options.resize,
+            counterfactual=options.counterfactual,
+            target=None if options.target is None else class_of(self.classifier, options.target),
+        )
+
+    def answer(
+        self,
+        classifier: Classifier,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        predictions: Sequence[Prediction],
+        found: Sequence[Counterfactual] | None,
+    ) -> bytes:
+        certified = [prediction.certified for prediction in predictions]
+        self.service.metrics.count_predictions(classifier.name, certified)
+        answer = InferAnswer(
+            model_name=classifier.name,
+            model_version=classifier.digest,
+            id=self.request.id,
+            outputs=_wanted(_outputs(image_NCHW, predictions, found), self.request.outputs),
+        )
+        return answer.model_dump_json().encode()
+
+
+def _metadata(classifier: Classifier) -> dict[str, Any]:
+    classes, shape = len(classifier.labels), [-1, *classifier.input_shape]
+    return {
+        "name": classifier.name,
+        "versions": [classifier.digest],
+        "platform": "onnx_onnxv1",
+        "inputs": [{"name": "image", "datatype": "FP64", "shape": shape}],
+        "outputs": [
+            {"name": "logits", "datatype": "FP64", "shape": [-1, classes]},
+            {"name": "class_id", "datatype": "INT64", "shape": [-1]},
+            {"name": "radius", "datatype": "FP64", "shape": [-1]},
+            {"name": "certified", "datatype": "BOOL", "shape": [-1]},
+            {"name": "image_digest", "datatype": "BYTES", "shape": [-1]},
+            {"name": "counterfactual", "datatype": "UINT8", "shape": shape},
+            {"name": "counterfactual_class_id", "datatype": "INT64", "shape": [-1]},
+            {"name": "counterfactual_distance", "datatype": "FP64", "shape": [-1]},
+            {"name": "counterfactual_reached", "datatype": "BOOL", "shape": [-1]},
+        ],
+        "parameters": {"labels": list(classifier.labels)},
+    }
+
+
+def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> Float64[np.ndarray, "N C H W"]:
+    count, channels, height, width = tensor.shape
+    if count > settings.max_batch:
+        raise BatchTooLargeError(count, settings.max_batch)
+    if count * height * width > settings.max_pixels:
+        raise ImageTooLargeError(f"the shape has {count * height * width} pixels", settings.max_pixels)
+    if channels != classifier.input_shape[0]:
+        raise ChannelsError(
+            f"the tensor has {channels} channels and the model takes {classifier.input_shape[0]}; send the model's, "
+            "image files alone are converted between grey and RGB"
+        )
+    expected = f"expected {prod(tensor.shape)} numbers, flat or nested as the shape {tensor.shape}"
+    try:
+        values = np.array(tensor.data)
+    except (ValueError, OverflowError):
+        raise ArrayError(f"data is ragged; {expected}") from None
+    if values.size != prod(tensor.shape) or (values.ndim > 1 and list(values.shape) != tensor.shape):
+        raise ArrayError(f"data has shape {values.shape}; {expected}")
+    if values.dtype.kind not in "iuf" or (tensor.datatype == "UINT8" and values.dtype.kind == "f"):
+        raise ArrayError(f"data does not hold numbers of type {tensor.datatype}; {expected}")
+    if tensor.datatype == "UINT8" and (values.min() < 0 or values.max() > 255):
+        raise ArrayError("data of datatype UINT8 holds values outside 0..255; send 0..255, or FP64 in [0, 1]")
+    typed = values.astype(_DTYPES[tensor.datatype]).reshape(count, channels, height, width)
+    return unit_range(typed)
+
+
+def _outputs(
+    image_NCHW: Float64[np.ndarray, "N C H W"],
+    predictions: Sequence[Prediction],
+    found: Sequence[Counterfactual] | None,
+) -> list[OutputTensor]:
+    count = len(predictions)
+    logits_NK = np.stack([prediction.logits_K for prediction in predictions])
+    outputs = [
+        OutputTensor(
+            name="logits",
+            datatype="FP64",
+            shape=list(logits_NK.shape),
+            data=[finite(logit) for logit in logits_NK.ravel().tolist()],
+        ),
+        OutputTensor(name="class_id", datatype="INT64", shape=[count], data=[p.class_id for p in predictions]),
+        OutputTensor(name="radius", datatype="FP64", shape=[count], data=[p.radius for p in predictions]),
+        OutputTensor(name="certified", datatype="BOOL", shape=[count], data=[p.certified for p in predictions]),
+        OutputTensor(
+            name="image_digest", datatype="BYTES", shape=[count], data=[image_digest(image) for image in image_NCHW]
+        ),
+    ]
+    if found is not None:
+        pixels_NCHW = np.stack([counterfactual.pixels_CHW for counterfactual in found])
+        outputs += [
+            OutputTensor(
+                name="counterfactual",
+                datatype="UINT8",
+                shape=list(pixels_NCHW.shape),
+                data=pixels_NCHW.ravel().tolist(),
+            ),
+            OutputTensor(
+                name="counterfactual_class_id", datatype="INT64", shape=[count], data=[f.class_id for f in found]
+            ),
+            OutputTensor(
+                name="counterfactual_distance", datatype="FP64", shape=[count], data=[f.distance for f in found]
+            ),
+            OutputTensor(
+                name="counterfactual_reached", datatype="BOOL", shape=[count], data=[f.reached for f in found]
+            ),
+        ]
+    return outputs
+
+
+def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) -> list[OutputTensor]:
+    if not requested:
+        return outputs
+    by_name = {output.name: output for output in outputs}
+    unknown = [output.name for output in requested if output.name not in by_name]
+    if unknown:
+        raise OptionError(
+            f"there is no output {unknown[0]!r} in this answer; there are: {', '.join(by_name)} (those of the "
+            "counterfactual need parameters.counterfactual=true)"
+        )
+    return [by_name[output.name] for output in requested]

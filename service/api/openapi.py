@@ -1,0 +1,296 @@
+"""The OpenAPI 3.1 document: the forms of a request, and examples that are true.
+
+The examples are computed: the sample image is one the default model reads, and the answers are the model's own.
+So "Try it out" on the docs page, with nothing changed, gives the answer that stands below it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from service import errors
+from service.api import body
+from service.api import problem
+from service.api.answers import describe, describe_in_full, predict
+from service.inference.classifier import Classifier
+from service.pixels.images import decode_image, encode_png, to_unit
+from service.api.schema import (
+    BatchRequest,
+    ModelsAnswer,
+    Options,
+    PredictAnswer,
+    PredictRequest,
+    Problem,
+)
+
+STATIC = Path(__file__).resolve().parent.parent / "static"
+SAMPLES = "/samples"
+"""Where the server hands out the sample image."""
+SAMPLE_DIGIT = STATIC / "samples" / "mnist-7.png"
+_MNIST_SHAPE = (1, 28, 28)
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A sample image and the answers to it."""
+
+    png: bytes
+    npy: bytes
+    npy_batch: bytes
+    answer: PredictAnswer
+    epsilon_answer: PredictAnswer
+    counterfactual_answer: PredictAnswer
+    models: Json
+    model: Json
+
+    @property
+    def base64(self) -> str:
+        """The sample as JSON takes it."""
+        return base64.b64encode(self.png).decode("ascii")
+
+
+def make_examples(classifier: Classifier) -> Examples:
+    """Classify a sample that the model reads: an MNIST digit, or a ramp where the model takes another shape."""
+    pixels_CHW = _sample(classifier.input_shape)
+    image_NCHW = to_unit(pixels_CHW)[np.newaxis]
+
+    def answer_to(options: Options) -> PredictAnswer:
+        return predict(classifier, image_NCHW, options)[0]
+
+    return Examples(
+        # Image files have 1 or 3 channels; a model with others takes arrays only.
+        png=encode_png(pixels_CHW if len(pixels_CHW) in (1, 3) else pixels_CHW[:1]),
+        npy=_npy(pixels_CHW),
+        npy_batch=_npy(np.stack([pixels_CHW, pixels_CHW])),
+        answer=answer_to(Options()),
+        epsilon_answer=answer_to(Options(epsilon=0.5)),
+        counterfactual_answer=answer_to(Options(epsilon=0.5, counterfactual=True)),
+        models=ModelsAnswer(models=[describe(classifier, classifier.name)]).model_dump(mode="json"),
+        model=describe_in_full(classifier, classifier.name).model_dump(mode="json"),
+    )
+
+
+def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[BaseModel]] = ()) -> Json:
+    """The OpenAPI document of `app`; computed once by FastAPI's own cache, see `app.openapi_schema`.
+
+    FastAPI describes the routes and their answers. The bodies are added here: one operation takes several media
+    types, which a function signature cannot say.
+
+    Args:
+        app: with all its routes.
+        examples: shown where there are any.
+        bodies: models of further request bodies that routes refer to.
+    """
+    openapi = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        description=app.description,
+        routes=app.routes,
+        tags=app.openapi_tags,
+    )
+    schemas: Json = openapi["components"]["schemas"]
+    for model in (PredictRequest, BatchRequest, Problem, *bodies):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
+    for path, body_of, form in (
+        ("/predict", _predict_body, "JSON, a form, an image file or a npy array"),
+        ("/predict/batch", _batch_body, "JSON or a npy array"),
+    ):
+        operation: Json = openapi["paths"][path]["post"]
+        operation["requestBody"] = {"required": True, "description": form, "content": body_of(examples)}
+        operation["parameters"] = [*_query_parameters(), _PREFER]
+        operation["responses"]["200"]["content"][body.NPY] = {"schema": _RECORDS}
+    if examples is not None:
+        _add_answers(openapi["paths"], examples)
+    return openapi
+
+
+def problem_responses(*statuses: int) -> dict[int | str, Json]:
+    """Entries for `responses=` of a route: each status as RFC 9457 problem details, with true examples."""
+    return {
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {
+                problem.MEDIA_TYPE: {
+                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    "examples": {
+                        type(error).__name__: {"value": json.loads(bytes(problem.problem_of(error).body))}
+                        for error in _TYPICAL_ERRORS
+                        if problem.STATUS[type(error)] == status
+                    },
+                }
+            },
+        }
+        for status in statuses
+    }
+
+
+_TYPICAL_ERRORS: tuple[errors.LipcertError, ...] = (
+    errors.EmptyBodyError("the body is empty; send an image, see /docs for the forms it can have"),
+    errors.UnknownModelError("minst", ["mnist", "mnist-0-8"]),
+    errors.BodyTooLargeError(16 * 1024 * 1024),
+    errors.MediaTypeError("text/plain", body.PREDICT_TYPES),
+    errors.ImageSizeError(32, 32, 28, 28),
+    errors.UnknownOptionError(["epsilom"], list(PredictRequest.model_fields), "JSON object"),
+    errors.TargetIsPredictedClassError("7"),
+    errors.OverloadedError(1024),
+    errors.DeadlineError(30.0),
+)
+
+
+def _predict_body(examples: Examples | None) -> Json:
+    binary: Json = {"type": "string", "format": "binary"}
+    fields: Json = {name: _option_schema(name) for name in Options.model_fields}
+    content: Json = {
+        body.JSON: {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+        body.FORM: {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "additionalProperties": False,
+                "properties": {
+                    "image": {**binary, "description": "The image file, exactly one, grey or RGB."},
+                    **fields,
+                },
+            }
+        },
+        **{media_type: {"schema": {**binary, "contentMediaType": media_type}} for media_type in body.IMAGES},
+        body.NPY: {
+            "schema": {
+                **binary,
+                "contentMediaType": body.NPY,
+                "description": "What numpy.save writes: uint8 (0..255) or float16/32/64 in [0, 1], "
+                "C x H x W, H x W x C, or H x W for a grey model.",
+            }
+        },
+    }
+    if examples is not None:
+        wanted = {"epsilon": 0.5, "counterfactual": True}
+        content[body.JSON]["examples"] = {
+            "class and radius": {"value": {"image": examples.base64}},
+            "with a counterfactual": {"value": {"image": examples.base64, **wanted}},
+        }
+        # A binary body has no literal form in JSON; the server hands the same image out as a file.
+        file: Json = {"sample": {"summary": "GET it and send it", "externalValue": f"{SAMPLES}/image.png"}}
+        # The docs page fills in every field of a form, with the word "string" where it knows nothing better.
+        form: Json = {
+            "model": examples.answer.model,
+            **wanted,
+            "target": examples.counterfactual_answer.certificate.runner_up.label,
+            "resize": False,
+        }
+        content[body.FORM]["example"] = form
+        for name, value in form.items():
+            content[body.FORM]["schema"]["properties"][name]["example"] = value
+        content["image/png"]["examples"] = file
+        content[body.NPY]["examples"] = {
+            "sample": {"summary": "GET it and send it", "externalValue": f"{SAMPLES}/image.npy"}
+        }
+    return content
+
+
+def _batch_body(examples: Examples | None) -> Json:
+    content: Json = {
+        body.JSON: {"schema": {"$ref": "#/components/schemas/BatchRequest"}},
+        body.NPY: {
+            "schema": {
+                "type": "string",
+                "format": "binary",
+                "contentMediaType": body.NPY,
+                "description": "As for /predict with one more axis in front: N x C x H x W, N x H x W x C, or "
+                "N x H x W for a grey model.",
+            }
+        },
+    }
+    if examples is not None:
+        content[body.JSON]["examples"] = {
+            "two images": {"value": {"images": [examples.base64, examples.base64], "epsilon": 0.5}}
+        }
+        content[body.NPY]["examples"] = {
+            "sample": {"summary": "GET it and send it", "externalValue": f"{SAMPLES}/batch.npy"}
+        }
+    return content
+
+
+def _option_schema(name: str) -> Json:
+    schema: Json = dict(Options.model_json_schema()["properties"][name])
+    # A client that fills in defaults would otherwise send options in the query of a JSON body, where they are
+    # refused.
+    schema.pop("default", None)
+    schema.pop("title", None)
+    # Absent is how a form or a query says null.
+    for variant in schema.pop("anyOf", []):
+        if variant.get("type") != "null":
+            schema.update(variant)
+    return schema
+
+
+_PREFER: Json = {
+    "name": "Prefer",
+    "in": "header",
+    "description": "`wait=SECONDS` (RFC 7240): how long the client will wait, where that is less than the server's own "
+    "deadline; afterwards the answer is status 503.",
+    "schema": {"type": "string", "pattern": "wait=[0-9]+"},
+}
+_RECORDS: Json = {
+    "type": "string",
+    "format": "binary",
+    "description": "With `Accept: application/x-npy`: one structured numpy array, a record for each image, with the "
+    "fields `class_id`, `radius`, `certified`, `runner_up`, `lipschitz_bound`, `logit_error`, `logits`, and where a "
+    "counterfactual was asked for `counterfactual` (uint8, C x H x W), `counterfactual_class_id`, "
+    "`counterfactual_distance`, `counterfactual_reached`.",
+}
+
+
+def _query_parameters() -> list[Json]:
+    parameters: list[Json] = []
+    for name in Options.model_fields:
+        schema = _option_schema(name)
+        described = schema.pop("description")
+        note = "For an image or npy body; a JSON or form body has it inside."
+        parameters.append({"name": name, "in": "query", "description": f"{described} {note}", "schema": schema})
+    return parameters
+
+
+def _add_answers(paths: Json, examples: Examples) -> None:
+    plain = examples.answer.model_dump(mode="json")
+    full = examples.counterfactual_answer.model_dump(mode="json")
+    in_batch = examples.epsilon_answer.model_dump(mode="json")
+    shown: dict[tuple[str, str], Json] = {
+        ("/predict", "post"): {"class and radius": plain, "with a counterfactual": full},
+        ("/predict/batch", "post"): {"two images": {"predictions": [in_batch, in_batch]}},
+        ("/models", "get"): {"models": examples.models},
+        ("/models/{name}", "get"): {"model": examples.model},
+    }
+    for (path, method), answers in shown.items():
+        content = paths[path][method]["responses"]["200"]["content"]["application/json"]
+        content["examples"] = {name: {"value": value} for name, value in answers.items()}
+
+
+def _sample(input_shape_CHW: tuple[int, int, int]) -> np.ndarray:
+    if input_shape_CHW == _MNIST_SHAPE:
+        return decode_image(SAMPLE_DIGIT.read_bytes(), max_pixels=28 * 28)
+    row = np.linspace(0, 255, input_shape_CHW[2]).round().astype(np.uint8)
+    return np.broadcast_to(row, input_shape_CHW).copy()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

@@ -1,0 +1,257 @@
+"""Rules of operators that resample images. Notation as in `rules`.
+
+Resize maps each output position to a coordinate of the input, a rational number. Runtimes compute it in float32 (or
+better) by the formula of the ONNX specification, one rounding to nearest for each operation: exactly where every
+intermediate result is a float32, and otherwise within `8 u (|x| + 1)`, `u = 2^-24`, which covers six roundings. With
+`nearest` such an error may pick another pixel, and then there is no proof; `linear` is continuous, and pays for it.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from service.certificate.graph import Node
+from service.certificate.norms import spectral_norm_bound
+from service.certificate.rules.table import (
+    Array,
+    Context,
+    Operands,
+    Refusal,
+    data_operand,
+    flag_attribute,
+    float_operand,
+    integer_operand,
+    linear_result,
+    rule,
+)
+from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up, up
+from service.certificate.values import Constant, Value, View
+
+_HALF = Fraction(1, 2)
+_COORDINATE_MODES = ("asymmetric", "half_pixel", "pytorch_half_pixel", "align_corners")
+_NEAREST_MODES = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """How one axis is resampled."""
+
+    size: int
+    coordinates: tuple[Fraction, ...]
+    """Where in the input each output position lies; not yet clamped to `[0, size - 1]`."""
+    errors: tuple[Fraction, ...]
+    """Bounds of computed minus exact coordinate; 0 where float32 computes it exactly."""
+
+
+@rule(
+    "Resize",
+    attributes=(
+        "antialias",
+        "axes",
+        "coordinate_transformation_mode",
+        "cubic_coeff_a",
+        "exclude_outside",
+        "extrapolation_value",
+        "keep_aspect_ratio_policy",
+        "mode",
+        "nearest_mode",
+    ),
+)
+def resize(context: Context, node: Node, inputs: Operands) -> list[Value]:
+    """Nearest: a rearrangement (a pixel used m times counts sqrt(m)). Linear: a product of one matrix for each axis."""
+    image, *_ = inputs
+    if image is None:
+        raise Refusal("it has no input")
+    view = data_operand(image)
+    mode = node.attributes.get("mode", "nearest")
+    if mode not in ("nearest", "linear"):
+        raise Refusal(f"mode {mode!r} has no proved rule; use nearest or linear")
+    if flag_attribute(node, "antialias", 0) or flag_attribute(node, "exclude_outside", 0):
+        raise Refusal("antialias and exclude_outside have no proved rule")
+    if node.attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise Refusal("keep_aspect_ratio_policy other than stretch; give the sizes themselves")
+    how = node.attributes.get("coordinate_transformation_mode", "half_pixel")
+    if how not in _COORDINATE_MODES:
+        raise Refusal(f"coordinate_transformation_mode {how!r}; the rule covers {', '.join(_COORDINATE_MODES)}")
+    resampled = {
+        axis: _axis(view.shape[axis], scale, size, str(how))
+        for axis, (scale, size) in _targets(context, node, inputs, view).items()
+    }
+    if mode == "linear":
+        return [_linear(context, view, resampled)]
+    rounding = node.attributes.get("nearest_mode", "round_prefer_floor")
+    if rounding not in _NEAREST_MODES:
+        raise Refusal(f"nearest_mode {rounding!r} is unknown")
+    index = view.index
+    for axis, along in resampled.items():
+        index = np.take(index, _nearest(along, str(rounding)), axis=axis)
+    return [view.rearranged(index)]
+
+
+def _targets(context: Context, node: Node, inputs: Operands, view: View) -> dict[int, tuple[Fraction, int]]:
+    """Scale and new size of every spatial axis (of the image's own shape) that does not stay as it is."""
+    rank = len(view.shape) + 1
+    given = node.attributes.get("axes")
+    axes = [int(axis) % rank for axis in given] if isinstance(given, (list, tuple)) else list(range(rank))  # type: ignore[reportUnknownVariableType]
+    if len(set(axes)) != len(axes):
+        raise Refusal(f"axes {axes} name one axis twice")
+    scales, sizes = _operand(inputs, 2), _operand(inputs, 3)
+    if (scales is None) == (sizes is None):
+        raise Refusal("it needs either scales or sizes")
+    found: dict[int, tuple[Fraction, int]] = {}
+    if scales is not None:
+        factors = [Fraction(factor) for factor in float_operand(scales, "scales").ravel().tolist()]
+        for axis, factor in zip(axes, factors, strict=True):
+            length = 1 if axis == 0 else view.shape[axis - 1]
+            found[axis] = (factor, _scaled_size(length, factor))
+    elif sizes is not None:
+        numbers = integer_operand(sizes, "sizes", batch_allowed=True)
+        on_batch = isinstance(sizes, Constant) and sizes.depends_on_batch
+        for axis, size in zip(axes, numbers, strict=True):
+            if axis == 0:
+                if size != context.batch:
+                    raise Refusal("sizes give the batch axis a length of its own; name the spatial axes with `axes`")
+                continue
+            if on_batch and size == context.batch:
+                raise Refusal("sizes depend on the batch size")
+            if size < 1:
+                raise Refusal(f"a size of {size}")
+            found[axis] = (Fraction(size, view.shape[axis - 1]), size)
+    for axis in (0, 1):
+        if axis in found and found[axis][0] != 1:
+            raise Refusal(f"it scales the {'batch' if axis == 0 else 'channel'} axis; the rule covers spatial axes")
+    return {axis - 1: target for axis, target in found.items() if axis > 1 and target[0] != 1}
+
+
+def _operand(inputs: Operands, position: int) -> Value | None:
+    """An optional operand; exporters give the ones that they leave out as empty tensors."""
+    value = inputs[position] if position < len(inputs) else None
+    return None if isinstance(value, Constant) and value.array.size == 0 else value
+
+
+def _scaled_size(length: int, scale: Fraction) -> int:
+    if scale <= 0:
+        raise Refusal(f"a scale of {float(scale)}")
+    size = math.floor(length * scale)
+    if size != math.floor(float(np.float32(length) * np.float32(float(scale)))) or size < 1:
+        raise Refusal(f"{length} pixels scaled by {float(scale)!r} may round to another size; give sizes")
+    if size == length and scale != 1:
+        raise Refusal(
+            f"{length} pixels scaled by {float(scale)!r} stay {length}: runtimes resample them, or do nothing"
+        )
+    return size
+
+
+def _is_float32(value: Fraction) -> bool:
+    return abs(value) < 2**24 and Fraction(float(np.float32(float(value)))) == value
+
+
+def _axis(length: int, scale: Fraction, size: int, mode: str) -> _Axis:
+    coordinates: list[Fraction] = []
+    errors: list[Fraction] = []
+    if mode == "align_corners" and length * scale != size:
+        raise Refusal("align_corners with a scale that gives no whole number of pixels; give sizes")
+    if mode == "pytorch_half_pixel" and size == 1 and length * scale != 1:
+        raise Refusal("pytorch_half_pixel with a scale that gives one pixel and a part; give sizes")
+    for j in range(size):
+        # Every intermediate result of the specification's formula, the coordinate last.
+        if (mode == "pytorch_half_pixel" or mode == "align_corners") and size == 1:
+            steps = [Fraction(0)]
+        elif mode == "align_corners":
+            steps = [Fraction(j * (length - 1)), Fraction(j * (length - 1), size - 1)]
+        elif mode == "asymmetric":
+            steps = [scale, j / scale]
+        else:
+            steps = [scale, j + _HALF, (j + _HALF) / scale, (j + _HALF) / scale - _HALF]
+        x = steps[-1]
+        coordinates.append(x)
+        errors.append(Fraction(0) if all(map(_is_float32, steps)) else (abs(x) + 1) / 2**21)
+    return _Axis(length, tuple(coordinates), tuple(errors))
+
+
+def _picked(x: Fraction, length: int, mode: str) -> int:
+    if mode == "round_prefer_floor":
+        chosen = math.ceil(x - _HALF)
+    elif mode == "round_prefer_ceil":
+        chosen = math.floor(x + _HALF)
+    else:
+        chosen = math.floor(x) if mode == "floor" else math.ceil(x)
+    return min(max(chosen, 0), length - 1)
+
+
+def _nearest(axis: _Axis, mode: str) -> list[int]:
+    picked: list[int] = []
+    for j, (x, error) in enumerate(zip(axis.coordinates, axis.errors, strict=True)):
+        # The choice grows with the coordinate: where both ends of the error agree, so does all between.
+        low, high = (_picked(x + sign * error, axis.size, mode) for sign in (-1, 1))
+        if low != high:
+            raise Refusal(
+                f"output pixel {j} lies so near to a tie between pixels {low} and {high} that float32 may pick either;"
+                f" use another nearest_mode or coordinate_transformation_mode, or a scale such as 2"
+            )
+        picked.append(low)
+    return picked
+
+
+def _linear(context: Context, view: View, resampled: dict[int, _Axis]) -> View:
+    """`y = (M_1 x M_2 x ...) x`: norm `||M_1|| ||M_2|| ...`; weights are at least 0 and sum to 1.
+
+    A coordinate off by `d` moves the two weights of one axis by `2 d` in sum, and rounding them by `2 u` more; so does
+    each product of weights by `u`. A result moves by that sum times the largest pixel.
+    """
+    if not resampled:
+        return view
+    matrices: dict[int, Array] = {}
+    norm, moved, bits = 1.0, 0.0, 0
+    unit = FLOAT32.unit_roundoff
+    for axis, along in resampled.items():
+        matrix, axis_bits = _interpolation(along)
+        matrices[axis] = matrix
+        bits += axis_bits
+        # Each of at most two weights in a row is rounded to float64 here.
+        rounded = mul_up(FLOAT64.unit_roundoff, sqrt_up(2.0 * len(matrix)))
+        norm = mul_up(norm, add_up(spectral_norm_bound(matrix), rounded))
+        moved = add_up(moved, mul_up(2.0, up(float(max(along.errors)))), 4.0 * unit)
+    count = len(resampled)
+    if bits <= 24:
+        # Coordinates, weights and products of weights are exact.
+        moved = 0.0
+    if moved > 2.0**-7:
+        raise Refusal("its coordinates are too large for float32")
+    # Second-order terms are below a hundredth of the first.
+    moved = mul_up(1.01, add_up(moved, 2.0 * count * unit if moved else 0.0))
+
+    def apply(stack: Array) -> Array:
+        for axis, matrix in matrices.items():
+            stack = np.moveaxis(np.tensordot(matrix, stack, axes=(1, axis + 1)), 0, axis + 1)
+        return stack
+
+    # Factors of a product: one weight for each axis, a pixel; then the sum. Zero weights add nothing.
+    terms = 2**count + 2 * count
+    result = linear_result(context, view, apply, None, norm=norm, spread=norm, row_norm=1.0, terms=terms, tight=True)
+    if moved == 0.0:
+        return result
+    source = result.source
+    of_one = mul_up(moved, context.domain.joint(view).largest)
+    error = add_up(source.error, mul_up(of_one, sqrt_up(float(source.center.size))))
+    error_max = add_up(source.error_max, of_one)
+    return context.source(source.center, source.lipschitz, error, error_max, step=source.step)
+
+
+def _interpolation(axis: _Axis) -> tuple[Array, int]:
+    """The matrix of one axis, and the bits behind the point of its weights (25 where that is not all of them)."""
+    matrix = np.zeros((len(axis.coordinates), axis.size))
+    bits = 25 if any(axis.errors) else 0
+    for row, x in zip(matrix, axis.coordinates, strict=True):
+        inside = min(max(x, Fraction(0)), Fraction(axis.size - 1))
+        first = math.floor(inside)
+        share = inside - first
+        if share.denominator & (share.denominator - 1):
+            bits = 25
+        bits = max(bits, share.denominator.bit_length() - 1)
+        row[first] = float(1 - share)
+        if share:
+            row[first + 1] = float(share)
+    return matrix, bits

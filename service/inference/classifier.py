@@ -1,0 +1,325 @@
+"""One loaded artefact: classes, certified radii and counterfactuals for images of any shape it can be asked
+for.
+
+Axes: N batch; C, H and W channels, height and width of the image that was sent; D, A and B of the one that the model
+takes; K classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from service.artefact.card import Card, check_findings, read_artefact, read_card
+from service.certificate import Certificate, Radii, certified_radius, two_class_logits
+from service.inference.counterfactual import Counterfactual, Differentiable, find_counterfactuals
+from service.runtime.engine import Engine, LaterEngine, Provider, Runs, resolve_provider
+from service.errors import (
+    ChannelsError,
+    ImageSizeError,
+    PixelRangeError,
+    SideTooLongError,
+    TargetIsPredictedClassError,
+)
+from service.artefact.graphs import MODEL_FILE, TRANSPORT_FILE, Findings, check_agreement, load_engine, read_again
+from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
+from service.shapes import Float64
+
+_log = logging.getLogger(__name__)
+
+# Shapes whose certificate is kept: they are the client's choice, so there is a bound.
+_CACHED_SHAPES = 64
+
+
+class Prediction(NamedTuple):
+    """The answer about one image; the radius is about the image that was sent, before any conversion and resize."""
+
+    class_id: int
+    logits_K: Float64[np.ndarray, " K"]
+    """As computed; `(f, -f)` for a model with one output."""
+    radius: float
+    """L2, in [0, 1] pixel units, proved, rounded down; 0 where nothing is certified."""
+    certified: bool
+    runner_up: int
+    """The class that decides the radius."""
+    lipschitz_bound: float
+    """`K_ij` of the margin between `class_id` and `runner_up`."""
+    logit_error: float
+    """Bound of |computed logit - exact logit|."""
+
+
+class Classifier:
+    """A model with its proof. All methods may be called from several threads at once."""
+
+    name: str
+    digest: str
+    """`sha256:<hex>` of the bytes of `model.onnx` that are run, which are those that the certificate is about."""
+    labels: tuple[str, ...]
+    card: Card
+    certificate: Certificate
+    """About images of the model's own size."""
+    provider: str
+    """The execution provider that runs it, for example `CPUExecutionProvider`."""
+    input_shape: tuple[int, int, int]
+    """(D, A, B)."""
+
+    def __init__(self, card: Card, digest: str, certificate: Certificate, model: Runs, transport: Runs) -> None:
+        """Use `load` or `proved`, which check all of this against each other."""
+        self.card = card
+        self.name = card.name
+        self.digest = digest
+        self.labels = tuple(card.labels)
+        self.certificate = certificate
+        self.provider = model.provider
+        self.input_shape = card.input.shape
+        self._model = model
+        self._transport = transport
+        self._views: dict[tuple[int, int, int], View] = {}
+        _log.info(
+            "proved model %s (%s) for %s: %d classes, images %s, logit error %.3g",
+            self.name,
+            self.digest,
+            self.provider,
+            len(self.labels),
+            self.input_shape,
+            self.certificate.logit_error,
+        )
+
+    @classmethod
+    def load(cls, folder: Path, provider: Provider, threads: int) -> Classifier:
+        """Read, prove and load the artefact in `folder`.
+
+        Args:
+            folder: holds `model.onnx`, `transport.onnx` and `card.json`.
+            provider: `auto` takes CUDA where there is one.
+            threads: threads inside one operator, at least 1.
+
+        Raises:
+            ArtefactError: a file is missing, damaged, without proof, or cannot be run.
+            ProviderError: the provider cannot be had.
+        """
+        artefact = read_artefact(folder)
+        resolved = resolve_provider(provider)
+        model = load_engine(folder / MODEL_FILE, artefact.model_bytes, resolved, threads)
+        transport = load_engine(folder / TRANSPORT_FILE, artefact.transport_bytes, resolved, threads)
+        check_agreement(folder, model, transport, artefact.certificate)
+        return cls(artefact.card, artefact.digest, artefact.certificate, model, transport)
+
+    @classmethod
+    def proved(cls, folder: Path, findings: Findings, provider: Literal["cpu", "cuda"], threads: int) -> Classifier:
+        """The artefact in `folder`, of which everything that has to be found out is known already.
+
+        On the CPU each graph is loaded when it is first run, from the bytes that the findings are about: a file that
+        has changed by then is an `ArtefactError`. On a GPU both are loaded now.
+
+        Args:
+            folder: as in `load`.
+            findings: of this run of the server, see `service.artefact.verification`.
+            provider: the one that will run the graphs.
+            threads: as in `load`.
+
+        Raises:
+            ArtefactError: as `load`.
+            ProviderError: the provider cannot be had.
+        """
+        card = read_card(folder)
+        certificate = check_findings(folder, card, findings)
+
+        def load_of(file: str) -> Callable[[], Engine]:
+            path = folder / file
+            read = read_again(path, findings.digests[file])
+            return lambda: load_engine(path, read(), provider, threads)
+
+        load_model, load_transport = load_of(MODEL_FILE), load_of(TRANSPORT_FILE)
+        model: Runs
+        transport: Runs
+        if findings.run and provider == "cpu":
+            model, transport = LaterEngine(load_model), LaterEngine(load_transport)
+        else:
+            model, transport = load_model(), load_transport()
+            check_agreement(folder, model, transport, certificate)
+        return cls(card, findings.digests[MODEL_FILE], certificate, model, transport)
+
+    def warm_up(self) -> None:
+        """Load both graphs and run them once, so that a request finds memory and caches in place."""
+        view = self.view(self.input_shape)
+        view.margin_gradient(np.zeros((1, *self.input_shape)), np.zeros((1, len(self.labels))))
+        view.classify(np.zeros((1, *self.input_shape)))
+
+    def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
+        """The model as images of this shape, (C, H, W), see it; the same object for the same shape, while it is kept.
+
+        Raises:
+            ImageSizeError: another height or width than the model's, and `resize` is false.
+            SideTooLongError: a side is too long to be resized.
+            ChannelsError: a number of channels that there is no conversion of.
+        """
+        sent_channels, sent_height, sent_width = sent_shape
+        channels, height, width = self.input_shape
+        # What was there before has been checked, but for its size.
+        view = self._views.get(sent_shape)
+        if view is not None and (resize or (sent_height, sent_width) == (height, width)):
+            return view
+        try:
+            conversion_between(sent_channels, channels)
+        except ValueError:
+            takes = {1: "1 (grey) or 3 (RGB)", 3: "3 (RGB) or 1 (grey)"}.get(channels, str(channels))
+            raise ChannelsError(
+                f"the image has {sent_channels} channels and the model takes {takes}; send an image of that kind"
+            ) from None
+        if not resize and (sent_height, sent_width) != (height, width):
+            raise ImageSizeError(sent_height, sent_width, height, width)
+        for sent_side, side in ((sent_height, height), (sent_width, width)):
+            if sent_side != side and max(sent_side, side) > LONGEST_SIDE:
+                raise SideTooLongError(sent_side, side, LONGEST_SIDE)
+        if view is None:
+            view = self._view_of(sent_shape)
+            if len(self._views) >= _CACHED_SHAPES:
+                self._views.clear()
+            self._views[sent_shape] = view
+        return view
+
+    def predict(self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False) -> list[Prediction]:
+        """`View.predict`, through the view of these images; raises what `view` does, too."""
+        return self.view(image_NCHW.shape[1:], resize).predict(image_NCHW)
+
+    def classify(
+        self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False
+    ) -> tuple[Float64[np.ndarray, "N K"], Radii]:
+        """`View.classify`, through the view of these images."""
+        return self.view(image_NCHW.shape[1:], resize).classify(image_NCHW)
+
+    def margin_gradient(
+        self,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        weights_NK: Float64[np.ndarray, "N K"],
+        resize: bool = False,
+    ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
+        """`View.margin_gradient`, through the view of these images."""
+        return self.view(image_NCHW.shape[1:], resize).margin_gradient(image_NCHW, weights_NK)
+
+    def counterfactual(
+        self,
+        image_NCHW: Float64[np.ndarray, "N C H W"],
+        predictions: Sequence[Prediction],
+        targets: Sequence[int | None],
+        resize: bool = False,
+    ) -> list[Counterfactual]:
+        """The nearest image found with another class, for each image; see `find_counterfactuals`.
+
+        Args:
+            image_NCHW: the images of `predictions`.
+            predictions: what `predict` answered about them with the same `resize`.
+            targets: the class to reach for each image; None for the nearest other one.
+            resize: as in `predict`. The search moves the pixels of the image that was sent.
+
+        Raises:
+            TargetIsPredictedClassError: an image already has its target's class; in a batch it is named.
+            ImageSizeError: as in `view`.
+        """
+        view = self.view(image_NCHW.shape[1:], resize)
+        self.check_targets(predictions, targets)
+        return counterfactuals(view, image_NCHW, predictions, targets)
+
+    def check_targets(self, predictions: Sequence[Prediction], targets: Sequence[int | None]) -> None:
+        """Raise `TargetIsPredictedClassError` where an image has its target's class already; in a batch it is named."""
+        for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
+            if target is not None and prediction.class_id == target:
+                error = TargetIsPredictedClassError(self.labels[target])
+                raise error.at_index(index) if len(predictions) > 1 else error
+
+    def _view_of(self, sent_shape: tuple[int, int, int]) -> View:
+        single_output = self.certificate.n_outputs == 1
+        if sent_shape == self.input_shape:
+            return View(self._model, self._transport, self.certificate, single_output, None)
+        mapping = preprocessing_between(sent_shape, self.input_shape)
+        certificate = self.certificate.after_preprocessing(mapping.norm, mapping.error_l2)
+        return View(self._model, self._transport, certificate, single_output, mapping)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The model as images of one shape see it: the one path from pixels that were sent to a class and a radius."""
+
+    model: Runs
+    transport: Runs
+    certificate: Certificate
+    single_output: bool
+    preprocessing: Preprocessing | None
+
+    def predict(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> list[Prediction]:
+        """Class and certified radius of each image.
+
+        Args:
+            image_NCHW: pixels in [0, 1]. Where they are converted or resized for the model, the radius stays about the
+                image that was sent.
+
+        Raises:
+            PixelRangeError: a pixel is NaN, infinite or outside [0, 1], where the proof says nothing.
+        """
+        # Least and largest are NaN where a pixel is, and no comparison with NaN is true.
+        if image_NCHW.size and not (image_NCHW.min() >= 0.0 and image_NCHW.max() <= 1.0):
+            raise PixelRangeError("a pixel is NaN, infinite or outside [0, 1]; divide 8-bit pixels by 255")
+        logits_NK, radii = self.classify(image_NCHW)
+        logit_error = self.certificate.logit_error
+        return [
+            Prediction(class_id, logits_K, radius, certified, runner_up, lipschitz_bound, logit_error)
+            for class_id, logits_K, radius, certified, runner_up, lipschitz_bound in zip(
+                radii.class_id_N.tolist(),
+                logits_NK,
+                radii.radius_N.tolist(),
+                radii.certified_N.tolist(),
+                radii.runner_up_N.tolist(),
+                radii.lipschitz_bound_N.tolist(),
+                strict=True,
+            )
+        ]
+
+    def classify(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> tuple[Float64[np.ndarray, "N K"], Radii]:
+        """Logits and radii as arrays: what `predict` answers, without the check of the pixels."""
+        seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
+        (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NDAB})
+        logits_NK = _two_or_more(raw_NK)
+        return logits_NK, certified_radius(logits_NK, self.certificate.margin_bounds_KK, self.certificate.logit_error)
+
+    def margin_gradient(
+        self, image_NCHW: Float64[np.ndarray, "N C H W"], weights_NK: Float64[np.ndarray, "N K"]
+    ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
+        """Logits, and the gradient of `sum_k weights[k] logits[k]` with respect to the image that was sent."""
+        seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
+        if self.single_output:
+            # One output f stands for the logits (f, -f): their weighted sum is (w_0 - w_1) f.
+            weights_NK = weights_NK[:, :1] - weights_NK[:, 1:]
+        raw_NK, gradient_NDAB = self.transport.run(
+            ("logits", "gradient"), {"image": seen_NDAB, "margin_weights": weights_NK}
+        )
+        gradient = gradient_NDAB.astype(np.float64)
+        return _two_or_more(raw_NK), (gradient if self.preprocessing is None else self.preprocessing.adjoint(gradient))
+
+
+def counterfactuals(
+    model: Differentiable,
+    image_NCHW: Float64[np.ndarray, "N C H W"],
+    predictions: Sequence[Prediction],
+    targets: Sequence[int | None],
+) -> list[Counterfactual]:
+    """`find_counterfactuals` from the answers of `View.predict`; `model` is the view that gave them."""
+    return find_counterfactuals(
+        model,
+        image_NCHW,
+        class_id_N=np.array([prediction.class_id for prediction in predictions], np.int64),
+        runner_up_N=np.array([prediction.runner_up for prediction in predictions], np.int64),
+        radius_N=np.array([prediction.radius for prediction in predictions], np.float64),
+        n_classes=len(predictions[0].logits_K) if predictions else 0,
+        target_N=np.array([-1 if target is None else target for target in targets], np.int64),
+    )
+
+
+def _two_or_more(raw_NK: np.ndarray) -> np.ndarray:
+    logits_NK = raw_NK.astype(np.float64, copy=False)
+    return two_class_logits(logits_NK) if logits_NK.shape[1] == 1 else logits_NK

@@ -1,0 +1,384 @@
+"""A folder of images is read as the service reads it, or refused with the file and the cure."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.data import folders
+from models.data.published import DataError, DataSet
+from models.data.folders import load_folder
+from models.preprocessing import UnusableImageError, decode_image, fit_image
+from models.recipes import DataOptions
+from service.pixels import images as service_images
+from service.errors import InputError
+from service.pixels.preprocessing import preprocessing_between
+
+
+def options(**changes: object) -> DataOptions:
+    return DataOptions.model_validate({"dataset": "image-folder", **changes})
+
+
+def encode(pixels: np.ndarray, form: str = "PNG", mode: str | None = None, **parameters: object) -> bytes:
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    file = io.BytesIO()
+    (picture.convert(mode) if mode else picture).save(file, form, **parameters)
+    return file.getvalue()
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape)
+
+
+def write(folder: Path, counts: dict[str, int], shape: tuple[int, ...] = (6, 8), seed: int = 0) -> Path:
+    for k, (label, count) in enumerate(counts.items()):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for n in range(count):
+            (folder / label / f"{n}.png").write_bytes(encode(noise(*shape, seed=1000 * (seed + k) + n)))
+    return folder
+
+
+GREY, COLOUR = noise(9, 7), noise(9, 7, 3)
+FILES: dict[str, bytes] = {
+    "grey": encode(GREY),
+    "colour": encode(COLOUR),
+    "equal channels": encode(np.repeat(GREY[..., None], 3, axis=2)),
+    "one bit": encode(GREY, mode="1"),
+    "grey palette": encode(GREY, mode="P"),
+    "colour palette": encode(COLOUR, mode="P"),
+    "grey jpeg": encode(GREY, "JPEG"),
+    "jpeg": encode(COLOUR, "JPEG"),
+    "turned jpeg": encode(
+        COLOUR, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    ),
+    "bmp": encode(COLOUR, "BMP"),
+    "gif": encode(GREY, "GIF"),
+    "webp": encode(COLOUR, "WEBP", lossless=True),
+    "alpha": encode(COLOUR, mode="RGBA"),
+    "grey with alpha": encode(GREY, mode="LA"),
+    "transparent colour": encode(GREY, mode="P", transparency=0),
+    "16 bits": encode(GREY, mode="I;16"),
+    "cmyk": encode(COLOUR, "JPEG", mode="CMYK"),
+    "animated": encode(
+        GREY, "GIF", save_all=True, append_images=[Image.fromarray(GREY.astype(np.uint8).T.copy().T[::-1])]
+    ),
+    "tiff": encode(GREY, "TIFF"),
+    "text": b"not an image",
+    "empty": b"",
+    "truncated": encode(noise(60, 60))[:-30],
+    "truncated jpeg": encode(noise(60, 60), "JPEG")[:-500],
+    "truncated gif": encode(GREY, "GIF")[:-1],
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_file_is_read_or_refused_as_by_the_service(what: str) -> None:
+    content = FILES[what]
+    try:
+        expected = service_images.decode_image(content, 10**6)
+    except InputError:
+        with pytest.raises(UnusableImageError, match=r"\w"):
+            decode_image(content)
+    else:
+        np.testing.assert_array_equal(decode_image(content), expected)
+
+
+def test_both_answers_of_the_service_occur() -> None:
+    """The comparison above would mean little if all files were refused."""
+    usable = 0
+    for content in FILES.values():
+        try:
+            decode_image(content)
+            usable += 1
+        except UnusableImageError:
+            pass
+    assert (usable, len(FILES)) == (12, 24)
+
+
+SIDES = st.integers(1, 40)
+
+
+@given(SIDES, SIDES, SIDES, SIDES, st.sampled_from([1, 3]), st.sampled_from([1, 3]), st.integers(0, 10))
+def test_resized_pixels_are_those_of_the_service_to_half_a_grey_level(
+    height: int, width: int, to_height: int, to_width: int, sent: int, taken: int, seed: int
+) -> None:
+    pixels = noise(sent, height, width, seed=seed).astype(np.uint8)
+    found = fit_image(pixels, taken, (to_height, to_width))
+    served = preprocessing_between((sent, height, width), (taken, to_height, to_width))(
+        service_images.to_unit(pixels)[None]
+    )[0]
+    assert found.shape == served.shape
+    assert np.abs(found / 255 - served).max() <= 0.5 / 255 + 1e-12
+
+
+def test_image_of_the_right_shape_is_left_as_it_is() -> None:
+    pixels = noise(3, 5, 6).astype(np.uint8)
+    np.testing.assert_array_equal(fit_image(pixels, 3, (5, 6)), pixels)
+
+
+def test_grey_files_make_a_grey_set_and_one_colour_file_a_colour_set(tmp_path: Path) -> None:
+    write(tmp_path, {"a": 4, "b": 4})
+    assert load_folder(tmp_path, options()).train.images_NCHW.shape[1] == 1
+    (tmp_path / "b" / "colour.jpg").write_bytes(FILES["jpeg"])
+    assert load_folder(tmp_path, options()).train.images_NCHW.shape[1] == 3
+    assert load_folder(tmp_path, options(channels=1)).train.images_NCHW.shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "multiple", "expected"),
+    [
+        ((6, 8), {}, 1, (6, 8)),
+        ((50, 50), {}, 4, (48, 48)),
+        ((200, 100), {}, 4, (64, 32)),
+        ((6, 8), {}, 4, (4, 8)),
+        ((6, 8), {"image_size": 12}, 1, (12, 12)),
+        ((6, 8), {"image_size": (5, 9)}, 4, (5, 9)),
+    ],
+)
+def test_size_is_the_median_at_most_64_or_what_was_asked_for(
+    tmp_path: Path, shape: tuple[int, int], changes: dict[str, object], multiple: int, expected: tuple[int, int]
+) -> None:
+    write(tmp_path, {"a": 3, "b": 3}, shape)
+    # An outlier does not move a median.
+    (tmp_path / "a" / "large.png").write_bytes(encode(noise(300, 300)))
+    found = load_folder(tmp_path, options(**changes), multiple=multiple)
+    assert tuple(found.train.images_NCHW.shape[2:]) == expected
+    assert found.card["options"]["image_size"] == list(expected)
+
+
+def contents(images: DataSet, part: str) -> set[bytes]:
+    return {image.numpy().tobytes() for image in getattr(images, part).images_NCHW}
+
+
+def test_held_out_share_is_of_each_class_and_disjoint_from_the_rest(tmp_path: Path) -> None:
+    write(tmp_path, {"cats": 20, "dogs": 10, "a bird": 3})
+    found = load_folder(tmp_path, options())
+    assert found.labels == ("a bird", "cats", "dogs")
+    assert found.card["split"] == {"test_share": 0.2, "seed": 0}
+    assert found.train.counts(3) == [2, 16, 8]
+    assert found.test.counts(3) == [1, 4, 2]
+    assert contents(found, "train") & contents(found, "test") == set()
+
+
+def test_split_depends_on_the_images_alone(tmp_path: Path) -> None:
+    first = load_folder(write(tmp_path / "one", {"a": 20, "b": 20}), options())
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    for n, path in enumerate(sorted((tmp_path / "other").rglob("*.png"), reverse=True)):
+        path.rename(path.with_name(f"renamed-{n:03}.png"))
+    assert contents(load_folder(tmp_path / "other", options()), "test") == contents(first, "test")
+    (tmp_path / "one" / "a" / "more.png").write_bytes(encode(noise(6, 8, seed=77)))
+    grown = contents(load_folder(tmp_path / "one", options()), "test")
+    assert len(grown ^ contents(first, "test")) <= 2
+    assert contents(load_folder(tmp_path / "other", options(split_seed=1)), "test") != contents(first, "test")
+
+
+def test_copies_of_an_image_fall_on_the_same_side(tmp_path: Path) -> None:
+    write(tmp_path, {"a": 6, "b": 6})
+    for path in list(tmp_path.rglob("*.png")):
+        for n in range(3):
+            shutil.copyfile(path, path.with_name(f"copy-{n}-{path.name}"))
+    found = load_folder(tmp_path, options())
+    assert contents(found, "train") & contents(found, "test") == set()
+    assert found.card["n_in_train_and_test"] == 0
+
+
+def test_folders_train_and_test_are_taken_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train", {"a": 5, "b": 7})
+    write(tmp_path / "test", {"a": 2, "b": 3}, seed=50)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "README.txt").write_text("files beside the folders are not images of a class")
+    found = load_folder(tmp_path, options())
+    assert (found.train.counts(2), found.test.counts(2)) == ([5, 7], [2, 3])
+    assert found.card["split"] is None
+    assert "val is not used" in caplog.text
+    shutil.copyfile(tmp_path / "train" / "a" / "0.png", tmp_path / "test" / "a" / "leak.png")
+    assert load_folder(tmp_path, options()).card["n_in_train_and_test"] == 1
+    assert "1 images are in train and in test" in caplog.text
+
+
+def test_folder_train_alone_is_split(tmp_path: Path) -> None:
+    write(tmp_path / "train", {"a": 5, "b": 5})
+    assert len(load_folder(tmp_path, options()).test) == 2
+
+
+def test_evaluation_reads_the_test_folder_alone_and_finds_the_same_images(tmp_path: Path) -> None:
+    write(tmp_path / "train", {"a": 5, "b": 7})
+    write(tmp_path / "test", {"a": 2, "b": 3}, seed=50)
+    first = load_folder(tmp_path, options())
+    shutil.rmtree(tmp_path / "train" / "a")
+    (tmp_path / "train" / "a").mkdir()
+    again = load_folder(tmp_path, DataOptions.model_validate(first.card["options"]), test_only=True)
+    assert torch.equal(first.test.images_NCHW, again.test.images_NCHW)
+    assert torch.equal(first.test.labels_N, again.test.labels_N)
+    assert first.card["digest"]["test"] == again.card["digest"]["test"]
+
+
+def test_digest_tells_another_image_another_name_and_another_class(tmp_path: Path) -> None:
+    def digests() -> str:
+        return str(load_folder(tmp_path, options()).card["digest"])
+
+    write(tmp_path, {"a": 5, "b": 5})
+    seen = {digests()}
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "new.png")
+    seen.add(digests())
+    (tmp_path / "a" / "new.png").rename(tmp_path / "b" / "new.png")
+    seen.add(digests())
+    (tmp_path / "b" / "new.png").write_bytes(encode(noise(6, 8, seed=99)))
+    seen.add(digests())
+    assert len(seen) == 4
+
+
+def test_the_first_images_are_of_all_classes(tmp_path: Path) -> None:
+    write(tmp_path, {"a": 40, "b": 40})
+    assert set(load_folder(tmp_path, options(test_share=0.5)).test.labels_N[:12].tolist()) == {0, 1}
+
+
+def test_chosen_classes_keep_their_order_and_others_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path, {"a": 5, "b": 5, "c": 5})
+    (tmp_path / "b" / "broken.png").write_bytes(b"")
+    found = load_folder(tmp_path, options(classes=["c", "a"]))
+    assert found.labels == ("c", "a")
+    with pytest.raises(DataError, match=r"no class d: its folders are a, b, c; correct --set classes"):
+        load_folder(tmp_path, options(classes=["a", "d"]))
+
+
+def test_images_beyond_the_memory_budget_are_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"a": 4, "b": 4})
+    first = load_folder(tmp_path, options())
+    monkeypatch.setattr(folders, "KEPT_BYTES", 100)
+    assert torch.equal(load_folder(tmp_path, options()).train.images_NCHW, first.train.images_NCHW)
+
+
+def test_hidden_files_and_clutter_of_file_managers_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, {"a": 4, "b": 4})
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"):
+        (tmp_path / "a" / name).write_bytes(b"clutter")
+    (tmp_path / ".cache").mkdir()
+    assert len(load_folder(tmp_path, options()).labels) == 2
+
+
+UNUSABLE = [
+    ("text", r"x\.png: no image that the service reads \(PNG.*convert it"),
+    ("tiff", r"x\.png: no image that the service reads"),
+    ("empty", r"x\.png: the file is empty"),
+    ("truncated", r"x\.png: truncated or damaged.*replace it"),
+    ("alpha", r"x\.png: transparency.*flatten"),
+    ("16 bits", r"x\.png: not 8 bits.*save it with 8 bits"),
+    ("cmyk", r"x\.png: CMYK: convert it"),
+    ("animated", r"x\.png: several pictures.*save the one"),
+]
+
+
+@pytest.mark.parametrize(("what", "message"), UNUSABLE)
+def test_unusable_file_is_named_with_its_cure_and_can_be_left_out(tmp_path: Path, what: str, message: str) -> None:
+    write(tmp_path, {"a": 4, "b": 4})
+    (tmp_path / "a" / "x.png").write_bytes(FILES[what])
+    with pytest.raises(DataError, match=rf"(?s)1 of 9 files.*{message}.*--set skip_broken=true"):
+        load_folder(tmp_path, options())
+    found = load_folder(tmp_path, options(skip_broken=True))
+    assert len(found.train) + len(found.test) == 8
+    assert found.card["n_left_out"] == 1
+
+
+def test_all_faults_are_told_at_once_up_to_ten(tmp_path: Path) -> None:
+    write(tmp_path, {"a": 4, "b": 4})
+    for n in range(12):
+        (tmp_path / "a" / f"x{n:02}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"(?s)12 of 20 files.*x00\.png.*x09\.png: the file is empty\n  \.\.\."):
+        load_folder(tmp_path, options())
+
+
+def test_side_that_the_service_would_not_resize_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnusableImageError, match=r"8193 x 1 pixels, sides go to 8192"):
+        decode_image(encode(np.zeros((1, 8193))))
+
+
+def nothing(folder: Path) -> None: ...
+
+
+def one_class(folder: Path) -> None:
+    write(folder, {"only": 3})
+
+
+def empty_class(folder: Path) -> None:
+    write(folder, {"a": 3, "b": 0})
+
+
+def images_without_classes(folder: Path) -> None:
+    (folder / "x.png").write_bytes(FILES["grey"])
+
+
+def nested(folder: Path) -> None:
+    write(folder / "a", {"inner": 3})
+    write(folder, {"b": 3})
+
+
+def one_image(folder: Path) -> None:
+    write(folder, {"a": 3, "b": 1})
+
+
+def other_classes(folder: Path) -> None:
+    write(folder / "train", {"a": 3, "b": 3})
+    write(folder / "test", {"a": 3, "c": 3})
+
+
+def only_test(folder: Path) -> None:
+    write(folder / "test", {"a": 3, "b": 3})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (nothing, r"no folders in it: put the images of each class into a folder"),
+        (one_class, r"has one class, only: .*--data .*only"),
+        (empty_class, r"the class b is empty: put images into .*b, or remove it"),
+        (images_without_classes, r"no folders in it"),
+        (nested, r"a/inner is a folder inside of the class a: put its images directly"),
+        (one_image, r"the class b has one image \(.*0\.png\).*add images, or make folders"),
+        (other_classes, r"different classes \(only in .*train: b; only in .*test: c\)"),
+        (only_test, r"a folder test and no folder train: add one"),
+    ],
+)
+def test_folder_that_is_no_data_set_is_refused(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+    make(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_folder(tmp_path, options())
+
+
+def test_class_of_which_no_image_is_usable_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"a": 3, "b": 0})
+    (tmp_path / "b" / "x.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"class b has no usable image left \(1 files were left out\)"):
+        load_folder(tmp_path, options(skip_broken=True))
+
+
+def test_path_that_does_not_exist_or_is_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere does not exist: .*--data"):
+        load_folder(tmp_path / "nowhere", options())
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file is a file: .*--data"):
+        load_folder(tmp_path / "file", options())
+
+
+def test_folder_and_file_without_permission_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Permission bits do not bind the superuser, who may run the tests.
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write(tmp_path, {"a": 3, "b": 3})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", denied)
+        with pytest.raises(DataError, match=r"a/0\.png cannot be read \(Permission denied\): make it readable"):
+            load_folder(tmp_path, options())
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(DataError, match=r"cannot be listed \(Permission denied\)"):
+        load_folder(tmp_path, options())

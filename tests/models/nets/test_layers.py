@@ -1,0 +1,233 @@
+"""Every layer keeps the constant that it states, against dense Jacobians and their singular values in float64."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_cases import IMAGE, each_layer, trained
+
+from models.nets.layers.linear import (
+    FullSort,
+    GroupSort2,
+    L2Pool2d,
+    Layer,
+    Normalize,
+    OrthogonalConv2d,
+    OrthogonalDense,
+    OrthogonalMatrix,
+    ScaledAvgPool2d,
+    Shift2d,
+    SpaceToDepth,
+    UnitHead,
+    cayley,
+    newton_schulz,
+)
+from models.nets.networks import both_logits, convolutional_network, dense_network
+from models.nets.onnx_graph import GraphBuilder
+from models.recipes import Stage
+
+TOLERANCE = 1e-6
+"""Relative excess that rounding of weights to float32 may cause."""
+
+
+def jacobian(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Dense Jacobian at one point (batch axis of size 1), as a matrix."""
+    full = torch.autograd.functional.jacobian(layer, x)
+    assert isinstance(full, torch.Tensor)
+    return full.reshape(-1, x.numel())
+
+
+@each_layer
+def test_layer_never_stretches_more_than_it_states(make: Callable[[], Layer], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = trained(make()).fold()
+    for _ in range(3):
+        x = torch.randn(1, *shape, dtype=torch.float64)
+        stretch = torch.linalg.matrix_norm(jacobian(layer, x), 2).item()
+        assert stretch <= layer.lipschitz_constant * (1 + TOLERANCE)
+
+
+@each_layer
+def test_distance_of_outputs_is_at_most_the_constant_times_that_of_inputs(
+    make: Callable[[], Layer], shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(1)
+    layer = trained(make()).fold()
+    x, y = torch.randn(2, 50, *shape, dtype=torch.float64)
+    moved = torch.linalg.vector_norm((layer(x) - layer(y)).flatten(1), dim=1)
+    apart = torch.linalg.vector_norm((x - y).flatten(1), dim=1)
+    assert (moved <= layer.lipschitz_constant * (1 + TOLERANCE) * apart).all()
+
+
+@each_layer
+def test_folding_changes_no_output_beyond_float32_rounding(make: Callable[[], Layer], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(2)
+    layer = trained(make())
+    x = torch.randn(5, *shape)
+    torch.testing.assert_close(layer.fold()(x.double()).float(), layer(x), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: OrthogonalDense(12, 7), (12,)),
+        (GroupSort2, (8,)),
+        (FullSort, (9,)),
+        (lambda: SpaceToDepth(2), IMAGE),
+        (lambda: Shift2d(2), IMAGE),
+        (lambda: L2Pool2d(2), IMAGE),
+        (lambda: ScaledAvgPool2d(3), IMAGE),
+        (lambda: Normalize([0.0] * 4, [0.5, 0.25, 2.0, 1.0]), IMAGE),
+    ],
+)
+def test_stated_constant_is_attained(make: Callable[[], Layer], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(3)
+    layer = make().fold()
+    stretch = torch.linalg.matrix_norm(jacobian(layer, torch.randn(1, *shape, dtype=torch.float64)), 2).item()
+    assert stretch >= layer.lipschitz_constant * (1 - TOLERANCE)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
+    seed=st.integers(0, 10),
+)
+def test_cayley_of_any_matrix_is_orthogonal(rows: int, columns: int, scale: float, seed: int) -> None:
+    raw = scale * torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    singular_values = torch.linalg.svdvals(cayley(raw))
+    torch.testing.assert_close(singular_values, torch.ones_like(singular_values), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])
+def test_newton_schulz_finds_the_polar_factor(shape: tuple[int, int]) -> None:
+    torch.manual_seed(4)
+    U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    disturbed = U @ torch.diag(torch.linspace(0.7, 1.3, min(shape), dtype=torch.float64)) @ Vh
+    torch.testing.assert_close(newton_schulz(disturbed, 8), U @ Vh, atol=1e-12, rtol=0)
+
+
+def test_head_rows_have_unit_norm() -> None:
+    torch.manual_seed(7)
+    head = trained(UnitHead(30, 10))
+    rows = head.fold().state_dict()["weight_OD"]
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(rows, dim=1), torch.ones(10, dtype=torch.float64), atol=1e-7, rtol=0
+    )
+
+
+def test_shift_moves_each_group_by_its_own_offset_and_fills_with_zero() -> None:
+    x = torch.arange(1.0, 10.0).reshape(1, 1, 3, 3).expand(1, 9, 3, 3).contiguous()
+    y = Shift2d(3)(x)
+    for channel, (dy, dx) in enumerate(itertools.product((-1, 0, 1), repeat=2)):
+        for i, j in itertools.product(range(3), repeat=2):
+            inside = 0 <= i - dy < 3 and 0 <= j - dx < 3
+            assert y[0, channel, i, j] == (x[0, channel, i - dy, j - dx] if inside else 0.0)
+
+
+def test_convolution_is_a_zero_padded_convolution_with_its_shifted_kernel() -> None:
+    torch.manual_seed(8)
+    layer = OrthogonalConv2d(9, 5).double()
+    x = torch.randn(2, 9, 6, 5, dtype=torch.float64)
+    kernel = torch.zeros(5, 9, 3, 3, dtype=torch.float64)
+    for channel in range(9):
+        # Correlation reads x[i + k - 1]; the shift reads x[i - d], so tap k belongs to d = 1 - k.
+        dy, dx = layer.shift.offsets[channel]
+        kernel[:, channel, 1 - dy, 1 - dx] = layer.matrix().detach()[:, channel]
+    expected = torch.nn.functional.conv2d(x, kernel, layer.bias_O, padding=1)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_space_to_depth_has_the_channel_order_of_pixel_unshuffle() -> None:
+    x = torch.randn(2, 3, 6, 4)
+    assert torch.equal(SpaceToDepth(2)(x), torch.nn.PixelUnshuffle(2)(x))
+
+
+def test_pooling_matches_its_definition() -> None:
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = 3 * torch.nn.functional.avg_pool2d(x, 3)
+    torch.testing.assert_close(ScaledAvgPool2d(3)(x), expected)
+    torch.testing.assert_close(L2Pool2d(3)(x), torch.nn.functional.lp_pool2d(x, 2, 3))
+
+
+def test_gradient_of_l2_pooling_is_finite_at_an_empty_window() -> None:
+    x = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    L2Pool2d(2)(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("layer", [L2Pool2d(2), ScaledAvgPool2d(2), SpaceToDepth(2)])
+def test_incomplete_windows_are_refused(layer: Layer) -> None:
+    with pytest.raises(ValueError, match="pad or crop"):
+        layer(torch.zeros(1, 1, 5, 4))
+
+
+def test_group_sort_refuses_an_odd_number_of_channels() -> None:
+    with pytest.raises(ValueError, match="even"):
+        GroupSort2()(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("std", [[0.0], [1.0, 1.0]])
+def test_normalize_refuses_what_has_no_constant(std: list[float]) -> None:
+    with pytest.raises(ValueError, match="std"):
+        Normalize([0.0], std)
+
+
+def test_declared_margin_bounds_are_bounds_of_the_margins() -> None:
+    torch.manual_seed(9)
+    network = dense_network((1, 4, 4), (12, 8), 3).fold()
+    bounds = network.declared_margin_bounds_KK()
+    x = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    gradients = torch.autograd.functional.jacobian(network, x).reshape(3, -1)
+    for i, j in itertools.combinations(range(3), 2):
+        assert torch.linalg.vector_norm(gradients[i] - gradients[j]) <= bounds[i, j] * (1 + TOLERANCE)
+
+
+def test_one_output_counts_as_two_classes_with_twice_the_constant() -> None:
+    network = dense_network((1, 4, 4), (8,), 1)
+    expected = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    torch.testing.assert_close(network.declared_margin_bounds_KK(), expected, check_dtype=False)
+    assert both_logits(torch.tensor([[3.0]])).tolist() == [[3.0, -3.0]]
+
+
+def test_gradient_of_margin_bounds_is_finite_on_the_diagonal() -> None:
+    network = dense_network((1, 4, 4), (8,), 3)
+    network.declared_margin_bounds_KK().sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+@each_layer
+def test_gradient_is_that_of_finite_differences(make: Callable[[], Layer], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(11)
+    layer = trained(make()).double()
+    x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_cayley_stays_orthogonal_under_autocast() -> None:
+    matrix = OrthogonalMatrix(16, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        W = matrix()
+    torch.testing.assert_close(W @ W.T, torch.eye(16), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pool", ["none", "max", "l2"])
+def test_convolutional_network_is_one_lipschitz(pool: Literal["none", "max", "l2"]) -> None:
+    torch.manual_seed(10)
+    network = convolutional_network((1, 8, 8), [Stage(channels=8, blocks=2)] * 2, pool, (6,), 1).fold()
+    x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    gradient = torch.autograd.functional.jacobian(network, x)
+    assert math.sqrt(gradient.square().sum()) <= 1 + TOLERANCE
+
+
+def test_weights_that_are_not_exact_in_float32_are_not_emitted() -> None:
+    with pytest.raises(ValueError, match="fold"):
+        GraphBuilder("model").weight(np.array([[0.1]]))

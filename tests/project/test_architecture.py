@@ -1,0 +1,150 @@
+"""The import contracts of pyproject.toml hold, and each of them can fail."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("service", "models")
+
+
+def run_contracts(folder: Path, contract: str | None = None) -> subprocess.CompletedProcess[str]:
+    limit = () if contract is None else (contract,)
+    code = (
+        "import sys; from importlinter.cli import lint_imports; "
+        f"sys.exit(lint_imports(limit_to_contracts={limit!r}, no_cache=True))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.fixture
+def copied_tree(tmp_path: Path) -> Path:
+    for package in PACKAGES:
+        for source in (ROOT / package).rglob("*.py"):
+            target = tmp_path / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    return tmp_path
+
+
+def test_import_contracts_hold() -> None:
+    result = run_contracts(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_import_contracts_hold_in_a_copy_without_a_planted_violation(copied_tree: Path) -> None:
+    result = run_contracts(copied_tree)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("contract", "module", "planted"),
+    [
+        ("service-layers", "service/errors.py", "import service.runtime.engine"),
+        ("service-layers", "service/runtime/engine.py", "import service.pixels.images"),
+        ("service-layers", "service/certificate/rounding.py", "import service.errors"),
+        ("service-layers", "service/unplaced.py", ""),
+        ("certificate-layers", "service/certificate/rounding.py", "import service.certificate.norms"),
+        ("certificate-layers", "service/certificate/unplaced.py", ""),
+        ("service-without-training", "service/runtime/engine.py", "def f():\n    import torch"),
+        ("service-without-training", "service/runtime/engine.py", "import models.data.published"),
+        ("service-without-training", "service/certificate/rounding.py", "from models import data"),
+        ("models-layers", "models/nets/layers/linear.py", "import models.training.loop"),
+        ("models-layers", "models/unplaced.py", ""),
+        ("models-and-service", "models/data/published.py", "from service import settings"),
+        ("models-and-service", "models/data/published.py", "import service.runtime.engine"),
+        ("models-and-service", "models/unplaced.py", "import service.errors"),
+        ("models-and-service", "models/evaluation/measure.py", "import service.settings"),
+    ],
+)
+def test_planted_violation_breaks_its_contract(copied_tree: Path, contract: str, module: str, planted: str) -> None:
+    path = copied_tree / module
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text(f"{before}\n{planted}\n", encoding="utf-8")
+    result = run_contracts(copied_tree, contract)
+    assert result.returncode != 0, result.stdout
+    assert "BROKEN" in result.stdout, result.stdout + result.stderr
+
+
+def test_certificate_needs_numpy_and_onnx_only() -> None:
+    graph = grimp.build_graph("service", include_external_packages=True, cache_dir=None)
+    imported = {
+        name
+        for module in {"service.certificate", *graph.find_descendants("service.certificate")}
+        for name in graph.find_modules_directly_imported_by(module)
+        if not name.startswith("service")
+    }
+    # google.protobuf: the errors of onnx's own parser.
+    assert imported - sys.stdlib_module_names <= {"numpy", "onnx", "google"}
+
+
+def test_everything_that_service_imports_is_in_the_lock_of_make_serve() -> None:
+    graph = grimp.build_graph("service", include_external_packages=True, cache_dir=None)
+    third_party = {module for module in graph.modules if graph.is_module_squashed(module)} - sys.stdlib_module_names
+    assert "numpy" in third_party
+    lock = (ROOT / "requirements/serve-cpu.txt").read_text(encoding="utf-8")
+    locked = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
+    locked.add("onnxruntime-gpu")  # takes the place of onnxruntime in serve-gpu.txt
+    providers = packages_distributions()
+    missing = {
+        module
+        for module in third_party
+        if not locked & {name.lower().replace("_", "-") for name in providers.get(module.split(".")[0], [])}
+    }
+    assert missing == set()
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+    found = [
+        path
+        for folder in (*PACKAGES, "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if drawers & {path.stem, path.parent.name}
+    ]
+    assert found == []
+
+
+WATCHED_IMPORT = """
+import json, sys
+seen = []
+def watch(event, arguments):
+    if event == "open" and str(arguments[0]).endswith((".onnx", "card.json")):
+        seen.append(f"opened {arguments[0]}")
+    elif event in ("socket.bind", "socket.connect", "subprocess.Popen", "os.fork"):
+        seen.append(event)
+sys.addaudithook(watch)
+import service.api.app
+import threading
+seen += [f"thread {thread.name}" for thread in threading.enumerate() if thread is not threading.main_thread()]
+print(json.dumps({"seen": seen, "modules": sorted(name for name in sys.modules if "." not in name)}))
+"""
+
+
+def test_nothing_happens_when_the_app_is_imported() -> None:
+    # An impossible setting: whoever read the environment at import would fail.
+    environment = {**os.environ, "LIPCERT_PROVIDER": "none", "LIPCERT_MODELS": "/nowhere"}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WATCHED_IMPORT],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["seen"] == []
+    assert not {"torch", "models", "matplotlib", "foolbox", "scipy"} & set(answer["modules"])

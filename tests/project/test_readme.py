@@ -1,0 +1,119 @@
+"""Every sentence of README.md that a machine can check: answers, tables, commands, paths."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from service.settings import variable_names
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+INLINE = re.findall(r"`([^`\n]+)`", README)
+MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = spec_from_file_location("readme", ROOT / "docs" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_same(shown: Any, given: Any, where: str = "answer") -> None:
+    """Equal, but for the last of the digits that are shown."""
+    assert type(shown) is type(given), where
+    if isinstance(given, dict):
+        assert shown.keys() == given.keys(), where
+        for key in given:
+            assert_same(shown[key], given[key], f"{where}.{key}")
+    elif isinstance(given, list):
+        assert len(shown) == len(given), where
+        for position, (left, right) in enumerate(zip(shown, given, strict=True)):
+            assert_same(left, right, f"{where}[{position}]")
+    elif isinstance(given, float):
+        # Another processor may sum in another order and so end the search for a counterfactual elsewhere.
+        assert shown == pytest.approx(given, rel=1e-2 if where.endswith("distance") else 1e-3), where
+    else:
+        assert shown == given, where
+
+
+def test_answer_of_the_readme_is_the_answer_of_the_service(generator: ModuleType) -> None:
+    content = generator.block(README, "example").removeprefix("```json\n").removesuffix("```\n")
+    assert content, "run `make readme`"
+    assert_same(json.loads(content), generator.example_answer(README))
+
+
+def test_example_answers_with_a_counterfactual_outside_the_radius(generator: ModuleType) -> None:
+    answer = generator.example_answer(README)
+    assert answer["certificate"]["certified"]
+    assert answer["counterfactual"]["reached"]
+    assert answer["counterfactual"]["distance"] >= answer["certificate"]["radius"]
+
+
+@pytest.mark.parametrize("name", ["settings", "models"])
+def test_generated_table_is_up_to_date(generator: ModuleType, name: str) -> None:
+    assert generator.block(README, name) == getattr(generator, f"{name}_block")(), "run `make readme`"
+
+
+def test_every_setting_is_in_the_readme() -> None:
+    assert [name for name in variable_names() if f"| `{name}` |" not in README] == []
+    assert set(re.findall(r"\bLIPCERT_[A-Z_]*[A-Z]\b", README)) <= set(variable_names())
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    named = {words[1] for words in map(str.split, [*INLINE, *SHELL.splitlines()]) if words[:1] == ["make"]}
+    assert {"serve", "test"} <= named
+    assert named <= MAKE_TARGETS
+
+
+def test_every_module_of_the_readme_runs_and_knows_its_options() -> None:
+    commands = [shlex.split(code) for code in INLINE if code.startswith("python -m ")]
+    assert commands
+    for _, _, module, *arguments in commands:
+        assert find_spec(f"{module}.__main__") is not None, module
+        subcommand = [argument for argument in arguments[:1] if argument.islower()]
+        shown = subprocess.run(
+            [sys.executable, "-m", module, *subcommand, "--help"],
+            cwd=ROOT,
+            env={"COLUMNS": "200", "NO_COLOR": "1", "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert shown.returncode == 0, (module, shown.stderr)
+        for option in (argument for argument in arguments if argument.startswith("--")):
+            assert option in shown.stdout, (module, option)
+
+
+def test_every_recipe_of_the_readme_exists() -> None:
+    from models.recipes import RECIPES
+
+    (row,) = (line for line in README.splitlines() if "python -m models train" in line)
+    assert set(re.findall(r"`([\w-]+)`", row.rpartition("|")[0].rpartition("|")[2])) == set(RECIPES)
+
+
+def test_every_path_of_the_readme_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    paths = [code for code in INLINE if re.fullmatch(r"\w[\w.-]*/[\w./-]*", code)]
+    attached = re.findall(r"@(\S+)", SHELL)
+    assert attached
+    missing = [path for path in [*links, *paths, *attached] if not (ROOT / path).exists()]
+    assert missing == []
+
+
+def test_shell_blocks_hold_only_commands_that_are_checked() -> None:
+    assert {line.split()[0] for line in SHELL.splitlines()} == {"make", "docker", "curl"}
+    assert "docker compose up" in SHELL.splitlines()

@@ -1,0 +1,153 @@
+"""Open Inference Protocol, version 2: https://github.com/kserve/open-inference-protocol."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import HEIGHT, WIDTH, Client
+from encoding import npy
+
+from service import __version__
+
+INFER = "/v2/models/grey/infer"
+NPY = {"Content-Type": "application/x-npy"}
+
+
+def question(array: np.ndarray, datatype: str, nested: bool = False, **fields: Any) -> dict[str, Any]:
+    data = array.tolist() if nested else array.ravel().tolist()
+    tensor = {"name": "image", "shape": list(array.shape), "datatype": datatype, "data": data}
+    return {"inputs": [tensor], **fields}
+
+
+def outputs(answer: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {output["name"]: np.array(output["data"]).reshape(output["shape"]) for output in answer["outputs"]}
+
+
+@pytest.fixture
+def levels_NCHW() -> np.ndarray:
+    return np.random.default_rng(4).integers(0, 256, (3, 1, HEIGHT, WIDTH), dtype=np.uint8)
+
+
+def test_the_server_and_its_models_describe_themselves(client: Client) -> None:
+    server = client.get("/v2").json()
+    assert (server["name"], server["version"]) == ("lipcert", __version__)
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+    assert client.get("/v2/models/grey/ready").json() == {"name": "grey", "ready": True}
+    model = client.get("/v2/models/grey").json()
+    assert model["inputs"] == [{"name": "image", "datatype": "FP64", "shape": [-1, 1, HEIGHT, WIDTH]}]
+    question_outputs = client.post(INFER, json={**GOOD, "parameters": {"counterfactual": True}}).json()["outputs"]
+    assert [(output["name"], output["datatype"]) for output in model["outputs"]] == [
+        (output["name"], output["datatype"]) for output in question_outputs
+    ]
+    assert model["versions"] == [client.get("/models/grey").json()["digest"]]
+
+
+def test_the_version_is_the_one_of_the_package() -> None:
+    pyproject = Path(__file__).resolve().parents[3] / "pyproject.toml"
+    assert tomllib.loads(pyproject.read_text())["project"]["version"] == __version__
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("datatype", ["UINT8", "FP64"])
+def test_it_answers_as_predict_does(client: Client, levels_NCHW: np.ndarray, datatype: str, nested: bool) -> None:
+    array = levels_NCHW if datatype == "UINT8" else levels_NCHW / 255.0
+    answer = client.post(INFER, json=question(array, datatype, nested, id="42")).json()
+    assert (answer["model_name"], answer["id"]) == ("grey", "42")
+    found = outputs(answer)
+    batch = client.post("/predict/batch", content=npy(levels_NCHW), headers=NPY).json()["predictions"]
+    assert found["class_id"].tolist() == [one["class_id"] for one in batch]
+    assert found["radius"].tolist() == [one["certificate"]["radius"] for one in batch]
+    assert found["certified"].tolist() == [one["certificate"]["certified"] for one in batch]
+    assert found["logits"].tolist() == [one["logits"] for one in batch]
+    assert found["image_digest"].tolist() == [one["image"]["digest"] for one in batch]
+    assert answer["model_version"] == batch[0]["digest"]
+
+
+def test_fp32_values_are_read_as_float32(client: Client) -> None:
+    array = np.full((1, 1, HEIGHT, WIDTH), 0.1)
+    single = outputs(client.post(INFER, json=question(array, "FP32")).json())["logits"]
+    exact = outputs(client.post(INFER, json=question(array.astype(np.float32).astype(float), "FP64")).json())["logits"]
+    assert np.array_equal(single, exact)
+
+
+def test_counterfactuals_come_where_they_are_asked_for(client: Client, levels_NCHW: np.ndarray) -> None:
+    asked = question(levels_NCHW, "UINT8", parameters={"counterfactual": True})
+    found = outputs(client.post(INFER, json=asked).json())
+    assert found["counterfactual"].shape == levels_NCHW.shape
+    assert found["counterfactual_reached"].all()
+    assert (found["counterfactual_distance"] >= found["radius"]).all()
+    again = outputs(client.post(INFER, json=question(found["counterfactual"], "UINT8")).json())
+    assert np.array_equal(again["class_id"], found["counterfactual_class_id"])
+
+
+def test_only_the_wanted_outputs_come_in_their_order(client: Client, levels_NCHW: np.ndarray) -> None:
+    asked = question(levels_NCHW, "UINT8", outputs=[{"name": "radius"}, {"name": "class_id"}])
+    answer = client.post(INFER, json=asked).json()
+    assert [output["name"] for output in answer["outputs"]] == ["radius", "class_id"]
+
+
+GOOD = question(np.zeros((1, 1, HEIGHT, WIDTH)), "FP64")
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {"inputs": [{**GOOD["inputs"][0], **fields}]}
+
+
+BAD: dict[str, tuple[Any, int, str]] = {
+    "no inputs": ({}, 422, "inputs"),
+    "another input": (changed(name="pixels"), 422, "inputs.0.name"),
+    "another datatype": (changed(datatype="BYTES"), 422, "inputs.0.datatype"),
+    "three axes": (changed(shape=[1, HEIGHT, WIDTH]), 422, "inputs.0.shape"),
+    "no image": (changed(shape=[0, 1, HEIGHT, WIDTH]), 422, "inputs.0.shape"),
+    "too few values": (changed(data=[0.0]), 422, "expected 20 numbers"),
+    "ragged values": (changed(data=[[0.0], [0.0, 1.0]]), 422, "ragged"),
+    "text": (changed(data=["0"] * 20), 422, "does not hold numbers"),
+    "booleans": (changed(data=[True] * 20), 422, "does not hold numbers"),
+    "floats as uint8": (changed(datatype="UINT8"), 422, "does not hold numbers of type UINT8"),
+    "uint8 above 255": (changed(datatype="UINT8", data=[256] * 20), 422, "0..255"),
+    "huge integer": (changed(datatype="UINT8", data=[10**30] * 20), 422, "numbers"),
+    "above 1": (changed(data=[1.5] * 20), 422, "expected in [0, 1]"),
+    "another size": (changed(shape=[1, 1, WIDTH, HEIGHT]), 422, "takes 4 x 5"),
+    "other channels": (changed(shape=[1, 2, 2, 5]), 422, "channel"),
+    "too many images": (changed(shape=[5, 1, 4, 1]), 413, "1 to 4 at once"),
+    "too many pixels": (changed(shape=[1, 1, 100, 100]), 413, "2000 pixels"),
+    "unknown field": ({**GOOD, "model": "grey"}, 422, "known here"),
+    "unknown parameter": ({**GOOD, "parameters": {"epsilon": 1}}, 422, "parameters.epsilon is not a field"),
+    "target alone": ({**GOOD, "parameters": {"target": "class 1"}}, 422, "set counterfactual=true"),
+    "unknown target": (
+        {**GOOD, "parameters": {"counterfactual": True, "target": "x"}},
+        422,
+        "its labels are: class 0",
+    ),
+    "unknown output": ({**GOOD, "outputs": [{"name": "softmax"}]}, 422, "there are: logits, class_id"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_questions_are_problems_that_the_protocol_can_read(client: Client, kind: str) -> None:
+    body, status, expected = BAD[kind]
+    response = client.post(INFER, json=body)
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    members = response.json()
+    assert expected in members["detail"]
+    assert members["error"] == members["detail"]
+
+
+def test_an_unknown_model_is_not_found(client: Client) -> None:
+    for response in (
+        client.get("/v2/models/x"),
+        client.get("/v2/models/x/ready"),
+        client.post("/v2/models/x/infer", json=GOOD),
+    ):
+        assert response.status_code == 404
+        assert "this server has: binary, colour, grey" in response.json()["error"]
+
+
+def test_the_query_is_not_lost_in_silence(client: Client) -> None:
+    assert client.post(f"{INFER}?resize=true", json=GOOD).status_code == 422

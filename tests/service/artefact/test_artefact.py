@@ -1,0 +1,148 @@
+"""The artefact contract: what is written is read back, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import card_for, linear, random_groupsort, write
+from onnx import TensorProto, helper
+from pydantic import ValidationError
+
+from service.artefact import card as artefact
+from service.artefact.card import Card, digest, read_artefact, write_artefact, write_card
+from service.errors import ArtefactError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "test", random_groupsort(0))
+    return tmp_path / "test"
+
+
+def _edit_card(folder: Path, **changes: object) -> None:
+    path = folder / "card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    written = write(tmp_path / "test", random_groupsort(0))
+    read = read_artefact(tmp_path / "test")
+    assert read.card == written.card
+    assert read.model_bytes == written.model_bytes
+    assert read.transport_bytes == written.transport_bytes
+    assert read.digest == digest((tmp_path / "test" / "model.onnx").read_bytes())
+    np.testing.assert_array_equal(read.certificate.margin_bounds_KK, written.certificate.margin_bounds_KK)
+
+
+def test_writing_leaves_no_other_file_behind(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "transport.onnx", "card.json"}
+
+
+def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def counting(path: Path) -> bytes:
+        reads.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counting)
+    read_artefact(folder)
+    assert sorted(reads) == ["card.json", "model.onnx", "transport.onnx"]
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "transport.onnx", "card.json"])
+def test_missing_file_is_named(folder: Path, file: str) -> None:
+    (folder / file).unlink()
+    with pytest.raises(ArtefactError, match="missing") as caught:
+        read_artefact(folder)
+    assert caught.value.file == folder / file
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "transport.onnx"])
+def test_one_changed_bit_is_noticed(folder: Path, file: str) -> None:
+    content = bytearray((folder / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(ArtefactError, match="digest") as caught:
+        read_artefact(folder)
+    assert caught.value.file == folder / file
+
+
+@pytest.mark.parametrize("content", [b"", b"not json", b"[]", b"{}", b"\xff\xfe"])
+def test_corrupt_card_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "card.json").write_bytes(content)
+    with pytest.raises(ArtefactError, match="not a valid card"):
+        read_artefact(folder)
+
+
+def test_unknown_card_field_is_named(folder: Path) -> None:
+    _edit_card(folder, certified_acuracy=[])
+    with pytest.raises(ArtefactError, match="certified_acuracy"):
+        read_artefact(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"graphs": {}}, "no digest"),
+        ({"labels": ["a", "b"]}, "3 classes.*2 labels"),
+        ({"labels": ["a", "b", "b"]}, "repeat"),
+        ({"input": {"channels": 1, "height": 8, "width": 2}}, r"\(1, 4, 4\).*\(1, 8, 2\)"),
+        ({"name": "../elsewhere"}, "name"),
+        ({"format": 2}, "format"),
+    ],
+)
+def test_card_that_contradicts_the_graphs_is_refused(folder: Path, change: dict[str, object], complaint: str) -> None:
+    _edit_card(folder, **change)
+    with pytest.raises(ArtefactError, match=complaint):
+        read_artefact(folder)
+
+
+def test_graph_without_a_proof_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    graphs = linear(np.eye(2, 4), np.zeros(2), (1, 2, 2))
+    image = helper.make_tensor_value_info("image", TensorProto.DOUBLE, ["N", 1, 2, 2])
+    logits = helper.make_tensor_value_info("logits", TensorProto.DOUBLE, ["N", 1, 2, 2])
+    graph = helper.make_graph([helper.make_node("Exp", ["image"], ["logits"])], "wild", [image], [logits])
+    wild = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]).SerializeToString()
+    with pytest.raises(ArtefactError, match=r"no proved Lipschitz bound(?s:.*)Exp"):
+        write_artefact(tmp_path / "test", card_for(graphs), wild, graphs.transport)
+    assert not (tmp_path / "test").exists()
+
+
+def test_transport_graph_with_other_names_is_refused(tmp_path: Path) -> None:
+    graphs = random_groupsort(0)
+    with pytest.raises(ArtefactError, match="margin_weights") as caught:
+        write_artefact(tmp_path / "test", card_for(graphs), graphs.model, graphs.model)
+    assert caught.value.file.name == "transport.onnx"
+
+
+def test_bytes_that_are_no_graph_are_refused(tmp_path: Path) -> None:
+    graphs = random_groupsort(0)
+    for model, transport in ((b"\x00garbage", graphs.transport), (graphs.model, b"\x00garbage")):
+        with pytest.raises(ArtefactError):
+            write_artefact(tmp_path / "test", card_for(graphs), model, transport)
+
+
+def test_write_that_fails_half_way_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (folder / "card.json").read_bytes()
+
+    def crash(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(artefact.os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        write_card(folder, artefact.read_card(folder).model_copy(update={"accuracy": 0.5}))
+    assert (folder / "card.json").read_bytes() == before
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_card_is_frozen_and_refuses_shares_above_one() -> None:
+    card = card_for(random_groupsort(0))
+    with pytest.raises(ValidationError):
+        card.name = "other"  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        Card.model_validate(card.model_dump() | {"accuracy": 98.3})

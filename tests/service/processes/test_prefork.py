@@ -1,0 +1,449 @@
+"""Several server processes: together they are one server, and none of them is left when it ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from encoding import npy
+from test_proving import children_of, is_running, wait_until
+
+from service import __main__ as command
+from service.runtime import engine
+from service.api.app import _limits
+from service.inference.classifier import Classifier
+from service.runtime.cpus import usable_cpus
+from service.errors import PortError, SettingsError
+from service.processes.prefork import bind, listen
+from service.settings import Settings, Threads
+
+_HEADERS = {"Content-Type": "application/x-npy"}
+_READY = "Application startup complete"
+
+
+class Server:
+    """`python -m service` in a process group of its own, as a terminal would start it."""
+
+    def __init__(self, zoo: Path, folder: Path, **settings: object) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
+        chosen = {"port": 0, "provider": "cpu", "models": zoo, "default_model": "grey", "processes": 2} | settings
+        # Threads of the BLAS library would hide those that must not be there when the processes start.
+        environment["OPENBLAS_NUM_THREADS"] = "1"
+        environment |= {f"LIPCERT_{name.upper()}": str(value) for name, value in chosen.items()}
+        self.temporary = Path(tempfile.mkdtemp(dir=folder))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service"],
+            env={**environment, "TMPDIR": str(self.temporary)},
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self._lines.extend(iter(self.process.stderr.readline, ""))
+
+    @property
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    @property
+    def children(self) -> list[int]:
+        return [pid for pid in children_of(self.process.pid) if is_running(pid)]
+
+    def count(self, text: str) -> int:
+        return self.log.count(text)
+
+    def wait_ready(self, processes: int = 2) -> None:
+        wait_until(lambda: self.count(_READY) >= processes or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log
+
+    @property
+    def url(self) -> str:
+        found = re.search(r"serving on (http://\S+)", self.log)
+        assert found is not None, self.log
+        return found[1]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """The process that took a fresh connection, and what it answered."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET" if body is None else "POST", path, body, _HEADERS)
+            answer = connection.getresponse()
+            content = answer.read()
+            assert answer.status == 200, content
+            inode = accepted(self.port, connection.sock.getsockname()[1])
+            (holder,) = (pid for pid in self.children if f"socket:[{inode}]" in links(pid).values())
+            return holder, content
+
+    def ask_all(self, path: str, body: bytes | None = None) -> list[tuple[int, bytes]]:
+        """Ask until every process has answered."""
+        missing = set(self.children)
+        answers: list[tuple[int, bytes]] = []
+        while missing:
+            answers.append(self.ask(path, body))
+            missing.discard(answers[-1][0])
+        return answers
+
+    @property
+    def predicted(self) -> float:
+        """Of model `grey`, as /metrics says."""
+        found = re.search(rb'lipcert_predictions_total{model="grey"} (\S+)', self.ask("/metrics")[1])
+        return 0.0 if found is None else float(found[1])
+
+    def assert_ended_well(self, *expected: str) -> None:
+        status = self.process.wait(30)
+        # All that could write has ended.
+        self._reader.join(30)
+        assert not self._reader.is_alive()
+        assert status == 0, self.log
+        for trouble in {"Traceback", "Exception", "ended with", "is killed"} - set(expected):
+            assert trouble not in self.log
+        assert list(self.temporary.iterdir()) == []
+
+    def close(self) -> None:
+        """Whatever is left ends."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+class Servers(contextlib.ExitStack):
+    """Starts servers and ends what is left of them."""
+
+    def __init__(self, zoo: Path, folder: Path) -> None:
+        super().__init__()
+        self._zoo = zoo
+        self._folder = folder
+
+    def __call__(self, **settings: object) -> Server:
+        server = Server(self._zoo, self._folder, **settings)
+        self.callback(server.close)
+        return server
+
+
+@pytest.fixture
+def servers(zoo: Path, tmp_path: Path) -> Iterator[Servers]:
+    with Servers(zoo, tmp_path) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def shared(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """For tests that only ask."""
+    with Servers(zoo, tmp_path_factory.mktemp("shared")) as servers:
+        server = servers()
+        server.wait_ready()
+        yield server
+        server.process.terminate()
+        server.assert_ended_well()
+
+
+def accepted(port: int, client_port: int) -> str:
+    """Inode of the server's end of a connection."""
+    for fields in map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:]):
+        if [int(fields[place].rsplit(":", 1)[1], 16) for place in (1, 2)] == [port, client_port]:
+            return fields[9]
+    raise LookupError(f"no connection from {client_port} to {port}")
+
+
+def links(pid: int) -> dict[int, str]:
+    """What the descriptors of a process are."""
+    found: dict[int, str] = {}
+    for descriptor in (Path("/proc") / str(pid) / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[int(descriptor.name)] = str(descriptor.readlink())
+    return found
+
+
+def pipes_of(pid: int, mode: int) -> set[str]:
+    """Pipes that a process reads (os.O_RDONLY) or writes (os.O_WRONLY)."""
+    found: set[str] = set()
+    for descriptor, link in links(pid).items():
+        with contextlib.suppress(FileNotFoundError):
+            information = (Path("/proc") / str(pid) / "fdinfo" / str(descriptor)).read_text()
+            flags = int(information.split("flags:")[1].split()[0], 8)
+            if link.startswith("pipe:") and flags & os.O_ACCMODE == mode:
+                found.add(link)
+    return found
+
+
+def listening(pid: int) -> set[str]:
+    """Sockets of a process that listen."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return {f"socket:[{fields[9]}]" for fields in lines if fields[3] == "0A"} & set(links(pid).values())
+
+
+def threads(pid: int) -> int:
+    return len(list((Path("/proc") / str(pid) / "task").iterdir()))
+
+
+def image(channels: int = 1) -> np.ndarray:
+    return np.random.default_rng(3).random((channels, 4, 5))
+
+
+def test_all_processes_serve_and_answer_as_one_process_would(
+    shared: Server, classifiers: Mapping[str, Classifier]
+) -> None:
+    expected = classifiers["grey"].predict(image()[np.newaxis])[0]
+    answers = shared.ask_all("/predict", npy(image()))
+    assert len({pid for pid, _ in answers}) == 2
+    for _, content in answers:
+        answer = json.loads(content)
+        assert answer["digest"] == classifiers["grey"].digest
+        assert answer["class_id"] == expected.class_id
+        assert answer["certificate"]["radius"] == expected.radius
+
+
+def test_whichever_process_is_asked_adds_up_the_counters_of_all(shared: Server) -> None:
+    before = shared.predicted
+    asked = len(shared.ask_all("/predict", npy(image())))
+    for _, content in shared.ask_all("/metrics"):
+        assert f'lipcert_predictions_total{{model="grey"}} {before + asked}'.encode() in content
+        assert b"\nlipcert_waiting 0.0" in content
+
+
+def test_each_process_holds_its_own_socket_and_not_the_life_of_the_others(shared: Server) -> None:
+    one, other = shared.children
+    assert len(listening(one)) == len(listening(other)) == 1
+    assert listening(one) | listening(other) == listening(shared.process.pid)
+    lifelines = pipes_of(one, os.O_RDONLY) & pipes_of(other, os.O_RDONLY) & pipes_of(shared.process.pid, os.O_RDONLY)
+    assert len(lifelines) == 1
+    assert lifelines < pipes_of(shared.process.pid, os.O_WRONLY)
+    assert not lifelines & (pipes_of(one, os.O_WRONLY) | pipes_of(other, os.O_WRONLY))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_another_server_does_not_get_the_port_although_it_could_be_shared(
+    shared: Server, servers: Servers, processes: int
+) -> None:
+    another = servers(port=shared.port, processes=processes)
+    assert another.process.wait(30) == 1
+    another.close()
+    expected = rf"ERROR service: port {shared.port} of 127.0.0.1 cannot be had \(.*in use\); .* LIPCERT_PORT.*\n"
+    assert re.fullmatch(expected, another.log)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_of_two_servers_that_start_at_the_same_time_one_gets_the_port(processes: int) -> None:
+    with bind("127.0.0.1", 0) as one, bind("127.0.0.1", one.getsockname()[1]) as other:
+        listeners = listen(one, 2, 5)
+        with pytest.raises(PortError, match="in use"):
+            listen(other, processes, 5)
+        for listener in listeners:
+            listener.close()
+
+
+# Ctrl-C again and again cuts a server short; that is what it is for.
+@pytest.mark.parametrize(
+    ("stop", "to"),
+    [
+        (signal.SIGTERM, "parent"),
+        (signal.SIGINT, "parent"),
+        (signal.SIGINT, "group"),
+        (signal.SIGTERM, "group, again and again"),
+    ],
+)
+def test_a_signal_ends_all_processes_with_status_0_and_leaves_nothing(
+    servers: Servers, stop: signal.Signals, to: str
+) -> None:
+    server = servers()
+    server.wait_ready()
+    children = server.children
+    assert len(children) == 2
+    server.ask_all("/predict", npy(image()))
+    assert len(list(server.temporary.iterdir())) == 1
+    if to == "parent":
+        server.process.send_signal(stop)
+    else:
+        os.killpg(server.process.pid, stop)
+    while to == "group, again and again" and server.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.process.pid, stop)
+    server.assert_ended_well()
+    assert not any(is_running(pid) for pid in children)
+
+
+def test_a_signal_while_the_processes_start_ends_them_all(servers: Servers) -> None:
+    server = servers()
+    wait_until(lambda: "serving on" in server.log)
+    os.killpg(server.process.pid, signal.SIGINT)
+    server.assert_ended_well()
+
+
+def test_a_process_that_ends_is_replaced_and_no_connection_is_lost(servers: Servers) -> None:
+    server = servers()
+    server.wait_ready()
+    descriptors = len(links(server.process.pid))
+    asked = 0
+    stops = {int(signal.SIGKILL): "SIGKILL", int(signal.SIGRTMIN) + 1: "signal", int(signal.SIGTERM): "exit status 0"}
+    for replaced, (stop, how) in enumerate(stops.items(), 1):
+        victim = server.children[0]
+        os.kill(victim, stop)
+        wait_until(lambda pid=victim: not is_running(pid))
+        # Some of these wait for the process that is to come; those who ask are not told.
+        for _ in range(10):
+            asked += 1
+            assert server.ask("/predict", npy(image()))[0] != victim
+        server.wait_ready(2 + replaced)
+        assert f"ERROR service.processes.prefork: server process {victim} ended with {how}" in server.log
+        asked += len(server.ask_all("/predict", npy(image())))
+        assert len(children_of(server.process.pid)) == 2  # and no zombie
+    assert server.log.count("ended with") == len(stops)
+    assert server.predicted == asked
+    assert len(links(server.process.pid)) == descriptors
+    server.process.terminate()
+    server.assert_ended_well("ended with")
+
+
+def test_the_processes_end_with_a_parent_that_is_killed(servers: Servers) -> None:
+    server = servers()
+    server.wait_ready()
+    children = server.children
+    assert len(children) == 2
+    server.process.kill()
+    wait_until(lambda: not any(is_running(pid) for pid in children))
+
+
+def test_threads_of_the_runtime_start_in_each_process_and_not_before(servers: Servers) -> None:
+    server = servers(threads=2)
+    server.wait_ready()
+    assert threads(server.process.pid) == 1
+    # One serves, one waits for the end of the parent; the runtime's are there before anybody asks.
+    assert all(threads(pid) > 2 for pid in server.children)
+    for path, channels in [("/predict", 1), ("/predict?counterfactual=true", 1), ("/predict?model=colour", 3)]:
+        server.ask_all(path, npy(image(channels)))
+    server.process.terminate()
+    server.assert_ended_well()
+
+
+def test_the_parent_has_one_thread(shared: Server) -> None:
+    assert threads(shared.process.pid) == 1
+
+
+def test_a_request_that_is_being_read_is_answered_before_the_end(servers: Servers) -> None:
+    server = servers()
+    server.wait_ready()
+    body = npy(image())
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(f"{head}Expect: 100-continue\r\nConnection: close\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+        server.process.terminate()
+        wait_until(lambda: server.log.count("Shutting down") == 2)
+        connection.sendall(body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["model"] == "grey"
+    server.assert_ended_well()
+
+
+_BOUNDARY = """
+import logging, os, sys, time
+from service.processes import prefork
+logging.basicConfig(stream=sys.stderr)
+prefork._SHORT_S = 0.2
+fork, forks = os.fork, []
+def counted():
+    forks.append(1)
+    if len(forks) == {refused}:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+os.fork = counted
+def serve(listener):
+    os.write(2, b"started at %f s\\n" % time.monotonic())
+    return 3
+prefork.serve_in_processes(prefork.listen(prefork.bind("127.0.0.1", 0), 1, 5), serve, lambda pid: None, 10.0)
+"""
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_processes_that_end_or_cannot_start_again_and_again_are_started_without_haste_until_a_signal(
+    refused: int,
+) -> None:
+    code = _BOUNDARY.format(refused=refused)
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            started_s: list[float] = []
+            log: list[str] = []
+            while len(started_s) < 4:
+                log.append(process.stderr.readline())
+                assert log[-1] != "", "".join(log)
+                if log[-1].startswith("started at"):
+                    started_s.append(float(log[-1].split()[2]))
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert sum("ended with exit status 3" in line for line in log) == 3
+    assert sum("no server process can be started (Resource" in line for line in log) == (refused > 0)
+    assert started_s[3] - started_s[0] > 2 * 0.2
+
+
+def test_0_takes_a_process_for_each_cpu() -> None:
+    assert command._with_processes(Settings(processes=0, provider="cpu")).processes == usable_cpus()
+
+
+@pytest.mark.parametrize("obstacle", ["a GPU", "another system"])
+def test_where_there_can_be_one_process_several_are_refused_and_0_is_1(
+    monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    if obstacle == "a GPU":
+        monkeypatch.setattr(engine, "missing_for_cuda", lambda: None)
+    else:
+        monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SettingsError, match=r"LIPCERT_PROCESSES=2 is not to be had: .*; set LIPCERT_PROCESSES=1"):
+        command._with_processes(Settings(processes=2))
+    assert command._with_processes(Settings(processes=1)).processes == 1
+    assert command._with_processes(Settings(processes=0)).processes == 1
+
+
+def test_beside_a_gpu_several_processes_can_serve_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "missing_for_cuda", lambda: None)
+    assert command._with_processes(Settings(processes=2, provider="cpu")).processes == 2
+
+
+def test_where_no_temporary_folder_can_be_made_the_error_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with (
+        contextlib.ExitStack() as stack,
+        pytest.raises(SettingsError, match=r"LIPCERT_PROCESSES: .*\(No such file.*\); set TMPDIR"),
+    ):
+        command._share_counters(stack)
+    assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 3), (2, 2), (3, 1), (8, 1)])
+def test_limits_of_requests_and_bytes_are_shared_among_the_processes(
+    classifiers: Mapping[str, Classifier], processes: int, share: int
+) -> None:
+    settings = Settings(max_requests=3, max_waiting_bytes=3)
+    limits = _limits(settings, Threads(processes, 1, 1), classifiers)
+    assert (limits.max_requests, limits.max_bytes) == (share, share)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.errors import SettingsError
+from service.settings import Settings, read_settings, threads_of, variable_names
+
+
+@pytest.fixture(autouse=True)
+def no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("LIPCERT_"):
+            monkeypatch.delenv(name)
+
+
+def test_the_contract_holds_without_any_variable() -> None:
+    settings = read_settings()
+    assert (settings.port, settings.default_model, settings.provider) == (8000, "mnist", "auto")
+    assert settings.models == Path(__file__).resolve().parents[2] / "models" / "zoo"
+
+
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LIPCERT_HOST", "0.0.0.0")
+    monkeypatch.setenv("LIPCERT_PORT", "9001")
+    monkeypatch.setenv("LIPCERT_MODELS", str(tmp_path))
+    monkeypatch.setenv("LIPCERT_PROVIDER", "cpu")
+    settings = read_settings()
+    assert (settings.host, settings.port, settings.models) == ("0.0.0.0", 9001, tmp_path)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings().port = 1  # type: ignore[misc]
+
+
+def test_every_setting_is_documented() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("LIPCERT_PROT", "LIPCERT_PORT"), ("LIPCERT_MAX_PIXEL", "LIPCERT_MAX_PIXELS"), ("lipcert_hosts", "LIPCERT_HOST")],
+)
+def test_a_misspelt_variable_is_refused_with_the_nearest_known_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=f"{name} .* did you mean {nearest}"):
+        read_settings()
+
+
+def test_a_variable_like_no_other_is_refused_with_the_known_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIPCERT_QQQQQQ", "1")
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+    assert all(name in str(caught.value) for name in variable_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LIPCERT_PORT", "eighty"),
+        ("LIPCERT_PORT", "70000"),
+        ("LIPCERT_PROVIDER", "gpu"),
+        ("LIPCERT_MAX_BODY_BYTES", "0"),
+        ("LIPCERT_MAX_PIXELS", "1000000000"),
+        ("LIPCERT_THREADS", "-1"),
+        ("LIPCERT_PROCESSES", "-1"),
+        ("LIPCERT_PROCESSES", "257"),
+        ("LIPCERT_LOG_LEVEL", "loud"),
+        ("LIPCERT_DEFAULT_MODEL", ""),
+    ],
+)
+def test_an_invalid_value_is_refused_in_one_line_that_names_variable_and_value(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+    assert str(caught.value).startswith(f"{name}={value!r} is not valid: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_address_that_kubernetes_sets_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIPCERT_PORT", "tcp://10.0.0.1:80")
+    with pytest.raises(SettingsError, match="enableServiceLinks"):
+        read_settings()
+
+
+@pytest.mark.parametrize("processes", [0, 1, 2, 3, 16])
+@pytest.mark.parametrize("cpus", [1, 2, 3, 8, 12, 64])
+def test_processes_workers_and_threads_share_the_cpus_and_never_ask_for_more(cpus: int, processes: int) -> None:
+    threads = threads_of(Settings(processes=processes), cpus)
+    assert threads.processes == (processes or cpus)
+    assert min(threads.workers, threads.inference) >= 1
+    assert threads.processes * threads.workers * threads.inference <= max(cpus, threads.processes)
