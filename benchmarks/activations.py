@@ -1,9 +1,10 @@
 """How accurate a runtime's activations are: `python benchmarks/activations.py [--write]`.
 
 IEEE 754 says nothing about exp, tanh or erf, so that the certifier assumes a bound, `FUNCTION_ERROR` of
-`service/certificate/rules/activations.py`. Here it is measured: the float32 kernels of ONNX Runtime on a sweep of all finite
-float32 values (every `--step`-th bit pattern: negative, subnormal and huge ones among them) against float64; its
-float64 kernels, and numpy's functions that the certifier itself uses, on random and special values against balls of
+`service/certificate/rules/activations.py`. Here it is measured: the float32 kernels of ONNX
+Runtime on a sweep of all finite float32 values (every `--step`-th bit pattern: negative, subnormal and huge ones
+among them) against float64; its float64 kernels, and numpy's functions that the certifier itself uses, on random and
+special values against balls of
 160 bits (python-flint). `--write` replaces `benchmarks/ACTIVATIONS.md`.
 """
 

@@ -52,10 +52,10 @@ def train(
 ) -> None:
     """Train a recipe; export and measure the artefact, or draw and measure the toy problem."""
     # torch takes seconds to load; --help should not.
-    from models.data.published import DataError
+    from models.data.labelled import DataError
     from models.export import ExportRefusedError
     from models.runs import run_recipe
-    from models.training.loop import Interrupted, TrainingError
+    from models.training.errors import Interrupted, TrainingError
     from service.artefact.card import ArtefactError
     from service.certificate import UnsupportedGraphError
 
@@ -114,7 +114,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of the report; ARTEFACT/report by default.")] = None,
 ) -> None:
     """Measure an artefact as it is served; write its report and its card. After Ctrl-C the same command goes on."""
-    from models.data.published import DataError
+    from models.data.labelled import DataError
     from models.evaluation.measure import EvaluationError, EvaluationInterrupted
     from models.evaluation.measure import evaluate as evaluate_artefact
     from service.artefact.card import ArtefactError

@@ -25,7 +25,7 @@ import onnxruntime
 import torch
 from jaxtyping import Float64
 
-from models.data.published import LabelledImages
+from models.data.labelled import LabelledImages
 from models.nets.networks import LipschitzNetwork
 from models.nets.onnx_graph import GraphBuilder
 from service.artefact.card import MODEL_FILE, TRANSPORT_FILE, Card, CertifiedAccuracy, InputShape, write_artefact

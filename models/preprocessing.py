@@ -1,8 +1,9 @@
 """From an image file to the pixels that a network takes: what the service does with `resize=true`, rounded to 8 bits.
 
-What is trained on is what is served, so the rules are those of `service/pixels/images.py` (which files have one reading as
-8-bit grey or RGB) and the map is that of `service/pixels/preprocessing.py` (luma, triangle filter; docs/soundness.md). This
-side may not import the code of the server; `tests/models/data/test_folders.py` holds the two against each other.
+What is trained on is what is served, so the rules are those of `service/pixels/images.py` (which files have one
+reading as 8-bit grey or RGB) and the map is that of `service/pixels/preprocessing.py` (luma, triangle filter;
+docs/soundness.md). This side may not import the code of the server; `tests/models/data/test_folders.py` holds the two
+against each other.
 
 Axes: C, H, W of the file; A, B (height, width) of the result.
 """

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.nets.layers.linear import Parametrisation
-
 
 class RecipeError(Exception):
     """No such recipe, or an override that does not fit; the message says what is possible."""
+
+
+Parametrisation = Literal["cayley", "stiefel"]
 
 
 class _Frozen(BaseModel):

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from models.data.published import DataSet, LabelledImages
 from models.data.datasets import load_dataset
+from models.data.labelled import DataSet, LabelledImages
 from models.export import code_version, emit_graphs, environment, export_artefact, prove
 from models.nets.networks import LipschitzNetwork, convolutional_network, dense_network
-from models.training.processes import fit_on
 from models.recipes import AnyRecipe, ImageRecipe, Network, SquaresRecipe, TwoMoonsRecipe
 from models.toys import (
     MOONS_SHAPE,
@@ -27,17 +26,11 @@ from models.toys import (
     true_squares_distance,
     two_moons,
 )
-from models.training.loop import (
-    Batch,
-    BatchSource,
-    ImageBatches,
-    Run,
-    SampledBatches,
-    Trained,
-    TrainingError,
-    generator_for,
-    objective_of,
-)
+from models.training.batches import Batch, BatchSource, ImageBatches, SampledBatches, generator_for
+from models.training.errors import TrainingError
+from models.training.loop import Run, Trained
+from models.training.objective import objective_of
+from models.training.processes import fit_on
 
 log = logging.getLogger(__name__)
 

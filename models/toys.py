@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.nets.networks import LipschitzNetwork
-from models.training.loop import Batch
+from models.training.batches import Batch
 
 mpl.use("Agg")
 

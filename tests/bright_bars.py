@@ -2,7 +2,7 @@
 
 import torch
 
-from models.data.published import LabelledImages
+from models.data.labelled import LabelledImages
 
 
 def bars() -> LabelledImages:

@@ -21,7 +21,8 @@ from random_graphs import Graph
 
 from service.certificate import Certificate, UnsupportedGraphError, certify
 from service.certificate import joint as joint_module
-from service.runtime.engine import Engine, GraphError
+from service.runtime.engine import Engine
+from service.runtime.fixed_batches import GraphError
 
 STEP = 2.0**-20
 """Of difference quotients; a power of two, so that `x + STEP` rounds little."""

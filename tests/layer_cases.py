@@ -5,24 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from models.nets.layers.linear import (
-    Chain,
-    Flatten,
-    FullSort,
-    GlobalL2Pool2d,
-    GlobalMaxPool2d,
-    GroupSort2,
-    L2Pool2d,
-    Layer,
-    Normalize,
-    OrthogonalConv2d,
-    OrthogonalDense,
-    OrthogonalMatrix,
-    ScaledAvgPool2d,
-    Shift2d,
-    SpaceToDepth,
-    UnitHead,
-)
+from models.nets.layers.base import Chain, Layer
+from models.nets.layers.convolution import OrthogonalConv2d, Shift2d
+from models.nets.layers.linear import OrthogonalDense, OrthogonalMatrix, UnitHead
+from models.nets.layers.pooling import GlobalL2Pool2d, GlobalMaxPool2d, L2Pool2d, ScaledAvgPool2d
+from models.nets.layers.reshaping import Flatten, Normalize, SpaceToDepth
+from models.nets.layers.sorting import FullSort, GroupSort2
 
 IMAGE = (4, 6, 6)
 LAYERS: dict[str, tuple[Callable[[], Layer], tuple[int, ...]]] = {

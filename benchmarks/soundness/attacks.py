@@ -10,7 +10,8 @@ from foolbox.criteria import Misclassification
 from foolbox.models.pytorch import PyTorchModel
 
 from benchmarks.soundness.boundary import View
-from models.evaluation.attacks import ATTACKS, BATCH, ServedModel
+from models.evaluation.attacks import ATTACKS
+from models.evaluation.libraries import BATCH, ServedModel
 
 
 def foolbox_starts(view: View, image_NCHW: np.ndarray) -> list[np.ndarray]:

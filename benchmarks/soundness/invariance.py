@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime
 
-from service.runtime import engine
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
+from service.runtime import engine, provider
 
 BATCHES = (1, 2, 3, 7, 16, 64, 256)
 THREADS = (1, 2, 3, 4)
@@ -56,8 +56,8 @@ def vary(model_bytes: bytes, image_NCHW: np.ndarray, rewriting: bool) -> Variati
     Args:
         model_bytes: a graph that can be certified.
         image_NCHW: the images; batches are filled up with them, starting at another one each time.
-        rewriting: leave on the optimisers that `service/runtime/engine.py` switches off, which fold one layer into the weights
-            of another: what the runtime does by default.
+        rewriting: leave on the optimisers that `service/runtime/engine.py` switches off, which fold one layer into the
+            weights of another: what the runtime does by default.
     """
     certificate = certify(model_bytes)
     logits, radii, classes, certified, bounds = [], [], [], [], []
@@ -107,7 +107,7 @@ def _session(model_bytes: bytes, threads: int, level: object, rewriting: bool) -
     return onnxruntime.InferenceSession(
         model_bytes,
         sess_options=options,
-        providers=[engine.CPU],
+        providers=[provider.CPU],
         disabled_optimizers=[] if rewriting else engine._DISABLED_OPTIMIZERS,
     )
 

@@ -83,9 +83,10 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
             "## The nearest points of another class",
             "",
             "From each test image (the first ones), the nearest image of another class that could be found through "
-            "`service.inference.classifier.Classifier`: the service's counterfactual, a descent to each of the two nearest "
-            "classes, foolbox's DeepFool and Carlini-Wagner; each then walked along the boundary towards the image, "
-            "bisected down to adjacent floats, and improved by neighbouring floats. Other shapes are the same digits "
+            "`service.inference.classifier.Classifier`: the service's counterfactual, a descent to each of the two "
+            "nearest classes, foolbox's DeepFool and Carlini-Wagner; each then walked along the boundary towards the "
+            "image, bisected down to adjacent floats, and improved by neighbouring floats. Other shapes are the same "
+            "digits "
             "resampled (and tinted), sent with `resize=true`, and searched in the pixels that are sent. Distances "
             "and radii are compared as exact rationals; a point counts if it gets another class in a batch of any of "
             f'{sizes} images. "Pulled" are the points moved along the segment to the last floats inside of the '
@@ -312,9 +313,10 @@ def invariance(arguments: argparse.Namespace) -> Section:
             "",
             f"The same images in batches of {', '.join(map(str, BATCHES))}, on {', '.join(map(str, THREADS))} "
             "threads, with graph optimisation off, basic (as served), extended and all: every combination. "
-            "`service/runtime/engine.py` switches off the optimisers that fold a scale into the weights of the layer before "
-            "it; each case is run with them off and on; folded weights are rounded anew, which the proof does not "
-            "cover, so that column is measured only. The residual networks (16 channels, 2 blocks, 12 x 12, random "
+            "`service/runtime/engine.py` switches off the optimisers that fold a scale into the weights of the layer "
+            "before it; each case is run with them off and on; folded weights are rounded anew, which the proof "
+            "does not cover, so that column is measured only. The residual networks (16 channels, 2 blocks, 12 x 12, "
+            "random "
             "weights and images) are there for what the dense ones do not have: convolutions, BatchNormalization, "
             "fusions.",
             "",

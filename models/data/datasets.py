@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models.data.published import CIFAR10, FASHION_MNIST, MNIST, DataError, DataSet, Published, load_cifar10, load_idx
 from models.data.folders import load_folder
+from models.data.labelled import DataError, DataSet
+from models.data.published import CIFAR10, FASHION_MNIST, MNIST, Published, load_cifar10, load_idx
 from models.recipes import DataOptions
 
 PUBLISHED: dict[str, Published] = {"mnist": MNIST, "fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.data.published import DataError, DataSet, LabelledImages
+from models.data.labelled import DataError, DataSet, LabelledImages
 from models.preprocessing import DESCRIPTION, FORMATS, UnusableImageError, decode_image, fit_image
 from models.recipes import DataOptions
 

@@ -12,10 +12,8 @@ Axes: N batch, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -25,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
-from torch import Tensor
+from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
+from models.evaluation.libraries import BATCH, Found, Search, autoattack_search, ball_search, quiet, run_foolbox
 from models.evaluation.partial import Arrays, PartialResults, digest_of
 from service.inference.classifier import Classifier
 
@@ -40,12 +38,6 @@ MULTIPLES = (INSIDE, 1.1, 1.3, 1.7, 2.5)
 
 LEAST_SCALE = 0.01
 """In place of the radius where that is smaller or 0 (nothing certified), L2, pixels in [0, 1]."""
-
-SIMILAR = 1.25
-"""Largest quotient of radii that ART attacks together."""
-
-BATCH = 100
-"""Images in one part: what a run that is interrupted can lose."""
 
 BISECTIONS = 16
 """Halvings of the segment between an image and what was found."""
@@ -127,35 +119,6 @@ def union(results: Sequence[AttackResult]) -> AttackResult:
         distance_N=np.min([result.distance_N for result in results], axis=0),
         radius_N=results[0].radius_N,
     )
-
-
-class ServedModel(torch.nn.Module):
-    """The served classifier as a torch module: image N x C x H x W -> logits N x K, in the precision of the image."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self._classifier = classifier
-
-    def forward(self, image_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        """Logits by `model.onnx`; their adjoint by `transport.onnx`."""
-        return _Served.apply(image_NCHW, self._classifier)  # type: ignore[return-value]
-
-
-class _Served(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, image_NCHW: Tensor, classifier: Classifier) -> Tensor:  # type: ignore[override]
-        ctx.classifier = classifier
-        ctx.save_for_backward(image_NCHW)
-        logits_NK, _ = classifier.classify(image_NCHW.detach().numpy().astype(np.float64, copy=False))
-        return torch.from_numpy(logits_NK).to(image_NCHW.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, weights_NK: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (image_NCHW,) = ctx.saved_tensors
-        _, gradient_NCHW = ctx.classifier.margin_gradient(
-            image_NCHW.numpy().astype(np.float64, copy=False), weights_NK.numpy().astype(np.float64, copy=False)
-        )
-        return torch.from_numpy(gradient_NCHW).to(image_NCHW.dtype), None
 
 
 _FGSM = {"loss": "margin", "random_start": False}
@@ -261,11 +224,6 @@ def _library(name: str) -> str:
     return f"{module} {metadata.version(package)}"
 
 
-Found = Float64[np.ndarray, "N C H W"]
-Search = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Found]
-"""(images, classes, radii of balls, whether these are certified) -> an image in or near each ball."""
-
-
 @dataclass(frozen=True)
 class _Target:
     """Images of similar radii, attacked together."""
@@ -280,7 +238,7 @@ class _Target:
         """Distances of the nearest images found, as the array `distance`."""
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - ART draws from numpy's global generator
-        with _quiet():
+        with quiet():
             return {"distance": self.judge(self._search(parameters))}
 
     def _search(self, parameters: Mapping[str, Any]) -> Found:
@@ -289,8 +247,8 @@ class _Target:
         if self.attack_name == "Carlini-Wagner":
             return self._foolbox_minimum("carlini_wagner", "L2CarliniWagnerAttack", parameters)
         if self.attack_name == "AutoAttack":
-            return self._at_multiples(_autoattack_search(self.classifier, parameters))
-        return self._at_multiples(_ball_search(self.classifier, self.attack_name, parameters))
+            return self._at_multiples(autoattack_search(self.classifier, parameters))
+        return self._at_multiples(ball_search(self.classifier, self.attack_name, parameters))
 
     def judge(self, found_NCHW: Found) -> Float64[np.ndarray, " N"]:
         """Distance of what was found, drawn towards its image as far as its class stays another; infinite where it has
@@ -363,169 +321,7 @@ class _Target:
         from importlib import import_module
 
         search = getattr(import_module(f"foolbox.attacks.{module}"), attack)(**parameters)
-        return _run_foolbox(search, self.classifier, self.image_NCHW, self.class_id_N)
-
-
-def _run_foolbox(
-    attack: Any, classifier: Classifier, image_NCHW: np.ndarray, class_id_N: np.ndarray, **options: Any
-) -> Found:
-    from foolbox.criteria import Misclassification
-    from foolbox.models.pytorch import PyTorchModel
-
-    return attack.run(
-        PyTorchModel(ServedModel(classifier).eval(), bounds=(0, 1), device="cpu"),
-        torch.from_numpy(np.ascontiguousarray(image_NCHW)),
-        Misclassification(torch.from_numpy(np.ascontiguousarray(class_id_N))),
-        **options,
-    ).numpy()
-
-
-def _ball_search(classifier: Classifier, name: str, parameters: Mapping[str, Any]) -> Search:
-    """FGSM (the gradient step that ends on the sphere) and projected gradient descent of foolbox."""
-    from eagerpy.astensor import astensor
-    from eagerpy.framework import onehot_like
-    from foolbox.attacks.fast_gradient_method import L2FastGradientAttack
-    from foolbox.attacks.gradient_descent_base import GDOptimizer, L2BaseGradientDescent, clip_lp_norms
-    from foolbox.attacks.projected_gradient_descent import L2ProjectedGradientDescentAttack
-
-    class OwnBalls(L2BaseGradientDescent):
-        """A radius of its own for each image of the batch; foolbox's one radius for all is not read."""
-
-        radius_N: Tensor
-
-        def get_loss_fn(self, model: Any, labels: Any) -> Any:
-            """The largest other logit less the own one."""
-
-            def loss_fn(inputs: Any) -> Any:
-                logits = model(inputs)
-                own = onehot_like(logits, labels, value=1)
-                beyond = 2 * (logits.max() - logits.min()) + 1
-                return ((logits - beyond * own).max(axis=-1) - (logits * own).sum(axis=-1)).sum()
-
-            return loss_fn
-
-        def get_random_start(self, x0: Any, epsilon: float) -> Any:
-            """Uniform in each ball."""
-            del epsilon
-            return super().get_random_start(x0, self._radius_N111())
-
-        def get_optimizer(self, x: Any, stepsize: float) -> Any:
-            """Steps of `rel_stepsize` times the radius."""
-            del stepsize
-            return GDOptimizer(x, self.rel_stepsize * self._radius_N111())
-
-        def project(self, x: Any, x0: Any, epsilon: float) -> Any:
-            """Onto each ball."""
-            del epsilon
-            return x0 + clip_lp_norms(x - x0, norm=astensor(self.radius_N), p=2)  # type: ignore[arg-type]
-
-        def _radius_N111(self) -> Any:
-            return astensor(self.radius_N[:, None, None, None])
-
-    class Descent(OwnBalls, L2ProjectedGradientDescentAttack):
-        pass
-
-    class Step(OwnBalls, L2FastGradientAttack):
-        pass
-
-    attack = (Descent if name == "PGD" else Step)(**{key: parameters[key] for key in parameters if key != "loss"})
-
-    def search(image_NCHW: np.ndarray, class_id_N: np.ndarray, ball_N: np.ndarray, certified: bool) -> Found:
-        del certified
-        attack.radius_N = torch.from_numpy(ball_N)
-        return _run_foolbox(attack, classifier, image_NCHW, class_id_N, epsilon=1.0)
-
-    return search
-
-
-def _autoattack_search(classifier: Classifier, parameters: Mapping[str, Any]) -> Search:
-    """AutoAttack (Croce and Hein 2020) by ART: APGD on cross-entropy and on the logit ratio, Square.
-
-    ART's list also has DeepFool in the place of FAB; here foolbox's runs by itself. The logit ratio needs three
-    classes. ART computes in float32 and takes one epsilon for a batch: balls that are within `SIMILAR` of each other
-    are searched together, at the largest of their radii, or at the smallest where nothing may be found.
-    """
-    from art.attacks.attack import EvasionAttack
-    from art.attacks.evasion import AutoAttack, AutoProjectedGradientDescent, SquareAttack
-    from art.estimators.classification import PyTorchClassifier
-
-    n_classes = len(classifier.labels)
-    estimator = PyTorchClassifier(
-        model=ServedModel(classifier).eval(),
-        loss=torch.nn.CrossEntropyLoss(),
-        input_shape=classifier.input_shape,
-        nb_classes=n_classes,
-        clip_values=(0.0, 1.0),
-        device_type="cpu",
-    )
-    # ART's square is at least 3 pixels wide, grows by one to an odd side, and must leave a row and a column free.
-    _, height, width = classifier.input_shape
-    side = min(height, width)
-    square_share = min(0.8, (side - 2) ** 2 / (height * width)) if side > 3 else 0.0
-    losses = ["cross_entropy", *(["difference_logits_ratio"] if n_classes > 2 else [])]
-
-    def at(epsilon: float) -> AutoAttack:
-        attacks: list[EvasionAttack] = [
-            *(
-                AutoProjectedGradientDescent(
-                    estimator,
-                    norm=2,
-                    eps=epsilon,
-                    eps_step=2 * epsilon,
-                    max_iter=parameters["apgd_steps"],
-                    nb_random_init=parameters["apgd_restarts"],
-                    batch_size=BATCH,
-                    loss_type=loss,
-                    verbose=False,
-                )
-                for loss in losses
-            ),
-        ]
-        if square_share > 0:
-            square = SquareAttack(
-                estimator,
-                norm=2,
-                eps=epsilon,
-                max_iter=parameters["square_queries"],
-                p_init=square_share,
-                nb_restarts=1,
-                batch_size=BATCH,
-                verbose=False,
-            )
-            attacks.append(square)
-        return AutoAttack(estimator, norm=2, eps=epsilon, eps_step=2 * epsilon, attacks=attacks, batch_size=BATCH)
-
-    def search(image_NCHW: np.ndarray, class_id_N: np.ndarray, ball_N: np.ndarray, certified: bool) -> Found:
-        found_NCHW = image_NCHW.copy()
-        for group_M in _of_similar_size(ball_N):
-            epsilon = float(ball_N[group_M].min() if certified else ball_N[group_M].max())
-            # Its Square attack divides by the norm of a perturbation that may be 0.
-            with np.errstate(divide="ignore", invalid="ignore"):
-                found_NCHW[group_M] = at(epsilon).generate(image_NCHW[group_M], class_id_N[group_M])
-        return found_NCHW
-
-    return search
-
-
-def _of_similar_size(size_N: np.ndarray) -> Iterator[np.ndarray]:
-    """Split the indices into groups whose sizes differ by at most the factor `SIMILAR`."""
-    order_N = np.argsort(size_N, kind="stable")
-    start = 0
-    for end in range(1, len(order_N) + 1):
-        if end == len(order_N) or size_N[order_N[end]] > SIMILAR * size_N[order_N[start]]:
-            yield order_N[start:end]
-            start = end
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Both libraries report every step as information."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+        return run_foolbox(search, self.classifier, self.image_NCHW, self.class_id_N)
 
 
 def is_inside(image: np.ndarray, other: np.ndarray, radius: float) -> bool:

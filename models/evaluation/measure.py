@@ -3,8 +3,8 @@ test set.
 
 Every number goes into `card.json` and into a report beside it (JSON, Markdown, PNG), with n, hardware and versions.
 Counterfactuals nearer than the certified radius must be 0 in number; an attack that succeeds inside it is an error, and
-no report is written. What is measured is kept in parts (`models.evaluation.partial`) until the report is there, so that a run that
-is interrupted goes on where it stopped.
+no report is written. What is measured is kept in parts (`models.evaluation.partial`) until the report is there, so that
+a run that is interrupted goes on where it stopped.
 
 Axes: N images, C channels, H height, W width.
 """
@@ -15,39 +15,36 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
-from models.evaluation import attacks as attacking
-from models.evaluation import figures
-from models.evaluation.attacks import AttackResult, AttacksMissingError, CertificateRefutedError
-from models.data.published import DataError
 from models.data.datasets import load_dataset, options_of
-from models.export import code_version, environment
+from models.data.labelled import DataError
+from models.evaluation import attacks as attacking
+from models.evaluation.attacks import AttackResult, AttacksMissingError, CertificateRefutedError
 from models.evaluation.partial import Arrays, PartialResults, digest_of
+from models.evaluation.report import as_markdown, draw
+from models.evaluation.summary import Measured, summarise, summarise_attacks
+from models.export import code_version, environment
 from service.artefact.card import Card, CertifiedAccuracy, read_card, write_card
 from service.inference.classifier import Classifier, Prediction
 from service.inference.counterfactual import Counterfactual
-from service.runtime.engine import Provider, ProviderError
+from service.runtime.engine import ProviderError
+from service.runtime.provider import Provider
 
 log = logging.getLogger(__name__)
 
 BATCH = 250
 CURVE = tuple(round(0.1 * step, 1) for step in range(1, 21))
 """Radii of the certified-accuracy curve, L2, pixels in [0, 1]."""
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 N_ATTACK = 1000
 """Images that are attacked if nobody says otherwise, or all where there are fewer."""
-GALLERY_IMAGES = 10
 REPORT_FOLDER = "report"
 PARTIAL_FOLDER = ".partial"
 EVIDENCE_FILE = "refuted.npz"
@@ -59,18 +56,6 @@ class EvaluationError(Exception):
 
 class EvaluationInterrupted(Exception):
     """Ctrl-C; the message says how to go on."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Answers about the whole test set."""
-
-    image_NCHW: Float64[np.ndarray, "N C H W"]
-    label_N: Int64[np.ndarray, " N"]
-    predictions: list[Prediction]
-    counterfactuals: list[Counterfactual]
-    posted_back_N: Int64[np.ndarray, " N"]
-    """Class of each counterfactual when it is sent as an image of its own."""
 
 
 def evaluate(
@@ -144,7 +129,7 @@ def evaluate(
         }
         entries = [result.as_card_entry() for result in attacked]
         folder.mkdir(parents=True, exist_ok=True)
-        _draw(classifier, measured, attacked_M, attacked, wanted, folder)
+        draw(classifier, measured, attacked_M, attacked, wanted, folder)
         (folder / "evaluation.json").write_text(json.dumps({**results, "attacks": entries}, indent=2) + "\n")
         data_name = str(classifier.card.data.get("name", "The"))
         text = as_markdown(classifier.name, data_name, results, attacked, wanted)
@@ -153,76 +138,6 @@ def evaluate(
             _update_card(artefact, results, entries, classifier.digest)
     keep.discard()
     return text
-
-
-def summarise(measured: Measured, epsilons: Sequence[float]) -> dict[str, Any]:
-    """The figures of a test set; shares are of all its images."""
-    radius_N = np.array([prediction.radius for prediction in measured.predictions])
-    class_N = np.array([prediction.class_id for prediction in measured.predictions])
-    distance_N = np.array([answer.distance for answer in measured.counterfactuals])
-    reached_N = np.array([answer.reached for answer in measured.counterfactuals])
-    answer_class_N = np.array([answer.class_id for answer in measured.counterfactuals])
-    steps_N = np.array([answer.steps for answer in measured.counterfactuals])
-    right_N = class_N == measured.label_N
-    return {
-        "n": len(radius_N),
-        "accuracy": float(right_N.mean()),
-        "certified_accuracy": [{"epsilon": e, "value": float((right_N & (radius_N > e)).mean())} for e in epsilons],
-        "median_radius": float(np.median(radius_N)),
-        "radius_quantiles": _quantiles(radius_N),
-        "abstentions": int((radius_N == 0).sum()),
-        "counterfactuals": {
-            "n": len(distance_N),
-            "reached": float(reached_N.mean()),
-            "nearer_than_radius": count_nearer_than_radius(measured),
-            "other_class_when_posted_back": int((measured.posted_back_N != answer_class_N).sum()),
-            "median_distance": float(np.median(distance_N)),
-            "median_radius_over_distance": float(np.median(radius_N / distance_N)),
-            "mean_steps": float(steps_N.mean()),
-        },
-    }
-
-
-def summarise_attacks(
-    measured: Measured, attacked_M: np.ndarray, nearest: AttackResult, epsilons: Sequence[float]
-) -> dict[str, Any]:
-    """Certificate and attack side by side, both on the attacked images.
-
-    `robust_accuracy`: shares that are right and have no image of another class found within epsilon, above what any
-    proof can reach on these images. `tightness`: radius / nearest attack, over certified images that were flipped.
-    """
-    known = _attacked(measured, attacked_M, nearest)
-    tight_M = (known.radius_M > 0) & np.isfinite(known.distance_M)
-    quotient_M = known.radius_M[tight_M] / known.distance_M[tight_M]
-    return {
-        "robust_accuracy": [
-            {
-                "epsilon": epsilon,
-                "certified": float((known.right_M & (known.radius_M > epsilon)).mean()),
-                "under_attack": float((known.right_M & (known.distance_M > epsilon)).mean()),
-                "n": len(attacked_M),
-            }
-            for epsilon in epsilons
-        ],
-        "tightness": {
-            "n": len(quotient_M),
-            "median": float(np.median(quotient_M)) if len(quotient_M) else None,
-            "quantiles": _quantiles(quotient_M),
-        },
-    }
-
-
-def count_nearer_than_radius(measured: Measured) -> int:
-    """Count counterfactuals whose distance is below the radius, in exact arithmetic: squares of integers /
-    255^2."""
-    count = 0
-    for image_CHW, prediction, answer in zip(
-        measured.image_NCHW, measured.predictions, measured.counterfactuals, strict=True
-    ):
-        difference = np.rint(image_CHW * 255).astype(np.int64) - answer.pixels_CHW
-        square = Fraction(int((difference * difference).sum()), 255 * 255)
-        count += square < Fraction(prediction.radius) ** 2 or answer.distance < prediction.radius
-    return count
 
 
 @contextmanager
@@ -317,15 +232,6 @@ def _versions() -> dict[str, Any]:
     return {name: made[name] for name in ("torch", "onnxruntime", "numpy")}
 
 
-def _quantiles(value_N: np.ndarray) -> dict[str, float]:
-    return {f"{share:g}": float(np.quantile(value_N, share)) for share in QUANTILES} if len(value_N) else {}
-
-
-def _attacked(measured: Measured, attacked_M: np.ndarray, nearest: AttackResult) -> figures.Attacked:
-    class_M = np.array([measured.predictions[m].class_id for m in attacked_M])
-    return figures.Attacked(class_M == measured.label_N[attacked_M], nearest.radius_N, nearest.distance_N)
-
-
 def _test_images(classifier: Classifier, data: Path) -> tuple[np.ndarray, np.ndarray]:
     """The test set that the card names, as the network takes it."""
     card = classifier.card
@@ -384,144 +290,3 @@ def _update_card(folder: Path, results: dict[str, Any], attacks: list[dict[str, 
             **results,
         }
     write_card(folder, Card.model_validate({**card.model_dump(), **changes}))
-
-
-def as_markdown(
-    name: str,
-    data_name: str,
-    results: dict[str, Any],
-    attacks: Sequence[AttackResult],
-    epsilons: Sequence[float],
-) -> str:
-    """The report: tables, and links to the figures."""
-    found, made = results["counterfactuals"], results["environment"]
-    value = {entry["epsilon"]: entry["value"] for entry in results["certified_accuracy"]}
-    rows = [
-        ("clean accuracy", f"{results['accuracy']:.2%}"),
-        *((f"certified accuracy at {epsilon:g}", f"{value[epsilon]:.2%}") for epsilon in epsilons),
-        ("median radius", f"{results['median_radius']:.4f}"),
-        ("counterfactuals that reach another class", f"{found['reached']:.2%}"),
-        ("counterfactuals nearer than the radius", str(found["nearer_than_radius"])),
-        ("counterfactuals with another class when posted back", str(found["other_class_when_posted_back"])),
-        ("median counterfactual distance", f"{found['median_distance']:.4f}"),
-        ("median radius / distance", f"{found['median_radius_over_distance']:.3f}"),
-        ("mean gradient steps", f"{found['mean_steps']:.2f}"),
-    ]
-    lines = [
-        f"# Evaluation of `{name}`",
-        "",
-        f"{data_name} test set, n = {results['n']}; L2, pixels in [0, 1]; radii are proved bounds. Served by "
-        f"{results['provider']} (ONNX Runtime {made['onnxruntime']}, numpy {made['numpy']}) on {made['cpu']}; model "
-        f"{results['digest']}, code {results['code_version']}.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {what} | {figure} |" for what, figure in rows),
-    ]
-    pictures = [
-        ("certified accuracy and robust accuracy", "certified_accuracy.png"),
-        ("certified radii", "radii.png"),
-        *([("tightness", "tightness.png")] if attacks else []),
-        ("counterfactuals", "counterfactuals.png"),
-        ("saliency", "saliency.png"),
-    ]
-    if attacks:
-        lines += _attacks_as_markdown(results, attacks, epsilons)
-    for title, file in pictures:
-        lines += ["", f"![{title}]({file})"]
-    return "\n".join([*lines, ""])
-
-
-def _attacks_as_markdown(
-    results: dict[str, Any], attacks: Sequence[AttackResult], epsilons: Sequence[float]
-) -> list[str]:
-    n = len(attacks[-1].distance_N)
-    tight = results["tightness"]
-    shares = {entry["epsilon"]: entry for entry in results["robust_accuracy"]}
-    return [
-        "",
-        f"Attacks on the served graphs, n = {n}, evenly spaced in the test set. None found an image of another class "
-        "strictly inside the certified radius (compared in exact rational arithmetic). Distances are those of the "
-        "nearest image of another class that was found; FGSM and PGD ascend the margin; AutoAttack is APGD "
-        "(cross-entropy and, of three classes or more, logit ratio) and Square.",
-        "",
-        "| attack | library | flipped | median distance | median radius | median radius / distance |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {attack.name} | {attack.library} | {attack.flipped} of {len(attack.distance_N)} | "
-            f"{_number(attack.median_distance)} | {_number(float(np.median(attack.radius_N)))} | "
-            f"{_number(attack.median_radius_over_distance)} |"
-            for attack in attacks
-        ),
-        "",
-        "Of the attacked images:",
-        "",
-        "| epsilon | certified | robust under all attacks | neither proved nor flipped |",
-        "|---|---|---|---|",
-        *(
-            f"| {epsilon:g} | {shares[epsilon]['certified']:.2%} | {shares[epsilon]['under_attack']:.2%} | "
-            f"{shares[epsilon]['under_attack'] - shares[epsilon]['certified']:.2%} |"
-            for epsilon in epsilons
-        ),
-        "",
-        f"Tightness, radius / distance of the nearest attack, n = {tight['n']}: median {_number(tight['median'])}; "
-        + "; ".join(f"{float(share):.0%} {value:.3f}" for share, value in tight["quantiles"].items())
-        + ".",
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _draw(
-    classifier: Classifier,
-    measured: Measured,
-    attacked_M: np.ndarray,
-    attacks: Sequence[AttackResult],
-    epsilons: Sequence[float],
-    folder: Path,
-) -> None:
-    radius_N = np.array([prediction.radius for prediction in measured.predictions])
-    right_N = np.array([prediction.class_id for prediction in measured.predictions]) == measured.label_N
-    known = _attacked(measured, attacked_M, attacks[-1]) if attacks else None
-    figures.plot_certified_accuracy(right_N, radius_N, known, epsilons, folder / "certified_accuracy.png")
-    figures.plot_radii(right_N, radius_N, folder / "radii.png")
-    if known is not None:
-        figures.plot_tightness(known, folder / "tightness.png")
-    panels = _panels(classifier, measured)
-    figures.plot_counterfactuals(panels, folder / "counterfactuals.png")
-    figures.plot_saliency(panels, folder / "saliency.png")
-
-
-def _panels(classifier: Classifier, measured: Measured) -> list[figures.Panel]:
-    """For each class in turn a right answer."""
-    chosen_G = _gallery_images(len(classifier.labels), measured)
-    weights_GK = np.zeros((len(chosen_G), len(classifier.labels)))
-    for row, n in enumerate(chosen_G):
-        weights_GK[row, measured.predictions[n].class_id] = 1.0
-        weights_GK[row, measured.predictions[n].runner_up] = -1.0
-    _, gradient_GCHW = classifier.margin_gradient(measured.image_NCHW[chosen_G], weights_GK)
-    return [
-        figures.Panel(
-            image_CHW=measured.image_NCHW[n],
-            label=classifier.labels[measured.predictions[n].class_id],
-            radius=measured.predictions[n].radius,
-            other_CHW=measured.counterfactuals[n].pixels_CHW / 255,
-            other_label=classifier.labels[measured.counterfactuals[n].class_id],
-            distance=measured.counterfactuals[n].distance,
-            gradient_CHW=gradient_GCHW[row],
-            runner_up=classifier.labels[measured.predictions[n].runner_up],
-        )
-        for row, n in enumerate(chosen_G)
-    ]
-
-
-def _gallery_images(n_classes: int, measured: Measured) -> list[int]:
-    class_N = np.array([prediction.class_id for prediction in measured.predictions])
-    right_N = class_N == measured.label_N
-    queues = [list(np.flatnonzero(right_N & (class_N == k))) for k in range(n_classes)]
-    chosen: list[int] = []
-    while len(chosen) < GALLERY_IMAGES and any(queues):
-        chosen.extend(int(queue.pop(0)) for queue in queues if queue)
-    return chosen[:GALLERY_IMAGES] or list(range(min(GALLERY_IMAGES, len(class_N))))

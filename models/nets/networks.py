@@ -9,22 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.nets.layers.linear import (
-    Affine,
-    Chain,
-    Flatten,
-    FullSort,
-    GlobalL2Pool2d,
-    GlobalMaxPool2d,
-    GroupSort2,
-    Layer,
-    OrthogonalConv2d,
-    OrthogonalDense,
-    Parametrisation,
-    SpaceToDepth,
-    UnitHead,
-)
-from models.recipes import Stage
+from models.nets.layers.base import Chain, Layer
+from models.nets.layers.convolution import OrthogonalConv2d
+from models.nets.layers.linear import Affine, OrthogonalDense, UnitHead
+from models.nets.layers.pooling import GlobalL2Pool2d, GlobalMaxPool2d
+from models.nets.layers.reshaping import Flatten, SpaceToDepth
+from models.nets.layers.sorting import FullSort, GroupSort2
+from models.recipes import Parametrisation, Stage
 
 
 class LipschitzNetwork(nn.Module):

@@ -20,18 +20,14 @@ import errno
 import json
 import logging
 import math
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
@@ -39,246 +35,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from models.training import losses
-from models.data.augmentation import augment
-from models.training.curves import Curves
-from models.data.published import LabelledImages
+from models.data.labelled import LabelledImages
 from models.nets.layers.linear import newton_schulz, stiefel_matrices
-from models.nets.networks import LipschitzNetwork, both_logits
+from models.nets.networks import LipschitzNetwork
+from models.recipes import Schedule
+from models.training.batches import BatchSource
+from models.training.checkpoints import differences_between, write_whole
+from models.training.curves import Curves
+from models.training.errors import CheckpointError, Interrupted, NonFiniteError, TrainingError
+from models.training.objective import Objective
 from models.training.optimisers import optimisers_of
-from models.recipes import Augment, Loss, Schedule
+from models.training.progress import REPORT_EVERY, in_words
+from models.training.scores import Scores, counts_within, score
+from models.training.signals import watched_stop_signals
 
 log = logging.getLogger(__name__)
 # What Fabric is asked for stands in the card; what it does is said here.
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-
-CPU = torch.device("cpu")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-REPORT_EVERY = 10
-"""Steps from one figure of the bar, and one point of the curves, to the next."""
-
-Batch = tuple[Float[Tensor, "N C H W"], Int[Tensor, " N"]]
-Objective = Callable[[LipschitzNetwork, Tensor, Tensor], Tensor]
-"""`(network, logits_NK, labels_N) -> loss`, of a whole batch."""
-
-
-class TrainingError(Exception):
-    """Training cannot start or go on; the message says what to do."""
-
-
-class CheckpointError(TrainingError):
-    """The disk is full, or the folder of the checkpoints cannot be written to."""
-
-
-class NonFiniteError(TrainingError):
-    """The loss or a weight became NaN or infinite."""
-
-
-class Interrupted(Exception):
-    """Training was stopped by the user; its state is in the checkpoint named in the message."""
-
-
-class BatchSource(Protocol):
-    """Where batches come from: a pure function of epoch and step."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of batches of an epoch."""
-        ...
-
-    def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """The batch of a step, on a device; equal arguments give equal batches."""
-        ...
-
-
-def generator_for(seed: int, *stream: int) -> torch.Generator:
-    """An independent generator for each `(seed, *stream)`, by mixing the numbers as SplitMix64 does."""
-    state = 0
-    for number in (seed, *stream):
-        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state)
-
-
-class ImageBatches:
-    """Shuffled, augmented batches of a data set; an incomplete last batch is dropped.
-
-    Args:
-        data: the images.
-        batch_size: images in a batch.
-        seed: of order and augmentation.
-        augmentation: None for the images as they are.
-        class_weights: how often an image of each class counts, in the mean over an epoch; None for once each. Counted
-            are appearances, not factors of the loss: in the mean that is the same for every loss that is a mean over
-            images, it also balances the class means of the KR term, and no single image makes a huge step.
-    """
-
-    def __init__(
-        self,
-        data: LabelledImages,
-        batch_size: int,
-        seed: int,
-        augmentation: Augment | None,
-        class_weights: Sequence[float] | None = None,
-    ) -> None:
-        if len(data) < batch_size:
-            raise TrainingError(f"{len(data)} images do not fill one batch of {batch_size}: lower schedule.batch_size")
-        self._data = data
-        self._batch_size = batch_size
-        self._seed = seed
-        self._augmentation = augmentation
-        self._class_weights = class_weights
-        self._order: tuple[int, Tensor] | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of full batches."""
-        return len(self._data) // self._batch_size
-
-    def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """Images as float32 in [0, 1], and their labels; augmented on the device."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._new_order(generator_for(self._seed, 0, epoch)))
-        chosen = self._order[1][step * self._batch_size : (step + 1) * self._batch_size]
-        part = self._data.at(chosen)
-        part = LabelledImages(part.images_NCHW.to(device), part.labels_N.to(device))
-        images = part.pixels()
-        if self._augmentation is not None:
-            images = augment(images, self._augmentation, generator_for(self._seed, 1, epoch, step))
-        return images, part.labels_N
-
-    def _new_order(self, generator: torch.Generator) -> Tensor:
-        n = len(self._data)
-        if self._class_weights is None:
-            return torch.randperm(n, generator=generator)
-        drawn: list[Tensor] = []
-        for label, weight in enumerate(self._class_weights):
-            members = (self._data.labels_N == label).nonzero()[:, 0]
-            whole, rest = divmod(round(weight * len(members)), len(members))
-            some = members[torch.randperm(len(members), generator=generator)[:rest]]
-            drawn += [members.repeat(whole), some]
-        order = torch.cat(drawn)
-        # The rounding of each class may have left a few too many or too few.
-        order = order[torch.randperm(len(order), generator=generator)]
-        return torch.cat([order, order])[:n]
-
-
-@dataclass(frozen=True)
-class SampledBatches:
-    """Batches drawn from a distribution."""
-
-    sample: Callable[[int, torch.Generator], Batch]
-    """`(size, generator) -> batch`."""
-    batch_size: int
-    steps_per_epoch: int
-    seed: int
-
-    def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """A fresh sample for each step."""
-        images, labels = self.sample(self.batch_size, generator_for(self.seed, 2, epoch, step))
-        return images.to(device), labels.to(device)
-
-
-def objective_of(loss: Loss) -> Objective:
-    """The function of `models.training.losses` that a recipe asks for, with its parameters; other processes can be given it."""
-    return partial(_loss_of, loss)
-
-
-def _loss_of(loss: Loss, network: LipschitzNetwork, logits: Tensor, labels: Tensor) -> Tensor:
-    bounds = network.declared_margin_bounds_KK() if loss.per_pair_bound else None
-    match loss.kind:
-        case "kr":
-            return losses.kr_loss(logits, labels)
-        case "hkr":
-            return losses.hkr_loss(logits, labels, alpha=loss.alpha, min_margin=loss.min_margin)
-        case "hkr_margin":
-            return losses.hkr_margin_loss(
-                both_logits(logits),
-                labels,
-                alpha=loss.alpha,
-                min_margin=loss.min_margin,
-                margin_bounds_KK=bounds,
-                accuracy_alpha=loss.accuracy_alpha,
-                accuracy_margin=loss.accuracy_margin,
-            )
-        case "soft_hkr" | "lse_hkr":
-            smooth = losses.soft_hkr_loss if loss.kind == "soft_hkr" else losses.lse_hkr_loss
-            return smooth(
-                both_logits(logits),
-                labels,
-                alpha=loss.alpha,
-                min_margin=loss.min_margin,
-                temperature=loss.temperature,
-            )
-        case "margin_cross_entropy":
-            return losses.margin_cross_entropy_loss(
-                both_logits(logits),
-                labels,
-                min_margin=loss.min_margin,
-                temperature=loss.temperature,
-                margin_bounds_KK=bounds,
-            )
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Accuracy and, for each epsilon, the share of images that are right with a radius above it."""
-
-    accuracy: float
-    certified: Mapping[float, float]
-
-    def __str__(self) -> str:
-        certified = ", ".join(f"{value:.2%} at {epsilon:g}" for epsilon, value in self.certified.items())
-        return f"accuracy {self.accuracy:.2%}, certified {certified}" if certified else f"accuracy {self.accuracy:.2%}"
-
-    def scalars(self, group: str) -> dict[str, float]:
-        """The same as points of curves."""
-        certified = {f"{group}/certified_at_{epsilon:.3g}": value for epsilon, value in self.certified.items()}
-        return {f"{group}/accuracy": self.accuracy, **certified}
-
-
-def correct_within(
-    logits_NK: Float[Tensor, "N K"],
-    labels_N: Int[Tensor, " N"],
-    margin_bounds_KK: Float[Tensor, "K K"],
-    epsilon: float,
-) -> Bool[Tensor, " N"]:
-    """Right with every margin above `epsilon K_ij`: certified in real arithmetic with the declared constants.
-
-    A figure for the progress bar; the card's figures come from the proved bounds of the exported graph.
-    """
-    both_NK = both_logits(logits_NK)
-    margin_NK = both_NK.gather(1, labels_N[:, None]) - both_NK - epsilon * margin_bounds_KK[labels_N]
-    return margin_NK.scatter(1, labels_N[:, None], torch.inf).amin(1) > 0
-
-
-def score(
-    network: LipschitzNetwork,
-    data: LabelledImages,
-    epsilons: Sequence[float],
-    batch_size: int = 4096,
-    fabric: Fabric | None = None,
-) -> Scores:
-    """Accuracy and certified accuracy (declared constants) over a data set; each process of `fabric` does its share."""
-    device = next(network.parameters()).device
-    counts = torch.zeros(1 + len(epsilons), dtype=torch.int64, device=device)
-    own = data if fabric is None else data.at(slice(fabric.global_rank, None, fabric.world_size))
-    with torch.no_grad():
-        bounds = network.declared_margin_bounds_KK()
-        for start in range(0, len(own), batch_size):
-            part = own.at(slice(start, start + batch_size))
-            logits, labels = network(part.pixels().to(device)), part.labels_N.to(device)
-            counts += _counts_within(logits, labels, bounds, epsilons)
-    if fabric is not None:
-        fabric.all_reduce(counts, reduce_op="sum")
-    accuracy, *certified = (counts.cpu() / len(data)).tolist()
-    return Scores(accuracy, dict(zip(epsilons, certified, strict=True)))
-
-
-def _counts_within(logits: Tensor, labels: Tensor, bounds: Tensor, epsilons: Sequence[float]) -> Tensor:
-    return torch.stack([correct_within(logits, labels, bounds, e).sum() for e in (0.0, *epsilons)])
 
 
 @dataclass(frozen=True)
@@ -356,7 +129,7 @@ def fit(
         session.load()
     else:
         session.refuse_to_overwrite()
-    stop_requests = _stop_requests() if stop_requested is None else contextlib.nullcontext(stop_requested)
+    stop_requests = watched_stop_signals() if stop_requested is None else contextlib.nullcontext(stop_requested)
     with stop_requests as stopping, session.reports():
         while session.epoch < run.schedule.epochs:
             while session.step < run.batches.steps_per_epoch:
@@ -560,7 +333,7 @@ class _Session:
         path = self.run.checkpoints / name
         temporary = path.with_suffix(".tmp")
         try:
-            _write_whole(state, temporary, path)
+            write_whole(state, temporary, path)
         except (OSError, RuntimeError) as error:  # torch's writer wraps what the file raises
             best = self.run.checkpoints / "best.pt"
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
@@ -583,7 +356,7 @@ class _Session:
             state = torch.load(path, map_location=self._fabric.device, weights_only=True)
         except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
             raise TrainingError(f"{path} cannot be read ({error}): delete it and start again") from error
-        differences = _differences(json.loads(state["identity"]), json.loads(json.dumps(self.run.identity)))
+        differences = differences_between(json.loads(state["identity"]), json.loads(json.dumps(self.run.identity)))
         if differences:
             raise TrainingError(
                 f"{path} belongs to another run ({'; '.join(differences)}): "
@@ -639,7 +412,7 @@ class _Session:
         if not self.run.classifies:
             return None
         with torch.no_grad():
-            counts = _counts_within(logits, labels, self.network.declared_margin_bounds_KK(), self.run.epsilons)
+            counts = counts_within(logits, labels, self.network.declared_margin_bounds_KK(), self.run.epsilons)
         self._counts += counts
         return counts
 
@@ -669,7 +442,7 @@ class _Session:
 
     def _time_left(self) -> str:
         per_step = (time.monotonic() - self._resumed_at) / max(self.steps_taken - self._resumed_from, 1)
-        return f"{_in_words(per_step * (self._total_steps - self.steps_taken))} left"
+        return f"{in_words(per_step * (self._total_steps - self.steps_taken))} left"
 
     def _running_scores(self) -> Scores:
         return self._scores(self._counts, self._seen)
@@ -689,70 +462,3 @@ class _Session:
             f"{what} in epoch {self.epoch + 1}, step {self.step + 1}; {kept}. "
             "Lower schedule.learning_rate or check the data"
         )
-
-
-def _in_words(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _write_whole(state: Mapping[str, Any], temporary: Path, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key in sorted({*saved, *wanted}):
-        old, new = saved.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {old!r}, now {new!r}")
-    return found
-
-
-@contextlib.contextmanager
-def on_stop_signals(handle: Callable[[int, Any], None]) -> Generator[None]:
-    """Call `handle(number, previous handler)` on SIGINT and SIGTERM; at the end the previous handlers are back."""
-    previous: dict[int, Any] = {}
-
-    def call(number: int, _frame: object) -> None:
-        handle(number, previous[number])
-
-    try:
-        for number in STOP_SIGNALS:
-            # A shell lets its background jobs ignore Ctrl-C, which is meant for the one in the foreground.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                previous[number] = signal.signal(number, call)
-    except ValueError:  # not the main thread: signals are somebody else's
-        previous.clear()
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Generator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that no step is cut in half; a second acts at once."""
-    received: list[int] = []
-
-    def remember(number: int, previous: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous)
-
-    with on_stop_signals(remember):
-        yield lambda: bool(received)

@@ -27,7 +27,9 @@ from torch.multiprocessing.spawn import ProcessException
 
 from models.logs import log_to_stderr
 from models.nets.networks import LipschitzNetwork
-from models.training.loop import STOP_SIGNALS, Interrupted, Run, Trained, TrainingError, fabric_for, fit, on_stop_signals
+from models.training.errors import Interrupted, TrainingError
+from models.training.loop import Run, Trained, fabric_for, fit
+from models.training.signals import STOP_SIGNALS, on_stop_signals
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from service.inference.classifier import Classifier, Prediction
-from service.inference.counterfactual import Counterfactual
-from service.errors import UnknownLabelError
-from service.pixels.images import encode_png, image_digest
-from service.pixels.preprocessing import conversion_between
 from service.api.schema import (
     InputAnswer,
     ModelAnswer,
@@ -22,6 +17,11 @@ from service.api.schema import (
     finite,
     radius_in_grey_levels,
 )
+from service.errors import UnknownLabelError
+from service.inference.classifier import Classifier, Prediction
+from service.inference.counterfactual import Counterfactual
+from service.pixels.images import encode_png, image_digest
+from service.pixels.preprocessing import conversion_between
 from service.shapes import Float64
 
 Json = dict[str, Any]

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
-from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from service import __version__
 from service.api import open_inference
-from service.artefact.card import artefact_folders
-from service.inference.batching import Batcher, Limits
-from service.inference.classifier import Classifier
-from service.runtime.cpus import usable_cpus
-from service.direct import DirectFastAPI
-from service.runtime.engine import CUDA, resolve_provider
-from service.errors import ArtefactError, LipcertError, SettingsError
-from service.metrics import Metrics, MetricsMiddleware
+from service.api.direct import DirectFastAPI
+from service.api.errors import add_error_handlers, answer_any_error
+from service.api.metrics import MetricsMiddleware
 from service.api.openapi import STATIC, document, make_examples
-from service.api.problem import problem, problem_of
-from service.artefact.proving import Provers
 from service.api.routes import Service, build_router
+from service.inference.admission import Limits
+from service.inference.batching import Batcher
+from service.inference.classifier import Classifier
+from service.inference.loading import load_classifiers
+from service.metrics import Metrics
+from service.runtime.cpus import usable_cpus
+from service.runtime.provider import CUDA
 from service.settings import Settings, Threads, threads_of
-
-_log = logging.getLogger(__name__)
 
 _DIRECT_PATHS = frozenset({"/predict", "/predict/batch"})
 
@@ -52,45 +44,6 @@ image that was sent; `image` in the answer names it.
 
 Errors are RFC 9457 problem details, `application/problem+json`; `detail` says what to do.
 """
-
-
-def load_classifiers(settings: Settings, provers: Provers | None = None) -> dict[str, Classifier]:
-    """Load every artefact in `settings.models`, by name, each proved by this run of the server.
-
-    Args:
-        settings: see `service.settings`.
-        provers: at work on the folders of `settings.models`; new ones if absent.
-
-    Raises:
-        ArtefactError: the folder cannot be read or holds no artefact, or a file of one is missing, damaged or without
-            proof.
-        ProviderError: the provider cannot be had.
-        SettingsError: there is no model of the default name.
-    """
-    # The default model first: it warms up while others are still being proved.
-    folders = artefact_folders(settings.models, settings.default_model)
-    if provers is None:
-        with Provers(usable_cpus()) as new:
-            new.start(folders, settings.provider)
-            return load_classifiers(settings, new)
-    provider = resolve_provider(settings.provider)
-    threads = threads_of(settings, usable_cpus())
-    classifiers: dict[str, Classifier] = {}
-    for folder in folders:
-        classifier = Classifier.proved(folder, provers.findings(folder), provider, threads.inference)
-        if classifier.name in classifiers:
-            raise ArtefactError(
-                folder / "card.json", f"the name {classifier.name!r} is taken by another artefact; change one"
-            )
-        classifiers[classifier.name] = classifier
-        if classifier.name == settings.default_model and threads.run_before_fork:
-            classifier.warm_up()
-    if settings.default_model not in classifiers:
-        raise SettingsError(
-            f"LIPCERT_DEFAULT_MODEL={settings.default_model!r}: {settings.models} has no such model; it has "
-            f"{', '.join(sorted(classifiers))}"
-        )
-    return dict(sorted(classifiers.items()))
 
 
 def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None = None) -> FastAPI:
@@ -134,9 +87,9 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     app.include_router(open_inference.build_router(service))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     direct = [route for route in router.routes if isinstance(route, APIRoute) and route.path in _DIRECT_PATHS]
-    app.call_directly(direct, _answer_any_error, MetricsMiddleware, metrics=metrics)
+    app.call_directly(direct, answer_any_error, MetricsMiddleware, metrics=metrics)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
-    _add_error_handlers(app)
+    add_error_handlers(app)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -166,60 +119,3 @@ def _closing(batcher: Batcher) -> Callable[[FastAPI], contextlib.AbstractAsyncCo
         batcher.close()
 
     return lifespan
-
-
-async def _answer_error(request: Request, error: Exception) -> Response:
-    """Errors of the domain and of connections; others are raised again."""
-    if isinstance(error, ClientDisconnect):
-        # Nobody reads this; without it a client that hangs up would count as an error of the server.
-        return Response(status_code=HTTPStatus.BAD_REQUEST)
-    if not isinstance(error, LipcertError):
-        raise error
-    path = request.url.path
-    answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
-    if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("%s %s: %s", request.method, path, error, exc_info=error)
-    return answer
-
-
-async def _answer_any_error(request: Request, error: Exception) -> Response:
-    try:
-        return await _answer_error(request, error)
-    except Exception:
-        _log.exception("%s %s", request.method, request.url.path)
-        return _unexpected(request)
-
-
-def _unexpected(request: Request) -> Response:
-    return problem(
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        "the server failed on this request; its log says more",
-        instance=request.url.path,
-    )
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    app.add_exception_handler(LipcertError, _answer_error)
-    app.add_exception_handler(ClientDisconnect, _answer_error)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        path = request.url.path
-        detail = str(error.detail)
-        if error.status_code == HTTPStatus.NOT_FOUND:
-            detail = f"there is nothing at {path}; /docs lists what there is"
-        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            detail = f"{request.method} does nothing at {path}; use {allowed}"
-        return problem(error.status_code, detail, instance=path, headers=error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(request: Request, error: RequestValidationError) -> Response:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, faults, instance=request.url.path)
-
-    @app.exception_handler(Exception)
-    async def unexpected_error(request: Request, error: Exception) -> Response:
-        # Starlette raises it again after this answer, and the server logs it with its traceback.
-        del error
-        return _unexpected(request)

@@ -20,15 +20,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service import __version__
 from service.api.answers import class_of
-from service.inference.batching import Decoded
-from service.api.body import JSON, headers_of, media_type_of, parse_json, refuse_query
-from service.inference.classifier import Classifier, Prediction
-from service.inference.counterfactual import Counterfactual
-from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
-from service.pixels.images import image_digest, unit_range
+from service.api.body import JSON, headers_of, media_type_of
 from service.api.openapi import problem_responses
+from service.api.parsing import parse_json, refuse_query
 from service.api.routes import Service
 from service.api.schema import ImageOptions, finite
+from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
+from service.inference.classifier import Classifier, Prediction
+from service.inference.counterfactual import Counterfactual
+from service.inference.jobs import Decoded
+from service.pixels.arrays import unit_range
+from service.pixels.images import image_digest
 from service.settings import Settings
 from service.shapes import Float64
 
@@ -106,11 +108,11 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("/models/{name}", summary="Inputs and outputs of a model", responses=problem_responses(404))
     async def model_metadata(name: str) -> dict[str, Any]:
-        return _metadata(service.inference.classifier(name))
+        return _metadata(service.classifier(name))
 
     @router.get("/models/{name}/ready", summary="Is the model loaded", responses=problem_responses(404))
     async def model_ready(name: str) -> dict[str, Any]:
-        return {"name": service.inference.classifier(name).name, "ready": True}
+        return {"name": service.classifier(name).name, "ready": True}
 
     @router.post(
         "/models/{name}/infer",
@@ -128,7 +130,7 @@ def build_router(service: Service) -> APIRouter:
         headers = headers_of(request)
         media_type_of(headers, [JSON])
         refuse_query(request.query_params.multi_items(), "`parameters`")
-        classifier = service.inference.classifier(name)
+        classifier = service.classifier(name)
         answer = await service.ask(request, headers, lambda content: _InferQuestion(content, classifier, service))
         return Response(answer, media_type=JSON)
 

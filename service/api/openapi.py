@@ -21,11 +21,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from service import errors
-from service.api import body
-from service.api import problem
+from service.api import body, problem
 from service.api.answers import describe, describe_in_full, predict
-from service.inference.classifier import Classifier
-from service.pixels.images import decode_image, encode_png, to_unit
 from service.api.schema import (
     BatchRequest,
     ModelsAnswer,
@@ -34,6 +31,8 @@ from service.api.schema import (
     PredictRequest,
     Problem,
 )
+from service.inference.classifier import Classifier
+from service.pixels.images import decode_image, encode_png, to_unit
 
 STATIC = Path(__file__).resolve().parent.parent / "static"
 SAMPLES = "/samples"

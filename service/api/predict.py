@@ -11,13 +11,14 @@ import numpy as np
 from pydantic_core import to_json
 
 from service.api.answers import class_of, in_records, in_words
-from service.inference.batching import Decoded
-from service.api.body import FORM, JSON, NPY, parse_batch, parse_predict
+from service.api.body import FORM, JSON, NPY
+from service.api.parsing import parse_batch, parse_predict
+from service.api.schema import NO_OPTIONS, Options
+from service.errors import ImageTooLargeError
 from service.inference.classifier import Classifier, Prediction
 from service.inference.counterfactual import Counterfactual
-from service.errors import ImageTooLargeError
+from service.inference.jobs import Decoded
 from service.metrics import Metrics
-from service.api.schema import NO_OPTIONS, Options
 from service.settings import Settings
 from service.shapes import Float64
 

@@ -1,4 +1,5 @@
-"""What each path does. The event loop moves bytes and decodes small images; all else is done by `service.inference.batching`."""
+"""What each path does. The event loop moves bytes and decodes small images; the workers of
+`service.inference.batching` do the rest."""
 
 from __future__ import annotations
 
@@ -15,11 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from service.api.answers import describe, describe_in_full
-from service.inference.batching import Batcher, Question
 from service.api.body import BATCH_TYPES, NPY, PREDICT_TYPES, declared_length, headers_of, media_type_of, read_body
-from service.inference.classifier import Classifier
-from service.errors import UnknownModelError
-from service.metrics import Metrics
 from service.api.openapi import SAMPLES, STATIC, Examples, problem_responses
 from service.api.predict import Body, ImageQuestion, Reply
 from service.api.schema import (
@@ -29,6 +26,11 @@ from service.api.schema import (
     ModelsAnswer,
     PredictAnswer,
 )
+from service.errors import UnknownModelError
+from service.inference.batching import Batcher
+from service.inference.classifier import Classifier
+from service.inference.jobs import Question
+from service.metrics import Metrics
 from service.settings import Settings
 
 Result = TypeVar("Result")
@@ -154,7 +156,7 @@ async def _ask_about_images(service: Service, request: Request, accepted: Sequen
 
     def question_of(content: bytes) -> ImageQuestion:
         body = Body(media_type, content_type, query, content)
-        return ImageQuestion(body, is_batch, as_npy, service.settings, service.inference.classifier, service.metrics)
+        return ImageQuestion(body, is_batch, as_npy, service.settings, service.classifier, service.metrics)
 
     reply: Reply = await service.ask(request, headers, question_of)
     return Response(reply.content, media_type=reply.media_type)
@@ -196,7 +198,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     )
     async def show_model(name: str) -> Response:
         """One model: what is proved of it, what serves it, and its card."""
-        return _json(describe_in_full(service.inference.classifier(name), default_model))
+        return _json(describe_in_full(service.classifier(name), default_model))
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:

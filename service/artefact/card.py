@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from service.artefact.graphs import GRAPH_FILES, MODEL_FILE, TRANSPORT_FILE, Findings, digest, read_file
 from service.certificate import Certificate
 from service.errors import ArtefactError
-from service.artefact.graphs import GRAPH_FILES, MODEL_FILE, TRANSPORT_FILE, Findings, digest, read_file
 
 CARD_FILE = "card.json"
 

@@ -1,7 +1,7 @@
 """The two graphs of an artefact: their files, the digests that name them, what was found out about them, and whether
 they are of one network.
 
-What is found travels between processes, see `service.artefact.proving`; so nothing here needs the libraries that prove it.
+What is found travels between processes, see `service.artefact.proving`; so nothing here needs the prover's libraries.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Literal
 import numpy as np
 
 from service.certificate import Certificate
-from service.runtime.engine import Engine, GraphError, Runs
 from service.errors import ArtefactError
+from service.runtime.engine import Engine, Runs
+from service.runtime.fixed_batches import GraphError
 
 MODEL_FILE: Literal["model.onnx"] = "model.onnx"
 TRANSPORT_FILE: Literal["transport.onnx"] = "transport.onnx"

@@ -1,8 +1,8 @@
 """Proofs made in short-lived processes beside the server: it never holds what a proof takes, neither the libraries nor
 the memory, and loads itself in the meantime.
 
-The processes run `service.artefact.verification` and end when they are done, when they are told to, or with this process, whatever
-becomes of it.
+The processes run `service.artefact.verification` and end when they are done, when they are told to, or with this
+process, whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +23,8 @@ from service.errors import ArtefactError
 
 if TYPE_CHECKING:
     # At run time these come with what was found: this module is there before anything large is loaded.
-    from service.runtime.engine import Provider
     from service.artefact.graphs import Findings
+    from service.runtime.provider import Provider
 
 _MOST_PROCESSES = 4
 _ENVIRONMENT = {
@@ -145,7 +147,7 @@ class Provers:
 
 def _start(results: Sequence[int]) -> subprocess.Popen[bytes]:
     # The modules of this process, however it came by them.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from service.artefact.verification import main; main({list(results)})"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from service.artefact.proving import main; main({list(results)})"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         # The system closes this pipe when this process ends in any way.
@@ -164,3 +166,60 @@ def _size(folder: Path) -> int:
         return (folder / "model.onnx").stat().st_size
     except OSError:
         return 0
+
+
+def main(results: Sequence[int]) -> None:
+    """Find out about the folders that stdin names and write what was found into pipes, one for each share of the work.
+
+    One process loads what is needed and becomes as many as there are shares. All of them end with the process that
+    started them, whatever becomes of that.
+
+    Args:
+        results: descriptors of the pipes.
+    """
+    from service.artefact.verification import find_out
+
+    others: list[int] = []
+    status = 1
+    try:
+        provider, shares = pickle.load(sys.stdin.buffer)
+        mine = 0
+        # Nothing here has started a thread yet, which a fork would lose.
+        for share in range(1, len(shares)):
+            other = os.fork()
+            if other == 0:
+                mine, others = share, []
+                break
+            others.append(other)
+        threading.Thread(target=_end_with_parent, args=(others,), daemon=True).start()
+        # A pipe ends when its writer ends: nobody else may hold it open.
+        for share, descriptor in enumerate(results):
+            if share != mine:
+                os.close(descriptor)
+        with os.fdopen(results[mine], "wb") as pipe:
+            for folder in shares[mine]:
+                pickle.dump((folder, find_out(folder, provider)), pipe)
+                pipe.flush()
+        status = 0
+    except (BrokenPipeError, EOFError):
+        # The server has ended already.
+        pass
+    except Exception:
+        traceback.print_exc()
+    finally:
+        _end(others, status)
+
+
+def _end_with_parent(others: Sequence[int]) -> None:
+    while os.read(0, 1):
+        pass
+    _end(others, 1)
+
+
+def _end(others: Sequence[int], status: int) -> None:
+    """Ends without taking everything down piece by piece, after `others`, so that nobody else has to look for them."""
+    for other in others:
+        # Whichever of two threads comes first.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(other, 0)
+    os._exit(status)

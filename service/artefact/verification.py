@@ -4,21 +4,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pickle
-import sys
-import threading
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
 
-from service.certificate import Certificate, UnsupportedGraphError, certify
-from service.runtime.engine import Provider, missing_for_cuda
-from service.errors import ArtefactError
 from service.artefact.graphs import (
     GRAPH_FILES,
     MODEL_FILE,
@@ -29,6 +20,9 @@ from service.artefact.graphs import (
     load_engine,
     read_file,
 )
+from service.certificate import Certificate, UnsupportedGraphError, certify
+from service.errors import ArtefactError
+from service.runtime.provider import Provider, missing_for_cuda
 
 
 def find_out(folder: Path, provider: Provider) -> Findings:
@@ -94,58 +88,3 @@ def _check_face(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> No
             f"the graph has inputs {sorted(inputs)} and outputs {sorted(outputs)}; it must take `image` and "
             "`margin_weights` and give `logits` and `gradient`. Export the artefact again.",
         )
-
-
-def main(results: Sequence[int]) -> None:
-    """Find out about the folders that stdin names and write what was found into pipes, one for each share of the work.
-
-    One process loads what is needed and becomes as many as there are shares. All of them end with the process that
-    started them, whatever becomes of that.
-
-    Args:
-        results: descriptors of the pipes.
-    """
-    others: list[int] = []
-    status = 1
-    try:
-        provider, shares = pickle.load(sys.stdin.buffer)
-        mine = 0
-        # Nothing here has started a thread yet, which a fork would lose.
-        for share in range(1, len(shares)):
-            other = os.fork()
-            if other == 0:
-                mine, others = share, []
-                break
-            others.append(other)
-        threading.Thread(target=_end_with_parent, args=(others,), daemon=True).start()
-        # A pipe ends when its writer ends: nobody else may hold it open.
-        for share, descriptor in enumerate(results):
-            if share != mine:
-                os.close(descriptor)
-        with os.fdopen(results[mine], "wb") as pipe:
-            for folder in shares[mine]:
-                pickle.dump((folder, find_out(folder, provider)), pipe)
-                pipe.flush()
-        status = 0
-    except (BrokenPipeError, EOFError):
-        # The server has ended already.
-        pass
-    except Exception:
-        traceback.print_exc()
-    finally:
-        _end(others, status)
-
-
-def _end_with_parent(others: Sequence[int]) -> None:
-    while os.read(0, 1):
-        pass
-    _end(others, 1)
-
-
-def _end(others: Sequence[int], status: int) -> None:
-    """Ends without taking everything down piece by piece, after `others`, so that nobody else has to look for them."""
-    for other in others:
-        # Whichever of two threads comes first.
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(other, 0)
-    os._exit(status)

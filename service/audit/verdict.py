@@ -20,8 +20,8 @@ from flint import arb, ctx
 
 from service.audit.derivation import Derivation, derive
 from service.audit.exact import NotAuditableError, root
-from service.audit.records import KeptAnswer, KeptArtefact, SentImage, read_answer, read_artefact, read_image
 from service.audit.preprocessing import conversion_between, see
+from service.audit.records import KeptAnswer, KeptArtefact, SentImage, read_answer, read_artefact, read_image
 
 DIGITS = (192, 768)
 """Bits of the balls; the next where those before do not decide the class."""

@@ -16,18 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.certificate.convolutions import (
     absolute_convolution_bound,
-    convolution_cost,
     convolution_norm_bound,
 )
+from service.certificate.kernels import Array, Kernel, added, composed_kernel, identity_convolution
 from service.certificate.norms import pairwise_distance_bounds, spectral_norm_bound
 from service.certificate.rounding import FLOAT64, SMALLEST_NORMAL, add_up, gamma_up, mul_up, norm_up, sqrt_up
 from service.certificate.values import Convolution, Domain, Identity, LinearStep, Source, View, identity_of, stand_in
-
-Array = NDArray[np.float64]
 
 _LARGEST_MATRIX = 1 << 22
 """Entries of a matrix that is multiplied out."""
@@ -35,8 +32,6 @@ _LARGEST_PROOF = 1e10
 """Multiply-adds for the norm of one matrix."""
 _BUDGET = 5e11
 """Multiply-adds for all joint norms of a graph: some 20 seconds of two cores."""
-_LARGEST_KERNEL = 1 << 23
-"""Entries of a kernel that is multiplied out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,21 +44,6 @@ class _Matrix:
     """Bound of the spectral norm of the exact map minus this one."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Kernel:
-    """Part of an image tensor that is a convolution of one nonlinear image."""
-
-    base: View
-    convolution: Convolution
-    deviation: float
-    """Bound of the spectral norm of the exact map minus this one."""
-
-    @property
-    def cost(self) -> float:
-        made = self.convolution
-        return convolution_cost(made.kernel, self.base.shape[1:], made.strides, made.groups)
-
-
 class Joint:
     """The joint maps of one graph; each is multiplied out once."""
 
@@ -71,7 +51,7 @@ class Joint:
         self._domain = domain
         self._left = _BUDGET
         self._matrices: dict[tuple[Source, Source | None], dict[Source, _Matrix] | None] = {}
-        self._kernels: dict[tuple[Source, Source | None], dict[Identity, _Kernel] | None] = {}
+        self._kernels: dict[tuple[Source, Source | None], dict[Identity, Kernel] | None] = {}
         self._norms: dict[object, float] = {}
 
     def lipschitz(self, step: LinearStep, shape: tuple[int, ...]) -> float:
@@ -200,14 +180,14 @@ class Joint:
             total = add_up(total, mul_up(norm, self._domain.joint(kernel.base).lipschitz))
         return total
 
-    def _kernels_of(self, view: View, base: Source | None = None) -> dict[Identity, _Kernel] | None:
+    def _kernels_of(self, view: View, base: Source | None = None) -> dict[Identity, Kernel] | None:
         source = view.source
         if len(view.shape) not in (2, 3):
             return None
         if source.step is None or source is base:
             if (view.index < 0).any():
                 return None
-            return {identity_of(view): _Kernel(view, identity_convolution(view.shape), 0.0)}
+            return {identity_of(view): Kernel(view, identity_convolution(view.shape), 0.0)}
         if not view.whole:
             return None
         key = (source, base)
@@ -217,18 +197,18 @@ class Joint:
 
     def _kernels_through(
         self, step: LinearStep, shape: tuple[int, ...], base: Source | None = None
-    ) -> dict[Identity, _Kernel] | None:
+    ) -> dict[Identity, Kernel] | None:
         if step.convolutions is None:
             return None
-        result: dict[Identity, _Kernel] = {}
+        result: dict[Identity, Kernel] = {}
         for view, outer in zip(step.operands, step.convolutions, strict=True):
             inner = self._kernels_of(view, base)
             if inner is None:
                 return None
             for key, kernel in inner.items():
-                made = _composed(outer, kernel, view.shape[1:], shape[1:], step.terms)
+                made = composed_kernel(outer, kernel, view.shape[1:], shape[1:], step.terms)
                 if made is not None and key in result:
-                    made = _added(result[key], made)
+                    made = added(result[key], made)
                 if made is None:
                     return None
                 result[key] = made
@@ -293,14 +273,14 @@ class Joint:
         # From the result back to the activation, each step by its adjoint: together the adjoint of g.
         if len(step.shape) not in (2, 3) or x.shape != step.shape:
             return math.inf
-        back = _Kernel(stand_in(step.shape), identity_convolution(step.shape, -sign), 0.0)
+        back = Kernel(stand_in(step.shape), identity_convolution(step.shape, -sign), 0.0)
         view = step
         while view.source.step is not None:
             made = view.source.step
             if not view.whole or made.adjoint is None:
                 return math.inf
             following = made.operands[0]
-            composed = _composed(made.adjoint, back, view.shape[1:], following.shape[1:], made.terms)
+            composed = composed_kernel(made.adjoint, back, view.shape[1:], following.shape[1:], made.terms)
             if composed is None:
                 return math.inf
             back, view = composed, following
@@ -361,126 +341,3 @@ def _plain(source: Source) -> bool:
     """Whether all there is before it, since the last nonlinear tensor, is a multiplication by a number."""
     step = source.step
     return step is None or (step.scalar and step.operands[0].repetition <= 1 and _plain(step.operands[0].source))
-
-
-def identity_convolution(shape: tuple[int, ...], factor: float = 1.0) -> Convolution:
-    """The multiplication of an image `C x *n` by a number."""
-    channels, *size = shape
-    kernel = np.full((channels, 1, *[1] * len(size)), factor)
-    return Convolution(kernel, (1,) * len(size), (0,) * len(size), channels)
-
-
-def _is_identity(convolution: Convolution) -> bool:
-    made = convolution.kernel
-    return (
-        made.shape[0] == convolution.groups
-        and made.size == made.shape[0]
-        and set(convolution.strides) == {1}
-        and set(convolution.offsets) == {0}
-        and bool((made == 1.0).all())
-    )
-
-
-def _in_groups(kernel: Array, groups: int, fewer: int) -> Array:
-    """The kernel of the same convolution written with fewer groups; `fewer` divides `groups`."""
-    if groups == fewer:
-        return kernel
-    together = groups // fewer
-    per_out, per_in = kernel.shape[0] // groups, kernel.shape[1]
-    spread = np.zeros((kernel.shape[0], per_in * together, *kernel.shape[2:]))
-    for group in range(groups):
-        rows = slice(group * per_out, (group + 1) * per_out)
-        place = group % together
-        spread[rows, place * per_in : (place + 1) * per_in] = kernel[rows]
-    return spread
-
-
-def _composed(
-    outer: Convolution, inner: _Kernel, middle: tuple[int, ...], after: tuple[int, ...], roundings: int
-) -> _Kernel | None:
-    """`outer` of `inner` as one convolution; None where the border of the image between them is in the way.
-
-    Args:
-        outer, inner: the steps.
-        middle: size of the image between them.
-        after: size of the result.
-        roundings: that the numbers of `outer` carry already.
-    """
-    if _is_identity(outer) and after == middle and roundings <= 2:
-        # With zeros behind the image it would cut off what `inner` has there.
-        return inner
-    first, base_size = inner.convolution, inner.base.shape[1:]
-    axes = range(len(middle))
-    pointwise = (
-        set(first.kernel.shape[2:]) == {1} and set(first.strides) == {1} and set(first.offsets) == {0}
-    ) and middle == base_size
-    inside = all(
-        outer.offsets[a] <= 0
-        and (after[a] - 1) * outer.strides[a] + outer.kernel.shape[2 + a] - 1 - outer.offsets[a] <= middle[a] - 1
-        for a in axes
-    )
-    if not (pointwise or inside):
-        # Outside of the image between, the outer step sees zeros where the joint convolution would see more.
-        return None
-    groups = math.gcd(outer.groups, first.groups)
-    extent = tuple(
-        k1 + s1 * (k2 - 1)
-        for k1, s1, k2 in zip(first.kernel.shape[2:], first.strides, outer.kernel.shape[2:], strict=True)
-    )
-    per_group = inner.base.shape[0] // groups
-    if outer.kernel.shape[0] * per_group * math.prod(extent) > _LARGEST_KERNEL:
-        return None
-    outer_kernel = _in_groups(outer.kernel, outer.groups, groups)
-    inner_kernel = _in_groups(first.kernel, first.groups, groups)
-    outputs, channels = outer_kernel.shape[0] // groups, inner_kernel.shape[0] // groups
-    kernel = np.zeros((outer_kernel.shape[0], per_group, *extent))
-    for tap in np.ndindex(*outer_kernel.shape[2:]):
-        place = tuple(
-            slice(t * s, t * s + k) for t, s, k in zip(tap, first.strides, first.kernel.shape[2:], strict=True)
-        )
-        weights = outer_kernel[(slice(None), slice(None), *tap)]
-        for g in range(groups):
-            rows = slice(g * outputs, (g + 1) * outputs)
-            part = inner_kernel[g * channels : (g + 1) * channels]
-            kernel[(rows, slice(None), *place)] += np.tensordot(weights[rows], part, axes=(1, 0))
-    if not np.isfinite(kernel).all():
-        return None
-    outer_size = absolute_convolution_bound(outer.kernel, outer.groups)
-    inner_size = absolute_convolution_bound(first.kernel, first.groups)
-    terms = math.prod(outer_kernel.shape[1:])
-    deviation = add_up(
-        mul_up(outer_size, inner.deviation),
-        mul_up(gamma_up(terms + roundings + 2), outer_size, inner_size),
-        mul_up(4.0 * terms * kernel.size, SMALLEST_NORMAL),
-    )
-    made = Convolution(
-        kernel,
-        tuple(s1 * s2 for s1, s2 in zip(first.strides, outer.strides, strict=True)),
-        tuple(p1 + s1 * p2 for p1, s1, p2 in zip(first.offsets, first.strides, outer.offsets, strict=True)),
-        groups,
-    )
-    return _Kernel(inner.base, made, deviation)
-
-
-def _added(left: _Kernel, right: _Kernel) -> _Kernel | None:
-    """The sum of two convolutions of one image."""
-    one, other = left.convolution, right.convolution
-    if one.strides != other.strides or one.kernel.shape[0] != other.kernel.shape[0]:
-        return None
-    groups = math.gcd(one.groups, other.groups)
-    kernels = [_in_groups(made.kernel, made.groups, groups) for made in (one, other)]
-    offsets = tuple(max(p, q) for p, q in zip(one.offsets, other.offsets, strict=True))
-    starts = [tuple(p - q for p, q in zip(offsets, made.offsets, strict=True)) for made in (one, other)]
-    extent = tuple(
-        max(start[a] + kernel.shape[2 + a] for start, kernel in zip(starts, kernels, strict=True))
-        for a in range(len(offsets))
-    )
-    if math.prod((*kernels[0].shape[:2], *extent)) > _LARGEST_KERNEL:
-        return None
-    total = np.zeros((*kernels[0].shape[:2], *extent))
-    for start, kernel in zip(starts, kernels, strict=True):
-        place = tuple(slice(low, low + k) for low, k in zip(start, kernel.shape[2:], strict=True))
-        total[(slice(None), slice(None), *place)] += kernel
-    sizes = [absolute_convolution_bound(made.kernel, made.groups) for made in (one, other)]
-    deviation = add_up(left.deviation, right.deviation, mul_up(2.0 * FLOAT64.unit_roundoff, add_up(*sizes)))
-    return _Kernel(left.base, Convolution(total, one.strides, offsets, groups), deviation)

@@ -16,9 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from service.artefact.card import Card, check_findings, read_artefact, read_card
+from service.artefact.graphs import MODEL_FILE, TRANSPORT_FILE, Findings, check_agreement, load_engine, read_again
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
-from service.inference.counterfactual import Counterfactual, Differentiable, find_counterfactuals
-from service.runtime.engine import Engine, LaterEngine, Provider, Runs, resolve_provider
 from service.errors import (
     ChannelsError,
     ImageSizeError,
@@ -26,8 +25,10 @@ from service.errors import (
     SideTooLongError,
     TargetIsPredictedClassError,
 )
-from service.artefact.graphs import MODEL_FILE, TRANSPORT_FILE, Findings, check_agreement, load_engine, read_again
+from service.inference.counterfactual import Counterfactual, Differentiable, find_counterfactuals
 from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
+from service.runtime.engine import Engine, LaterEngine, Runs
+from service.runtime.provider import Provider, resolve_provider
 from service.shapes import Float64
 
 _log = logging.getLogger(__name__)

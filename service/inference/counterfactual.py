@@ -37,9 +37,17 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from service.certificate import Radii
+from service.inference.closest import (
+    LEVELS,
+    bounded,
+    closest_levels_in_doubles,
+    l2_distance,
+    mix,
+    moved,
+    multiplier,
+    rows_dot,
+)
 from service.shapes import Float64, Int64, UInt8
-
-LEVELS = 255.0
 
 # Chosen on test images of the shipped models; docs/counterfactuals.md says what they give.
 # Ordinary networks need two to four runs; the cap is for detectors under a global maximum, which take a run each.
@@ -54,8 +62,6 @@ _NEXT_AIM = 0.02
 _EXCESS = 0.42
 _MOST_EXCESS = 0.06
 _AIM = 0.003
-# No mixture forgets its newest cut.
-_MOST_OLD = 0.95
 # An answer that is across the boundary by less than this share of its distance is good enough; one that is farther
 # across is worth another run, and further ones as long as they promise to shorten the distance by this share.
 _ACROSS = 0.1
@@ -63,16 +69,7 @@ _WORTHWHILE = 0.02
 # After so many runs without an answer, and whenever the margin is lowered then, the search goes on from there and no
 # longer from the first image: along a kinked path the mixture forgets cuts that it would need.
 _MOVE_ON_AFTER = 4
-_NEWTON_STEPS = 12
 _FIRST_ERROR = 1e-2
-_NEWTON_ERROR = 1e-3
-# Rounding moves the solution by little, except where most moves are below half a level.
-_GROWTHS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5, *(1.0,) * 30)
-_BISECTIONS = 6
-_NARROW = 5e-3
-# No product of these, one of the other and a sum over pixels, is infinite.
-_MOST = 1e150
-_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -133,27 +130,6 @@ def find_counterfactuals(
     search.descend()
     search.settle()
     return search.answers()
-
-
-def l2_distance(
-    image_NCHW: Float64[np.ndarray, "N C H W"], pixels_NCHW: UInt8[np.ndarray, "N C H W"]
-) -> Float64[np.ndarray, " N"]:
-    """L2 distances between images in [0, 1] and 8-bit ones divided by 255.
-
-    If one of the former is 8-bit too (each pixel is the float64 of some v / 255) its sum of squares is an integer below
-    2^53, exact in any order. Otherwise it is summed in extended precision (64-bit significand or longer on x86 and ARM
-    Linux). Either way the result is off by the last rounding to float64 only, so that rounding alone never finds a
-    distance below a radius.
-    """
-    image_ND, pixels_ND = image_NCHW.reshape(len(image_NCHW), -1), pixels_NCHW.reshape(len(pixels_NCHW), -1)
-    level_ND = np.rint(image_ND * LEVELS)
-    eight_bit_N = (level_ND / LEVELS == image_ND).all(axis=1)
-    level_ND -= pixels_ND
-    squares_N = _rows_dot(level_ND, level_ND).astype(np.longdouble)
-    for n in np.flatnonzero(~eight_bit_N):
-        real_D = image_ND[n].astype(np.longdouble) * np.longdouble(LEVELS) - pixels_ND[n]
-        squares_N[n] = np.sum(real_D * real_D)
-    return (np.sqrt(squares_N) / np.longdouble(LEVELS)).astype(np.float64)
 
 
 class _Search:
@@ -262,9 +238,9 @@ class _Search:
         self.last_slope_ND = gradient_MD
         need_M = margin_M + _FIRST_AIM * live.scale_M
         with np.errstate(divide="ignore", invalid="ignore"):
-            guess_M = np.nan_to_num(need_M / _rows_dot(gradient_MD, gradient_MD), posinf=0.0, neginf=0.0)
-        lambda_M, _ = _multiplier(live.centre_MD, gradient_MD, need_M, guess_M, _FIRST_ERROR)
-        live.at_MD = _moved(live.centre_MD, gradient_MD, lambda_M)
+            guess_M = np.nan_to_num(need_M / rows_dot(gradient_MD, gradient_MD), posinf=0.0, neginf=0.0)
+        lambda_M, _ = multiplier(live.centre_MD, gradient_MD, need_M, guess_M, _FIRST_ERROR)
+        live.at_MD = moved(live.centre_MD, gradient_MD, lambda_M)
 
     def _step(self, may_move_on: bool) -> None:
         """A run at the iterate, the mixture of its cut with the last mixture, and the image that it asks for."""
@@ -272,7 +248,7 @@ class _Search:
         margin_M, gradient_MD, logits_MK = self._run(self._images(live.at_MD))
         last_MD = live.at_MD
         move_MD = live.at_MD - live.centre_MD
-        new_fall_M, old_fall_M = -_rows_dot(gradient_MD, move_MD), -_rows_dot(live.slope_MD, move_MD)
+        new_fall_M, old_fall_M = -rows_dot(gradient_MD, move_MD), -rows_dot(live.slope_MD, move_MD)
         cut_M = margin_M + new_fall_M
         mixed_M = live.rival_M == live.rising_M
         # With a target the margin is the greatest of several: it is that which exceeds the mixture.
@@ -284,7 +260,7 @@ class _Search:
             _NEXT_AIM * live.scale_M * 2.0**live.misses_M,
         )
         free_MD = (live.at_MD > 0.0) & (live.at_MD < LEVELS)
-        share_M, lambda_M = _mix(
+        share_M, lambda_M = mix(
             live.slope_MD,
             live.value_M + aim_M - old_fall_M,
             gradient_MD,
@@ -298,7 +274,7 @@ class _Search:
         live.value_M = share_M * np.where(mixed_M, live.value_M, 0.0) + (1.0 - share_M) * cut_M
         live.rival_M = live.rising_M
         live.slope_MD = slope_MD
-        live.at_MD = _closest_levels(live.centre_MD, slope_MD, live.value_M + aim_M, lambda_M)
+        live.at_MD = closest_levels_in_doubles(live.centre_MD, slope_MD, live.value_M + aim_M, lambda_M)
 
         before_M = self.found_distance_N[live.index_M]
         measured = self._measure(live.index_M, live.at_MD, live.start_MD)
@@ -333,7 +309,7 @@ class _Search:
         if back_M.any():
             way_BD = live.at_MD[back_M] - live.start_MD[back_M]
             # A secant: it falls from the first margin to that of the answer.
-            steepness_B = (live.scale_M - margin_M)[back_M] / _rows_dot(way_BD, way_BD)
+            steepness_B = (live.scale_M - margin_M)[back_M] / rows_dot(way_BD, way_BD)
             live.slope_MD[back_M] = -steepness_B[:, None] * way_BD
             live.value_M[back_M] = live.scale_M[back_M]
             live.rival_M = np.where(back_M, live.rising_M, live.rival_M)
@@ -349,10 +325,10 @@ class _Search:
         logits_MK, gradient_MCHW = self.model.margin_gradient(image_MCHW, weights_MK)
         self.steps_N[live.index_M] += 1
         gradient_MD = gradient_MCHW.reshape(len(row_M), -1)
-        odd_M = ~np.isfinite(_rows_dot(gradient_MD, gradient_MD))
+        odd_M = ~np.isfinite(rows_dot(gradient_MD, gradient_MD))
         if odd_M.any():
             # The gradient graph carries no proof; a pixel whose entry is not a number stays where it is.
-            gradient_MD = np.where(odd_M[:, None], _bounded(gradient_MD), gradient_MD)
+            gradient_MD = np.where(odd_M[:, None], bounded(gradient_MD), gradient_MD)
         return LEVELS * np.nan_to_num((weights_MK * logits_MK).sum(axis=1)), gradient_MD, logits_MK
 
     def _margins(self, index_L: np.ndarray, logits_LK: np.ndarray) -> _Margins:
@@ -371,7 +347,7 @@ class _Search:
         logits_LK, radii = self.model.classify(self._images(level_LD))
         margins = self._margins(index_L, logits_LK)
         difference_LD = level_LD - start_LD
-        distance_L = np.sqrt(_rows_dot(difference_LD, difference_LD)) / LEVELS
+        distance_L = np.sqrt(rows_dot(difference_LD, difference_LD)) / LEVELS
         reached_L = (radii.class_id_N == margins.rising_L) & (margins.rising_L != self.class_id_N[index_L])
         found_L = radii.certified_N & reached_L
         better_L = found_L & (distance_L < self.found_distance_N[index_L])
@@ -451,138 +427,3 @@ class _Measured(_Margins):
     distance_L: np.ndarray
     better_L: np.ndarray
     """Of the wanted class, and the nearest so far."""
-
-
-def closest_levels(
-    anchor_MD: Float64[np.ndarray, "M D"], gradient_MD: Float64[np.ndarray, "M D"], fall_M: Float64[np.ndarray, " M"]
-) -> Float64[np.ndarray, "M D"]:
-    """The 8-bit image closest to `anchor` where a linear function has fallen by `fall`; pixels in units of 1 / 255.
-
-    `round(clip(anchor - lambda g))` minimises the Lagrangian `||q - anchor||^2 + 2 lambda <g, q>` over the grid, pixel
-    by pixel, and the function never rises with lambda: so the smallest sufficient lambda is found without rounding,
-    and raised where rounding lost too much. Where no lambda suffices the result is the corner of the box that is
-    farthest downhill.
-    """
-    return _closest_levels(anchor_MD, gradient_MD, fall_M, np.zeros_like(fall_M))
-
-
-def _closest_levels(
-    anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray
-) -> np.ndarray:
-    """`closest_levels` from a guess of lambda."""
-    # A little more, so that rounding seldom leaves too little.
-    more_M = fall_M + _NEWTON_ERROR * np.abs(fall_M)
-    lambda_M, corner_M = _multiplier(anchor_MD, gradient_MD, more_M, lambda_M, _NEWTON_ERROR)
-    level_MD = _moved(anchor_MD, gradient_MD, lambda_M)
-    np.rint(level_MD, out=level_MD)
-    short_M = ~corner_M & (_fall(anchor_MD, gradient_MD, level_MD) < fall_M)
-    if short_M.any():
-        level_MD[short_M] = _raised(anchor_MD[short_M], gradient_MD[short_M], fall_M[short_M], lambda_M[short_M])
-    return level_MD
-
-
-def _raised(anchor_LD: np.ndarray, gradient_LD: np.ndarray, fall_L: np.ndarray, lambda_L: np.ndarray) -> np.ndarray:
-    """Raise lambda where rounding lost too much: ever faster, then back by halves where that was far."""
-    with np.errstate(divide="ignore"):
-        # Moves the image by one level altogether.
-        unit_L = np.minimum(1.0 / np.sqrt(_rows_dot(gradient_LD, gradient_LD)), _MOST)
-    low_L, high_L = lambda_L, lambda_L
-    short_L = np.ones(len(fall_L), np.bool_)
-    level_LD = anchor_LD
-    for growth in _GROWTHS:
-        low_L = np.where(short_L, high_L, low_L)
-        high_L = np.where(short_L, np.minimum(high_L + growth * np.maximum(high_L, unit_L), _MOST), high_L)
-        level_LD = np.rint(_moved(anchor_LD, gradient_LD, high_L))
-        short_L = _fall(anchor_LD, gradient_LD, level_LD) < fall_L
-        if not short_L.any():
-            break
-    if (high_L - low_L <= _NARROW * high_L).all():
-        return level_LD
-    for _ in range(_BISECTIONS):
-        middle_L = 0.5 * (low_L + high_L)
-        middle_LD = np.rint(_moved(anchor_LD, gradient_LD, middle_L))
-        enough_L = _fall(anchor_LD, gradient_LD, middle_LD) >= fall_L
-        high_L = np.where(enough_L, middle_L, high_L)
-        low_L = np.where(enough_L, low_L, middle_L)
-    return np.rint(_moved(anchor_LD, gradient_LD, high_L))
-
-
-def _multiplier(
-    anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray, tolerance: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The lambda at which `<g, .>` has fallen by `fall` from `anchor` to `clip(anchor - lambda g)`; where none does.
-
-    The fall is concave in lambda and piecewise linear, so Newton's method from any guess ends after a few steps.
-    """
-    low_MD, high_MD = -anchor_MD, LEVELS - anchor_MD
-    line_MD, move_MD = np.empty_like(anchor_MD), np.empty_like(anchor_MD)
-    stuck_M = np.zeros(len(fall_M), np.bool_)
-    for _ in range(_NEWTON_STEPS):
-        np.multiply(gradient_MD, -lambda_M[:, None], out=line_MD)
-        np.clip(line_MD, low_MD, high_MD, out=move_MD)
-        missing_M = fall_M + _rows_dot(gradient_MD, move_MD)
-        wrong_M = np.abs(missing_M) > tolerance * np.abs(fall_M)
-        if not wrong_M.any():
-            break
-        # Pixels that are at their bound move no further.
-        np.multiply(gradient_MD, line_MD == move_MD, out=move_MD)
-        free_M = _rows_dot(move_MD, gradient_MD)
-        stuck_M = wrong_M & (missing_M > 0.0) & ~(free_M > 0.0)
-        if (stuck_M == wrong_M).all():
-            break
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            step_M = np.where(free_M > 0.0, missing_M / free_M, -0.5 * lambda_M)
-            lambda_M = np.where(wrong_M & ~stuck_M, np.clip(lambda_M + step_M, 0.0, _MOST), lambda_M)
-    return lambda_M, stuck_M
-
-
-def _mix(
-    old_MD: np.ndarray,
-    old_left_M: np.ndarray,
-    new_MD: np.ndarray,
-    new_left_M: np.ndarray,
-    move_MD: np.ndarray,
-    free_MD: np.ndarray,
-    mixed_M: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The share of the old cut in the mixture that both ask for, 0 unless `mixed`, and a guess of its lambda.
-
-    Closest to the centre where both linear functions have fallen far enough, from the iterate by what is left, is a
-    point of the plane that their gradients span, found from two equations; pixels at their bound stay there.
-    """
-    old_free_MD, new_free_MD = old_MD * free_MD, new_MD * free_MD
-    old_old_M = _rows_dot(old_free_MD, old_free_MD)
-    old_new_M = _rows_dot(old_free_MD, new_free_MD)
-    new_new_M = _rows_dot(new_free_MD, new_free_MD)
-    # Pixels at their bound have made their contribution, the others shall move anew.
-    old_need_M = old_left_M - _rows_dot(old_free_MD, move_MD)
-    new_need_M = new_left_M - _rows_dot(new_free_MD, move_MD)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        determinant_M = old_old_M * new_new_M - old_new_M * old_new_M
-        old_M = (old_need_M * new_new_M - new_need_M * old_new_M) / determinant_M
-        new_M = (new_need_M * old_old_M - old_need_M * old_new_M) / determinant_M
-        share_M = np.minimum(np.where(new_M <= 0.0, 1.0, old_M / (old_M + new_M)), _MOST_OLD)
-        known_M = mixed_M & np.isfinite(share_M) & (old_M > 0.0)
-        lambda_M = np.where(known_M, old_M + np.maximum(new_M, 0.0), new_need_M / new_new_M)
-    usable_M = np.isfinite(lambda_M) & (lambda_M > 0.0)
-    return np.where(known_M, share_M, 0.0), np.where(usable_M, np.minimum(lambda_M, _MOST), 0.0)
-
-
-def _moved(anchor_MD: np.ndarray, gradient_MD: np.ndarray, lambda_M: np.ndarray) -> np.ndarray:
-    """`clip(anchor - lambda g)`."""
-    moved_MD = gradient_MD * -lambda_M[:, None]
-    moved_MD += anchor_MD
-    return np.clip(moved_MD, 0.0, LEVELS, out=moved_MD)
-
-
-def _fall(anchor_MD: np.ndarray, gradient_MD: np.ndarray, moved_MD: np.ndarray) -> np.ndarray:
-    return _rows_dot(gradient_MD, anchor_MD - moved_MD)
-
-
-def _bounded(gradient_MD: np.ndarray) -> np.ndarray:
-    """Entries that are not numbers become 0, and none is so large that its square is infinite."""
-    return np.clip(np.nan_to_num(gradient_MD), -_LARGEST, _LARGEST)
-
-
-def _rows_dot(left_MD: np.ndarray, right_MD: np.ndarray) -> np.ndarray:
-    return np.einsum("md,md->m", left_MD, right_MD)

@@ -8,8 +8,8 @@ applied. Colour profiles and gamma chunks do not change the values.
 How the file stores its pixels decides its channels, never their values and never the model: a grey file (Pillow's
 modes `1` and `L`) is 1 channel, an RGB file (mode `RGB`, to which YCbCr decodes) is 3, even if R = G = B everywhere. A
 palette (mode `P`) is 1 channel if all of its colours are grey, whether pixels use them or not, else 3. Where the model
-takes the other, `service.pixels.preprocessing` converts as part of the certified map: the radius is about the channels that
-were sent.
+takes the other, `service.pixels.preprocessing` converts as part of the certified map: the radius is about the
+channels that were sent.
 
 Units: uint8 value v is v / 255 in float64. Axes: N images, C channels, H height, W width.
 """
@@ -22,24 +22,19 @@ import hashlib
 import io
 import struct
 import zlib
-from math import prod
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from service.errors import (
-    ArrayError,
     Base64Error,
-    BatchTooLargeError,
-    ChannelsError,
     EmptyBodyError,
     ImageFormatError,
     ImageTooLargeError,
     NotAnImageError,
-    PixelRangeError,
 )
-from service.shapes import Float64, Num, UInt8
+from service.shapes import Float64, UInt8
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Decoders that are used; the others of Pillow are not offered to bytes from outside."""
@@ -234,139 +229,3 @@ def _check_png(data: bytes) -> None:
                 raise ValueError("the last chunk is not empty")
             return
         start = end + 4
-
-
-def decode_array(data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
-    """Pixels in [0, 1] of one npy array: C x H x W, H x W x C, or H x W where the model has one channel.
-
-    C is told from H and W by the number of channels of the model; where both ends of the shape have it, the
-    reading with the model's height and width counts, and if that does not decide, the array is refused.
-
-    Raises:
-        EmptyBodyError, ArrayError, ChannelsError, PixelRangeError, ImageTooLargeError
-    """
-    array, shape = _read_npy(data, max_pixels, input_shape_CHW[0])
-    channels = input_shape_CHW[0]
-    if len(shape) == 4:
-        raise ArrayError(
-            f"the array has 4 axes {shape}, a batch; send it to /predict/batch, or send one image of shape "
-            f"{_shapes(input_shape_CHW)}"
-        )
-    if len(shape) == 2 and channels == 1:
-        pixels_CHW = array[np.newaxis]
-    elif len(shape) == 3:
-        pixels_CHW = _channels_first(array, 0, input_shape_CHW)
-    else:
-        raise ArrayError(f"the array has shape {shape}; expected {_shapes(input_shape_CHW)}")
-    return unit_range(pixels_CHW)
-
-
-def decode_array_batch(
-    data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int
-) -> Float64[np.ndarray, "N C H W"]:
-    """Pixels in [0, 1] of an npy batch: N x C x H x W, N x H x W x C, or N x H x W where C is 1.
-
-    Raises:
-        EmptyBodyError, ArrayError, ChannelsError, PixelRangeError, ImageTooLargeError, BatchTooLargeError
-    """
-    channels = input_shape_CHW[0]
-    array, shape = _read_npy(data, max_pixels, channels)
-    if len(shape) == 3 and channels == 1:
-        pixels_NCHW = array[:, np.newaxis]
-    elif len(shape) == 4:
-        pixels_NCHW = _channels_first(array, 1, input_shape_CHW)
-    else:
-        raise ArrayError(f"the array has shape {shape}; expected a batch, N images of shape {_shapes(input_shape_CHW)}")
-    if len(pixels_NCHW) > max_batch:
-        raise BatchTooLargeError(len(pixels_NCHW), max_batch)
-    return unit_range(pixels_NCHW)
-
-
-def _shapes(input_shape_CHW: tuple[int, int, int]) -> str:
-    channels, height, width = input_shape_CHW
-    shapes = [(channels, height, width), (height, width, channels)] + ([(height, width)] if channels == 1 else [])
-    return " or ".join(str(shape) for shape in shapes)
-
-
-def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The array over `data`, without a copy: a header cannot make the server allocate anything."""
-    if not data:
-        raise EmptyBodyError("the body is empty; send the bytes that numpy.save writes")
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran_order, dtype = read_header(file)
-    except Exception:
-        # The header is parsed as a Python literal: hostile ones raise ValueError, SyntaxError, MemoryError...
-        raise ArrayError(
-            "the body is not a npy file, or its header is damaged; send the bytes that "
-            "numpy.save(file, array, allow_pickle=False) writes"
-        ) from None
-    if dtype.hasobject:
-        raise ArrayError(
-            "the array holds pickled Python objects, which are never loaded here; send uint8 or float values"
-        )
-    if not (dtype.kind == "u" and dtype.itemsize == 1) and not (dtype.kind == "f" and dtype.itemsize <= 8):
-        raise ArrayError(
-            f"the array has dtype {dtype.name}; expected uint8 (0..255), or float16, float32 or float64 in [0, 1]"
-        )
-    if not shape or any(type(length) is not int or length < 1 for length in shape):
-        raise ArrayError(f"the array has shape {shape}; expected at least one value along every axis")
-    declared, sent = prod(shape) * dtype.itemsize, len(data) - file.tell()
-    if declared != sent:
-        raise ArrayError(
-            f"the header declares shape {shape} of {dtype.name}, {declared} bytes, and {sent} bytes follow "
-            "it; send the whole file and nothing after it"
-        )
-    if prod(shape) // channels > max_pixels:
-        raise ImageTooLargeError(f"it has {prod(shape) // channels} pixels", max_pixels)
-    flat = np.frombuffer(data, dtype, offset=file.tell())
-    return (flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)), shape
-
-
-def _channels_first(array: np.ndarray, axis: int, input_shape_CHW: tuple[int, int, int]) -> np.ndarray:
-    """Move the channels to `axis` from wherever the shape says they are: there, or last."""
-    channels, *size = input_shape_CHW
-    shape = array.shape[axis:]
-    first, last = shape[0] == channels, shape[-1] == channels
-    if first and last:
-        first_fits, last_fits = list(shape[1:]) == size, list(shape[:-1]) == size
-        if first_fits == last_fits and array.shape[axis] * array.shape[-1] != 1:
-            raise ArrayError(
-                f"the shape {array.shape} can be read with the channels first or last, and neither reading "
-                f"is the model's; send {_shapes(input_shape_CHW)}"
-            )
-        last = last_fits
-        first = not last
-    if first:
-        return array
-    if last:
-        return np.moveaxis(array, -1, axis)
-    raise ChannelsError(
-        f"the array has shape {array.shape} and the model takes {channels} channel{'s' * (channels > 1)}; "
-        f"send {_shapes(input_shape_CHW)}"
-    )
-
-
-def unit_range(pixels: Num[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:
-    """float64 in [0, 1], exactly the values that were sent; uint8 as `to_unit`.
-
-    Raises:
-        PixelRangeError: a value is NaN, infinite or outside [0, 1]; the message says where.
-    """
-    if pixels.dtype.kind == "u":
-        return to_unit(pixels)
-    values = np.ascontiguousarray(pixels, dtype=np.float64)
-    # Written so that NaN is outside: every comparison with it is false.
-    inside = (values >= 0.0) & (values <= 1.0)
-    if not inside.all():
-        where = tuple(int(index) for index in np.argwhere(~inside)[0])
-        raise PixelRangeError(
-            f"the value at {where} is {float(values[where])!r}; floats are expected in [0, 1] (divide "
-            "0..255 by 255, or send uint8)"
-        )
-    return values

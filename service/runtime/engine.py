@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -23,12 +21,8 @@ import numpy as np
 import onnxruntime
 
 from service.errors import ProviderError
-
-Provider = Literal["auto", "cpu", "cuda"]
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-
-_log = logging.getLogger(__name__)
+from service.runtime.fixed_batches import FixedBatches, GraphError, dtype
+from service.runtime.provider import CPU, CUDA
 
 _CUDA_OPTIONS = {
     # TF32 keeps 11 bits of each factor: outside the error analysis.
@@ -38,12 +32,6 @@ _CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "DEFAULT",
     # The default doubles what it takes each time; a GPU has other users.
     "arena_extend_strategy": "kSameAsRequested",
-}
-# Whoever sets these asks NVIDIA's libraries for products in narrower formats, whatever a program asks for.
-_CUDA_ENVIRONMENT = {
-    "NVIDIA_TF32_OVERRIDE": "0",
-    "CUBLAS_EMULATE_SINGLE_PRECISION": "0",
-    "CUBLAS_EMULATE_DOUBLE_PRECISION": "0",
 }
 _LARGEST_GPU_BATCH = 256
 # All but the last fold a scale into the weights of the layer before it: another network, by one rounding of every
@@ -60,11 +48,6 @@ _DISABLED_OPTIMIZERS = [
 # Errors and worse: the runtime's warnings are about its own attempts, and this module reports those in its
 # own words.
 _LOG_SEVERITY_ERROR = 3
-_DTYPES: dict[str, Any] = {"tensor(double)": np.float64, "tensor(float)": np.float32}
-
-
-class GraphError(Exception):
-    """ONNX Runtime cannot load the graph; the message is the runtime's."""
 
 
 class Engine:
@@ -112,7 +95,7 @@ class Engine:
                 "version: "
                 "install the `gpu` extra (onnxruntime-gpu[cuda,cudnn]), or set LIPCERT_PROVIDER=cpu."
             )
-        self._dtypes = {value.name: _dtype(value.name, value.type) for value in self._session.get_inputs()}
+        self._dtypes = {value.name: dtype(value.name, value.type) for value in self._session.get_inputs()}
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self._fixed = FixedBatches(self._session, "cuda", _LARGEST_GPU_BATCH) if provider == "cuda" else None
@@ -125,100 +108,6 @@ class Engine:
             return self._fixed.run(outputs, inputs)
         feed = {name: np.ascontiguousarray(value, self._dtypes[name]) for name, value in inputs.items()}
         return self._session.run(list(outputs), feed)  # type: ignore[return-value]
-
-
-class FixedBatches:
-    """Runs a graph in batches of few sizes, powers of two, in memory that is bound to it once.
-
-    A GPU sets itself up anew for every batch size that it has not seen, so all of them are seen before anything is
-    served. A smaller batch is filled up with black images, a larger one is cut; rows that were added are dropped, and
-    by contract no row of a batch has a part in another. One batch at a time, from any thread.
-    """
-
-    sizes: tuple[int, ...]
-    """Batch sizes, ascending; a graph of a fixed batch size has that alone."""
-
-    def __init__(self, session: onnxruntime.InferenceSession, device: Literal["cpu", "cuda"], largest: int) -> None:
-        """Bind memory on `device`, which is where the session's provider computes.
-
-        Args:
-            session: of a graph whose inputs and outputs have the batch as their first axis.
-            device: where inputs are kept.
-            largest: images in the largest batch; a power of two.
-
-        Raises:
-            GraphError: an input has no fixed shape behind its batch axis, so that no memory can be bound to it.
-        """
-        self._session = session
-        self._device = device
-        self._lock = threading.Lock()
-        declared = session.get_inputs()
-        fixed = next((value.shape[0] for value in declared if isinstance(value.shape[0], int)), None)
-        self.sizes = tuple(2**k for k in range(largest.bit_length())) if fixed is None else (fixed,)
-        for value in declared:
-            if not all(isinstance(length, int) for length in value.shape[1:]):
-                raise GraphError(
-                    f"input {value.name!r} has shape {value.shape}; it must be fixed behind the batch axis"
-                )
-        # Rows come together here and go to the device in one piece.
-        self._gathered = {
-            value.name: np.zeros((self.sizes[-1], *value.shape[1:]), _dtype(value.name, value.type))
-            for value in declared
-        }
-        self._inputs: dict[int, dict[str, onnxruntime.OrtValue]] = {}
-        self._bindings: dict[tuple[int, tuple[str, ...]], onnxruntime.IOBinding] = {}
-
-    def warm_up(self) -> None:
-        """Run every batch size once, the largest first: what it takes is enough for the others."""
-        names = [value.name for value in self._session.get_outputs()]
-        for size in reversed(self.sizes):
-            self.run(names, {name: rows[:size] for name, rows in self._gathered.items()})
-
-    def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """As `Engine.run`; raises `ValueError` where the inputs are not those of the graph."""
-        n = len(next(iter(inputs.values()), ()))
-        expected = {name: (n, *rows.shape[1:]) for name, rows in self._gathered.items()}
-        given = {name: rows.shape for name, rows in inputs.items()}
-        if given != expected:
-            raise ValueError(f"the graph takes {expected}, and got {given}")
-        largest = self.sizes[-1]
-        # An empty batch has the shape of its results, too.
-        parts = [
-            self._run({name: rows[start : start + largest] for name, rows in inputs.items()}, tuple(outputs))
-            for start in range(0, max(n, 1), largest)
-        ]
-        return parts[0] if len(parts) == 1 else [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-
-    def _run(self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...]) -> list[np.ndarray]:
-        n = len(next(iter(inputs.values())))
-        size = next(size for size in self.sizes if size >= n)
-        with self._lock:
-            binding = self._binding(size, outputs)
-            for name, rows in inputs.items():
-                gathered = self._gathered[name][:size]
-                gathered[:n] = rows
-                gathered[n:] = 0.0
-                self._inputs[size][name].update_inplace(gathered)
-            self._session.run_with_iobinding(binding)
-            # The memory of a binding is written again by its next run.
-            return [np.array(value.numpy()[:n]) for value in binding.get_outputs()]
-
-    def _binding(self, size: int, outputs: tuple[str, ...]) -> onnxruntime.IOBinding:
-        if size not in self._inputs:
-            self._inputs[size] = {
-                name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                    (size, *rows.shape[1:]), rows.dtype, self._device, 0
-                )
-                for name, rows in self._gathered.items()
-            }
-        if (size, outputs) not in self._bindings:
-            binding = self._session.io_binding()
-            for name, value in self._inputs[size].items():
-                binding.bind_ortvalue_input(name, value)
-            for name in outputs:
-                binding.bind_output(name, "cpu")
-            self._bindings[size, outputs] = binding
-        return self._bindings[size, outputs]
 
 
 class LaterEngine:
@@ -270,49 +159,6 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
-    """Choose the provider once, before a graph is loaded; `auto` logs why it does not take CUDA.
-
-    Raises:
-        ProviderError: `cuda` was asked for; the message says what is missing.
-    """
-    if provider == "cpu":
-        return "cpu"
-    missing = missing_for_cuda()
-    if missing is None:
-        os.environ.update(_CUDA_ENVIRONMENT)
-        # The CUDA and cuDNN wheels are not on the loader's path; a no-op where the system has the libraries.
-        onnxruntime.preload_dlls()
-        return "cuda"
-    if provider == "cuda":
-        raise ProviderError(f"LIPCERT_PROVIDER=cuda cannot be had: {missing} Or set LIPCERT_PROVIDER=auto or cpu.")
-    _log.info("serving on the CPU: %s", missing)
-    return "cpu"
-
-
-def missing_for_cuda() -> str | None:
-    """What keeps this process from using CUDA, as a sentence with its cure; None if nothing is known to.
-
-    Asks the driver itself: a failed attempt of the runtime would be reported on stderr by native code.
-    """
-    if CUDA not in onnxruntime.get_available_providers():
-        return "the installed ONNX Runtime has no CUDA provider; install the `gpu` extra instead of `cpu`."
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return (
-            "the NVIDIA driver library libcuda.so.1 cannot be loaded; install the driver, and in a container "
-            "start it with the GPU (docker run --gpus all)."
-        )
-    status = driver.cuInit(0)
-    if status != 0:
-        return f"the NVIDIA driver does not start (cuInit returned {status}); check it with nvidia-smi."
-    count = ctypes.c_int(0)
-    if driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        return "the NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi."
-    return None
-
-
 def _session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -325,10 +171,3 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "0")
     return options
-
-
-def _dtype(name: str, onnx_type: str) -> Any:
-    try:
-        return _DTYPES[onnx_type]
-    except KeyError:
-        raise GraphError(f"input {name!r} is {onnx_type}; it must be tensor(double) or tensor(float)") from None

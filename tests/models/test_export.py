@@ -14,19 +14,14 @@ from layer_cases import each_layer, trained
 from onnx import TensorProto
 
 from models import export
-from models.data.published import LabelledImages
+from models.data.labelled import LabelledImages
 from models.export import ExportRefusedError, compare, emit_graphs, export_artefact, measure, prove, run_graph
-from models.nets.layers.linear import (
-    Chain,
-    Flatten,
-    GroupSort2,
-    L2Pool2d,
-    Layer,
-    Normalize,
-    OrthogonalConv2d,
-    OrthogonalDense,
-    UnitHead,
-)
+from models.nets.layers.base import Chain, Layer
+from models.nets.layers.convolution import OrthogonalConv2d
+from models.nets.layers.linear import OrthogonalDense, UnitHead
+from models.nets.layers.pooling import L2Pool2d
+from models.nets.layers.reshaping import Flatten, Normalize
+from models.nets.layers.sorting import GroupSort2
 from models.nets.networks import LipschitzNetwork, convolutional_network, dense_network
 from models.nets.onnx_graph import IR_VERSION, OPSET, GraphBuilder, Value
 from models.recipes import Stage

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from models import runs
 from models.__main__ import app
-from models.nets.layers.linear import OrthogonalConv2d
+from models.nets.layers.convolution import OrthogonalConv2d
 from models.recipes import RECIPES, ImageRecipe, RecipeError, recipe_by_name
 from models.runs import build_network
 from models.toys import centred_square, squares_sampler, true_squares_distance, two_moons
-from models.training.loop import Interrupted
+from models.training.errors import Interrupted
 
 runner = CliRunner()
 

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 pytest.importorskip("foolbox")
 
 from models import runs
-from models.evaluation import attacks
 from models.__main__ import app
+from models.evaluation import attacks
 from models.nets.networks import LipschitzNetwork
 from models.recipes import RECIPES, ImageRecipe
 from models.runs import class_weights
-from models.training.loop import Run, Trained, TrainingError
+from models.training.errors import TrainingError
+from models.training.loop import Run, Trained
 from service.artefact.card import read_card
 from service.inference.classifier import Classifier
 from service.pixels.images import decode_image, to_unit

@@ -19,7 +19,7 @@ import builders
 import numpy as np
 import onnx
 import pytest
-from test_proving import children_of, is_running, wait_until
+from process_table import children_of, is_running, wait_until
 
 from service.__main__ import main
 from service.artefact.card import digest

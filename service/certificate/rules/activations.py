@@ -12,9 +12,9 @@ from collections.abc import Callable
 import numpy as np
 
 from service.certificate.graph import Node
-from service.certificate.rules.table import (
+from service.certificate.rounding import add_up, div_up, down, mul_up, sqrt_up
+from service.certificate.rules.operands import (
     Array,
-    Context,
     Operands,
     Refusal,
     broadcast_constant,
@@ -23,10 +23,8 @@ from service.certificate.rules.table import (
     float_operand,
     image_axis,
     int_attribute,
-    rounding_of,
-    rule,
 )
-from service.certificate.rounding import add_up, div_up, down, mul_up, sqrt_up
+from service.certificate.rules.table import Context, rounding_of, rule
 from service.certificate.values import Affine, LinearStep, Slopes, Value, View
 
 FUNCTION_ERROR = 64.0

@@ -10,35 +10,31 @@ from numpy.typing import NDArray
 from service.certificate.convolutions import (
     absolute_convolution_bound,
     circular_norm_bound,
-    convolution_norm_bound,
     convolve,
     dilated,
     transposed_convolve,
 )
 from service.certificate.graph import Node
 from service.certificate.norms import row_norms_up, spectral_norm_bound
-from service.certificate.rules.table import (
+from service.certificate.rounding import SMALLEST_NORMAL, add_up, div_up, down, mul_up, norm_up, sqrt_up
+from service.certificate.rules.operands import (
     Array,
-    Context,
     Operands,
     Refusal,
     data_operand,
-    diagonal_step,
     flag_attribute,
     float_attribute,
     float_operand,
     int_attribute,
-    linear_result,
     optional_operand,
-    rule,
 )
-from service.certificate.rounding import SMALLEST_NORMAL, add_up, div_up, down, mul_up, norm_up, sqrt_up
+from service.certificate.rules.table import Context, diagonal_step, linear_result, rule
 from service.certificate.values import Convolution, Value, View
 
 Number = TypeVar("Number", bound=np.generic)
 
 
-def _numbers(node: Node, name: str, default: Sequence[int]) -> list[int]:
+def numbers_of(node: Node, name: str, default: Sequence[int]) -> list[int]:
     value = node.attributes.get(name, list(default))
     if not isinstance(value, (list, tuple)):
         raise Refusal(f"attribute {name} must be a list of integers")
@@ -48,11 +44,11 @@ def _numbers(node: Node, name: str, default: Sequence[int]) -> list[int]:
     return numbers
 
 
-def _pads(node: Node, size: Sequence[int], extent: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+def pads_of(node: Node, size: Sequence[int], extent: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
     """Zeros before and after each spatial axis; `auto_pad` as ONNX defines it."""
     mode = node.attributes.get("auto_pad", "NOTSET")
     if mode == "NOTSET":
-        pads = _numbers(node, "pads", [0] * (2 * len(size)))
+        pads = numbers_of(node, "pads", [0] * (2 * len(size)))
         if min(pads, default=0) < 0:
             raise Refusal("negative pads; use Slice")
         return list(zip(pads[: len(size)], pads[len(size) :], strict=True))
@@ -71,7 +67,7 @@ def _pads(node: Node, size: Sequence[int], extent: Sequence[int], strides: Seque
 def _kernel(node: Node, weight: Array) -> Array:
     if weight.ndim not in (3, 4):
         raise Refusal(f"a kernel with {weight.ndim - 2} spatial axes; the rule covers 1 and 2")
-    if _numbers(node, "kernel_shape", weight.shape[2:]) != list(weight.shape[2:]):
+    if numbers_of(node, "kernel_shape", weight.shape[2:]) != list(weight.shape[2:]):
         raise Refusal("kernel_shape is not the shape of the weight")
     return weight
 
@@ -98,9 +94,9 @@ def conv(context: Context, node: Node, inputs: Operands) -> list[Value]:
     if len(view.shape) != axes + 1 or view.shape[0] != kernel.shape[1] * groups or kernel.shape[0] % groups:
         raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
     size = view.shape[1:]
-    strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
+    strides, dilations = numbers_of(node, "strides", [1] * axes), numbers_of(node, "dilations", [1] * axes)
     extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilations, strict=True)]
-    pads = _pads(node, size, extent, strides)
+    pads = pads_of(node, size, extent, strides)
     if any(n + low + high < k for n, (low, high), k in zip(size, pads, extent, strict=True)):
         raise Refusal("the kernel is larger than the padded image")
 
@@ -168,7 +164,7 @@ def _patch_bound(
     if view.repetition <= 1:
         return math.inf
     padded = np.pad(view.index, [(0, 0), *pads], constant_values=-1)
-    patches = _windows(padded, kernel.shape[2:], strides, dilations)
+    patches = windows_of(padded, kernel.shape[2:], strides, dilations)
     times = np.bincount(patches[patches >= 0]).max(initial=0)
     norm = max(spectral_norm_bound(part.reshape(len(part), -1)) for part in np.split(kernel, groups))
     return mul_up(norm, sqrt_up(float(times)), view.source.lipschitz)
@@ -191,9 +187,9 @@ def conv_transpose(context: Context, node: Node, inputs: Operands) -> list[Value
         raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
     if node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise Refusal("auto_pad, which runtimes read in two ways; give the pads as numbers")
-    strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
-    extra = _numbers(node, "output_padding", [0] * axes)
-    pads = _pads(node, view.shape[1:], [1] * axes, strides)
+    strides, dilations = numbers_of(node, "strides", [1] * axes), numbers_of(node, "dilations", [1] * axes)
+    extra = numbers_of(node, "output_padding", [0] * axes)
+    pads = pads_of(node, view.shape[1:], [1] * axes, strides)
     # As the adjoint of the convolution of an image as large as the full result.
     whole = [
         (n - 1) * s + (k - 1) * d + 1 + more
@@ -229,7 +225,7 @@ def conv_transpose(context: Context, node: Node, inputs: Operands) -> list[Value
     ]
 
 
-def _windows(
+def windows_of(
     values: NDArray[Number], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> NDArray[Number]:
     """`... x *out x window` of a padded `... x *S` array."""
@@ -242,151 +238,6 @@ def _windows(
     taps = tuple(slice(None, None, dilation) for dilation in dilations)
     chosen = windows[(..., *picks, *taps)]
     return chosen.reshape(*chosen.shape[:-axes], -1)
-
-
-def _coverage(
-    size: Sequence[int],
-    pads: Sequence[tuple[int, int]],
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-) -> NDArray[np.int64]:
-    """Indices into the image (one channel) of each window, -1 for padding: `*out x window`."""
-    positions = np.arange(math.prod(size)).reshape(1, *size)
-    return _windows(np.pad(positions, [(0, 0), *pads], constant_values=-1), kernel, strides, dilations)[0]
-
-
-def _pool_geometry(node: Node, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:
-    axes = len(shape) - 1
-    if axes not in (1, 2):
-        raise Refusal(f"{axes} spatial axes; the rule covers 1 and 2")
-    if flag_attribute(node, "ceil_mode", 0):
-        raise Refusal("ceil_mode=1 has no proved rule")
-    kernel = _numbers(node, "kernel_shape", [0] * axes)
-    strides, dilations = _numbers(node, "strides", [1] * axes), _numbers(node, "dilations", [1] * axes)
-    if node.attributes.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
-        apart = any((-(-n // s) - 1) * s + k < n for n, k, s in zip(shape[1:], kernel, strides, strict=True))
-        if apart or set(dilations) != {1}:
-            raise Refusal("auto_pad of windows with gaps, which runtimes read in two ways; give the pads as numbers")
-    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    return kernel, strides, dilations, _pads(node, shape[1:], extent, strides)
-
-
-POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
-
-
-def pool_windows(node: Node, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], Array]:
-    """Positions `C x *out x window` in a flattened `C x *S` image, -1 for padding, and the divisors of their means."""
-    kernel, strides, dilations, pads = _pool_geometry(node, shape)
-    one = _coverage(shape[1:], pads, kernel, strides, dilations)
-    offsets = np.arange(shape[0]).reshape(-1, *[1] * one.ndim) * math.prod(shape[1:])
-    divisors = _divisors(node, one >= 0)
-    return np.where(one >= 0, one + offsets, -1), np.broadcast_to(divisors, (shape[0], *divisors.shape))
-
-
-def _divisors(node: Node, inside: NDArray[np.bool_]) -> Array:
-    if flag_attribute(node, "count_include_pad", 0):
-        return np.full(inside.shape[:-1], float(inside.shape[-1]))
-    divisors = inside.sum(axis=-1).astype(np.float64)
-    if (divisors == 0.0).any():
-        raise Refusal("a window holds padding only")
-    return divisors
-
-
-@rule("MaxPool", attributes=(*POOL_ATTRIBUTES, "storage_order"))
-def max_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Maxima of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows (1 if they are disjoint). Exact."""
-    if len(node.outputs) > 1:
-        raise Refusal("the indices of a maximum jump and have no Lipschitz constant")
-    view = data_operand(inputs[0])
-    kernel, strides, dilations, pads = _pool_geometry(node, view.shape)
-    padded = np.pad(view.center, [(0, 0), *pads], constant_values=-np.inf)
-    center = _windows(padded, kernel, strides, dilations).max(axis=-1)
-    if not np.isfinite(center).all():
-        raise Refusal("a window holds padding only")
-    used = _coverage(view.shape[1:], pads, kernel, strides, dilations).ravel()
-    times = float(np.bincount(used[used >= 0]).max())
-    facts = context.domain.joint(view)
-    factor = sqrt_up(times)
-    return [context.source(center, mul_up(factor, facts.lipschitz), mul_up(factor, facts.error), view.source.error_max)]
-
-
-@rule("AveragePool", attributes=(*POOL_ATTRIBUTES, "count_include_pad"))
-def average_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Means of windows: sqrt(largest row sum * largest column sum) of its weights (Schur's test)."""
-    view = data_operand(inputs[0])
-    kernel, strides, dilations, pads = _pool_geometry(node, view.shape)
-    indices = _coverage(view.shape[1:], pads, kernel, strides, dilations)
-    inside = indices >= 0
-    n = math.prod(kernel)
-    divisors = _divisors(node, inside)
-    # The sum, before it is divided.
-    context.no_overflow(mul_up(float(n), context.domain.joint(view).largest))
-
-    def apply(stack: Array) -> Array:
-        padded = np.pad(stack, [(0, 0), (0, 0), *pads])
-        return _windows(padded, kernel, strides, dilations).sum(axis=-1) / divisors
-
-    shares = np.broadcast_to((1.0 / divisors)[..., None], inside.shape)[inside]
-    columns = np.bincount(indices[inside], weights=shares)
-    # Row sums are at most 1; a column is a sum of at most n quotients, each rounded once.
-    column = mul_up(float(columns.max()), 1.0 + 4.0 * (n + 2) * 2.0**-53)
-    norm = spread = sqrt_up(column)
-    row_norm = div_up(1.0, math.sqrt(float(divisors.min()))) * (1.0 + 2.0**-50)
-    convolution = None
-    if (divisors == n).all():
-        # The same weights everywhere: a convolution of each channel with ones, divided by n.
-        weights = dilated(np.ones((view.shape[0], 1, *kernel)), dilations)
-        alone = convolution_norm_bound(weights[:1], view.shape[1:], strides, [1] * len(kernel), 1)
-        norm = min(norm, div_up(alone, float(n)))
-        offsets = tuple(low for low, _ in pads)
-        convolution = Convolution(weights / n, tuple(strides), offsets, view.shape[0])
-    return [
-        linear_result(
-            context,
-            view,
-            apply,
-            None,
-            norm=norm,
-            spread=spread,
-            row_norm=row_norm,
-            terms=n + 1,
-            convolution=convolution,
-        )
-    ]
-
-
-@rule("GlobalAveragePool", "GlobalMaxPool")
-def global_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Over a whole channel of n pixels: the mean has norm 1 / sqrt(n), the maximum is 1-Lipschitz and exact."""
-    view = data_operand(inputs[0])
-    flat = view.center.reshape(view.shape[0], -1)
-    shape = (view.shape[0], *[1] * (len(view.shape) - 1))
-    if node.operator == "GlobalMaxPool":
-        facts = context.domain.joint(view)
-        return [context.source(flat.max(axis=1).reshape(shape), facts.lipschitz, facts.error, view.source.error_max)]
-    n = flat.shape[1]
-    context.no_overflow(mul_up(float(n), context.domain.joint(view).largest))
-    norm = div_up(sqrt_up(float(n)), float(n)) if n > 1 else 1.0
-    channels = view.rearranged(view.index.reshape(flat.shape))
-
-    def apply(stack: Array) -> Array:
-        return stack.mean(axis=2).reshape(-1, *shape)
-
-    return [
-        linear_result(
-            context,
-            channels,
-            apply,
-            None,
-            norm=norm,
-            spread=norm,
-            row_norm=norm,
-            terms=n + 1,
-            tight=True,
-            mean=True,
-        )
-    ]
 
 
 @rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))

@@ -14,19 +14,17 @@ import numpy as np
 
 from service.certificate.graph import Node
 from service.certificate.norms import spectral_norm_bound
-from service.certificate.rules.table import (
+from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up, up
+from service.certificate.rules.operands import (
     Array,
-    Context,
     Operands,
     Refusal,
     data_operand,
     flag_attribute,
     float_operand,
     integer_operand,
-    linear_result,
-    rule,
 )
-from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up, up
+from service.certificate.rules.table import Context, linear_result, rule
 from service.certificate.values import Constant, Value, View
 
 _HALF = Fraction(1, 2)

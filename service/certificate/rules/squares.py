@@ -17,21 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.certificate.graph import Node
-from service.certificate.rules.table import (
-    RULES,
-    Array,
-    Context,
-    Operands,
-    Refusal,
-    RuleEntry,
-    data_operand,
-    float_operand,
-    int_attribute,
-    rule,
-)
 from service.certificate.rounding import FLOAT64, add_up, gamma_up, mul_up, norm_up, sqrt_up
-from service.certificate.rules.arithmetic import grouped_axes, with_axes
-from service.certificate.rules.convolution import POOL_ATTRIBUTES, pool_windows
+from service.certificate.rules.operands import Array, Operands, Refusal, data_operand, float_operand, int_attribute
+from service.certificate.rules.pooling import POOL_ATTRIBUTES, pool_windows
+from service.certificate.rules.reductions import grouped_axes, with_axes
+from service.certificate.rules.table import RULES, Context, RuleEntry, rule
 from service.certificate.values import Constant, Squares, SquareTerm, Value, View, identity_of, stand_in
 
 _ROUNDINGS_OF_POW = 16

@@ -19,19 +19,18 @@ import torch
 
 from models.data import published as data
 from models.data.augmentation import augment
+from models.data.datasets import load_dataset, options_of
+from models.data.labelled import DataError, LabelledImages
 from models.data.published import (
     CIFAR10,
     CIFAR10_ARCHIVE,
     FASHION_MNIST,
     MNIST,
-    DataError,
-    LabelledImages,
     Published,
     load_cifar10,
     load_idx,
     read_labelled_images,
 )
-from models.data.datasets import load_dataset, options_of
 from models.recipes import Augment, DataOptions
 
 NAMES = tuple(MNIST.md5)

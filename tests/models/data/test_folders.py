@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.data import folders
-from models.data.published import DataError, DataSet
 from models.data.folders import load_folder
+from models.data.labelled import DataError, DataSet
 from models.preprocessing import UnusableImageError, decode_image, fit_image
 from models.recipes import DataOptions
-from service.pixels import images as service_images
 from service.errors import InputError
+from service.pixels import images as service_images
 from service.pixels.preprocessing import preprocessing_between
 
 

@@ -13,16 +13,16 @@ pytest.importorskip("foolbox")
 pytest.importorskip("art")
 torch = pytest.importorskip("torch")
 
-from models.evaluation import attacks  # noqa: E402
+from models.evaluation import attacks, libraries  # noqa: E402
 from models.evaluation.attacks import (  # noqa: E402
     AttackResult,
     CertificateRefutedError,
-    ServedModel,
     exact_distance,
     is_inside,
     run_attacks,
     union,
 )
+from models.evaluation.libraries import ServedModel  # noqa: E402
 from models.evaluation.partial import PartialResults  # noqa: E402
 from service.inference.classifier import Classifier  # noqa: E402
 
@@ -148,14 +148,14 @@ def test_radius_is_compared_without_rounding() -> None:
 @pytest.mark.parametrize("name", ["PGD", "FGSM"])
 def test_ball_search_uses_the_whole_ball_of_each_image_and_no_more(name: str) -> None:
     image, radius = np.full((2, 1, 4, 4), 0.6), np.array([0.1, 0.3])
-    found = attacks._ball_search(plane(), name, attacks.ATTACKS[name])(image, np.array([0, 0]), radius, True)
+    found = libraries.ball_search(plane(), name, attacks.ATTACKS[name])(image, np.array([0, 0]), radius, True)
     for n in range(2):
         assert 0.99 * radius[n] < exact_distance(image[n], found[n]) <= radius[n] * (1 + 1e-9)
 
 
 def test_groups_of_similar_radii_are_a_partition() -> None:
     size = np.array([3.0, 1.0, 1.2, 9.0, 1.1, 3.1])
-    groups = [group.tolist() for group in attacks._of_similar_size(size)]
+    groups = [group.tolist() for group in libraries._of_similar_size(size)]
     assert groups == [[1, 4, 2], [0, 5], [3]]
 
 

@@ -16,17 +16,15 @@ torch = pytest.importorskip("torch")
 
 from typer.testing import CliRunner  # noqa: E402
 
+from models.__main__ import app  # noqa: E402
+from models.data.labelled import DataSet, LabelledImages  # noqa: E402
 from models.evaluation import attacks  # noqa: E402
 from models.evaluation import measure as evaluation  # noqa: E402
-from models.__main__ import app  # noqa: E402
 from models.evaluation.attacks import AttackResult, CertificateRefutedError  # noqa: E402
-from models.data.published import DataSet, LabelledImages  # noqa: E402
-from models.evaluation.measure import (  # noqa: E402
-    EvaluationError,
-    EvaluationInterrupted,
+from models.evaluation.measure import EvaluationError, EvaluationInterrupted, evaluate  # noqa: E402
+from models.evaluation.summary import (  # noqa: E402
     Measured,
     count_nearer_than_radius,
-    evaluate,
     summarise,
     summarise_attacks,
 )
@@ -222,7 +220,7 @@ def test_artefact_of_another_image_size_is_refused(artefact: Path, tmp_path: Pat
 def test_provider_that_cannot_be_had_is_an_error_of_the_evaluation(
     artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.runtime.engine.missing_for_cuda", lambda: "there is no driver; install it.")
+    monkeypatch.setattr("service.runtime.provider.missing_for_cuda", lambda: "there is no driver; install it.")
     with pytest.raises(EvaluationError, match="no driver"):
         evaluate(artefact, Path("unused"), provider="cuda")
 

@@ -12,22 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import IMAGE, each_layer, trained
 
-from models.nets.layers.linear import (
-    FullSort,
-    GroupSort2,
-    L2Pool2d,
-    Layer,
-    Normalize,
-    OrthogonalConv2d,
-    OrthogonalDense,
-    OrthogonalMatrix,
-    ScaledAvgPool2d,
-    Shift2d,
-    SpaceToDepth,
-    UnitHead,
-    cayley,
-    newton_schulz,
-)
+from models.nets.layers.base import Layer
+from models.nets.layers.convolution import OrthogonalConv2d, Shift2d
+from models.nets.layers.linear import OrthogonalDense, OrthogonalMatrix, UnitHead, cayley, newton_schulz
+from models.nets.layers.pooling import L2Pool2d, ScaledAvgPool2d
+from models.nets.layers.reshaping import Normalize, SpaceToDepth
+from models.nets.layers.sorting import FullSort, GroupSort2
 from models.nets.networks import both_logits, convolutional_network, dense_network
 from models.nets.onnx_graph import GraphBuilder
 from models.recipes import Stage

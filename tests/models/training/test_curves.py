@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 from pathlib import Path
 
 import pytest
+from curve_files import events_in, points
 from tensorboardX import record_writer
-from tensorboardX.crc32c import crc32c
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from models.training.curves import Curves
-
-
-def events_in(folder: Path) -> list[Event]:
-    """All records, in the order of the files: length, its checksum, the event, its checksum."""
-    events: list[Event] = []
-    for file in sorted(folder.iterdir()):
-        content = file.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            assert content[8:12] == masked(content[:8])
-            record, content = content[12 : 12 + length], content[12 + length :]
-            assert content[:4] == masked(record)
-            content = content[4:]
-            events.append(Event.FromString(record))
-    return events
-
-
-def masked(record: bytes) -> bytes:
-    checksum = crc32c(record)
-    return struct.pack("<I", (((checksum >> 15) | (checksum << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def points(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """What TensorBoard shows: a start removes what stands at its step and beyond."""
-    shown: list[tuple[int, float]] = []
-    for event in events_in(folder):
-        if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-            shown = [(step, value) for step, value in shown if step < event.step]
-        shown += [(event.step, value.simple_value) for value in event.summary.value if value.tag == tag]
-    return shown
 
 
 def test_points_are_read_as_they_were_added(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.nets.networks import dense_network
-from models.training.optimisers import StiefelMuon, optimisers_of, orthogonalised, tangent
 from models.recipes import Schedule
+from models.training.optimisers import StiefelMuon, optimisers_of, orthogonalised, tangent
 
 shapes = pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 from bright_bars import bars
 
-from models.training import losses
 from models.nets.networks import LipschitzNetwork, dense_network
-from models.training.processes import fit_on
 from models.recipes import Augment, Schedule
-from models.training.loop import ImageBatches, Interrupted, Run, TrainingError, fit
+from models.training import losses
+from models.training.batches import ImageBatches
+from models.training.errors import Interrupted, TrainingError
+from models.training.loop import Run, fit
+from models.training.processes import fit_on
 
 BATCH = 15
 """Odd: two processes cannot have equal shares of it."""

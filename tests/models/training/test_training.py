@@ -14,26 +14,18 @@ from typing import Any
 import pytest
 import torch
 from bright_bars import bars
-from test_curves import points
+from curve_files import points
 
-from models.training import loop as training
-from models.data.published import LabelledImages
-from models.nets.layers.linear import GroupSort2
+from models.data.labelled import LabelledImages
+from models.nets.layers.sorting import GroupSort2
 from models.nets.networks import LipschitzNetwork, dense_network
 from models.recipes import Augment, Loss, Schedule
-from models.training.loop import (
-    CheckpointError,
-    ImageBatches,
-    Interrupted,
-    NonFiniteError,
-    Run,
-    TrainingError,
-    correct_within,
-    fit,
-    generator_for,
-    objective_of,
-    score,
-)
+from models.training import loop as training
+from models.training.batches import ImageBatches, generator_for
+from models.training.errors import CheckpointError, Interrupted, NonFiniteError, TrainingError
+from models.training.loop import Run, fit
+from models.training.objective import objective_of
+from models.training.scores import correct_within, score
 
 EPOCHS, BATCH = 3, 16
 STEPS = 4

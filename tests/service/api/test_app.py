@@ -21,11 +21,11 @@ from encoding import encode, npy
 from PIL import Image
 
 from service.api.app import create_app
-from service.inference.classifier import Classifier, Prediction, View
-from service.errors import ArtefactError, SettingsError
-from service.pixels.images import decode_image
 from service.api.openapi import SAMPLE_DIGIT
 from service.api.schema import radius_in_grey_levels
+from service.errors import ArtefactError, SettingsError
+from service.inference.classifier import Classifier, Prediction, View
+from service.pixels.images import decode_image
 from service.settings import Settings
 
 Weights = Mapping[str, tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]

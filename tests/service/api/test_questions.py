@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 from service.api.answers import in_records, in_words
 from service.api.app import create_app
-from service.inference.classifier import Classifier, Prediction
-from service.inference.counterfactual import Counterfactual
-from service.errors import NotAnImageError
-from service.pixels.images import decode_image
-from service.metrics import Metrics
 from service.api.predict import Body, ImageQuestion
 from service.api.routes import prefers_npy
 from service.api.schema import BatchAnswer, PredictAnswer, radius_in_grey_levels
+from service.errors import NotAnImageError
+from service.inference.classifier import Classifier, Prediction
+from service.inference.counterfactual import Counterfactual
+from service.metrics import Metrics
+from service.pixels.images import decode_image
 from service.settings import Settings
 
 NPY = {"Accept": "application/x-npy"}

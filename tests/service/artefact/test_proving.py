@@ -6,19 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import builders
 import numpy as np
 import pytest
+from process_table import children_of, is_running, wait_until
 
-from service.artefact import verification as prover
 from service.artefact import proving
-from service.errors import ArtefactError
+from service.artefact import verification as prover
 from service.artefact.graphs import Findings
 from service.artefact.proving import Provers
+from service.errors import ArtefactError
 
 
 @pytest.fixture
@@ -37,33 +36,6 @@ def assert_equal(one: Findings, other: Findings) -> None:
         return
     for name, value in vars(other.certificate).items():
         np.testing.assert_array_equal(getattr(one.certificate, name), value)
-
-
-def children_of(pid: int) -> list[int]:
-    found: list[int] = []
-    for process in Path("/proc").iterdir():
-        try:
-            fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
-        except (OSError, IndexError):
-            continue
-        if process.name.isdigit() and int(fields[1]) == pid:
-            found.append(int(process.name))
-    return found
-
-
-def is_running(pid: int) -> bool:
-    """A process that nobody has waited for yet does not run any more."""
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])

@@ -37,11 +37,11 @@ from service.artefact.card import digest
 from service.audit import Verdict, audit
 from service.audit.derivation import Derivation, Sight, derive
 from service.audit.exact import Matrix, NotAuditableError, float_numbers, gathered, power
-from service.audit.records import SentImage, read_image
 from service.audit.preprocessing import see
+from service.audit.records import SentImage, read_image
 from service.certificate import UnsupportedGraphError, certified_radius, certify, two_class_logits
-from service.inference.classifier import Classifier
 from service.errors import KeptError
+from service.inference.classifier import Classifier
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -168,7 +168,10 @@ def test_networks_of_the_trainer_with_convolutions_and_normalisation_hold(tmp_pa
     import torch
 
     from models.export import emit_graphs
-    from models.nets.layers.linear import Chain, FullSort, L2Pool2d, Normalize, ScaledAvgPool2d
+    from models.nets.layers.base import Chain
+    from models.nets.layers.pooling import L2Pool2d, ScaledAvgPool2d
+    from models.nets.layers.reshaping import Normalize
+    from models.nets.layers.sorting import FullSort
     from models.nets.networks import LipschitzNetwork, convolutional_network, dense_network
     from models.recipes import Stage
 

@@ -12,40 +12,39 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exact_matrices import exceeds_norm
 from graph_checks import Bounds, error_findings, lipschitz_findings, runnable
 from random_graphs import Graph, seeded_graph
-from test_norms import exceeds_norm
 
-from service.certificate import (
-    analysis,
-    convolutions,
-    joint,
-    norms,
-    operators,
+from service.certificate import analysis, convolutions, folding, joint, kernels, norms, rounding, values
+from service.certificate.rules import (
+    activations,
+    arithmetic,
+    convolution,
+    operands,
+    piecewise,
+    pooling,
     rearrangements,
+    reductions,
     resizing,
-    rounding,
-    rules,
-    smooth,
-    spatial,
     squares,
-    values,
+    table,
 )
 
-MODULES = (
-    analysis,
-    convolutions,
-    joint,
-    norms,
-    operators,
+RULES = (
+    activations,
+    arithmetic,
+    convolution,
+    operands,
+    piecewise,
+    pooling,
     rearrangements,
+    reductions,
     resizing,
-    rules,
-    smooth,
-    spatial,
     squares,
-    values,
+    table,
 )
+MODULES = (analysis, convolutions, folding, joint, kernels, norms, values, *RULES)
 Patch = pytest.MonkeyPatch
 
 
@@ -95,10 +94,10 @@ def circular_of_the_image(kernel: np.ndarray, torus: Any, window: Any = None) ->
 convolutions_torus = convolutions.torus_norm_bound
 certified = analysis._certificate
 image = analysis._image
-composed = joint._composed
+composed = kernels.composed_kernel
 gradient_step = joint.Joint.gradient_step
-period = spatial._period
-activated = smooth._activated
+period = convolution._period
+activated = activations._activated
 window_terms = convolutions._window_correction
 mul_up = rounding.mul_up
 
@@ -117,7 +116,7 @@ def zero_wins(*factors: float) -> float:
 
 
 def borders_forgotten(outer: Any, inner: Any, *rest: Any) -> Any:
-    return inner if joint._is_identity(outer) else composed(outer, inner, *rest)
+    return inner if kernels._is_identity(outer) else composed(outer, inner, *rest)
 
 
 def without_deviation(compose: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,8 +128,8 @@ def without_deviation(compose: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kernels_without_deviation(patch: Patch) -> None:
-    for name in ("_composed", "_added"):
-        patch.setattr(joint, name, without_deviation(getattr(joint, name)))
+    for name in ("composed_kernel", "added"):
+        everywhere(patch, name, without_deviation(getattr(kernels, name)))
 
 
 def negative_weights(patch: Patch) -> None:
@@ -173,7 +172,7 @@ MUTANTS = [
     Mutant(
         25,
         "power iteration for patches",
-        lambda p: everywhere(p, "spectral_norm_bound", power_iteration, spatial),
+        lambda p: everywhere(p, "spectral_norm_bound", power_iteration, convolution),
         ("periodic_conv",),
     ),
     Mutant(
@@ -214,7 +213,10 @@ MUTANTS = [
     ),
     Mutant(0, "dilations forgotten", lambda p: everywhere(p, "dilated", lambda kernel, dilations: kernel), ("conv",)),
     Mutant(
-        78, "another period", lambda p: p.setattr(spatial, "_period", lambda i, a: max(1, period(i, a) - 1)), SPATIAL
+        78,
+        "another period",
+        lambda p: p.setattr(convolution, "_period", lambda i, a: max(1, period(i, a) - 1)),
+        SPATIAL,
     ),
     Mutant(
         0, "no logit error", lambda p: p.setattr(analysis, "_certificate", without_error), ("dense",), of_errors=True
@@ -222,7 +224,7 @@ MUTANTS = [
     Mutant(
         0,
         "rounding of sums dropped",
-        lambda p: p.setattr(operators.Context, "gamma", lambda self, n: 0.0),
+        lambda p: p.setattr(table.Context, "gamma", lambda self, n: 0.0),
         ("dense",),
         of_errors=True,
     ),
@@ -243,7 +245,7 @@ MUTANTS = [
     Mutant(
         0,
         "inaccuracy of functions dropped",
-        lambda p: p.setattr(smooth, "FUNCTION_ERROR", 0.0),
+        lambda p: p.setattr(activations, "FUNCTION_ERROR", 0.0),
         ("activation",),
         of_errors=True,
     ),
@@ -257,7 +259,7 @@ MUTANTS = [
     Mutant(
         0,
         "overflow forgotten",
-        lambda p: p.setattr(operators.Context, "no_overflow", lambda self, bound: None),
+        lambda p: p.setattr(table.Context, "no_overflow", lambda self, bound: None),
         ("overflowing",),
         of_errors=True,
     ),
@@ -272,7 +274,7 @@ MUTANTS = [
     Mutant(
         0,
         "the larger of two branches",
-        lambda p: p.setattr(rules, "add_up", lambda *terms: max(terms)),
+        lambda p: p.setattr(arithmetic, "add_up", lambda *terms: max(terms)),
         ("residual", "branches"),
         2,
     ),
@@ -303,7 +305,10 @@ MUTANTS = [
         2,
     ),
     Mutant(
-        24, "identities that pad", lambda p: p.setattr(joint, "_composed", borders_forgotten), ("two_convolutions",)
+        24,
+        "identities that pad",
+        lambda p: everywhere(p, "composed_kernel", borders_forgotten),
+        ("two_convolutions",),
     ),
     Mutant(
         0,
@@ -329,22 +334,22 @@ MUTANTS = [
     Mutant(
         115,
         "gradient step of falling activations",
-        lambda p: everywhere(p, "Slopes", lambda of, low, high: values.Slopes(of, 0.0, high), rules, smooth),
+        lambda p: everywhere(p, "Slopes", lambda of, low, high: values.Slopes(of, 0.0, high), arithmetic, activations),
         ("gradient_step",),
     ),
     Mutant(
         0,
         "gradient step of steep activations",
-        lambda p: everywhere(p, "Slopes", lambda of, low, high: values.Slopes(of, low, 1.0), rules, smooth),
+        lambda p: everywhere(p, "Slopes", lambda of, low, high: values.Slopes(of, low, 1.0), arithmetic, activations),
         ("gradient_step",),
     ),
     Mutant(
         0,
         "positive and negative parts without their sign",
-        lambda p: p.setattr(rules, "Part", parts_in_turn()),
+        lambda p: p.setattr(arithmetic, "Part", parts_in_turn()),
         ("parts",),
     ),
-    Mutant(0, "any mean centres", lambda p: p.setattr(rules, "_centres", any_mean_centres), ("centre",)),
+    Mutant(0, "any mean centres", lambda p: p.setattr(arithmetic, "_centres", any_mean_centres), ("centre",)),
     Mutant(
         0,
         "mean of the column sums of squares",
@@ -355,29 +360,34 @@ MUTANTS = [
     Mutant(
         0,
         "overlapping windows counted once",
-        lambda p: p.setattr(spatial, "sqrt_up", lambda value: min(value, 1.0)),
+        lambda p: p.setattr(convolution, "sqrt_up", lambda value: min(value, 1.0)),
         ("pool",),
     ),
     Mutant(
         0,
         "another epsilon",
-        lambda p: p.setattr(spatial, "float_attribute", lambda node, name, default: 1.0),
+        lambda p: p.setattr(convolution, "float_attribute", lambda node, name, default: 1.0),
         ("batch_normalization",),
     ),
     Mutant(
-        0, "the mean factor", lambda p: p.setattr(rules, "np", Numpy(max=lambda v, **_: np.mean(v))), ("with_constant",)
+        0,
+        "the mean factor",
+        lambda p: p.setattr(arithmetic, "np", Numpy(max=lambda v, **_: np.mean(v))),
+        ("with_constant",),
     ),
-    Mutant(0, "the largest divisor", lambda p: p.setattr(rules, "np", Numpy(min=np.max)), ("with_constant",)),
+    Mutant(0, "the largest divisor", lambda p: p.setattr(arithmetic, "np", Numpy(min=np.max)), ("with_constant",)),
     Mutant(
         0,
         "a slope too small",
-        lambda p: p.setattr(smooth, "_activated", lambda *a, **k: activated(*a, **{**k, "slope": 0.9 * k["slope"]})),
+        lambda p: p.setattr(
+            activations, "_activated", lambda *a, **k: activated(*a, **{**k, "slope": 0.9 * k["slope"]})
+        ),
         ("activation",),
     ),
     Mutant(
         0,
         "LogSoftmax leaves the logits as they are",
-        lambda p: p.setattr(smooth, "_shifted_together", lambda view, lipschitz: view.source.affine),
+        lambda p: p.setattr(activations, "_shifted_together", lambda view, lipschitz: view.source.affine),
         ("log_probabilities",),
     ),
 ]

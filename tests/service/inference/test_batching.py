@@ -21,11 +21,14 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.inference.batching import Batcher, Decoded, Limits, Pace
 from service.certificate import Radii
+from service.errors import BusyError, DeadlineError, NotAnImageError, OverloadedError, TargetIsPredictedClassError
+from service.inference.admission import Limits
+from service.inference.batching import Batcher
 from service.inference.classifier import Classifier, Prediction, View
 from service.inference.counterfactual import Counterfactual
-from service.errors import BusyError, DeadlineError, NotAnImageError, OverloadedError, TargetIsPredictedClassError
+from service.inference.jobs import Decoded
+from service.inference.pace import Pace
 from service.metrics import Metrics
 
 LONG_S = 60.0

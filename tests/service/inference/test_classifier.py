@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import Graphs, dense, linear, load, random_groupsort, write
+from exact_preprocessing import exact_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_preprocessing import exact_map
 
-from service.inference.classifier import Classifier
-from service.runtime.engine import missing_for_cuda, resolve_provider
+from service.artefact.verification import find_out
 from service.errors import (
     ArtefactError,
     ChannelsError,
@@ -27,8 +26,9 @@ from service.errors import (
     SideTooLongError,
     TargetIsPredictedClassError,
 )
+from service.inference.classifier import Classifier
 from service.pixels.preprocessing import preprocessing_between
-from service.artefact.verification import find_out
+from service.runtime.provider import missing_for_cuda, resolve_provider
 
 SHAPE = (1, 3, 3)
 WEIGHT_KD = np.random.default_rng(0).normal(size=(3, 9))
@@ -313,7 +313,7 @@ def test_loading_tells_what_is_served(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_cuda_without_cuda_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.runtime.engine.missing_for_cuda", lambda: "there is no driver; install it.")
+    monkeypatch.setattr("service.runtime.provider.missing_for_cuda", lambda: "there is no driver; install it.")
     write(tmp_path, random_groupsort(0))
     with pytest.raises(ProviderError, match="no driver"):
         Classifier.load(tmp_path, "cuda", threads=1)

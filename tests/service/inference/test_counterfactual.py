@@ -15,10 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.export import emit_graphs
-from models.nets.layers.linear import Affine, Chain, Flatten, GlobalMaxPool2d
+from models.nets.layers.base import Chain
+from models.nets.layers.linear import Affine
+from models.nets.layers.pooling import GlobalMaxPool2d
+from models.nets.layers.reshaping import Flatten
 from models.nets.networks import LipschitzNetwork
 from service.inference.classifier import Classifier, Prediction
-from service.inference.counterfactual import Counterfactual, closest_levels, l2_distance
+from service.inference.closest import closest_levels, l2_distance
+from service.inference.counterfactual import Counterfactual
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -23,7 +23,8 @@ from service.errors import (
     NotAnImageError,
     PixelRangeError,
 )
-from service.pixels.images import decode_array, decode_array_batch, decode_image, encode_png, image_digest, to_unit
+from service.pixels.arrays import decode_array, decode_array_batch
+from service.pixels.images import decode_image, encode_png, image_digest, to_unit
 
 LIMIT = 10_000
 SHAPE = (1, 4, 5)

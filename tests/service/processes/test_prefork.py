@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoding import npy
-from test_proving import children_of, is_running, wait_until
+from process_table import children_of, is_running, wait_until
 
-from service import __main__ as command
-from service.runtime import engine
 from service.api.app import _limits
-from service.inference.classifier import Classifier
-from service.runtime.cpus import usable_cpus
 from service.errors import PortError, SettingsError
+from service.inference.classifier import Classifier
+from service.processes import serving
 from service.processes.prefork import bind, listen
+from service.runtime import provider
+from service.runtime.cpus import usable_cpus
 from service.settings import Settings, Threads
 
 _HEADERS = {"Content-Type": "application/x-npy"}
@@ -406,7 +406,7 @@ def test_processes_that_end_or_cannot_start_again_and_again_are_started_without_
 
 
 def test_0_takes_a_process_for_each_cpu() -> None:
-    assert command._with_processes(Settings(processes=0, provider="cpu")).processes == usable_cpus()
+    assert serving._with_processes(Settings(processes=0, provider="cpu")).processes == usable_cpus()
 
 
 @pytest.mark.parametrize("obstacle", ["a GPU", "another system"])
@@ -414,18 +414,18 @@ def test_where_there_can_be_one_process_several_are_refused_and_0_is_1(
     monkeypatch: pytest.MonkeyPatch, obstacle: str
 ) -> None:
     if obstacle == "a GPU":
-        monkeypatch.setattr(engine, "missing_for_cuda", lambda: None)
+        monkeypatch.setattr(provider, "missing_for_cuda", lambda: None)
     else:
         monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(SettingsError, match=r"LIPCERT_PROCESSES=2 is not to be had: .*; set LIPCERT_PROCESSES=1"):
-        command._with_processes(Settings(processes=2))
-    assert command._with_processes(Settings(processes=1)).processes == 1
-    assert command._with_processes(Settings(processes=0)).processes == 1
+        serving._with_processes(Settings(processes=2))
+    assert serving._with_processes(Settings(processes=1)).processes == 1
+    assert serving._with_processes(Settings(processes=0)).processes == 1
 
 
 def test_beside_a_gpu_several_processes_can_serve_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "missing_for_cuda", lambda: None)
-    assert command._with_processes(Settings(processes=2, provider="cpu")).processes == 2
+    monkeypatch.setattr(provider, "missing_for_cuda", lambda: None)
+    assert serving._with_processes(Settings(processes=2, provider="cpu")).processes == 2
 
 
 def test_where_no_temporary_folder_can_be_made_the_error_says_what_to_do(
@@ -436,7 +436,7 @@ def test_where_no_temporary_folder_can_be_made_the_error_says_what_to_do(
         contextlib.ExitStack() as stack,
         pytest.raises(SettingsError, match=r"LIPCERT_PROCESSES: .*\(No such file.*\); set TMPDIR"),
     ):
-        command._share_counters(stack)
+        serving._share_counters(stack)
     assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
 
 

@@ -16,9 +16,11 @@ import pytest
 from builders import linear, random_groupsort
 from onnx import TensorProto, helper, numpy_helper
 
-from service.runtime import engine
-from service.runtime.engine import CPU, CUDA, Engine, FixedBatches, GraphError, LaterEngine, resolve_provider
 from service.errors import ProviderError
+from service.runtime import engine, fixed_batches, provider
+from service.runtime.engine import Engine, LaterEngine
+from service.runtime.fixed_batches import FixedBatches, GraphError
+from service.runtime.provider import CPU, CUDA, resolve_provider
 
 GRAPHS = linear(np.arange(8.0).reshape(2, 4) / 8, np.array([0.5, -0.5]), (1, 2, 2))
 
@@ -49,12 +51,12 @@ def test_engine_without_a_thread_is_refused() -> None:
 
 
 def test_cpu_never_asks_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "missing_for_cuda", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(provider, "missing_for_cuda", lambda: pytest.fail("asked"))
     assert resolve_provider("cpu") == "cpu"
 
 
 def test_auto_falls_to_the_cpu_and_logs_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(engine, "missing_for_cuda", lambda: "no driver; install one.")
+    monkeypatch.setattr(provider, "missing_for_cuda", lambda: "no driver; install one.")
     with caplog.at_level(logging.INFO):
         assert resolve_provider("auto") == "cpu"
     assert "no driver" in caplog.text
@@ -71,7 +73,7 @@ def test_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(name)
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(engine.ctypes, "CDLL", no_library)
+    monkeypatch.setattr(provider.ctypes, "CDLL", no_library)
     with pytest.raises(ProviderError, match=r"libcuda\.so\.1"):
         resolve_provider("cuda")
     assert resolve_provider("auto") == "cpu"
@@ -92,7 +94,7 @@ class _Driver:
 @pytest.mark.parametrize(("driver", "complaint"), [(_Driver(100, 0), "cuInit returned 100"), (_Driver(0, 0), "no GPU")])
 def test_driver_without_a_gpu_is_told_apart(monkeypatch: pytest.MonkeyPatch, driver: _Driver, complaint: str) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(engine.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(provider.ctypes, "CDLL", lambda name: driver)
     with pytest.raises(ProviderError, match=complaint):
         resolve_provider("cuda")
 
@@ -150,7 +152,7 @@ def test_a_graph_that_could_not_be_loaded_is_tried_again() -> None:
     assert later.run(["logits"], {"image": np.ones((1, 1, 2, 2))})[0].shape == (1, 2)
 
 
-def fixed_batches(graph: bytes, largest: int) -> tuple[Engine, FixedBatches]:
+def in_fixed_batches(graph: bytes, largest: int) -> tuple[Engine, FixedBatches]:
     loaded = Engine(graph, "cpu", threads=1)
     return loaded, FixedBatches(loaded._session, "cpu", largest)
 
@@ -163,7 +165,7 @@ def inputs_of(loaded: Engine, n: int, seed: int = 0) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("graph", ["model", "transport"])
 @pytest.mark.parametrize("warm", [True, False])
 def test_fixed_batches_give_what_the_session_gives_for_every_size(graph: str, warm: bool) -> None:
-    loaded, fixed = fixed_batches(getattr(random_groupsort(0), graph), 8)
+    loaded, fixed = in_fixed_batches(getattr(random_groupsort(0), graph), 8)
     if warm:
         fixed.warm_up()
     assert fixed.sizes == (1, 2, 4, 8)
@@ -181,7 +183,7 @@ def test_fixed_batches_give_what_the_session_gives_for_every_size(graph: str, wa
 def test_a_graph_of_one_batch_size_is_run_in_batches_of_that_size() -> None:
     model = onnx.load_model_from_string(GRAPHS.model)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
-    _, fixed = fixed_batches(model.SerializeToString(), 256)
+    _, fixed = in_fixed_batches(model.SerializeToString(), 256)
     assert fixed.sizes == (4,)
     image = np.random.default_rng(0).random((6, 1, 2, 2))
     (expected,) = Engine(GRAPHS.model, "cpu", threads=1).run(["logits"], {"image": image})
@@ -197,7 +199,7 @@ def test_results_of_fixed_batches_are_not_written_again_by_the_next_run() -> Non
 
 
 def test_threads_that_share_fixed_batches_get_their_own_results() -> None:
-    loaded, fixed = fixed_batches(random_groupsort(0).transport, 8)
+    loaded, fixed = in_fixed_batches(random_groupsort(0).transport, 8)
     work = [inputs_of(loaded, 1 + seed % 11, seed) for seed in range(64)]
     expected = [loaded.run(loaded.output_names, inputs) for inputs in work]
     with ThreadPoolExecutor(8) as pool:
@@ -208,7 +210,7 @@ def test_threads_that_share_fixed_batches_get_their_own_results() -> None:
 
 
 def test_fixed_batches_take_some_of_the_outputs_in_any_order() -> None:
-    loaded, fixed = fixed_batches(random_groupsort(0).transport, 4)
+    loaded, fixed = in_fixed_batches(random_groupsort(0).transport, 4)
     inputs = inputs_of(loaded, 3)
     logits, gradient = loaded.run(("logits", "gradient"), inputs)
     for names, wanted in ((("gradient",), (gradient,)), (("gradient", "logits"), (gradient, logits))):
@@ -236,12 +238,12 @@ def test_fixed_batches_refuse_a_graph_whose_images_have_no_fixed_shape() -> None
     model = onnx.load_model_from_string(random_groupsort(0).transport)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
     with pytest.raises(GraphError, match="must be fixed behind the batch axis"):
-        fixed_batches(model.SerializeToString(), 4)
+        in_fixed_batches(model.SerializeToString(), 4)
 
 
 def test_on_a_gpu_every_batch_size_is_run_once_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of what is done for a GPU, with the CPU in its place."""
-    real_session, real_fixed = onnxruntime.InferenceSession, engine.FixedBatches
+    real_session, real_fixed = onnxruntime.InferenceSession, fixed_batches.FixedBatches
     seen: list[int] = []
 
     class Watched(real_fixed):
@@ -253,7 +255,7 @@ def test_on_a_gpu_every_batch_size_is_run_once_before_it_is_asked_for(monkeypatc
             seen.append(len(inputs["image"]))
             return super()._run(inputs, outputs)
 
-    monkeypatch.setattr(engine, "CUDA", CPU)
+    monkeypatch.setattr(provider, "CUDA", CPU)
     monkeypatch.setattr(engine, "FixedBatches", Watched)
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda graph, providers, **options: real_session(graph, providers=[CPU])
@@ -270,7 +272,7 @@ def test_on_a_gpu_every_batch_size_is_run_once_before_it_is_asked_for(monkeypatc
 
 
 def test_nothing_in_the_environment_makes_cuda_compute_in_narrower_formats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "missing_for_cuda", lambda: None)
+    monkeypatch.setattr(provider, "missing_for_cuda", lambda: None)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     names = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_EMULATE_SINGLE_PRECISION", "CUBLAS_EMULATE_DOUBLE_PRECISION")
     for name in names:
@@ -281,7 +283,7 @@ def test_nothing_in_the_environment_makes_cuda_compute_in_narrower_formats(monke
 
 @pytest.mark.gpu
 def test_cuda_gives_the_logits_of_the_cpu() -> None:
-    if missing := engine.missing_for_cuda():
+    if missing := provider.missing_for_cuda():
         pytest.skip(missing)
     loaded = Engine(GRAPHS.model, resolve_provider("cuda"), threads=1)
     assert loaded.provider == CUDA

@@ -1,0 +1,80 @@
+"""TODO: models/nets/layers/base.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.nets.onnx_graph import GraphBuilder, Value
+
+Pullback = Callable[[Value], Value]
+
+
+class Layer(nn.Module):
+    """A map with a known Lipschitz constant that can write itself as ONNX nodes."""
+
+    lipschitz_constant: float = 1.0
+
+    def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
+        """Evaluate the layer on a batch."""
+        raise NotImplementedError
+
+    def fold(self) -> Layer:
+        """Return a float64 layer without parametrisation, whose weights are exact in float32."""
+        return copy.deepcopy(self).double()
+
+    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
+        """Write the forward nodes; the returned pullback writes the adjoint nodes when called.
+
+        Layers with weights are emitted as folded: what is written is what `fold()` evaluates.
+        """
+        raise NotImplementedError
+
+
+class Chain(Layer):
+    """Layers one after the other; its constant is the product of theirs."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.lipschitz_constant = math.prod(layer.lipschitz_constant for layer in layers)
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
+        """The composition."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def fold(self) -> Chain:
+        """The chain of the folded layers."""
+        return Chain([layer.fold() for layer in self._layers()])
+
+    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
+        """Forward in order; the adjoint in reverse order."""
+        pullbacks: list[Pullback] = []
+        for layer in self._layers():
+            x, pullback = layer.emit(graph, x)
+            pullbacks.append(pullback)
+
+        def reverse(g: Value) -> Value:
+            for pullback in reversed(pullbacks):
+                g = pullback(g)
+            return g
+
+        return x, reverse
+
+
+def exact_in_float32(weight: Tensor) -> Tensor:
+    return weight.float().double()
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()

@@ -1,0 +1,123 @@
+"""TODO: models/training/batches.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from models.data.augmentation import augment
+from models.data.labelled import LabelledImages
+from models.recipes import Augment
+from models.training.errors import TrainingError
+
+CPU = torch.device("cpu")
+
+Batch = tuple[Float[Tensor, "N C H W"], Int[Tensor, " N"]]
+
+
+class BatchSource(Protocol):
+    """Where batches come from: a pure function of epoch and step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches of an epoch."""
+        ...
+
+    def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
+        """The batch of a step, on a device; equal arguments give equal batches."""
+        ...
+
+
+def generator_for(seed: int, *stream: int) -> torch.Generator:
+    """An independent generator for each `(seed, *stream)`, by mixing the numbers as SplitMix64 does."""
+    state = 0
+    for number in (seed, *stream):
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state)
+
+
+class ImageBatches:
+    """Shuffled, augmented batches of a data set; an incomplete last batch is dropped.
+
+    Args:
+        data: the images.
+        batch_size: images in a batch.
+        seed: of order and augmentation.
+        augmentation: None for the images as they are.
+        class_weights: how often an image of each class counts, in the mean over an epoch; None for once each. Counted
+            are appearances, not factors of the loss: in the mean that is the same for every loss that is a mean over
+            images, it also balances the class means of the KR term, and no single image makes a huge step.
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        batch_size: int,
+        seed: int,
+        augmentation: Augment | None,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
+        if len(data) < batch_size:
+            raise TrainingError(f"{len(data)} images do not fill one batch of {batch_size}: lower schedule.batch_size")
+        self._data = data
+        self._batch_size = batch_size
+        self._seed = seed
+        self._augmentation = augmentation
+        self._class_weights = class_weights
+        self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of full batches."""
+        return len(self._data) // self._batch_size
+
+    def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
+        """Images as float32 in [0, 1], and their labels; augmented on the device."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._new_order(generator_for(self._seed, 0, epoch)))
+        chosen = self._order[1][step * self._batch_size : (step + 1) * self._batch_size]
+        part = self._data.at(chosen)
+        part = LabelledImages(part.images_NCHW.to(device), part.labels_N.to(device))
+        images = part.pixels()
+        if self._augmentation is not None:
+            images = augment(images, self._augmentation, generator_for(self._seed, 1, epoch, step))
+        return images, part.labels_N
+
+    def _new_order(self, generator: torch.Generator) -> Tensor:
+        n = len(self._data)
+        if self._class_weights is None:
+            return torch.randperm(n, generator=generator)
+        drawn: list[Tensor] = []
+        for label, weight in enumerate(self._class_weights):
+            members = (self._data.labels_N == label).nonzero()[:, 0]
+            whole, rest = divmod(round(weight * len(members)), len(members))
+            some = members[torch.randperm(len(members), generator=generator)[:rest]]
+            drawn += [members.repeat(whole), some]
+        order = torch.cat(drawn)
+        # The rounding of each class may have left a few too many or too few.
+        order = order[torch.randperm(len(order), generator=generator)]
+        return torch.cat([order, order])[:n]
+
+
+@dataclass(frozen=True)
+class SampledBatches:
+    """Batches drawn from a distribution."""
+
+    sample: Callable[[int, torch.Generator], Batch]
+    """`(size, generator) -> batch`."""
+    batch_size: int
+    steps_per_epoch: int
+    seed: int
+
+    def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
+        """A fresh sample for each step."""
+        images, labels = self.sample(self.batch_size, generator_for(self.seed, 2, epoch, step))
+        return images.to(device), labels.to(device)

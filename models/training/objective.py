@@ -1,0 +1,56 @@
+"""TODO: models/training/objective.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from models.nets.networks import LipschitzNetwork, both_logits
+from models.recipes import Loss
+from models.training import losses
+
+Objective = Callable[[LipschitzNetwork, Tensor, Tensor], Tensor]
+"""`(network, logits_NK, labels_N) -> loss`, of a whole batch."""
+
+
+def objective_of(loss: Loss) -> Objective:
+    """The function of `models.training.losses` that a recipe asks for, with its parameters; it can be pickled."""
+    return partial(_loss_of, loss)
+
+
+def _loss_of(loss: Loss, network: LipschitzNetwork, logits: Tensor, labels: Tensor) -> Tensor:
+    bounds = network.declared_margin_bounds_KK() if loss.per_pair_bound else None
+    match loss.kind:
+        case "kr":
+            return losses.kr_loss(logits, labels)
+        case "hkr":
+            return losses.hkr_loss(logits, labels, alpha=loss.alpha, min_margin=loss.min_margin)
+        case "hkr_margin":
+            return losses.hkr_margin_loss(
+                both_logits(logits),
+                labels,
+                alpha=loss.alpha,
+                min_margin=loss.min_margin,
+                margin_bounds_KK=bounds,
+                accuracy_alpha=loss.accuracy_alpha,
+                accuracy_margin=loss.accuracy_margin,
+            )
+        case "soft_hkr" | "lse_hkr":
+            smooth = losses.soft_hkr_loss if loss.kind == "soft_hkr" else losses.lse_hkr_loss
+            return smooth(
+                both_logits(logits),
+                labels,
+                alpha=loss.alpha,
+                min_margin=loss.min_margin,
+                temperature=loss.temperature,
+            )
+        case "margin_cross_entropy":
+            return losses.margin_cross_entropy_loss(
+                both_logits(logits),
+                labels,
+                min_margin=loss.min_margin,
+                temperature=loss.temperature,
+                margin_bounds_KK=bounds,
+            )

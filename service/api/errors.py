@@ -1,0 +1,75 @@
+"""TODO: service/api/errors.py."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service.api import open_inference
+from service.api.problem import problem, problem_of
+from service.errors import LipcertError
+
+_log = logging.getLogger(__name__)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    """Errors of the domain and of connections; others are raised again."""
+    if isinstance(error, ClientDisconnect):
+        # Nobody reads this; without it a client that hangs up would count as an error of the server.
+        return Response(status_code=HTTPStatus.BAD_REQUEST)
+    if not isinstance(error, LipcertError):
+        raise error
+    path = request.url.path
+    answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
+    if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error("%s %s: %s", request.method, path, error, exc_info=error)
+    return answer
+
+
+async def answer_any_error(request: Request, error: Exception) -> Response:
+    try:
+        return await _answer_error(request, error)
+    except Exception:
+        _log.exception("%s %s", request.method, request.url.path)
+        return _unexpected(request)
+
+
+def _unexpected(request: Request) -> Response:
+    return problem(
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "the server failed on this request; its log says more",
+        instance=request.url.path,
+    )
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(LipcertError, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        detail = str(error.detail)
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            detail = f"there is nothing at {path}; /docs lists what there is"
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            detail = f"{request.method} does nothing at {path}; use {allowed}"
+        return problem(error.status_code, detail, instance=path, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, faults, instance=request.url.path)
+
+    @app.exception_handler(Exception)
+    async def unexpected_error(request: Request, error: Exception) -> Response:
+        # Starlette raises it again after this answer, and the server logs it with its traceback.
+        del error
+        return _unexpected(request)

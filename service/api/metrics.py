@@ -1,0 +1,37 @@
+"""TODO: service/api/metrics.py."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import Metrics
+
+
+class MetricsMiddleware:
+    """Counts every HTTP request; plain ASGI, so bodies stream through untouched."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = perf_counter()
+        status = 500  # unless an answer starts: an exception passes here before it becomes an answer
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_status)
+        finally:
+            # The route is its pattern, /models/{name}: paths would let clients add labels without end.
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._metrics.count_request(scope["method"], route, status, perf_counter() - started_s)

@@ -1,0 +1,125 @@
+"""TODO: service/certificate/folding.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from service.certificate.graph import PROBE_BATCH, Node
+from service.certificate.rules.operands import Refusal, int_attribute
+from service.certificate.rules.table import Context
+from service.certificate.values import Constant, Squares, Unknown, Value
+
+EXACT_FOLDS = frozenset(
+    [
+        *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "GatherElements", "GatherND"),
+        *("Identity", "NonZero", "Pad", "Reshape", "ScatterElements", "ScatterND", "Slice", "Split", "Squeeze"),
+        *("Tile", "Transpose", "Trilu", "Unsqueeze", "Where"),
+        *("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or"),
+        *("Abs", "Clip", "Max", "Min", "Neg", "ReduceMax", "ReduceMin", "Relu", "Sign"),
+    ]
+)
+"""Operators that round nothing: they move, compare or choose."""
+INTEGER_FOLDS = frozenset(["Add", "Div", "Mod", "Mul", "Range", "ReduceProd", "Sub"])
+ROUNDS = (
+    "arithmetic on constants rounds, and each runtime may round it in its own way; let the exporter or ONNX Runtime's "
+    "offline optimisation compute it once, and certify what they wrote"
+)
+_EXACT_CASTS = frozenset(
+    getattr(TensorProto, name)
+    for name in ("FLOAT", "DOUBLE", "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
+)
+"""Formats to which every runtime casts a constant in one and the same way."""
+_DOUBLE = int(TensorProto.DOUBLE)
+_PICKING_FOLDS = frozenset(
+    ["Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
+)
+"""What may be done with integers that hold the batch size: each entry of the result is one of the first operand's."""
+
+
+def shape_of(context: Context, node: Node, inputs: Sequence[Value]) -> Constant:
+    (value,) = inputs
+    if isinstance(value, Unknown):
+        raise Refusal(value.reason)
+    if isinstance(value, Constant):
+        shape = value.array.shape
+    else:
+        shape = (context.batch, *(value.constant.shape if isinstance(value, Squares) else value.shape))
+    # Both ends are clamped as Python's slices are.
+    start, end = int_attribute(node, "start", 0), int_attribute(node, "end", len(shape))
+    picked = np.array(shape, dtype=np.int64)[start:end]
+    # A batch size that the graph fixes is a number like any other.
+    on_batch = not isinstance(value, Constant) and context.batch == PROBE_BATCH and 0 in range(len(shape))[start:end]
+    return Constant(picked, depends_on_batch=on_batch)
+
+
+def folded_constant(context: Context, node: Node, inputs: Sequence[Constant | None]) -> list[Value]:
+    on_batch = [value is not None and value.depends_on_batch for value in inputs]
+    depends_on_batch = any(on_batch)
+    picks = node.operator == "Concat" or (node.operator in _PICKING_FOLDS and not any(on_batch[1:]))
+    if depends_on_batch and not picks:
+        raise Refusal("it computes with the batch size, so that images of one batch size get another map than others")
+    integers = all(value is None or value.array.dtype.kind in "iub" for value in inputs)
+    if (node.operator in INTEGER_FOLDS or node.attributes.get("reduction", "none") != "none") and not integers:
+        raise Refusal(ROUNDS)
+    if node.operator == "Cast" and node.attributes.get("to") not in _EXACT_CASTS:
+        raise Refusal("a constant cast to a narrow format: some runtimes round it to float32 first, others do not")
+    _check_fold(node, inputs)
+    data = inputs[0].array if inputs and inputs[0] is not None else None
+    if node.operator == "Cast" and data is not None and data.dtype == np.float32 and node.attributes["to"] == _DOUBLE:
+        # How weights are stored; without the reference implementation, which takes longer to load than a proof.
+        arrays = [data.astype(np.float64)]
+    else:
+        arrays = _evaluated(node, inputs)
+    folded = [np.asarray(array) for array in arrays]
+    if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in folded):
+        raise Refusal("a constant that is not finite")
+    return [Constant(array, depends_on_batch and bool((array == context.batch).any())) for array in folded]
+
+
+def _evaluated(node: Node, inputs: Sequence[Constant | None]) -> list[np.ndarray]:
+    """The results of a node of constants, by the reference implementation of ONNX."""
+    from onnx.reference import ReferenceEvaluator
+
+    feeds = {name: value.array for name, value in zip(node.inputs, inputs, strict=False) if value is not None and name}
+    try:
+        # ReferenceEvaluator is annotated too narrowly: a single node is fine.
+        run = cast(Callable[..., list[np.ndarray]], ReferenceEvaluator(node.proto).run)
+        return run(None, feeds)
+    except Exception as error:  # the reference implementation raises whatever its numpy code raises
+        raise Refusal(f"its constant inputs do not fit: {error}") from error
+
+
+def _check_fold(node: Node, inputs: Sequence[Constant | None]) -> None:
+    """Raises Refusal where the reference evaluator and ONNX Runtime read a node of constants in two ways."""
+    for name in ("allowzero", "fmod", "keepdims", "noop_with_empty_axes", "upper"):
+        if node.attributes.get(name, 0) not in (0, 1):
+            raise Refusal(f"attribute {name} must be 0 or 1")
+    arrays = [None if value is None else value.array for value in inputs]
+    data = arrays[0] if arrays else None
+    if node.operator == "Cast" and data is not None and data.dtype.kind == "f":
+        target = helper.tensor_dtype_to_np_dtype(int_attribute(node, "to", 0))
+        if target.kind in "iu":
+            limits = np.iinfo(target)
+            whole = np.trunc(data.astype(np.float64))
+            # The largest integer itself may not be a float64, the one after it is.
+            if not ((whole >= float(limits.min)) & (whole < float(limits.max) + 1.0)).all():
+                raise Refusal(
+                    "a constant outside of the integers that it is cast to: each processor makes its own of it"
+                )
+    if node.operator in ("ReduceProd", "Div", "Mod") and data is not None:
+        if node.operator != "ReduceProd":
+            if arrays[1] is not None and not arrays[1].all():
+                raise Refusal("it divides by zero")
+        elif float(np.prod(np.abs(data.astype(np.float64)))) >= 2.0**24:
+            raise Refusal("a product of integers beyond 24 bits: runtimes compute it in formats of their own")
+    if node.operator == "Slice" and data is not None and len(arrays) == 5 and arrays[4] is not None:
+        starts, ends, given, steps = ([] if array is None else array.ravel().tolist() for array in arrays[1:])
+        axes = given or range(data.ndim)
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=False):
+            length = data.shape[axis] if -data.ndim <= axis < data.ndim else 0
+            if step < 0 and (start < -length or end >= length):
+                raise Refusal("a backward slice that starts before the front or ends behind the back: read in two ways")

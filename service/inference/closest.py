@@ -1,0 +1,176 @@
+"""TODO: service/inference/closest.py."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from service.shapes import Float64, UInt8
+
+LEVELS = 255.0
+# No mixture forgets its newest cut.
+_MOST_OLD = 0.95
+_NEWTON_STEPS = 12
+_NEWTON_ERROR = 1e-3
+# Rounding moves the solution by little, except where most moves are below half a level.
+_GROWTHS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5, *(1.0,) * 30)
+_BISECTIONS = 6
+_NARROW = 5e-3
+# No product of these, one of the other and a sum over pixels, is infinite.
+_MOST = 1e150
+_LARGEST = 1e100
+
+
+def l2_distance(
+    image_NCHW: Float64[np.ndarray, "N C H W"], pixels_NCHW: UInt8[np.ndarray, "N C H W"]
+) -> Float64[np.ndarray, " N"]:
+    """L2 distances between images in [0, 1] and 8-bit ones divided by 255.
+
+    If one of the former is 8-bit too (each pixel is the float64 of some v / 255) its sum of squares is an integer below
+    2^53, exact in any order. Otherwise it is summed in extended precision (64-bit significand or longer on x86 and ARM
+    Linux). Either way the result is off by the last rounding to float64 only, so that rounding alone never finds a
+    distance below a radius.
+    """
+    image_ND, pixels_ND = image_NCHW.reshape(len(image_NCHW), -1), pixels_NCHW.reshape(len(pixels_NCHW), -1)
+    level_ND = np.rint(image_ND * LEVELS)
+    eight_bit_N = (level_ND / LEVELS == image_ND).all(axis=1)
+    level_ND -= pixels_ND
+    squares_N = rows_dot(level_ND, level_ND).astype(np.longdouble)
+    for n in np.flatnonzero(~eight_bit_N):
+        real_D = image_ND[n].astype(np.longdouble) * np.longdouble(LEVELS) - pixels_ND[n]
+        squares_N[n] = np.sum(real_D * real_D)
+    return (np.sqrt(squares_N) / np.longdouble(LEVELS)).astype(np.float64)
+
+
+def closest_levels(
+    anchor_MD: Float64[np.ndarray, "M D"], gradient_MD: Float64[np.ndarray, "M D"], fall_M: Float64[np.ndarray, " M"]
+) -> Float64[np.ndarray, "M D"]:
+    """The 8-bit image closest to `anchor` where a linear function has fallen by `fall`; pixels in units of 1 / 255.
+
+    `round(clip(anchor - lambda g))` minimises the Lagrangian `||q - anchor||^2 + 2 lambda <g, q>` over the grid, pixel
+    by pixel, and the function never rises with lambda: so the smallest sufficient lambda is found without rounding,
+    and raised where rounding lost too much. Where no lambda suffices the result is the corner of the box that is
+    farthest downhill.
+    """
+    return closest_levels_in_doubles(anchor_MD, gradient_MD, fall_M, np.zeros_like(fall_M))
+
+
+def closest_levels_in_doubles(
+    anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray
+) -> np.ndarray:
+    """`closest_levels` from a guess of lambda."""
+    # A little more, so that rounding seldom leaves too little.
+    more_M = fall_M + _NEWTON_ERROR * np.abs(fall_M)
+    lambda_M, corner_M = multiplier(anchor_MD, gradient_MD, more_M, lambda_M, _NEWTON_ERROR)
+    level_MD = moved(anchor_MD, gradient_MD, lambda_M)
+    np.rint(level_MD, out=level_MD)
+    short_M = ~corner_M & (_fall(anchor_MD, gradient_MD, level_MD) < fall_M)
+    if short_M.any():
+        level_MD[short_M] = _raised(anchor_MD[short_M], gradient_MD[short_M], fall_M[short_M], lambda_M[short_M])
+    return level_MD
+
+
+def _raised(anchor_LD: np.ndarray, gradient_LD: np.ndarray, fall_L: np.ndarray, lambda_L: np.ndarray) -> np.ndarray:
+    """Raise lambda where rounding lost too much: ever faster, then back by halves where that was far."""
+    with np.errstate(divide="ignore"):
+        # Moves the image by one level altogether.
+        unit_L = np.minimum(1.0 / np.sqrt(rows_dot(gradient_LD, gradient_LD)), _MOST)
+    low_L, high_L = lambda_L, lambda_L
+    short_L = np.ones(len(fall_L), np.bool_)
+    level_LD = anchor_LD
+    for growth in _GROWTHS:
+        low_L = np.where(short_L, high_L, low_L)
+        high_L = np.where(short_L, np.minimum(high_L + growth * np.maximum(high_L, unit_L), _MOST), high_L)
+        level_LD = np.rint(moved(anchor_LD, gradient_LD, high_L))
+        short_L = _fall(anchor_LD, gradient_LD, level_LD) < fall_L
+        if not short_L.any():
+            break
+    if (high_L - low_L <= _NARROW * high_L).all():
+        return level_LD
+    for _ in range(_BISECTIONS):
+        middle_L = 0.5 * (low_L + high_L)
+        middle_LD = np.rint(moved(anchor_LD, gradient_LD, middle_L))
+        enough_L = _fall(anchor_LD, gradient_LD, middle_LD) >= fall_L
+        high_L = np.where(enough_L, middle_L, high_L)
+        low_L = np.where(enough_L, low_L, middle_L)
+    return np.rint(moved(anchor_LD, gradient_LD, high_L))
+
+
+def multiplier(
+    anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lambda at which `<g, .>` has fallen by `fall` from `anchor` to `clip(anchor - lambda g)`; where none does.
+
+    The fall is concave in lambda and piecewise linear, so Newton's method from any guess ends after a few steps.
+    """
+    low_MD, high_MD = -anchor_MD, LEVELS - anchor_MD
+    line_MD, move_MD = np.empty_like(anchor_MD), np.empty_like(anchor_MD)
+    stuck_M = np.zeros(len(fall_M), np.bool_)
+    for _ in range(_NEWTON_STEPS):
+        np.multiply(gradient_MD, -lambda_M[:, None], out=line_MD)
+        np.clip(line_MD, low_MD, high_MD, out=move_MD)
+        missing_M = fall_M + rows_dot(gradient_MD, move_MD)
+        wrong_M = np.abs(missing_M) > tolerance * np.abs(fall_M)
+        if not wrong_M.any():
+            break
+        # Pixels that are at their bound move no further.
+        np.multiply(gradient_MD, line_MD == move_MD, out=move_MD)
+        free_M = rows_dot(move_MD, gradient_MD)
+        stuck_M = wrong_M & (missing_M > 0.0) & ~(free_M > 0.0)
+        if (stuck_M == wrong_M).all():
+            break
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            step_M = np.where(free_M > 0.0, missing_M / free_M, -0.5 * lambda_M)
+            lambda_M = np.where(wrong_M & ~stuck_M, np.clip(lambda_M + step_M, 0.0, _MOST), lambda_M)
+    return lambda_M, stuck_M
+
+
+def mix(
+    old_MD: np.ndarray,
+    old_left_M: np.ndarray,
+    new_MD: np.ndarray,
+    new_left_M: np.ndarray,
+    move_MD: np.ndarray,
+    free_MD: np.ndarray,
+    mixed_M: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The share of the old cut in the mixture that both ask for, 0 unless `mixed`, and a guess of its lambda.
+
+    Closest to the centre where both linear functions have fallen far enough, from the iterate by what is left, is a
+    point of the plane that their gradients span, found from two equations; pixels at their bound stay there.
+    """
+    old_free_MD, new_free_MD = old_MD * free_MD, new_MD * free_MD
+    old_old_M = rows_dot(old_free_MD, old_free_MD)
+    old_new_M = rows_dot(old_free_MD, new_free_MD)
+    new_new_M = rows_dot(new_free_MD, new_free_MD)
+    # Pixels at their bound have made their contribution, the others shall move anew.
+    old_need_M = old_left_M - rows_dot(old_free_MD, move_MD)
+    new_need_M = new_left_M - rows_dot(new_free_MD, move_MD)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        determinant_M = old_old_M * new_new_M - old_new_M * old_new_M
+        old_M = (old_need_M * new_new_M - new_need_M * old_new_M) / determinant_M
+        new_M = (new_need_M * old_old_M - old_need_M * old_new_M) / determinant_M
+        share_M = np.minimum(np.where(new_M <= 0.0, 1.0, old_M / (old_M + new_M)), _MOST_OLD)
+        known_M = mixed_M & np.isfinite(share_M) & (old_M > 0.0)
+        lambda_M = np.where(known_M, old_M + np.maximum(new_M, 0.0), new_need_M / new_new_M)
+    usable_M = np.isfinite(lambda_M) & (lambda_M > 0.0)
+    return np.where(known_M, share_M, 0.0), np.where(usable_M, np.minimum(lambda_M, _MOST), 0.0)
+
+
+def moved(anchor_MD: np.ndarray, gradient_MD: np.ndarray, lambda_M: np.ndarray) -> np.ndarray:
+    """`clip(anchor - lambda g)`."""
+    moved_MD = gradient_MD * -lambda_M[:, None]
+    moved_MD += anchor_MD
+    return np.clip(moved_MD, 0.0, LEVELS, out=moved_MD)
+
+
+def _fall(anchor_MD: np.ndarray, gradient_MD: np.ndarray, moved_MD: np.ndarray) -> np.ndarray:
+    return rows_dot(gradient_MD, anchor_MD - moved_MD)
+
+
+def bounded(gradient_MD: np.ndarray) -> np.ndarray:
+    """Entries that are not numbers become 0, and none is so large that its square is infinite."""
+    return np.clip(np.nan_to_num(gradient_MD), -_LARGEST, _LARGEST)
+
+
+def rows_dot(left_MD: np.ndarray, right_MD: np.ndarray) -> np.ndarray:
+    return np.einsum("md,md->m", left_MD, right_MD)
