@@ -1,10 +1,9 @@
 """`python -m service`: serve the models of `LIPCERT_MODELS` over HTTP; settings in `service.settings`.
 
-`python -m service audit ANSWER.json IMAGE --model ARTEFACT`: whether an answer that was kept still holds, see
-docs/audit.md.
+`python -m service audit ANSWER.json IMAGE --model ARTEFACT`: audit an archived answer, see docs/audit.md.
 
-Exit status: 0 stopped on request, or the answer holds; 1 a model, the provider or the port is not to be had, or the
-answer does not hold or cannot be checked; 2 a setting or the command is not valid.
+Exit status: 0 stopped on request, or the answer holds; 1 a model, the provider or the port is not available, or the
+answer does not hold; 2 a setting, the command or a file to be audited is not valid; 3 the audit is undecided.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from service.artefact.proving import Provers
-from service.errors import LipcertError, SettingsError
+from service.errors import KeptError, LipcertError, SettingsError
 from service.processes.serving import serve_as
 from service.runtime.cpus import usable_cpus
 
@@ -34,10 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("serve", help="serve over HTTP (what happens without a command)").set_defaults(run=_serve)
     audit = commands.add_parser(
         "audit",
-        help="check an answer that was kept",
-        description="Derive class and certified radius of one answer of POST /predict anew, in ball arithmetic and "
-        "without the server's code. Prints `holds: ...` (exit 0), or `does not hold: ...` for each check that "
-        "failed (exit 1).",
+        help="audit an archived answer",
+        description="Derive class and certified radius of one answer of POST /predict a second time, in ball "
+        "arithmetic and without the server's code. Prints `holds: ...` (exit status 0), or a line `does not hold: ...` "
+        "for each check that failed (1) and a line `undecided: ...` for each that could not be decided (3, if no check "
+        "failed). A missing or invalid file ends with 2.",
     )
     audit.add_argument("answer", type=Path, metavar="ANSWER.json", help="the answer, as it was received")
     audit.add_argument("image", type=Path, metavar="IMAGE", help="the image file that was sent, or the npy array")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         return chosen.run(chosen)
-    except SettingsError as error:
+    except (SettingsError, KeptError) as error:
         _log.error("%s", error)
         return 2
     except LipcertError as error:
@@ -57,11 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _audit(chosen: argparse.Namespace) -> int:
     # Imported here: serving does not load the audit's arithmetic, nor the audit the runtime that it checks.
-    from service.audit import audit
+    from service.audit import Conclusion, audit
 
+    statuses = {Conclusion.HOLDS: 0, Conclusion.DOES_NOT_HOLD: 1, Conclusion.UNDECIDED: 3}
     verdict = audit(chosen.answer, chosen.image, chosen.model)
     sys.stdout.write("".join(f"{line}\n" for line in verdict.lines))
-    return 0 if verdict.holds else 1
+    return statuses[verdict.conclusion]
 
 
 def _serve(_: argparse.Namespace) -> int:

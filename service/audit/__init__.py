@@ -4,6 +4,6 @@ Shares no numeric code with the server: nothing of `service.certificate`, `prepr
 imported, only the decoding of image files. See docs/audit.md.
 """
 
-from service.audit.verdict import Verdict, audit
+from service.audit.verdict import Conclusion, Verdict, audit
 
-__all__ = ["Verdict", "audit"]
+__all__ = ["Conclusion", "Verdict", "audit"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -27,17 +28,47 @@ DIGITS = (192, 768)
 """Bits of the balls; the next where those before do not decide the class."""
 
 
+class Conclusion(Enum):
+    """The three verdicts, in the words of the report."""
+
+    HOLDS = "holds"
+    """Every check succeeded."""
+    DOES_NOT_HOLD = "does not hold"
+    """At least one member of the answer contradicts the derivation, the files or another member."""
+    UNDECIDED = "undecided"
+    """No check failed, and at least one could not be decided."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What the audit found."""
+    """The result of an audit with its reasons."""
 
-    holds: bool
-    lines: tuple[str, ...]
-    """One line `holds: ...`, or a line `does not hold: ...` for each check that failed."""
+    proof: str
+    """What was proved, in one line, where nothing else was found."""
+    failed: tuple[str, ...] = ()
+    """A reason for each check that failed."""
+    undecided: tuple[str, ...] = ()
+    """A reason for each check that could not be decided."""
+
+    @property
+    def conclusion(self) -> Conclusion:
+        """A failed check outweighs an undecided one."""
+        if self.failed:
+            return Conclusion.DOES_NOT_HOLD
+        return Conclusion.UNDECIDED if self.undecided else Conclusion.HOLDS
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """One line for each reason, or one with the proof; each begins with its conclusion."""
+        reasons = [
+            *((Conclusion.DOES_NOT_HOLD, reason) for reason in self.failed),
+            *((Conclusion.UNDECIDED, reason) for reason in self.undecided),
+        ] or [(Conclusion.HOLDS, self.proof)]
+        return tuple(f"{conclusion.value}: {reason}" for conclusion, reason in reasons)
 
 
 def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict:
-    """Check one kept answer against the image that was sent and the artefact that answered.
+    """Check one archived answer against the image that was sent and the artefact that answered.
 
     Raises:
         KeptError: a file is missing or is not what it should be; the message says what to do.
@@ -48,19 +79,17 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
     reasons = [*_identity(answer, artefact), *_own_terms(answer, artefact), *_sent(answer, artefact, image)]
     if artefact.found["model.onnx"] != answer.digest:
         # Whatever is derived from these bytes says nothing about the answer.
-        reasons.append("class, logits and radius: not checked, because model.onnx is not the graph that answered")
-        return _refused(reasons)
+        unchecked = "class, logits and radius: not checked, because model.onnx is not the graph that answered"
+        return Verdict("", tuple(reasons), (unchecked,))
     try:
         derivation, decided = _derived(answer, artefact, image)
     except NotAuditableError as error:
-        return _refused([*reasons, f"cannot be audited: {error}"])
+        return Verdict("", tuple(reasons), (f"class, logits and radius: {error}",))
     radius = _radius(derivation, answer.class_id, prod(image.shape)) if decided else arb(0)
     reasons += [*_numbers(answer, derivation, decided), *_radii(answer, radius)]
-    return _refused(reasons) if reasons else Verdict(True, (_praise(answer, derivation, radius, decided),))
-
-
-def _refused(reasons: list[str]) -> Verdict:
-    return Verdict(False, tuple(f"does not hold: {reason}" for reason in reasons))
+    if reasons:
+        return Verdict("", tuple(reasons))
+    return Verdict(_praise(answer, derivation, radius, decided))
 
 
 # --- what needs no arithmetic -----------------------------------------------------------------------------------------
@@ -219,11 +248,11 @@ def _praise(answer: KeptAnswer, derivation: Derivation, radius: arb | None, deci
     named = f'class {answer.class_id} ("{answer.label}")'
     left = "; its counterfactual is not part of the audit" if answer.counterfactual else ""
     if not decided:
-        return f"holds: radius 0, which promises nothing; the class is not decided, {named} ties with another{left}"
+        return f"radius 0, which promises nothing; the class is not decided, {named} ties with another{left}"
     bound = derivation.margin_bounds[answer.class_id][answer.runner_up_id]
     proved = "every valid image" if radius is None else repr(_down(radius))
     return (
-        f"holds: {named}, radius {answer.radius!r} proved (audit: {proved}; Lipschitz bound {_decimal(bound)}, answer "
+        f"{named}, radius {answer.radius!r} proved (audit: {proved}; Lipschitz bound {_decimal(bound)}, answer "
         f"{_json(answer.lipschitz_bound)}; logit error {_decimal(derivation.logit_error)}, answer "
         f"{_json(answer.logit_error)}){left}"
     )

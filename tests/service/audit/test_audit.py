@@ -34,9 +34,10 @@ from random_graphs import Graph, GraphBuilder, seeded_graph
 from service.__main__ import main
 from service.api.app import create_app
 from service.artefact.card import digest
-from service.audit import Verdict, audit
+from service.audit import Conclusion, Verdict, audit
 from service.audit.derivation import Derivation, Sight, derive
 from service.audit.exact import Matrix, NotAuditableError, float_numbers, gathered, power
+from service.audit.operators import RULES
 from service.audit.preprocessing import see
 from service.audit.records import SentImage, read_image
 from service.certificate import UnsupportedGraphError, certified_radius, certify, two_class_logits
@@ -96,7 +97,7 @@ def test_a_true_answer_holds(
     answer = ask(client, image, model=name)
     assert answer["certificate"]["certified"]
     verdict = check(tmp_path, answer, image, zoo / name)
-    assert verdict.holds, verdict.lines
+    assert verdict.conclusion is Conclusion.HOLDS, verdict.lines
     assert verdict.lines[0].startswith(f'holds: class {answer["class_id"]} ("{answer["label"]}"), radius ')
     assert len(verdict.lines) == 1
 
@@ -107,7 +108,7 @@ def test_a_resized_image_holds(client: Client, zoo: Path, tmp_path: Path, size: 
     answer = ask(client, image, model="grey", resize=True)
     assert answer["image"]["resized"]
     verdict = check(tmp_path, answer, image, zoo / "grey")
-    assert verdict.holds, verdict.lines
+    assert verdict.conclusion is Conclusion.HOLDS, verdict.lines
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_a_converted_image_holds(client: Client, zoo: Path, tmp_path: Path, name
     answer = ask(client, image, model=name, resize=True)
     assert answer["image"]["conversion"] == ("rgb_to_grey" if name == "grey" else "grey_to_rgb")
     verdict = check(tmp_path, answer, image, zoo / name)
-    assert verdict.holds, verdict.lines
+    assert verdict.conclusion is Conclusion.HOLDS, verdict.lines
 
 
 def test_the_only_answer_of_a_batch_holds_and_of_two_one_is_asked_for(
@@ -127,24 +128,24 @@ def test_the_only_answer_of_a_batch_holds_and_of_two_one_is_asked_for(
     image = encode(grey_HW)
     text = base64.b64encode(image).decode()
     answers = [client.post("/predict/batch", json={"images": [text] * n, "model": "grey"}).json() for n in (1, 2)]
-    assert check(tmp_path, answers[0], image, zoo / "grey").holds
+    assert check(tmp_path, answers[0], image, zoo / "grey").conclusion is Conclusion.HOLDS
     with pytest.raises(KeptError, match="2 predictions, and one is audited at a time"):
         check(tmp_path, answers[1], image, zoo / "grey")
-    assert check(tmp_path, answers[1]["predictions"][1], image, zoo / "grey").holds
+    assert check(tmp_path, answers[1]["predictions"][1], image, zoo / "grey").conclusion is Conclusion.HOLDS
 
 
 def test_an_answer_that_does_not_name_its_image_yet_holds(kept: tuple[Json, bytes, Path], tmp_path: Path) -> None:
     answer, image, artefact = kept
     del answer["image"]
-    assert check(tmp_path, answer, image, artefact).holds
+    assert check(tmp_path, answer, image, artefact).conclusion is Conclusion.HOLDS
     # Then a picture with R = G = B was grey to a grey model.
     grey = read_image(tmp_path / "image", None, (1, 4, 5))
     pixels = np.array(grey.numerators, dtype=np.uint8).reshape(4, 5, 1)
-    assert check(tmp_path, answer, encode(np.repeat(pixels, 3, axis=2)), artefact).holds
+    assert check(tmp_path, answer, encode(np.repeat(pixels, 3, axis=2)), artefact).conclusion is Conclusion.HOLDS
     coloured = np.concatenate([pixels, pixels, pixels // 2], axis=2)
     (line,) = check(tmp_path, answer, encode(coloured), artefact).lines
     assert line == (
-        "does not hold: cannot be audited: the image has 3 channels, the model takes 1, and the answer records no "
+        "undecided: class, logits and radius: the image has 3 channels, the model takes 1, and the answer records no "
         "conversion"
     )
 
@@ -157,7 +158,7 @@ def test_an_answer_of_a_shipped_model_holds(runner: Any, tmp_path: Path, name: s
         Client(create_app(Settings(default_model=name), loaded), runner), image, epsilon=0.3, counterfactual=True
     )
     verdict = check(tmp_path, answer, image, ZOO / name)
-    assert verdict.holds, verdict.lines
+    assert verdict.conclusion is Conclusion.HOLDS, verdict.lines
     assert verdict.lines[0].endswith("; its counterfactual is not part of the audit")
     # What the server leaves on the table is its own slack, and little.
     radius = answer["certificate"]["radius"]
@@ -210,7 +211,7 @@ TAMPERED: dict[str, tuple[Callable[[Json], object], list[str]]] = {
     "model": (lambda a: a.update(model="other"), ["model: the answer is of 'other', the artefact is 'grey'"]),
     "digest": (
         lambda a: a.update(digest=digest(b"")),
-        ["digest: the answer names sha256:e3b0c442", "class, logits and radius: not checked"],
+        ["digest: the answer names sha256:e3b0c442"],
     ),
     "norm": (lambda a: a["certificate"].update(norm="linf"), ["norm: 'linf'; l2 is audited"]),
     "radius": (
@@ -270,15 +271,15 @@ def test_a_tampered_answer_is_refused_with_its_reason(
     kept: tuple[Json, bytes, Path], tmp_path: Path, name: str
 ) -> None:
     answer, image, artefact = kept
-    assert check(tmp_path, answer, image, artefact).holds
+    assert check(tmp_path, answer, image, artefact).conclusion is Conclusion.HOLDS
     tampered = copy.deepcopy(answer)
     change, reasons = TAMPERED[name]
     change(tampered)
     verdict = check(tmp_path, tampered, image, artefact)
-    assert not verdict.holds
-    assert len(verdict.lines) == len(reasons), verdict.lines
-    for line, reason in zip(verdict.lines, reasons, strict=True):
-        assert line.startswith(f"does not hold: {reason}"), verdict.lines
+    assert verdict.conclusion is Conclusion.DOES_NOT_HOLD
+    assert len(verdict.failed) == len(reasons), verdict.lines
+    for line, reason in zip(verdict.failed, reasons, strict=True):
+        assert line.startswith(reason), verdict.lines
 
 
 @pytest.mark.parametrize("name", ["grey", "binary", "colour"])
@@ -290,7 +291,7 @@ def test_the_largest_radius_that_holds_is_the_proved_one(
     proved = proved_radius(check(tmp_path, answer, image, zoo / name))
     assert proved >= answer["certificate"]["radius"]
     answer["certificate"]["radius"] = proved
-    assert check(tmp_path, answer, image, zoo / name).holds
+    assert check(tmp_path, answer, image, zoo / name).conclusion is Conclusion.HOLDS
     answer["certificate"]["radius"] = nextafter(proved, inf)
     (line,) = check(tmp_path, answer, image, zoo / name).lines
     assert line == f"does not hold: radius: the answer states {nextafter(proved, inf)!r}, the audit proves {proved!r}"
@@ -323,7 +324,7 @@ def test_an_answer_of_another_artefact_is_not_read_against_this_one(
     answer, image, _ = kept
     lines = check(tmp_path, answer, image, zoo / "colour").lines
     assert lines[0].startswith("does not hold: digest: ")
-    assert lines[-1].startswith("does not hold: class, logits and radius: not checked")
+    assert lines[-1].startswith("undecided: class, logits and radius: not checked")
 
 
 # --- abstentions ------------------------------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ def test_a_tie_holds_for_its_radius_of_0_and_leaves_the_class_open(runner: Any, 
     answer = ask(client, image)
     assert answer["certificate"]["radius"] == 0.0
     verdict = check(tmp_path, answer, image, tmp_path / "tie")
-    assert verdict.holds
+    assert verdict.conclusion is Conclusion.HOLDS
     assert verdict.lines[0].startswith("holds: radius 0, which promises nothing; the class is not decided")
     answer["certificate"].update(radius=1e-300, certified=True)
     assert [line.partition(":")[2] for line in check(tmp_path, answer, image, tmp_path / "tie").lines] == [
@@ -358,7 +359,7 @@ def test_a_class_that_no_image_changes_has_every_radius(runner: Any, tmp_path: P
     image = encode(np.full((2, 2), 51, dtype=np.uint8))
     answer = ask(client, image)
     assert answer["certificate"]["radius"] > 1e300
-    assert check(tmp_path, answer, image, tmp_path / "fixed").holds
+    assert check(tmp_path, answer, image, tmp_path / "fixed").conclusion is Conclusion.HOLDS
 
 
 # --- bounds against exact oracles -------------------------------------------------------------------------------------
@@ -616,7 +617,7 @@ def test_a_graph_that_computes_with_the_batch_size_is_refused(operator: str) -> 
         derived(model, np.array([[1, 2, 3], [4, 5, 6]]))
 
 
-def test_an_answer_of_a_graph_without_a_rule_does_not_hold(kept: tuple[Json, bytes, Path], tmp_path: Path) -> None:
+def test_an_answer_of_a_graph_without_a_rule_is_undecided(kept: tuple[Json, bytes, Path], tmp_path: Path) -> None:
     answer, image, artefact = kept
     folder = Path(shutil.copytree(artefact, tmp_path / "artefact"))
     model = onnx.load(folder / "model.onnx")
@@ -627,8 +628,14 @@ def test_an_answer_of_a_graph_without_a_rule_does_not_hold(kept: tuple[Json, byt
     card = json.loads((folder / "card.json").read_text())
     card["graphs"]["model.onnx"] = answer["digest"] = digest(content)
     (folder / "card.json").write_text(json.dumps(card))
-    (line,) = check(tmp_path, answer, image, folder).lines
-    assert line == "does not hold: cannot be audited: Erf 'last': no rule for this operator"
+    verdict = check(tmp_path, answer, image, folder)
+    assert verdict.conclusion is Conclusion.UNDECIDED
+    assert verdict.lines == ("undecided: class, logits and radius: Erf 'last': no rule for this operator",)
+    # A check that fails outweighs one that is not decided, and both are reported.
+    answer["label"] = "seven"
+    verdict = check(tmp_path, answer, image, folder)
+    assert verdict.conclusion is Conclusion.DOES_NOT_HOLD
+    assert [line.partition(":")[0] for line in verdict.lines] == ["does not hold", "undecided"]
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -725,8 +732,11 @@ def write_kept(kept: tuple[Json, bytes, Path], folder: Path) -> list[str]:
     return ["audit", str(folder / "answer.json"), str(folder / "image.png"), "--model", str(artefact)]
 
 
-def test_the_command_says_whether_an_answer_holds(
-    kept: tuple[Json, bytes, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_exit_status_tells_the_three_verdicts(
+    kept: tuple[Json, bytes, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = write_kept(kept, tmp_path)
     assert main(command) == 0
@@ -736,6 +746,10 @@ def test_the_command_says_whether_an_answer_holds(
     assert main(write_kept(kept, tmp_path)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[:2] for line in lines] == [["does not hold", " label"], ["does not hold", " radius"]]
+    monkeypatch.setitem(RULES, "MatMul", RULES["Conv"])
+    kept[0].update(label=f"class {kept[0]['class_id']}")
+    assert main(write_kept(kept, tmp_path)) == 3
+    assert capsys.readouterr().out.startswith("undecided: class, logits and radius: MatMul 'node_1': ")
 
 
 BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -765,7 +779,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_with_status_1_and_says_what_to_do(
+def test_bad_input_ends_with_status_2_and_says_what_to_do(
     kept: tuple[Json, bytes, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -775,7 +789,7 @@ def test_bad_input_ends_with_status_1_and_says_what_to_do(
     command = write_kept(kept, tmp_path)
     file, spoil, message = BAD[name]
     spoil(tmp_path / file)
-    assert main(command) == 1
+    assert main(command) == 2
     assert capsys.readouterr().out == ""
     (record,) = caplog.records
     assert str(tmp_path / file) in record.getMessage()
@@ -836,7 +850,7 @@ def test_the_audit_shares_no_numeric_code_with_the_server() -> None:
     (contract,) = (contract for contract in contracts if contract["id"] == "audit-on-its-own")
     assert contract["type"] == "forbidden"
     assert contract["source_modules"] == ["service.audit"]
-    numeric = {"artefact", "certificate", "classifier", "counterfactual", "engine", "preprocessing"}
+    numeric = {"artefact", "certificate", "inference", "pixels.arrays", "pixels.preprocessing", "runtime"}
     assert {*(f"service.{module}" for module in numeric), "onnxruntime"} <= set(contract["forbidden_modules"])
     assert "allow_indirect_imports" not in contract
     assert "ignore_imports" not in contract
