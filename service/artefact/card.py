@@ -10,14 +10,13 @@ compared with the digest that was proved.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from service.artefact.files import write_atomically
 from service.artefact.graphs import GRAPH_FILES, MODEL_FILE, TRANSPORT_FILE, Findings, digest, read_file
 from service.certificate import Certificate
 from service.errors import ArtefactError
@@ -178,15 +177,16 @@ def write_artefact(folder: Path, card: Card, model_bytes: bytes, transport_bytes
     card = card.model_copy(update={"graphs": graphs})
     artefact = _prove(folder, card, model_bytes, transport_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / MODEL_FILE, model_bytes)
-    _write_atomically(folder / TRANSPORT_FILE, transport_bytes)
+    write_atomically(folder / MODEL_FILE, lambda file: file.write(model_bytes))
+    write_atomically(folder / TRANSPORT_FILE, lambda file: file.write(transport_bytes))
     write_card(folder, card)
     return artefact
 
 
 def write_card(folder: Path, card: Card) -> None:
     """Replace `card.json` in `folder` atomically, for example to add results of an evaluation."""
-    _write_atomically(folder / CARD_FILE, (card.model_dump_json(indent=2) + "\n").encode())
+    content = (card.model_dump_json(indent=2) + "\n").encode()
+    write_atomically(folder / CARD_FILE, lambda file: file.write(content))
 
 
 def check_findings(folder: Path, card: Card, findings: Findings) -> Certificate:
@@ -239,19 +239,3 @@ def _check_face(path: Path, card: Card, certificate: Certificate) -> None:
             f"the graph distinguishes {n_classes} classes, but the card has {len(card.labels)} labels. "
             "Give one label per class (two for a model with one output), in class order.",
         )
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never half of one, even after a crash."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            # Temporary files are private; an artefact is read by the server's own user.
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

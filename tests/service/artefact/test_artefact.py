@@ -133,7 +133,7 @@ def test_write_that_fails_half_way_leaves_the_old_file(folder: Path, monkeypatch
     def crash(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(artefact.os, "fsync", crash)
+    monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(OSError, match="disk full"):
         write_card(folder, artefact.read_card(folder).model_copy(update={"accuracy": 0.5}))
     assert (folder / "card.json").read_bytes() == before

@@ -1,0 +1,44 @@
+"""A file is replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from service.artefact.files import write_atomically
+
+
+def test_content_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    for content in (b"old", b"new, and longer"):
+        write_atomically(path, lambda file, content=content: file.write(content))
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_users_can_read_the_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "model.onnx", lambda file: file.write(b"graph"))
+    assert stat.S_IMODE((tmp_path / "model.onnx").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_write_that_ends_half_way_leaves_the_old_file_alone(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def write_half(file: IO[bytes]) -> None:
+        file.write(b"ne")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomically(path, write_half)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "missing" / "card.json", lambda file: file.write(b""))
