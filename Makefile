@@ -29,7 +29,7 @@ PEERS := .venv-peers
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test format readme libraries layers soundness random-graphs side-by-side bench lock image clean
+.PHONY: help serve test format readme libraries soundness random-graphs bench lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -56,22 +56,12 @@ libraries: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## export models of
 	$(OTHERS)/bin/python benchmarks/libraries/export.py --out build/libraries
 	$(RUN) -m benchmarks.libraries.certify build/libraries --write
 
-layers: DATA ?= data
-layers: $(OTHERS)/project  ## compare parametrisations of Lipschitz layers (Fashion-MNIST and CIFAR-10 in DATA=DIR; an hour), write the tables of docs/layers.md
-	$(OTHERS)/bin/python -m benchmarks.layers --data $(DATA) --write
-
 soundness: DATA ?= data
 soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they are served (MNIST in DATA=DIR; an hour), write the sections of benchmarks/SOUNDNESS.md
 	$(RUN) -m benchmarks.soundness --data $(DATA) --write
 
 random-graphs: $(VENV)/test $(VENV)/project  ## certify 25,000 random graphs and look for what contradicts a proof (half an hour), write its section of benchmarks/SOUNDNESS.md
 	$(RUN) benchmarks/random_graphs.py --write
-
-side-by-side: DATA ?= data
-side-by-side: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## train deel-torchlip's networks and ours for the same time, measure both (MNIST and Fashion-MNIST in DATA=DIR; three hours), write benchmarks/SIDE_BY_SIDE.md
-	$(OTHERS)/bin/python benchmarks/side_by_side/authors.py --data $(DATA) --out build/side-by-side/authors
-	$(RUN) -m benchmarks.side_by_side.ours --authors build/side-by-side/authors --data $(DATA) --out build/side-by-side/ours
-	$(RUN) -m benchmarks.side_by_side.compare build/side-by-side --data $(DATA) --write
 
 bench: DATA ?= data
 bench: $(PEERS)/installed $(PEERS)-mlserver/installed $(PEERS)-triton/installed $(VENV)/test $(VENV)/project  ## measure the service beside ONNX Runtime alone and other servers (wrk; MNIST in DATA=DIR; half an hour), write benchmarks/RESULTS.md and its plots
@@ -127,11 +117,6 @@ $(VENV)/project: pyproject.toml requirements/build.txt $(VENV)/serve-$(ACCELERAT
 $(OTHERS)/installed: benchmarks/libraries/requirements.txt
 	$(PYTHON) -m venv --clear $(OTHERS)
 	$(OTHERS)/bin/python -m pip --disable-pip-version-check --no-input install -r $<
-	@touch $@
-
-# Training with weights of these libraries needs lipcert beside them; both pin the same torch, numpy and onnx.
-$(OTHERS)/project: pyproject.toml $(OTHERS)/installed
-	$(OTHERS)/bin/python -m pip --disable-pip-version-check --no-input install --editable '.[cpu,train]'
 	@touch $@
 
 # A server that cannot be installed here is left out of the tables, which say so; the next call tries again.
