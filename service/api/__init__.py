@@ -1,1 +1,1 @@
-"""TODO."""
+"""The HTTP interface: bytes to requests, answers to responses, errors to problem documents."""

@@ -1,4 +1,4 @@
-"""The application: models loaded and proved, routes, and every error as problem details."""
+"""The ASGI application: models, routes, middleware, and every error as problem details."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from service.settings import Settings, Threads, threads_of
 _DIRECT_PATHS = frozenset({"/predict", "/predict/batch"})
 
 _DESCRIPTION = """
-Image classifiers whose every answer carries a proof. For an image x the service answers a class and a `radius`: for
-every other valid image x' with L2 distance below the radius (pixels in [0, 1]), this service gives the same class,
-whatever the batch, the threads or the processor. `radius` is rounded down; where nothing can be proved it is 0 and
+Image classifiers with a certificate in every answer. For an image x the service answers a class and a `radius`: for
+every other valid image x' at an L2 distance below the radius (pixels in [0, 1]), this service gives the same class,
+for any batch, number of threads and processor. `radius` is rounded down; where nothing is certified it is 0 and
 `certified` is false. A counterfactual is the nearest image of another class that was found, measured by the same path.
 
-The radius does not say that the class is right, and says nothing about changes that are small in another sense than L2
-(rotation, lighting) or that are as large as the radius.
+The radius does not imply that the class is correct. It does not cover changes that are small in another sense than L2
+(rotation, lighting), nor changes as large as the radius.
 
-Pixels are those that were sent, after lossless decoding, in the channels of the file: what cannot be read without loss
-is refused. A colour file is converted to grey for a grey model (0.299 R + 0.587 G + 0.114 B), a grey file to RGB for a
-colour model, and with `resize` to the model's size. These maps are part of the proof, so that the radius is about the
-image that was sent; `image` in the answer names it.
+Pixels are those of the image that was sent, decoded losslessly, in the channels of the file; an image that cannot be
+read losslessly is refused. An RGB file is converted to grey for a grey model (0.299 R + 0.587 G + 0.114 B), a grey file
+to RGB for an RGB model, and with `resize` an image is resized to the model's size. These maps are part of the
+certificate: the radius refers to the image that was sent, which `image` in the answer identifies.
 
-Errors are RFC 9457 problem details, `application/problem+json`; `detail` says what to do.
+Errors are RFC 9457 problem details, `application/problem+json`; `detail` states the cause and the remedy.
 """
 
 
 def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None = None) -> FastAPI:
-    """The application, ready to answer.
+    """Return the application, ready to answer.
 
     Args:
         settings: see `service.settings`.
-        classifiers: by name; loaded from `settings.models` if absent.
+        classifiers: by name; default: those in `settings.models`.
 
     Raises:
         ArtefactError, ProviderError, SettingsError: see `load_classifiers`.
@@ -68,7 +68,7 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     app = DirectFastAPI(
         title="lipcert",
         version=__version__,
-        summary="Image classification with a proof in every answer.",
+        summary="Image classification with a certificate in every answer.",
         description=_DESCRIPTION,
         docs_url=None,
         redoc_url=None,
@@ -77,9 +77,12 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
         generate_unique_id_function=lambda route: route.name,
         openapi_tags=[
             {"name": "predict", "description": "Classes, certified radii and counterfactuals."},
-            {"name": "models", "description": "What is served, and what is proved of it."},
+            {"name": "models", "description": "The served models and their proved bounds."},
             {"name": "operations", "description": "Health and metrics."},
-            {"name": "open inference protocol", "description": "The same models for clients of version 2."},
+            {
+                "name": "open inference protocol",
+                "description": "The same models for clients of the protocol, version 2.",
+            },
         ],
     )
     router = build_router(service)

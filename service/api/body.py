@@ -1,9 +1,4 @@
-"""The body of a request: bytes to options and to an image that is still encoded.
-
-Options have one place in each form of request: the object of a JSON body, the fields of a form, the query of
-a raw body. The same name twice, a name that is not known, and options in the query of a JSON or form body are
-refused: a misspelt `epsilon` must not be lost in silence.
-"""
+"""Reading of request bodies: headers, media types, and bytes up to the limit."""
 
 from __future__ import annotations
 
@@ -27,16 +22,16 @@ _DISCARD_BYTES = 64 * 1024 * 1024
 
 
 def headers_of(request: Request) -> dict[str, str]:
-    """The headers by their lower-case names, the first of each; looked up many times, so decoded once."""
+    """Return the first value of each header by its lower-case name, decoded once for several look-ups."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(request.scope["headers"])}
 
 
 def media_type_of(headers: Mapping[str, str], accepted: Sequence[str]) -> str:
-    """Media type of the body, lower case and without parameters.
+    """Return the media type of the body, in lower case and without parameters.
 
     Raises:
-        MediaTypeError: there is none, or it is not one of `accepted`; any `image/...` will do where one does,
-            because the bytes decide what they are.
+        MediaTypeError: it is missing or not in `accepted`. Every `image/...` is accepted where one is, because the
+            bytes determine the format.
     """
     header = headers.get("content-type", "")
     media_type = header.partition(";")[0].strip().lower()
@@ -46,23 +41,23 @@ def media_type_of(headers: Mapping[str, str], accepted: Sequence[str]) -> str:
 
 
 def declared_length(headers: Mapping[str, str], default: int) -> int:
-    """Bytes of the body as its header states them; `default` where it does not."""
+    """Return the length of the body in bytes as the header declares it; `default` without a declaration."""
     declared = headers.get("content-length", "")
     return int(declared) if declared.isdecimal() else default
 
 
 async def read_body(request: Request, headers: Mapping[str, str], max_bytes: int) -> bytes:
-    """The whole body, never holding more than `max_bytes` of it.
+    """Return the complete body; never more than `max_bytes` of it are in memory.
 
     Args:
-        request: nothing of it is read yet.
+        request: its body is still unread.
         headers: see `headers_of`.
-        max_bytes: longest body.
+        max_bytes: limit of the length.
 
     Raises:
-        BodyTooLargeError: declared or real length above the limit.
-        EmptyBodyError: no bytes.
-        ClientDisconnect: the client has gone.
+        BodyTooLargeError: the declared or the real length is above the limit.
+        EmptyBodyError: the body is empty.
+        ClientDisconnect: the client has closed the connection.
     """
     declared = declared_length(headers, default=0)
     too_large = declared > max_bytes
@@ -81,8 +76,8 @@ async def read_body(request: Request, headers: Mapping[str, str], max_bytes: int
         if length > max_bytes + _DISCARD_BYTES:
             break
         if too_large or length > max_bytes:
-            # Closing while the client still writes would reset the connection before it has read the answer;
-            # so some more is read, and thrown away.
+            # Closing while the client still writes would reset the connection before the client has read the answer, so
+            # some more is read and discarded.
             too_large = True
             chunks.clear()
         else:
@@ -90,5 +85,5 @@ async def read_body(request: Request, headers: Mapping[str, str], max_bytes: int
     if too_large:
         raise BodyTooLargeError(max_bytes)
     if length == 0:
-        raise EmptyBodyError("the body is empty; send an image, see /docs for the forms it can have")
+        raise EmptyBodyError("the body is empty; send an image in one of the forms listed in /docs")
     return b"".join(chunks)

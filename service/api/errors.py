@@ -1,4 +1,4 @@
-"""TODO: service/api/errors.py."""
+"""Exception handlers: every error becomes a problem document."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def answer_any_error(request: Request, error: Exception) -> Response:
 def _unexpected(request: Request) -> Response:
     return problem(
         HTTPStatus.INTERNAL_SERVER_ERROR,
-        "the server failed on this request; its log says more",
+        "the server failed on this request; see its log",
         instance=request.url.path,
     )
 
@@ -57,10 +57,10 @@ def add_error_handlers(app: FastAPI) -> None:
         path = request.url.path
         detail = str(error.detail)
         if error.status_code == HTTPStatus.NOT_FOUND:
-            detail = f"there is nothing at {path}; /docs lists what there is"
+            detail = f"there is no resource at {path}; /docs lists all paths"
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "another method")
-            detail = f"{request.method} does nothing at {path}; use {allowed}"
+            detail = f"method {request.method} is not allowed at {path}; use {allowed}"
         return problem(error.status_code, detail, instance=path, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)

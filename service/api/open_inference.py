@@ -1,9 +1,9 @@
-"""The Open Inference Protocol, version 2 over REST: the same models for clients that speak it.
+"""The Open Inference Protocol, version 2 over REST, for the same models.
 
 Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
-`class_id`, `radius`, `certified`, `image_digest`, and with the parameter `counterfactual` also the images found.
-`parameters` of a request are the options of `/predict` that concern images. Errors are RFC 9457 problem details with
-the member `error` that the protocol wants.
+`class_id`, `radius`, `certified`, `image_digest`, and with the parameter `counterfactual` also the counterfactuals.
+The `parameters` of a request are the options of `/predict` that concern images. Errors are RFC 9457 problem details
+with the member `error`, which the protocol requires.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class InputTensor(_Protocol):
 
 
 class OutputRequest(_Protocol):
-    """An output that the client wants."""
+    """A requested output."""
 
     name: str
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -80,7 +80,7 @@ class OutputTensor(_Protocol):
 
 
 class InferAnswer(_Protocol):
-    """An answer of the protocol; the version of a model is the digest of its bytes."""
+    """A response of the protocol; the version of a model is the digest of its bytes."""
 
     model_name: str
     model_version: str
@@ -89,28 +89,28 @@ class InferAnswer(_Protocol):
 
 
 def build_router(service: Service) -> APIRouter:
-    """The paths of the protocol, over one `Service`."""
+    """Return the routes of the protocol, over one `Service`."""
     router = APIRouter(prefix=PREFIX, tags=["open inference protocol"])
     settings = service.settings
 
-    @router.get("", summary="The server")
+    @router.get("", summary="Server metadata")
     async def server() -> dict[str, Any]:
         return {"name": "lipcert", "version": __version__, "extensions": []}
 
-    @router.get("/health/live", summary="Is the process alive")
+    @router.get("/health/live", summary="Liveness of the server")
     async def server_live() -> dict[str, bool]:
         return {"live": True}
 
-    @router.get("/health/ready", summary="Can it answer")
+    @router.get("/health/ready", summary="Readiness of the server")
     async def server_ready() -> Response:
         is_ready = settings.default_model in service.classifiers
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
-    @router.get("/models/{name}", summary="Inputs and outputs of a model", responses=problem_responses(404))
+    @router.get("/models/{name}", summary="Metadata of a model", responses=problem_responses(404))
     async def model_metadata(name: str) -> dict[str, Any]:
         return _metadata(service.classifier(name))
 
-    @router.get("/models/{name}/ready", summary="Is the model loaded", responses=problem_responses(404))
+    @router.get("/models/{name}/ready", summary="Readiness of a model", responses=problem_responses(404))
     async def model_ready(name: str) -> dict[str, Any]:
         return {"name": service.classifier(name).name, "ready": True}
 
@@ -139,14 +139,14 @@ def build_router(service: Service) -> APIRouter:
 
 @dataclass
 class _InferQuestion:
-    """One request of the protocol, as a worker sees it."""
+    """One request of the protocol, for the workers."""
 
     content: bytes
     classifier: Classifier
     service: Service
 
     def decode_at_once(self) -> None:
-        return None  # numbers in JSON take a while
+        return None  # parsing numbers in JSON is slow
 
     def decode(self) -> Decoded:
         self.request = parse_json(InferRequest, self.content)
@@ -207,8 +207,8 @@ def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> 
         raise ImageTooLargeError(f"the shape has {count * height * width} pixels", settings.max_pixels)
     if channels != classifier.input_shape[0]:
         raise ChannelsError(
-            f"the tensor has {channels} channels and the model takes {classifier.input_shape[0]}; send the model's, "
-            "image files alone are converted between grey and RGB"
+            f"the tensor has {channels} channels and the model takes {classifier.input_shape[0]}; send the channels of "
+            "the model, only image files are converted between grey and RGB"
         )
     expected = f"expected {prod(tensor.shape)} numbers, flat or nested as the shape {tensor.shape}"
     try:
@@ -218,9 +218,9 @@ def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> 
     if values.size != prod(tensor.shape) or (values.ndim > 1 and list(values.shape) != tensor.shape):
         raise ArrayError(f"data has shape {values.shape}; {expected}")
     if values.dtype.kind not in "iuf" or (tensor.datatype == "UINT8" and values.dtype.kind == "f"):
-        raise ArrayError(f"data does not hold numbers of type {tensor.datatype}; {expected}")
+        raise ArrayError(f"data is not numbers of type {tensor.datatype}; {expected}")
     if tensor.datatype == "UINT8" and (values.min() < 0 or values.max() > 255):
-        raise ArrayError("data of datatype UINT8 holds values outside 0..255; send 0..255, or FP64 in [0, 1]")
+        raise ArrayError("data of datatype UINT8 has values outside 0..255; send 0..255, or FP64 in [0, 1]")
     typed = values.astype(_DTYPES[tensor.datatype]).reshape(count, channels, height, width)
     return unit_range(typed)
 
@@ -275,7 +275,7 @@ def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) 
     unknown = [output.name for output in requested if output.name not in by_name]
     if unknown:
         raise OptionError(
-            f"there is no output {unknown[0]!r} in this answer; there are: {', '.join(by_name)} (those of the "
-            "counterfactual need parameters.counterfactual=true)"
+            f"this answer has no output {unknown[0]!r}; available outputs: {', '.join(by_name)} (those of the "
+            "counterfactual require parameters.counterfactual=true)"
         )
     return [by_name[output.name] for output in requested]

@@ -1,7 +1,7 @@
-"""The OpenAPI 3.1 document: the forms of a request, and examples that are true.
+"""The OpenAPI 3.1 document: the forms of a request, and computed examples.
 
-The examples are computed: the sample image is one the default model reads, and the answers are the model's own.
-So "Try it out" on the docs page, with nothing changed, gives the answer that stands below it.
+The sample image has the input shape of the default model, and the example answers are computed by that model. So "Try
+it out" on the docs page, without a change, returns the answer that is printed below it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from service.pixels.images import decode_image, encode_png, to_unit
 
 STATIC = Path(__file__).resolve().parent.parent / "static"
 SAMPLES = "/samples"
-"""Where the server hands out the sample image."""
+"""Path of the sample images."""
 SAMPLE_DIGIT = STATIC / "samples" / "mnist-7.png"
 _MNIST_SHAPE = (1, 28, 28)
 
@@ -45,7 +45,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Examples:
-    """A sample image and the answers to it."""
+    """A sample image and its answers."""
 
     png: bytes
     npy: bytes
@@ -58,12 +58,12 @@ class Examples:
 
     @property
     def base64(self) -> str:
-        """The sample as JSON takes it."""
+        """Return the sample as the JSON field `image`."""
         return base64.b64encode(self.png).decode("ascii")
 
 
 def make_examples(classifier: Classifier) -> Examples:
-    """Classify a sample that the model reads: an MNIST digit, or a ramp where the model takes another shape."""
+    """Classify a sample of the model's shape: an MNIST digit, or a ramp for other shapes than MNIST's."""
     pixels_CHW = _sample(classifier.input_shape)
     image_NCHW = to_unit(pixels_CHW)[np.newaxis]
 
@@ -71,7 +71,7 @@ def make_examples(classifier: Classifier) -> Examples:
         return predict(classifier, image_NCHW, options)[0]
 
     return Examples(
-        # Image files have 1 or 3 channels; a model with others takes arrays only.
+        # Image files have 1 or 3 channels; a model with another number takes arrays only.
         png=encode_png(pixels_CHW if len(pixels_CHW) in (1, 3) else pixels_CHW[:1]),
         npy=_npy(pixels_CHW),
         npy_batch=_npy(np.stack([pixels_CHW, pixels_CHW])),
@@ -84,15 +84,15 @@ def make_examples(classifier: Classifier) -> Examples:
 
 
 def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[BaseModel]] = ()) -> Json:
-    """The OpenAPI document of `app`; computed once by FastAPI's own cache, see `app.openapi_schema`.
+    """Return the OpenAPI document of `app`.
 
-    FastAPI describes the routes and their answers. The bodies are added here: one operation takes several media
-    types, which a function signature cannot say.
+    FastAPI describes the routes and their answers. The bodies are added here: one operation takes several media types,
+    which a function signature cannot express.
 
     Args:
-        app: with all its routes.
-        examples: shown where there are any.
-        bodies: models of further request bodies that routes refer to.
+        app: the application with all its routes.
+        examples: absent where no default model is loaded.
+        bodies: models of further request bodies to which routes refer.
     """
     openapi = get_openapi(
         title=app.title,
@@ -108,8 +108,8 @@ def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[Base
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
     for path, body_of, form in (
-        ("/predict", _predict_body, "JSON, a form, an image file or a npy array"),
-        ("/predict/batch", _batch_body, "JSON or a npy array"),
+        ("/predict", _predict_body, "JSON, a form, an image file or an npy array"),
+        ("/predict/batch", _batch_body, "JSON or an npy array"),
     ):
         operation: Json = openapi["paths"][path]["post"]
         operation["requestBody"] = {"required": True, "description": form, "content": body_of(examples)}
@@ -121,7 +121,7 @@ def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[Base
 
 
 def problem_responses(*statuses: int) -> dict[int | str, Json]:
-    """Entries for `responses=` of a route: each status as RFC 9457 problem details, with true examples."""
+    """Return the entries for `responses=` of a route: each status as RFC 9457 problem details, with examples."""
     return {
         status: {
             "description": HTTPStatus(status).phrase,
@@ -141,7 +141,7 @@ def problem_responses(*statuses: int) -> dict[int | str, Json]:
 
 
 _TYPICAL_ERRORS: tuple[errors.LipcertError, ...] = (
-    errors.EmptyBodyError("the body is empty; send an image, see /docs for the forms it can have"),
+    errors.EmptyBodyError("the body is empty; send an image in one of the forms listed in /docs"),
     errors.UnknownModelError("minst", ["mnist", "mnist-0-8"]),
     errors.BodyTooLargeError(16 * 1024 * 1024),
     errors.MediaTypeError("text/plain", body.PREDICT_TYPES),
@@ -164,7 +164,7 @@ def _predict_body(examples: Examples | None) -> Json:
                 "required": ["image"],
                 "additionalProperties": False,
                 "properties": {
-                    "image": {**binary, "description": "The image file, exactly one, grey or RGB."},
+                    "image": {**binary, "description": "Exactly one image file, grey or RGB."},
                     **fields,
                 },
             }
@@ -174,7 +174,7 @@ def _predict_body(examples: Examples | None) -> Json:
             "schema": {
                 **binary,
                 "contentMediaType": body.NPY,
-                "description": "What numpy.save writes: uint8 (0..255) or float16/32/64 in [0, 1], "
+                "description": "A file of numpy.save: uint8 (0..255) or float16/32/64 in [0, 1], "
                 "C x H x W, H x W x C, or H x W for a grey model.",
             }
         },
@@ -185,9 +185,9 @@ def _predict_body(examples: Examples | None) -> Json:
             "class and radius": {"value": {"image": examples.base64}},
             "with a counterfactual": {"value": {"image": examples.base64, **wanted}},
         }
-        # A binary body has no literal form in JSON; the server hands the same image out as a file.
-        file: Json = {"sample": {"summary": "GET it and send it", "externalValue": f"{SAMPLES}/image.png"}}
-        # The docs page fills in every field of a form, with the word "string" where it knows nothing better.
+        # JSON cannot express a binary body; the server provides the same image as a file.
+        file: Json = {"sample": {"summary": "GET this file and send it", "externalValue": f"{SAMPLES}/image.png"}}
+        # The docs page fills in every field of a form, with the word "string" unless there is an example.
         form: Json = {
             "model": examples.answer.model,
             **wanted,
@@ -199,7 +199,7 @@ def _predict_body(examples: Examples | None) -> Json:
             content[body.FORM]["schema"]["properties"][name]["example"] = value
         content["image/png"]["examples"] = file
         content[body.NPY]["examples"] = {
-            "sample": {"summary": "GET it and send it", "externalValue": f"{SAMPLES}/image.npy"}
+            "sample": {"summary": "GET this file and send it", "externalValue": f"{SAMPLES}/image.npy"}
         }
     return content
 
@@ -212,8 +212,8 @@ def _batch_body(examples: Examples | None) -> Json:
                 "type": "string",
                 "format": "binary",
                 "contentMediaType": body.NPY,
-                "description": "As for /predict with one more axis in front: N x C x H x W, N x H x W x C, or "
-                "N x H x W for a grey model.",
+                "description": "As for /predict, with a leading batch axis: N x C x H x W, N x H x W x C, or N x H x W "
+                "for a grey model.",
             }
         },
     }
@@ -222,18 +222,17 @@ def _batch_body(examples: Examples | None) -> Json:
             "two images": {"value": {"images": [examples.base64, examples.base64], "epsilon": 0.5}}
         }
         content[body.NPY]["examples"] = {
-            "sample": {"summary": "GET it and send it", "externalValue": f"{SAMPLES}/batch.npy"}
+            "sample": {"summary": "GET this file and send it", "externalValue": f"{SAMPLES}/batch.npy"}
         }
     return content
 
 
 def _option_schema(name: str) -> Json:
     schema: Json = dict(Options.model_json_schema()["properties"][name])
-    # A client that fills in defaults would otherwise send options in the query of a JSON body, where they are
-    # refused.
+    # A client that fills in defaults would send options in the query of a JSON body, where they are refused.
     schema.pop("default", None)
     schema.pop("title", None)
-    # Absent is how a form or a query says null.
+    # In a form or a query, an absent option is null.
     for variant in schema.pop("anyOf", []):
         if variant.get("type") != "null":
             schema.update(variant)
@@ -243,17 +242,16 @@ def _option_schema(name: str) -> Json:
 _PREFER: Json = {
     "name": "Prefer",
     "in": "header",
-    "description": "`wait=SECONDS` (RFC 7240): how long the client will wait, where that is less than the server's own "
-    "deadline; afterwards the answer is status 503.",
+    "description": "`wait=SECONDS` (RFC 7240): an earlier deadline than the server's own; after it, the status is 503.",
     "schema": {"type": "string", "pattern": "wait=[0-9]+"},
 }
 _RECORDS: Json = {
     "type": "string",
     "format": "binary",
-    "description": "With `Accept: application/x-npy`: one structured numpy array, a record for each image, with the "
-    "fields `class_id`, `radius`, `certified`, `runner_up`, `lipschitz_bound`, `logit_error`, `logits`, and where a "
-    "counterfactual was asked for `counterfactual` (uint8, C x H x W), `counterfactual_class_id`, "
-    "`counterfactual_distance`, `counterfactual_reached`.",
+    "description": "With `Accept: application/x-npy`: a structured numpy array with one record per image and the "
+    "fields `class_id`, `radius`, `certified`, `runner_up`, `lipschitz_bound`, `logit_error`, `logits`, and with a "
+    "counterfactual also `counterfactual` (uint8, C x H x W), `counterfactual_class_id`, `counterfactual_distance`, "
+    "`counterfactual_reached`.",
 }
 
 
@@ -262,7 +260,7 @@ def _query_parameters() -> list[Json]:
     for name in Options.model_fields:
         schema = _option_schema(name)
         described = schema.pop("description")
-        note = "For an image or npy body; a JSON or form body has it inside."
+        note = "In the query of an image or npy body only; a JSON or form body contains it."
         parameters.append({"name": name, "in": "query", "description": f"{described} {note}", "schema": schema})
     return parameters
 

@@ -1,4 +1,9 @@
-"""TODO: service/api/parsing.py."""
+"""Parsing of request bodies: options, and images that are still encoded.
+
+Options have one place in each form of request: the object of a JSON body, the fields of a form, the query of an image
+or npy body. An option that is repeated, unknown, or in the query of a JSON or form body is refused: a misspelt
+`epsilon` must not be ignored silently.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.api.body import FORM, JSON, NPY
-from service.api.schema import NO_OPTIONS, BatchRequest, Options, PredictRequest
+from service.api.schema import NO_OPTIONS, BatchRequest, Expected, Options, PredictRequest
 from service.errors import (
     BatchTooLargeError,
     ChannelsError,
@@ -35,14 +40,24 @@ Wire = TypeVar("Wire", bound=BaseModel)
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image file, as it came or still in base64."""
+    """An image file, or its base64 text."""
 
     data: bytes | str
 
     def decode(
         self, input_shape_CHW: tuple[int, int, int], max_pixels: int, used_pixels: int = 0
     ) -> UInt8[np.ndarray, "C H W"]:
-        """Pixels in 0..255, with the channels of the file; raises `InputError`, see `service.pixels.images`."""
+        """Return pixels in 0..255, with the channels of the file.
+
+        Args:
+            input_shape_CHW: the images that the model accepts.
+            max_pixels: limit of all images of the request together.
+            used_pixels: pixels of the images that were decoded before.
+
+        Raises:
+            ChannelsError: the model accepts neither grey nor RGB images.
+            InputError: see `service.pixels.images`.
+        """
         channels = input_shape_CHW[0]
         if channels not in (1, 3):
             raise ChannelsError(
@@ -55,12 +70,12 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class ArrayImage:
-    """An npy file; it has the model's channels, because its shape alone does not say what they are."""
+    """An npy file; it must have the model's channels, because its shape alone does not tell grey from RGB."""
 
     data: bytes
 
     def decode(self, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
-        """Pixels in [0, 1]; raises `InputError`, see `service.pixels.images`."""
+        """Return pixels in [0, 1]; raise `InputError` as `service.pixels.arrays`."""
         return decode_array(self.data, input_shape_CHW, max_pixels)
 
 
@@ -73,7 +88,18 @@ class EncodedBatch:
     def decode(
         self, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int, resize: bool
     ) -> UInt8[np.ndarray, "N C H W"]:
-        """Pixels in 0..255; an error about one image names its index, from 0."""
+        """Return pixels in 0..255.
+
+        Args:
+            input_shape_CHW: the images that the model accepts.
+            max_pixels: limit of all images together.
+            max_batch: limit of the number of images.
+            resize: whether the images may have another size than the model's.
+
+        Raises:
+            BatchTooLargeError: more than `max_batch` images.
+            InputError: an image is refused; the message names its index, from 0.
+        """
         if len(self.texts) > max_batch:
             raise BatchTooLargeError(len(self.texts), max_batch)
         images: list[np.ndarray] = []
@@ -87,8 +113,8 @@ class EncodedBatch:
                     raise MixedSizesError(image.shape[1:], images[0].shape[1:])
                 if images and image.shape[0] != images[0].shape[0]:
                     raise ChannelsError(
-                        f"this image is {_colours(image)} and the first one is {_colours(images[0])}; a batch has "
-                        "images of one kind, send the others apart"
+                        f"this image is {_colours(image)} and the first image is {_colours(images[0])}; the images of "
+                        "a batch must be all grey or all RGB, send the others separately"
                     )
             except InputError as error:
                 raise error.at_index(index) from None
@@ -102,14 +128,24 @@ def _colours(image_CHW: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class ArrayBatch:
-    """An npy file with one more axis in front."""
+    """An npy file with a leading batch axis."""
 
     data: bytes
 
     def decode(
         self, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int, resize: bool
     ) -> Float64[np.ndarray, "N C H W"]:
-        """Pixels in [0, 1]; the classifier refuses another size unless `resize`."""
+        """Return pixels in [0, 1].
+
+        Args:
+            input_shape_CHW: the images that the model accepts.
+            max_pixels: limit of all images together.
+            max_batch: limit of the number of images.
+            resize: ignored: the classifier checks the size.
+
+        Raises:
+            InputError: see `service.pixels.arrays`.
+        """
         del resize
         return decode_array_batch(self.data, input_shape_CHW, max_pixels, max_batch)
 
@@ -117,13 +153,13 @@ class ArrayBatch:
 def parse_predict(
     media_type: str, content_type: str, query: Sequence[tuple[str, str]], body: bytes
 ) -> tuple[Options, EncodedImage | ArrayImage]:
-    """Options and image of one `/predict`.
+    """Return the options and the image of one request of `/predict`.
 
     Args:
         media_type: one of `PREDICT_TYPES`, see `media_type_of`.
-        content_type: the whole header, for the boundary of a form.
+        content_type: the whole header, which has the boundary of a form.
         query: names and values of the query, in order.
-        body: all of it.
+        body: the complete body.
 
     Raises:
         MalformedBodyError, OptionError, UnknownOptionError, EmptyBodyError
@@ -143,7 +179,16 @@ def parse_predict(
 def parse_batch(
     media_type: str, query: Sequence[tuple[str, str]], body: bytes
 ) -> tuple[Options, EncodedBatch | ArrayBatch]:
-    """Options and images of one `/predict/batch`; as `parse_predict`, with the types of `BATCH_TYPES`."""
+    """Return the options and the images of one request of `/predict/batch`.
+
+    Args:
+        media_type: one of `BATCH_TYPES`.
+        query: as in `parse_predict`.
+        body: the complete body.
+
+    Raises:
+        MalformedBodyError, OptionError, UnknownOptionError
+    """
     if media_type == JSON:
         refuse_query(query, "JSON object")
         request = parse_json(BatchRequest, body)
@@ -152,15 +197,16 @@ def parse_batch(
 
 
 def refuse_query(query: Sequence[tuple[str, str]], place: str) -> None:
-    """Raise `OptionError` if there is a query: its options would be lost."""
+    """Raise `OptionError` unless the query is empty: its options would be ignored."""
     if query:
         raise OptionError(
-            f"the query has {query[0][0]!r}; options of this form of request go into its {place}, leave the query empty"
+            f"the query has {query[0][0]!r}; in this form of request options belong in the {place}, leave the query "
+            "empty"
         )
 
 
 def parse_json(wire: type[Wire], body: bytes) -> Wire:
-    """One JSON object as `wire`, strictly: no field twice or unknown, no text for numbers, no NaN.
+    """Return a JSON object as `wire`, strictly: no repeated or unknown field, no text for numbers, no NaN.
 
     Raises:
         MalformedBodyError, OptionError, UnknownOptionError
@@ -181,7 +227,7 @@ def parse_json(wire: type[Wire], body: bytes) -> Wire:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
-        raise ValueError(f"the field {_first_repeated(names)!r} is there twice")
+        raise ValueError(f"the field {_first_repeated(names)!r} is repeated")
     return dict(pairs)
 
 
@@ -199,7 +245,7 @@ def _from_strings(fields: Sequence[tuple[str, str]], place: str, also: str | Non
     names = [name for name, _ in fields]
     _refuse_unknown(names, [also, *Options.model_fields] if also else list(Options.model_fields), place)
     if len(set(names)) != len(names):
-        raise OptionError(f"{_first_repeated(names)!r} is in the {place} twice; give every option once")
+        raise OptionError(f"{_first_repeated(names)!r} is repeated in the {place}; give every option once")
     return _validated(Options, dict(fields), place, strings=True)
 
 
@@ -214,31 +260,33 @@ def _validated(wire: type[Wire], fields: Mapping[str, Any], place: str, *, strin
     try:
         return wire.model_validate_strings(fields) if strings else wire.model_validate(fields, strict=True)
     except ValidationError as error:
-        faults = [_fault(fault["loc"], fault["type"], fault["msg"]) for fault in error.errors()[:3]]
+        faults = [_fault(wire, fault["loc"], fault["type"], fault["msg"]) for fault in error.errors()[:3]]
         raise OptionError("; ".join(faults)) from None
 
 
-_EXPECTED = {
-    "model": "the name of a model as a string, see /models",
-    "epsilon": "a finite number of at least 0, the L2 radius that you need",
-    "counterfactual": "true or false",
-    "resize": "true or false",
-    "target": "a label of the model as a string",
-    "image": "an image file as a base64 string",
-    "images": "a list of at least one image file as base64 strings",
-}
-
-
-def _fault(location: tuple[int | str, ...], kind: str, reason: str) -> str:
+def _fault(wire: type[BaseModel], location: tuple[int | str, ...], kind: str, reason: str) -> str:
     if not location:
         return reason.removeprefix("Value error, ")
     name = ".".join(str(step) for step in location)
     if kind == "extra_forbidden":
-        return f"{name} is not a field that is read here; leave it out"
-    expected = _EXPECTED.get(str(location[-1])) or _EXPECTED.get(str(location[0]))
+        return f"{name} is an unknown field; remove it"
+    expected = _expected(wire, location)
     if expected is None:
         return f"{name}: {reason.removeprefix('Value error, ')}"
     return f"{name} {'is missing' if kind == 'missing' else 'is not valid'}; expected {expected}"
+
+
+def _expected(wire: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
+    """Return the valid values of a field, as the schema declares them."""
+    expected = None
+    model: Any = wire
+    for name in location:
+        field = getattr(model, "model_fields", {}).get(name)
+        if field is not None:
+            model = field.annotation
+            declared = [annotation.values for annotation in field.metadata if isinstance(annotation, Expected)]
+            expected = declared[0] if declared else "true or false" if model is bool else None
+    return expected
 
 
 @dataclass
@@ -250,10 +298,9 @@ class _Part:
 
 
 def _from_form(body: bytes, content_type: str) -> tuple[bytes, list[tuple[str, str]]]:
-    """The file of field `image` and the text fields, in order (RFC 7578).
+    """Return the file of field `image` and the text fields, in order (RFC 7578).
 
-    The body is in memory already and is parsed there: a server on a read-only file system has nowhere to
-    spool.
+    The body is parsed in memory, where it is already: a server on a read-only file system cannot spool.
     """
     images: list[bytes] = []
     fields: list[tuple[str, str]] = []
@@ -267,18 +314,18 @@ def _from_form(body: bytes, content_type: str) -> tuple[bytes, list[tuple[str, s
                 continue
         except (KeyError, UnicodeDecodeError):
             raise MalformedBodyError(
-                "a part of the form has no name or is not UTF-8 text; send the file as field image and "
-                "options as text fields"
+                "a part of the form has no name or is not UTF-8 text; send the file as field image and the options as "
+                "text fields"
             ) from None
         if b"filename" not in parameters:
             raise MalformedBodyError(
-                "the form field image is text and not a file; send it as a file (curl -F image=@digit.png)"
+                "the form field image is text, not a file; send it as a file (curl -F image=@digit.png)"
             )
         images.append(data)
     if len(images) != 1:
         count = "no file field image" if not images else f"{len(images)} file fields image"
         raise MalformedBodyError(
-            f"the form has {count}; send exactly one (curl -F image=@digit.png), and several images to /predict/batch"
+            f"the form has {count}; send exactly one (curl -F image=@digit.png); several images go to /predict/batch"
         )
     return images[0], fields
 
@@ -332,7 +379,7 @@ def _parts(body: bytes, content_type: str) -> list[_Part]:
         complete = False
     if not complete:
         raise MalformedBodyError(
-            "the body is not multipart/form-data with the boundary of its Content-Type, or is cut short; let "
-            "your client write both (curl -F image=@digit.png)"
+            "the body is not multipart/form-data with the boundary of its Content-Type, or is truncated; let the "
+            "client write both (curl -F image=@digit.png)"
         )
     return parts

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: the one table from domain error to status, and the RFC 9457 body.
+"""Problem documents: the single table from domain error to HTTP status, and the RFC 9457 body.
 
 RFC 9457 (Problem Details for HTTP APIs): members `type`, `title`, `status`, `detail`, `instance`, media type
 `application/problem+json`.
@@ -46,7 +46,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
-        # These stop the server at start. In an answer: a graph was changed on disk since, or a check is missing.
+        # These stop the server at start. In an answer, a graph file has changed since, or a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.SettingsError: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -55,17 +55,22 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.LipcertError: HTTPStatus.INTERNAL_SERVER_ERROR,
     }
 )
-"""Status of each domain error; total over the tree of `service.errors`."""
+"""HTTP status of each domain error; total over the tree of `service.errors`."""
 
 
 def problem_of(error: errors.LipcertError, instance: str | None = None, error_member: bool = False) -> Response:
-    """The answer to a domain error: status from `STATUS`, type and title from its class, detail its
-    message."""
+    """Return the response to a domain error.
+
+    Args:
+        error: its class gives the status (see `STATUS`), the type and the title; its message is the detail.
+        instance: path of the request.
+        error_member: see `problem`.
+    """
     words = re.findall(r"[A-Z][a-z0-9]*", type(error).__name__.removesuffix("Error"))
     status = STATUS[type(error)]
     detail = str(error)
     if status is HTTPStatus.INTERNAL_SERVER_ERROR:
-        detail = "the server failed on a valid request; its log says more"
+        detail = "the server failed on a valid request; see its log"
     headers: dict[str, str] = {}
     if isinstance(error, errors.MediaTypeError):
         headers["Accept"] = ", ".join(error.accepted)
@@ -92,8 +97,18 @@ def problem(
     headers: Mapping[str, str] | None = None,
     error_member: bool = False,
 ) -> Response:
-    """An RFC 9457 answer; with the type `about:blank` the title is the phrase of the status (section
-    4.2.1)."""
+    """Return an RFC 9457 response.
+
+    Args:
+        status: HTTP status.
+        detail: cause and remedy, for a person.
+        type_uri: with `about:blank`, the title must be the phrase of the status (section 4.2.1).
+        title: default: the phrase of the status.
+        instance: path of the request.
+        headers: further headers of the response.
+        error_member: whether to repeat the detail in the extension member `error` (section 3.2), which the Open
+            Inference Protocol requires.
+    """
     body: dict[str, str | int] = {
         "type": type_uri,
         "title": title or HTTPStatus(status).phrase,
@@ -103,7 +118,6 @@ def problem(
     if instance is not None:
         body["instance"] = instance
     if error_member:
-        # An extension member (section 3.2), for protocols that look for their message under this name.
         body["error"] = detail
-    # ensure_ascii: the detail may quote what the client sent, surrogates included.
+    # ensure_ascii: the detail may quote the request, surrogates included.
     return Response(json.dumps(body, ensure_ascii=True), status_code=status, media_type=MEDIA_TYPE, headers=headers)

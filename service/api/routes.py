@@ -1,5 +1,5 @@
-"""What each path does. The event loop moves bytes and decodes small images; the workers of
-`service.inference.batching` do the rest."""
+"""The routes. The event loop reads bodies and decodes small images; the workers of `service.inference.batching` do the
+rest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 _BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
 _WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
 _PAGE_HEADERS = {
-    # The pages fetch nothing but this server; the browser holds them to it.
+    # The pages load from this server only; the browser enforces it.
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:",
     "X-Content-Type-Options": "nosniff",
@@ -47,7 +47,7 @@ _PAGE_HEADERS = {
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes work with."""
+    """The state that the routes share."""
 
     settings: Settings
     classifiers: Mapping[str, Classifier]
@@ -56,7 +56,7 @@ class Service:
     batcher: Batcher
 
     def classifier(self, name: str | None) -> Classifier:
-        """The model of this name, or the default one; raises `UnknownModelError`."""
+        """Return the model of this name, or the default model; raise `UnknownModelError` if it is not served."""
         wanted = self.settings.default_model if name is None else name
         if wanted not in self.classifiers:
             raise UnknownModelError(wanted, self.classifiers)
@@ -65,9 +65,14 @@ class Service:
     async def ask(
         self, request: Request, headers: Mapping[str, str], question_of: Callable[[bytes], Question[Result]]
     ) -> Result:
-        """Read the body of a request and have its question answered by a worker, both before the deadline.
+        """Read the body of a request and return the answer of a worker, both before the deadline.
 
-        The header `Prefer: wait=SECONDS` (RFC 7240 section 4.3) asks for an earlier deadline than the server's.
+        The header `Prefer: wait=SECONDS` (RFC 7240 section 4.3) requests an earlier deadline than the server's.
+
+        Args:
+            request: its body is still unread.
+            headers: see `headers_of`.
+            question_of: from the body to the question.
 
         Raises:
             BodyTooLargeError, EmptyBodyError: see `read_body`.
@@ -93,7 +98,7 @@ class Service:
 
 
 def build_router(service: Service) -> APIRouter:
-    """All routes of the application, over one `Service`."""
+    """Return all routes but those of the Open Inference Protocol, over one `Service`."""
     router = APIRouter()
     _add_predictions(router, service)
     _add_models(router, service)
@@ -111,7 +116,7 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
         responses=_BODY_PROBLEMS,
     )
     async def predict_one(request: Request) -> Response:
-        """Classify one image, with a proved radius around the answer.
+        """Classify one image, with a certified radius.
 
         The same image in four forms:
 
@@ -121,12 +126,12 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
             curl 'SERVER/predict?epsilon=0.5' -H 'Content-Type: image/png' --data-binary @image.png
             curl 'SERVER/predict?epsilon=0.5' -H 'Content-Type: application/x-npy' --data-binary @image.npy
 
-        Options stand in the JSON object, in form fields, or, for an image or npy body, in the query. An image
-        that cannot be read without loss is refused, with what to do in `detail`.
+        Options belong in the JSON object, in form fields, or, for an image or npy body, in the query. An image that
+        cannot be read losslessly is refused; `detail` states the remedy.
 
         An RGB file is converted to grey where the model takes grey (0.299 R + 0.587 G + 0.114 B), and a grey file to
-        RGB where it takes RGB (three copies); `image.conversion` says so. The conversion is part of what is proved:
-        radius, counterfactual and distance are about the image that was sent, in its own channels. An array must have
+        RGB where it takes RGB (three copies), as `image.conversion` states. The conversion is part of the certificate:
+        radius, counterfactual and distance refer to the image that was sent, in its own channels. An array must have
         the model's channels.
         """
         return await _ask_about_images(service, request, PREDICT_TYPES, is_batch=False)
@@ -139,9 +144,10 @@ def _add_predictions(router: APIRouter, service: Service) -> None:
         responses=_BODY_PROBLEMS,
     )
     async def predict_batch(request: Request) -> Response:
-        """Classify several images of one size, all grey or all RGB; answers in their order. One bad image refuses all.
+        """Classify several images of one size, all grey or all RGB; answers are in the order of the images. One invalid
+        image refuses the whole batch.
 
-        The answer to an image does not depend on the batch it is in: its class and radius hold either way.
+        The certificate of an image holds in any batch.
         """
         return await _ask_about_images(service, request, BATCH_TYPES, is_batch=True)
 
@@ -163,7 +169,7 @@ async def _ask_about_images(service: Service, request: Request, accepted: Sequen
 
 
 def prefers_npy(accept: str) -> bool:
-    """Whether a header `Accept` (RFC 9110 section 12.5.1) names `application/x-npy`, and ranks JSON no higher."""
+    """Return whether a header `Accept` (RFC 9110 section 12.5.1) names `application/x-npy` and ranks JSON no higher."""
     if NPY not in accept.lower():
         return False
     weights: dict[str, float] = {}
@@ -175,7 +181,7 @@ def prefers_npy(accept: str) -> bool:
         except ValueError:
             weights[media_range] = 0.0
     wanted = weights.get(NPY, 0.0)
-    # The most specific range that fits JSON is the one that counts for it.
+    # The most specific range that matches JSON gives its weight.
     ranges = ("application/json", "application/*", "*/*")
     return wanted > 0.0 and wanted >= next((weights[name] for name in ranges if name in weights), 0.0)
 
@@ -183,9 +189,9 @@ def prefers_npy(accept: str) -> bool:
 def _add_models(router: APIRouter, service: Service) -> None:
     default_model = service.settings.default_model
 
-    @router.get("/models", tags=["models"], summary="What is served", response_model=ModelsAnswer)
+    @router.get("/models", tags=["models"], summary="All models", response_model=ModelsAnswer)
     async def list_models() -> Response:
-        """The models that are served: labels, input, proved bound, digest."""
+        """The served models: labels, input, proved bound, digest, execution provider."""
         models = [describe(classifier, default_model) for classifier in service.classifiers.values()]
         return _json(ModelsAnswer(models=models))
 
@@ -197,31 +203,31 @@ def _add_models(router: APIRouter, service: Service) -> None:
         responses=problem_responses(404),
     )
     async def show_model(name: str) -> Response:
-        """One model: what is proved of it, what serves it, and its card."""
+        """One model: its proved bounds, its execution provider and its card."""
         return _json(describe_in_full(service.classifier(name), default_model))
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:
-    @router.get("/health/live", tags=["operations"], summary="Is the process alive", response_model=HealthAnswer)
+    @router.get("/health/live", tags=["operations"], summary="Liveness", response_model=HealthAnswer)
     async def live() -> Response:
-        """Whether the process answers."""
+        """Whether the process responds."""
         return _json(HealthAnswer(status="live"))
 
     @router.get(
         "/health/ready",
         tags=["operations"],
-        summary="Can it answer",
+        summary="Readiness",
         response_model=HealthAnswer,
         responses={503: {"model": HealthAnswer, "description": "No default model is loaded."}},
     )
     async def ready() -> Response:
-        """Whether the default model is proved, loaded and has answered once."""
+        """Whether the default model is proved, loaded and has run once."""
         is_ready = service.settings.default_model in service.classifiers
         return _json(HealthAnswer(status="ready" if is_ready else "not ready"), status=200 if is_ready else 503)
 
-    @router.get("/metrics", tags=["operations"], summary="Counters for Prometheus", response_class=PlainTextResponse)
+    @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Requests, latency, predictions and abstentions, for Prometheus."""
+        """Requests, latency, batches, predictions and abstentions, in the text format of Prometheus."""
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -255,5 +261,5 @@ def _constant(answer: Response) -> Callable[[], Response]:
 
 
 def _json(answer: BaseModel, status: int = 200) -> Response:
-    """Serialised by pydantic itself: shortest floats that read back the same, null for what is not finite."""
+    """Return a response written by pydantic: shortest floats that read back the same, null if not finite."""
     return Response(answer.model_dump_json(), status_code=status, media_type="application/json")

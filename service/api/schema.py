@@ -1,13 +1,14 @@
-"""The wire: what requests and answers look like.
+"""The wire format: fields of requests and answers.
 
 Distances and radii are L2 norms over all pixels and channels of the image that was sent, in [0, 1] pixel units.
-Floats are written with the fewest digits that read back as the same float64 (Python's `repr`), so no radius grows on
-its way. A value that is not finite, which only an abstention can hold, is written as null.
+Floats are written with the fewest digits that read back as the same float64 (Python's `repr`), so that no radius grows
+in transit. A value that is not finite, which only an abstention can have, is written as null.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,52 +18,65 @@ class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """Annotation of a field: its valid values, for the message that refuses another one."""
+
+    values: str
+
+
 class ImageOptions(_Wire):
-    """What a request may ask of a model."""
+    """Options that concern the images of a request.
+
+    An option is declared here or in `Options`, once: JSON objects, form fields, queries and the documentation follow.
+    """
 
     counterfactual: bool = False
-    """Whether to look for the nearest image of another class that the transport direction leads to."""
+    """Whether to search, along the transport direction, for the nearest image of another class."""
 
-    target: str | None = None
-    """Label that the counterfactual shall have; needs `counterfactual`. The nearest other class if absent."""
+    target: Annotated[str | None, Expected("a label of the model as a string")] = None
+    """Target label of the counterfactual, requires `counterfactual`; default: the nearest other class."""
 
     resize: bool = False
-    """Whether an image of another size is resized; otherwise it is refused. The radius stays about the image that was
-    sent."""
+    """Whether to resize an image of another size than the model's; otherwise it is refused. The radius refers to the
+    image that was sent."""
 
     @model_validator(mode="after")
     def _target_needs_counterfactual(self) -> Self:
         if self.target is not None and not self.counterfactual:
-            raise ValueError("target is the label wanted by the counterfactual; set counterfactual=true with it")
+            raise ValueError("target is the target label of the counterfactual; set counterfactual=true with it")
         return self
 
 
 class Options(ImageOptions):
-    """What a request may ask for besides its image; the same names in JSON, form fields and query."""
+    """All options of a request; the names are the same in JSON, form fields and query."""
 
-    model: str | None = None
-    """Name of the model, one of `GET /models`; the default model if absent."""
+    model: Annotated[str | None, Expected("the name of a model as a string, see /models")] = None
+    """Name of the model, one of `GET /models`; default: the default model."""
 
-    epsilon: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
-    """Radius that the caller needs (L2, pixels in [0, 1]); asks for `robust_at_epsilon`."""
+    epsilon: Annotated[
+        Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None,
+        Expected("a finite number of at least 0, the required L2 radius"),
+    ] = None
+    """Required radius (L2, pixels in [0, 1]), to be answered by `robust_at_epsilon`."""
 
 
 NO_OPTIONS = Options()
-"""What a request without options asks for."""
+"""The options of a request that gives no options."""
 
 
 class PredictRequest(Options):
     """One image with its options."""
 
-    image: str
-    """A PNG, JPEG, WEBP, BMP or GIF file, grey or RGB, as standard base64, in one line, without a `data:` prefix."""
+    image: Annotated[str, Expected("an image file as a base64 string")]
+    """A PNG, JPEG, WEBP, BMP or GIF file, grey or RGB, as standard base64 on one line, without a `data:` prefix."""
 
 
 class BatchRequest(Options):
-    """Images of one size, all grey or all RGB, with options for all of them."""
+    """Images of one size, all grey or all RGB, with options that apply to all of them."""
 
-    images: Annotated[list[str], Field(min_length=1)]
-    """Each a file as in `PredictRequest.image`."""
+    images: Annotated[list[str], Field(min_length=1), Expected("a list of at least one image file as base64 strings")]
+    """Image files, each encoded as `PredictRequest.image`."""
 
 
 class ClassLabel(_Wire):
@@ -74,9 +88,9 @@ class ClassLabel(_Wire):
 
 
 class ImageAnswer(_Wire):
-    """The image that this answer is about, as it was sent: decoded, before any conversion and resize.
+    """The image to which this answer refers: as it was sent, decoded, before any conversion and resizing.
 
-    An answer that is kept names its image by `digest`; the radius counts the pixels of `shape`.
+    An archived answer identifies its image by `digest`; the radius is measured over the pixels of `shape`.
     """
 
     digest: str
@@ -85,59 +99,59 @@ class ImageAnswer(_Wire):
     shape: tuple[int, int, int]
     """Channels, height, width."""
     conversion: Literal["rgb_to_grey", "grey_to_rgb"] | None
-    """What was done to its channels for the model, within the certified map; null where they are the model's."""
+    """Conversion of the channels for the model, part of the certified map; null where the channels are the model's."""
     resized: bool
-    """Whether it had another size than the model's and was resized, within the certified map."""
+    """Whether the image was resized to the model's size, as part of the certified map."""
 
 
 class CertificateAnswer(_Wire):
-    """What is proved about this answer.
+    """The certificate of this answer.
 
     Every valid image x' with `||x' - x||_2 < radius` gets the same class from this service.
     """
 
     norm: Literal["l2"] = "l2"
     radius: float
-    """Proved radius in [0, 1] pixel units, rounded down; 0 where nothing is proved."""
+    """Certified radius in [0, 1] pixel units, rounded down; 0 where nothing is certified."""
     radius_255: float
     """`radius` * 255, rounded down: the same radius in units of 8-bit grey levels."""
     certified: bool
-    """Whether a radius above 0 is proved; false is an abstention (a tie, or a margin within the error)."""
+    """Whether a radius above 0 is certified; false is an abstention (a tie, or a margin within the error)."""
     epsilon: float | None
-    """The option of the request; null when it was not given."""
+    """The option of the request; null if absent."""
     robust_at_epsilon: bool | None
-    """Whether `certified` and `epsilon <= radius`: every change strictly smaller than epsilon keeps the
-    class. Null when no epsilon was given."""
+    """Whether `certified` and `epsilon <= radius`: every change with a norm strictly below epsilon leaves the class
+    unchanged. Null without epsilon."""
     runner_up: ClassLabel
-    """The class j that decides the radius: the smallest `(f_i - f_j - 4 logit_error) / K_ij`."""
+    """The class j that determines the radius: the smallest `(f_i - f_j - 4 logit_error) / K_ij`."""
     lipschitz_bound: float | None
-    """Proved bound `K_ij` of the L2 Lipschitz constant of `f_i - f_j`, seen from the image that was sent."""
+    """Proved bound `K_ij` of the L2 Lipschitz constant of `f_i - f_j`, with respect to the image that was sent."""
     logit_error: float | None
     """Proved bound of |computed logit - exact logit| over all valid images."""
 
 
 class CounterfactualAnswer(_Wire):
-    """An 8-bit image near the one that was sent, classified again by the same path."""
+    """An 8-bit image near the image that was sent, classified again by the same path."""
 
     image: str
-    """PNG file as base64, with the size and the channels of the image that was sent; posting it back with the same
-    options gives the stated class."""
+    """PNG file as base64, with the size and the channels of the image that was sent; sending it with the same options
+    gives the stated class."""
     media_type: Literal["image/png"] = "image/png"
     class_id: int
     label: str
     distance: float
-    """L2 distance of the returned image to the one that was sent, in [0, 1] pixel units; never below `radius`
-    where the class is another one."""
+    """L2 distance between this image and the image that was sent, in [0, 1] pixel units; never below `radius` where
+    the classes differ."""
     reached: bool
-    """Whether the class is the target, or, without a target, another than the predicted one."""
+    """Whether the class is the target, or, without a target, another class than the predicted one."""
 
 
 class PredictAnswer(_Wire):
-    """Class, certified radius and, where asked for, a counterfactual of one image."""
+    """Class, certified radius and, on request, a counterfactual of one image."""
 
     model: str
     digest: str
-    """sha256 of the ONNX bytes that gave this answer."""
+    """sha256 of the ONNX bytes that computed this answer."""
     class_id: int
     label: str
     logits: list[float | None]
@@ -145,7 +159,7 @@ class PredictAnswer(_Wire):
     image: ImageAnswer
     certificate: CertificateAnswer
     counterfactual: CounterfactualAnswer | None
-    """Null when not asked for."""
+    """Null unless requested."""
 
 
 class BatchAnswer(_Wire):
@@ -155,10 +169,10 @@ class BatchAnswer(_Wire):
 
 
 class InputAnswer(_Wire):
-    """Shape of the images that the model takes; pixels in [0, 1].
+    """Shape of the images that the model accepts; pixels in [0, 1].
 
-    Image files of the other kind, grey (1 channel) or RGB (3), are converted, and of another size resized where the
-    option `resize` says so.
+    Grey image files (1 channel) and RGB image files (3) are converted to the model's channels; another size is resized
+    with the option `resize`.
     """
 
     channels: int
@@ -167,7 +181,7 @@ class InputAnswer(_Wire):
 
 
 class ModelSummary(_Wire):
-    """One model that is served."""
+    """One served model."""
 
     name: str
     default: bool
@@ -181,20 +195,20 @@ class ModelSummary(_Wire):
     logit_error: float | None
     """Proved bound of |computed logit - exact logit|."""
     provider: str
-    """ONNX Runtime execution provider that serves it."""
+    """ONNX Runtime execution provider that runs it, for example `CPUExecutionProvider`."""
 
 
 class ModelsAnswer(_Wire):
-    """What is served."""
+    """The served models."""
 
     models: list[ModelSummary]
 
 
 class ModelAnswer(ModelSummary):
-    """One model: what is proved of it, and its card, which says what made it."""
+    """One model, with its proved bounds and its card."""
 
     precision: str
-    """Floating-point type of its graph; `logit_error` is about this one."""
+    """Floating-point type of its graph, to which `logit_error` refers."""
     margin_bounds: list[list[float | None]]
     """K x K: `K_ij` bounds the L2 Lipschitz constant of `f_i - f_j`."""
     card: dict[str, Any]
@@ -208,11 +222,11 @@ class HealthAnswer(_Wire):
 
 
 class Problem(BaseModel):
-    """RFC 9457 problem details; `detail` says what was expected and what to do."""
+    """RFC 9457 problem details; `detail` states the cause, the expected value and the remedy."""
 
     type: str
-    """Kind of problem, stable: `urn:problem-type:lipcert:...`, or `about:blank` where the status says it
-    all."""
+    """Stable identifier of the kind of problem: `urn:problem-type:lipcert:...`, or `about:blank` where the status says
+    everything."""
     title: str
     status: int
     detail: str
@@ -223,7 +237,7 @@ class Problem(BaseModel):
 
 
 def radius_in_grey_levels(radius: float) -> float:
-    """`radius * 255` rounded down: the product is exact in rationals, so a product rounded up is seen.
+    """Return `radius * 255`, rounded down: comparing the exact rationals detects a product that was rounded up.
 
     Args:
         radius: L2, pixels in [0, 1]; finite, at least 0.
@@ -231,12 +245,12 @@ def radius_in_grey_levels(radius: float) -> float:
     product = radius * 255.0
     if math.isinf(product):
         return math.nextafter(product, 0.0)
-    # Compared as the integers that the two floats are, over a common denominator.
+    # Both floats as ratios of integers, over a common denominator.
     above, below = product.as_integer_ratio()
     top, bottom = radius.as_integer_ratio()
     return math.nextafter(product, 0.0) if above * bottom > 255 * top * below else product
 
 
 def finite(value: float) -> float | None:
-    """`value`, or None where JSON has no number for it."""
+    """Return `value`, or null where JSON has no number for it."""
     return value if math.isfinite(value) else None

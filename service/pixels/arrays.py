@@ -1,4 +1,4 @@
-"""TODO: service/pixels/arrays.py."""
+"""Decoding of npy arrays to pixels in [0, 1], and the check of their range."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ from service.shapes import Float64, Num
 
 
 def decode_array(data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
-    """Pixels in [0, 1] of one npy array: C x H x W, H x W x C, or H x W where the model has one channel.
+    """Return the pixels in [0, 1] of an npy array: C x H x W, H x W x C, or H x W for a model with one channel.
 
-    C is told from H and W by the number of channels of the model; where both ends of the shape have it, the
-    reading with the model's height and width counts, and if that does not decide, the array is refused.
+    The number of channels of the model distinguishes C from H and W. If the first and the last axis have that length,
+    the layout with the model's height and width is used, and if that does not decide, the array is refused.
+
+    Args:
+        data: the npy file.
+        input_shape_CHW: the images that the model accepts.
+        max_pixels: limit of the number of pixels.
 
     Raises:
         EmptyBodyError, ArrayError, ChannelsError, PixelRangeError, ImageTooLargeError
@@ -47,7 +52,13 @@ def decode_array(data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels:
 def decode_array_batch(
     data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int
 ) -> Float64[np.ndarray, "N C H W"]:
-    """Pixels in [0, 1] of an npy batch: N x C x H x W, N x H x W x C, or N x H x W where C is 1.
+    """Return the pixels in [0, 1] of an npy batch: N x C x H x W, N x H x W x C, or N x H x W where C is 1.
+
+    Args:
+        data: the npy file.
+        input_shape_CHW: the images that the model accepts.
+        max_pixels: limit of the number of pixels of all images together.
+        max_batch: limit of the number of images.
 
     Raises:
         EmptyBodyError, ArrayError, ChannelsError, PixelRangeError, ImageTooLargeError, BatchTooLargeError
@@ -72,9 +83,9 @@ def _shapes(input_shape_CHW: tuple[int, int, int]) -> str:
 
 
 def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The array over `data`, without a copy: a header cannot make the server allocate anything."""
+    """Return the array as a view of `data`, without a copy: a header cannot make the server allocate memory."""
     if not data:
-        raise EmptyBodyError("the body is empty; send the bytes that numpy.save writes")
+        raise EmptyBodyError("the body is empty; send a file of numpy.save")
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -86,12 +97,12 @@ def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, 
     except Exception:
         # The header is parsed as a Python literal: hostile ones raise ValueError, SyntaxError, MemoryError...
         raise ArrayError(
-            "the body is not a npy file, or its header is damaged; send the bytes that "
-            "numpy.save(file, array, allow_pickle=False) writes"
+            "the body is not an npy file, or its header is damaged; send a file of "
+            "numpy.save(file, array, allow_pickle=False)"
         ) from None
     if dtype.hasobject:
         raise ArrayError(
-            "the array holds pickled Python objects, which are never loaded here; send uint8 or float values"
+            "the array contains pickled Python objects, which are never loaded; send uint8 or float values"
         )
     if not (dtype.kind == "u" and dtype.itemsize == 1) and not (dtype.kind == "f" and dtype.itemsize <= 8):
         raise ArrayError(
@@ -112,7 +123,7 @@ def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, 
 
 
 def _channels_first(array: np.ndarray, axis: int, input_shape_CHW: tuple[int, int, int]) -> np.ndarray:
-    """Move the channels to `axis` from wherever the shape says they are: there, or last."""
+    """Return the array with the channels at `axis`: there or last, as the shape determines."""
     channels, *size = input_shape_CHW
     shape = array.shape[axis:]
     first, last = shape[0] == channels, shape[-1] == channels
@@ -120,8 +131,8 @@ def _channels_first(array: np.ndarray, axis: int, input_shape_CHW: tuple[int, in
         first_fits, last_fits = list(shape[1:]) == size, list(shape[:-1]) == size
         if first_fits == last_fits and array.shape[axis] * array.shape[-1] != 1:
             raise ArrayError(
-                f"the shape {array.shape} can be read with the channels first or last, and neither reading "
-                f"is the model's; send {_shapes(input_shape_CHW)}"
+                f"the shape {array.shape} may have the channels first or last, and the size of the model does not "
+                f"decide; send {_shapes(input_shape_CHW)}"
             )
         last = last_fits
         first = not last
@@ -136,15 +147,15 @@ def _channels_first(array: np.ndarray, axis: int, input_shape_CHW: tuple[int, in
 
 
 def unit_range(pixels: Num[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:
-    """float64 in [0, 1], exactly the values that were sent; uint8 as `to_unit`.
+    """Return float64 in [0, 1], exactly the given values; uint8 as `to_unit`.
 
     Raises:
-        PixelRangeError: a value is NaN, infinite or outside [0, 1]; the message says where.
+        PixelRangeError: a value is NaN, infinite or outside [0, 1]; the message gives its index.
     """
     if pixels.dtype.kind == "u":
         return to_unit(pixels)
     values = np.ascontiguousarray(pixels, dtype=np.float64)
-    # Written so that NaN is outside: every comparison with it is false.
+    # NaN is outside, since every comparison with it is false.
     inside = (values >= 0.0) & (values <= 1.0)
     if not inside.all():
         where = tuple(int(index) for index in np.argwhere(~inside)[0])

@@ -1,15 +1,15 @@
-"""Bytes to pixels, and back; what cannot be read without loss is refused here.
+"""Decoding of image files to pixels, and encoding; images that cannot be read losslessly are refused.
 
-The promise of the service is about decoded pixels, so an encoded image has to have one reading only: 8-bit
-grey or RGB values, as stored. Nothing is guessed: no alpha blending, no bit depth reduction. What loses nothing is
-done: palettes are looked up, 1-, 2- and 4-bit grey is scaled to its exact 8-bit value, and EXIF orientation is
-applied. Colour profiles and gamma chunks do not change the values.
+The certificate refers to decoded pixels, so an encoded image must have a single interpretation: 8-bit grey or RGB
+values, as stored. There is no alpha blending and no reduction of bit depth. Lossless steps are applied: palettes are
+looked up, 1-, 2- and 4-bit grey is scaled to its exact 8-bit value, and EXIF orientation is applied. Colour profiles
+and gamma chunks do not change the values.
 
-How the file stores its pixels decides its channels, never their values and never the model: a grey file (Pillow's
-modes `1` and `L`) is 1 channel, an RGB file (mode `RGB`, to which YCbCr decodes) is 3, even if R = G = B everywhere. A
-palette (mode `P`) is 1 channel if all of its colours are grey, whether pixels use them or not, else 3. Where the model
-takes the other, `service.pixels.preprocessing` converts as part of the certified map: the radius is about the
-channels that were sent.
+The storage format of the file determines its channels, never their values and never the model: a grey file (Pillow's
+modes `1` and `L`) has 1 channel, an RGB file (mode `RGB`, to which YCbCr decodes) has 3, even if R = G = B everywhere.
+A palette (mode `P`) has 1 channel if all of its colours are grey, whether pixels use them or not, else 3. Where the
+model takes the other number, `service.pixels.preprocessing` converts as part of the certified map: the radius refers to
+the channels that were sent.
 
 Units: uint8 value v is v / 255 in float64. Axes: N images, C channels, H height, W width.
 """
@@ -37,7 +37,7 @@ from service.errors import (
 from service.shapes import Float64, UInt8
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-"""Decoders that are used; the others of Pillow are not offered to bytes from outside."""
+"""The enabled decoders; the other decoders of Pillow are not exposed to untrusted bytes."""
 
 _SEND = f"send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 _NPY_MAGIC = b"\x93NUMPY"
@@ -51,15 +51,15 @@ _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 def to_unit(
     pixels: UInt8[np.ndarray, "*shape"],
 ) -> Float64[np.ndarray, "*shape"]:
-    """Pixel values 0..255 as float64 in [0, 1], each `v / 255` correctly rounded."""
+    """Return pixel values 0..255 as float64 in [0, 1], each `v / 255` correctly rounded."""
     return np.divide(pixels, 255.0, dtype=np.float64)
 
 
 def image_digest(image_CHW: Float64[np.ndarray, "C H W"]) -> str:
-    """`sha256:<hex>` of an image with pixels in [0, 1]: what an answer that is kept calls its image.
+    """Return `sha256:<hex>` of an image with pixels in [0, 1], which identifies the image of an archived answer.
 
-    Hashed are the ASCII line `CxHxW`, one newline, and the pixels as little-endian float64 in C order; the same
-    values give the same digest, whatever file or array they came in.
+    The hash covers the ASCII line `CxHxW`, one newline, and the pixels as little-endian float64 in C order; equal
+    values have equal digests, independent of the file or array that contained them.
     """
     channels, height, width = image_CHW.shape
     digest = hashlib.sha256(f"{channels}x{height}x{width}\n".encode("ascii"))
@@ -67,15 +67,15 @@ def image_digest(image_CHW: Float64[np.ndarray, "C H W"]) -> str:
     if len(pixels) > _HASHED_AT_ONCE:
         digest.update(pixels)
     else:
-        # hashlib lets other threads run while it hashes more than 2047 bytes, and waits for its turn afterwards: for a
-        # small image that takes longer than hashing it.
+        # hashlib releases the GIL for more than 2047 bytes and then waits for it: for a small image the wait takes
+        # longer than the hash.
         for start in range(0, len(pixels), 2047):
             digest.update(pixels[start : start + 2047])
     return f"sha256:{digest.hexdigest()}"
 
 
 def encode_png(pixels_CHW: UInt8[np.ndarray, "C H W"]) -> bytes:
-    """PNG file of a grey (C = 1) or RGB (C = 3) image; decoding it gives the same values back."""
+    """Return the PNG file of a grey (C = 1) or RGB (C = 3) image; decoding it returns the same values."""
     picture = pixels_CHW[0] if pixels_CHW.shape[0] == 1 else np.moveaxis(pixels_CHW, 0, -1)
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(file, format="PNG")
@@ -83,38 +83,38 @@ def encode_png(pixels_CHW: UInt8[np.ndarray, "C H W"]) -> bytes:
 
 
 def decode_base64(text: str) -> bytes:
-    """Bytes of standard base64 (RFC 4648 section 4: one line, padded, no `data:` prefix).
+    """Return the bytes of standard base64 (RFC 4648 section 4: one line, padded, no `data:` prefix).
 
     Raises:
         EmptyBodyError: the text is empty.
-        Base64Error: the text is anything else than base64; the message says what is wrong with it.
+        Base64Error: the text is not standard base64; the message states the difference.
     """
     if not text:
         raise EmptyBodyError(f"the image is an empty string; {_SEND}, encoded as base64")
     expected = "expected the bytes of an image file as standard base64 (RFC 4648: A-Z a-z 0-9 + /, padded with =)"
     if text[:5].lower() == "data:":
-        raise Base64Error(f"{expected}; this is a data: URI, send only what comes after its comma")
+        raise Base64Error(f"{expected}; this is a data: URI, send only the part after its comma")
     try:
         return base64.b64decode(text.encode("ascii"), validate=True)
     except (ValueError, binascii.Error):
         pass
     if any(character.isspace() for character in text):
-        raise Base64Error(f"{expected}; this has white space in it, send it as one line (base64 -w0 FILE)")
+        raise Base64Error(f"{expected}; this contains white space, send it as one line (base64 -w0 FILE)")
     if "-" in text or "_" in text:
         raise Base64Error(f"{expected}; this is the URL-safe alphabet, replace - by + and _ by /")
-    raise Base64Error(f"{expected}; this is not base64 or is cut short")
+    raise Base64Error(f"{expected}; this is not base64 or is truncated")
 
 
 def decode_image(data: bytes, max_pixels: int, used_pixels: int = 0) -> UInt8[np.ndarray, "C H W"]:
-    """Pixels of an encoded image: 1 channel (grey) or 3 (RGB), as the file stores them.
+    """Return the pixels of an encoded image: 1 channel (grey) or 3 (RGB), as the file stores them.
 
     Args:
-        data: a file in one of `FORMATS`; the bytes decide, not a name or media type.
-        max_pixels: refuse images with more pixels than this, before they are decoded.
-        used_pixels: what other images of the same request have taken of it.
+        data: a file in one of `FORMATS`; the bytes determine the format, not a name or media type.
+        max_pixels: limit of the number of pixels, checked before they are decoded.
+        used_pixels: pixels of other images of the same request, which count towards the limit.
 
     Raises:
-        EmptyBodyError: there are no bytes.
+        EmptyBodyError: `data` is empty.
         NotAnImageError: no decoder recognises the bytes, or they are truncated or damaged.
         ImageTooLargeError: more than `max_pixels`.
         ImageFormatError: alpha, 16 bits, CMYK, or several frames.
@@ -135,7 +135,7 @@ def _has_grey_palette(picture: Image.Image) -> bool:
 
 
 def _open(data: bytes, max_pixels: int, used_pixels: int) -> Image.Image:
-    """Read the header only, and hold it against the limit: a small file can declare a huge picture."""
+    """Read the header only, and check the limit: a small file can declare a huge image."""
     if not data:
         raise EmptyBodyError(f"the image is empty; {_SEND}")
     if data.startswith(_NPY_MAGIC):
@@ -145,71 +145,72 @@ def _open(data: bytes, max_pixels: int, used_pixels: int) -> Image.Image:
         )
     try:
         if data.startswith(_PNG_SIGNATURE):
-            # What `Image.open` would find out, in two thirds of the time.
+            # The result of `Image.open`, in two thirds of the time.
             picture = PngImageFile(io.BytesIO(data))
         else:
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageTooLargeError("its header declares a huge picture", max_pixels) from None
+        raise ImageTooLargeError("its header declares a huge image", max_pixels) from None
     except Exception:
-        # Decoders meet hostile bytes with many types of error: OSError, SyntaxError, struct.error,
-        # KeyError...
+        # Decoders raise many types of error on hostile bytes: OSError, SyntaxError, struct.error, KeyError...
         raise NotAnImageError(
-            f"the bytes are not an image that this server reads ({', '.join(FORMATS)}), or its header is "
-            f"damaged; {_SEND}"
+            f"the bytes are not an image in a supported format ({', '.join(FORMATS)}), or its header is damaged; "
+            f"{_SEND}"
         ) from None
     pixels = picture.width * picture.height
     if pixels + used_pixels > max_pixels:
-        before = f" after {used_pixels} of the images before it" if used_pixels else ""
+        before = f" after {used_pixels} pixels of the images before it" if used_pixels else ""
         raise ImageTooLargeError(f"it is {picture.width} x {picture.height} = {pixels} pixels{before}", max_pixels)
     return picture
 
 
 def _refuse_lossy(picture: Image.Image) -> None:
-    """Refuse from the header what has no single reading as 8-bit grey or RGB."""
+    """Refuse, from the header, an image without a single interpretation as 8-bit grey or RGB."""
     if getattr(picture, "is_animated", False):
-        raise ImageFormatError("the file holds several pictures (an animation or a burst); send one of them")
+        raise ImageFormatError("the file contains several images (an animation or a burst); send one of them")
     if picture.mode in _ALPHA_MODES or picture.has_transparency_data:
         raise ImageFormatError(
-            "the image has transparency (an alpha channel or a transparent colour), and what lies behind it "
-            "is not known; flatten it onto a background first and send it without alpha"
+            "the image has transparency (an alpha channel or a transparent colour), and its background is unknown; "
+            "flatten it onto a background first and send it without alpha"
         )
     if picture.mode == "CMYK":
         raise ImageFormatError(
-            "the image is CMYK, and turning it into RGB or grey needs a colour profile; convert it first and "
-            "send RGB or grey"
+            "the image is CMYK, and its conversion to RGB or grey requires a colour profile; convert it first and send "
+            "RGB or grey"
         )
-    # Pillow reduces 16-bit RGB and 5-bit BMP to 8 bits in silence; only the raw mode of the tile tells.
+    # Pillow silently reduces 16-bit RGB and 5-bit BMP to 8 bits; only the raw mode of the tile shows it.
     raw_modes = [str(tile[3]) for tile in getattr(picture, "tile", [])]
     deep = picture.mode.startswith(("I", "F")) or any(";16" in raw or ";15" in raw for raw in raw_modes)
     if deep:
         raise ImageFormatError(
-            "the image does not have 8 bits per channel, so it would lose precision here; save it with 8 "
-            "bits per channel, or send the values in [0, 1] as a float npy array (application/x-npy)"
+            "the image does not have 8 bits per channel, so reading it would lose precision; save it with 8 bits per "
+            "channel, or send the values in [0, 1] as a float npy array (application/x-npy)"
         )
     if picture.mode not in (*_GREY_MODES, "P", "RGB"):
         raise ImageFormatError(f"the image has mode {picture.mode}; send 8-bit grey or RGB")
 
 
 def _load(picture: Image.Image, data: bytes) -> Image.Image:
-    """Decode every pixel; a file that ends early is refused even where all its pixels could be guessed."""
+    """Decode every pixel; a truncated file is refused even if all its pixels can be decoded."""
     try:
         if picture.format == "PNG":
             _check_png(data)
         if picture.format == "GIF" and not data.rstrip(b"\0").endswith(b";"):
             raise EOFError("no GIF trailer")
         picture.load()
-        # An orientation is metadata; looking for it takes as long as decoding a small image.
+        # The orientation is metadata; searching it takes as long as decoding a small image.
         return ImageOps.exif_transpose(picture) if picture.info else picture
     except Exception:
-        # See _open: the decoders' errors have no common type.
+        # As in `_open`, the errors of the decoders have no common type.
         raise NotAnImageError(
             f"the {picture.format} file is truncated or damaged, not every pixel can be read; send the whole file"
         ) from None
 
 
 def _check_png(data: bytes) -> None:
-    """Raise unless the chunks of a PNG file are whole, checksums included, up to IEND: decoding stops at the last row.
+    """Raise unless the chunks of a PNG file up to IEND are complete and their checksums match.
+
+    Decoding alone would stop at the last row.
 
     The layout is that of the PNG specification (third edition, section 5): 8 bytes of signature, then chunks of length,
     type (four letters), data and CRC-32 of type and data; IEND has no data.

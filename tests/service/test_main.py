@@ -121,7 +121,7 @@ def test_a_port_in_use_ends_it_before_any_model_is_loaded(
         port = taken.getsockname()[1]
         monkeypatch.setenv("LIPCERT_PORT", str(port))
         assert main([]) == 1
-    assert re.match(rf"port {port} of 127.0.0.1 cannot be had \(.*in use\); .* set LIPCERT_PORT", only_error(caplog))
+    assert re.match(rf"port {port} of 127.0.0.1 is not available \(.*in use\); .* set LIPCERT_PORT", only_error(caplog))
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def test_grey_and_colour_do_not_make_a_batch(
 ) -> None:
     body = {"images": [text(first), text(first), text(then)], "model": model, "resize": resize}
     response = client.post("/predict/batch", json=body)
-    assert_problem(response, 422, "image 2: ", said, "send the others apart")
+    assert_problem(response, 422, "image 2: ", said, "send the others separately")
 
 
 def test_arrays_and_tensors_are_not_converted(client: Client) -> None:
@@ -112,7 +112,7 @@ def test_arrays_and_tensors_are_not_converted(client: Client) -> None:
         tensor = {"name": "image", "shape": shape, "datatype": "UINT8", "data": array.ravel().tolist()}
         for parameters in ({}, {"resize": True}):
             infer = client.post(f"/v2/models/{model}/infer", json={"inputs": [tensor], "parameters": parameters})
-            assert_problem(infer, 422, "channels", "image files alone are converted")
+            assert_problem(infer, 422, "channels", "only image files are converted")
 
 
 @pytest.mark.parametrize("channels", [2, 4])
@@ -163,7 +163,7 @@ def test_a_bad_array_is_refused(client: Client, kind: str) -> None:
 def test_bad_batches_of_arrays_are_refused(client: Client) -> None:
     for array, status, expected in (
         (np.zeros((4, 5)), 422, "expected a batch"),
-        (np.zeros((5, 4, 5)), 413, "takes 1 to 4 at once"),
+        (np.zeros((5, 4, 5)), 413, "accepts 1 to 4 per batch"),
         (np.zeros((2, 4, 5, 3)), 422, "takes 1 channel"),
         (np.zeros((2, 8, 9)), 422, "the model takes 4 x 5"),
         (np.full((2, 4, 5), np.nan), 422, "(0, 0, 0, 0) is nan"),
@@ -173,8 +173,8 @@ def test_bad_batches_of_arrays_are_refused(client: Client) -> None:
 
 BASE64 = {
     "not base64": ("!!!", "is not base64"),
-    "cut short": (text(GOOD)[:-1], "cut short"),
-    "data uri": (f"data:image/png;base64,{text(GOOD)}", "send only what comes after its comma"),
+    "truncated": (text(GOOD)[:-1], "truncated"),
+    "data uri": (f"data:image/png;base64,{text(GOOD)}", "send only the part after its comma"),
     "line breaks": (text(GOOD)[:40] + "\n" + text(GOOD)[40:], "base64 -w0"),
     "url-safe": ("-_-_", "URL-safe"),
     "not ascii": ("äöü=", "is not base64"),
@@ -191,8 +191,8 @@ def test_broken_base64_is_refused(client: Client, kind: str) -> None:
 
 # Each as JSON value and, where it can be written so, as text in a form or query.
 OPTIONS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "unknown model": ({"model": "minst"}, 404, "this server has: binary, colour, grey"),
-    "model that is no name": ({"model": "../grey"}, 404, "this server has: binary, colour, grey"),
+    "unknown model": ({"model": "minst"}, 404, "available models: binary, colour, grey"),
+    "model that is no name": ({"model": "../grey"}, 404, "available models: binary, colour, grey"),
     "unknown target": (
         {"counterfactual": True, "target": "class 9"},
         422,
@@ -206,7 +206,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "epsilon infinite": ({"epsilon": "Infinity"}, 422, "expected a finite number"),
     "counterfactual maybe": ({"counterfactual": "maybe"}, 422, "expected true or false"),
     "resize twice": ({"resize": 2}, 422, "expected true or false"),
-    "unknown field": ({"epsilom": 1}, 422, "known here: "),
+    "unknown field": ({"epsilom": 1}, 422, "known fields: "),
 }
 
 
@@ -230,9 +230,9 @@ def test_the_target_must_not_be_the_predicted_class(client: Client) -> None:
     label = client.post("/predict", json={"image": text(GOOD)}).json()["label"]
     options = {"counterfactual": True, "target": label}
     one = client.post("/predict", json={"image": text(GOOD), **options})
-    assert_problem(one, 422, f"target '{label}' is already the predicted class", "name another label")
+    assert_problem(one, 422, f"target '{label}' is already the predicted class", "choose another label")
     batch = client.post("/predict/batch", json={"images": [text(GOOD)] * 2, **options})
-    assert_problem(batch, 422, "image 0: ", "name another label")
+    assert_problem(batch, 422, "image 0: ", "choose another label")
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "true", '"0.5"', "[1]"])
@@ -267,18 +267,18 @@ def test_a_missing_image_is_refused(client: Client) -> None:
     assert_problem(client.post("/predict", json={"image": [1]}), 422, "expected an image file as a base64 string")
     for images in ([], "x", [1], None):
         assert_problem(client.post("/predict/batch", json={"images": images}), 422, "expected a list of at least one")
-    assert_problem(client.post("/predict/batch", json={"image": text(GOOD)}), 422, "known here: ", "images")
+    assert_problem(client.post("/predict/batch", json={"image": text(GOOD)}), 422, "known fields: ", "images")
 
 
 def test_images_of_several_sizes_do_not_make_a_batch(client: Client) -> None:
     images = [text(encode(np.zeros(shape, np.uint8))) for shape in ((4, 5), (4, 6))]
     response = client.post("/predict/batch", json={"images": images, "resize": True})
-    assert_problem(response, 422, "image 1: ", "4 x 6", "images of one size")
+    assert_problem(response, 422, "image 1: ", "4 x 6", "must have the same size")
     assert_problem(client.post("/predict/batch", json={"images": images}), 422, "image 1: ", "set resize=true")
 
 
 def test_a_batch_has_a_limit(client: Client) -> None:
-    assert_problem(client.post("/predict/batch", json={"images": [text(GOOD)] * 5}), 413, "1 to 4 at once; split it")
+    assert_problem(client.post("/predict/batch", json={"images": [text(GOOD)] * 5}), 413, "1 to 4 per batch; split it")
 
 
 def test_the_pixels_of_a_batch_count_together(client: Client) -> None:
@@ -301,7 +301,7 @@ FORM_TYPE = "multipart/form-data; boundary=XX"
 BROKEN_FORMS: dict[str, tuple[bytes, str, str]] = {
     "no boundary": (form_of((FILE, GOOD)), "multipart/form-data", "boundary of its Content-Type"),
     "another boundary": (form_of((FILE, GOOD)), "multipart/form-data; boundary=YY", "boundary of its Content-Type"),
-    "cut short": (form_of((FILE, GOOD), end=""), FORM_TYPE, "cut short"),
+    "truncated": (form_of((FILE, GOOD), end=""), FORM_TYPE, "truncated"),
     "not a form": (b"hello", FORM_TYPE, "is not multipart/form-data"),
     "no image": (form_of(('name="epsilon"', b"1")), FORM_TYPE, "no file field image; send exactly one"),
     "two images": (form_of((FILE, GOOD), (FILE, GOOD)), FORM_TYPE, "2 file fields image; send exactly one"),
@@ -323,10 +323,10 @@ def test_an_option_twice_is_refused(client: Client) -> None:
     assert_problem(
         client.post("/predict", content=content, headers={"Content-Type": FORM_TYPE}),
         422,
-        "'epsilon' is in the form twice",
+        "'epsilon' is repeated in the form",
     )
     response = client.post("/predict?epsilon=1&epsilon=2", content=GOOD, headers=PNG)
-    assert_problem(response, 422, "'epsilon' is in the query twice; give every option once")
+    assert_problem(response, 422, "'epsilon' is repeated in the query; give every option once")
 
 
 def test_options_in_the_query_of_a_json_or_form_body_are_refused(client: Client) -> None:
@@ -394,11 +394,11 @@ def test_a_huge_body_is_not_kept_while_it_arrives(client: Client) -> None:
 
 
 def test_paths_and_methods_that_are_not_there_are_problems_too(client: Client) -> None:
-    assert_problem(client.get("/nothing"), 404, "there is nothing at /nothing; /docs lists what there is")
+    assert_problem(client.get("/nothing"), 404, "there is no resource at /nothing; /docs lists all paths")
     assert_problem(client.get("/static/nothing"), 404, "/docs")
-    assert_problem(client.get("/models/nothing"), 404, "this server has: binary, colour, grey")
+    assert_problem(client.get("/models/nothing"), 404, "available models: binary, colour, grey")
     response = client.get("/predict")
-    assert_problem(response, 405, "GET does nothing at /predict; use POST")
+    assert_problem(response, 405, "method GET is not allowed at /predict; use POST")
     assert response.headers["allow"] == "POST"
 
 

@@ -106,25 +106,25 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "no image": (changed(shape=[0, 1, HEIGHT, WIDTH]), 422, "inputs.0.shape"),
     "too few values": (changed(data=[0.0]), 422, "expected 20 numbers"),
     "ragged values": (changed(data=[[0.0], [0.0, 1.0]]), 422, "ragged"),
-    "text": (changed(data=["0"] * 20), 422, "does not hold numbers"),
-    "booleans": (changed(data=[True] * 20), 422, "does not hold numbers"),
-    "floats as uint8": (changed(datatype="UINT8"), 422, "does not hold numbers of type UINT8"),
+    "text": (changed(data=["0"] * 20), 422, "is not numbers"),
+    "booleans": (changed(data=[True] * 20), 422, "is not numbers"),
+    "floats as uint8": (changed(datatype="UINT8"), 422, "is not numbers of type UINT8"),
     "uint8 above 255": (changed(datatype="UINT8", data=[256] * 20), 422, "0..255"),
     "huge integer": (changed(datatype="UINT8", data=[10**30] * 20), 422, "numbers"),
     "above 1": (changed(data=[1.5] * 20), 422, "expected in [0, 1]"),
     "another size": (changed(shape=[1, 1, WIDTH, HEIGHT]), 422, "takes 4 x 5"),
     "other channels": (changed(shape=[1, 2, 2, 5]), 422, "channel"),
-    "too many images": (changed(shape=[5, 1, 4, 1]), 413, "1 to 4 at once"),
+    "too many images": (changed(shape=[5, 1, 4, 1]), 413, "1 to 4 per batch"),
     "too many pixels": (changed(shape=[1, 1, 100, 100]), 413, "2000 pixels"),
-    "unknown field": ({**GOOD, "model": "grey"}, 422, "known here"),
-    "unknown parameter": ({**GOOD, "parameters": {"epsilon": 1}}, 422, "parameters.epsilon is not a field"),
+    "unknown field": ({**GOOD, "model": "grey"}, 422, "known fields"),
+    "unknown parameter": ({**GOOD, "parameters": {"epsilon": 1}}, 422, "parameters.epsilon is an unknown field"),
     "target alone": ({**GOOD, "parameters": {"target": "class 1"}}, 422, "set counterfactual=true"),
     "unknown target": (
         {**GOOD, "parameters": {"counterfactual": True, "target": "x"}},
         422,
         "its labels are: class 0",
     ),
-    "unknown output": ({**GOOD, "outputs": [{"name": "softmax"}]}, 422, "there are: logits, class_id"),
+    "unknown output": ({**GOOD, "outputs": [{"name": "softmax"}]}, 422, "available outputs: logits, class_id"),
 }
 
 
@@ -146,7 +146,7 @@ def test_an_unknown_model_is_not_found(client: Client) -> None:
         client.post("/v2/models/x/infer", json=GOOD),
     ):
         assert response.status_code == 404
-        assert "this server has: binary, colour, grey" in response.json()["error"]
+        assert "available models: binary, colour, grey" in response.json()["error"]
 
 
 def test_the_query_is_not_lost_in_silence(client: Client) -> None:

@@ -202,7 +202,7 @@ def test_cmyk_is_refused() -> None:
 def test_animations_are_refused(image_format: str) -> None:
     frames = [Image.new("RGB", (5, 4), (level, 0, 0)) for level in (0, 200)]
     data = encode(frames[0], image_format, save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageFormatError, match="several pictures"):
+    with pytest.raises(ImageFormatError, match="several images"):
         decode_image(data, LIMIT)
 
 

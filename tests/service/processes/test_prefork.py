@@ -244,7 +244,7 @@ def test_another_server_does_not_get_the_port_although_it_could_be_shared(
     another = servers(port=shared.port, processes=processes)
     assert another.process.wait(30) == 1
     another.close()
-    expected = rf"ERROR service: port {shared.port} of 127.0.0.1 cannot be had \(.*in use\); .* LIPCERT_PORT.*\n"
+    expected = rf"ERROR service: port {shared.port} of 127.0.0.1 is not available \(.*in use\); .* LIPCERT_PORT.*\n"
     assert re.fullmatch(expected, another.log)
 
 
