@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,8 @@ from service.api.schema import (
     finite,
     radius_in_grey_levels,
 )
-from service.errors import UnknownLabelError
-from service.inference.classifier import Classifier, Prediction
-from service.inference.counterfactual import Counterfactual
+from service.inference.classifier import Classifier
+from service.inference.outcome import Outcome, compute
 from service.pixels.images import encode_png, image_digest
 from service.pixels.preprocessing import conversion_between
 from service.shapes import Float64
@@ -41,32 +39,13 @@ def predict(
         UnknownLabelError: the target is no label of the model; nothing is computed then.
         InputError: the image has a shape that the model does not take, or the target's class already.
     """
-    target = None if options.target is None else class_of(classifier, options.target)
-    predictions = classifier.predict(image_NCHW, options.resize)
-    found: Sequence[Counterfactual] | None = None
-    if options.counterfactual:
-        found = classifier.counterfactual(image_NCHW, predictions, [target] * len(predictions), options.resize)
-    members = in_words(classifier, image_NCHW, predictions, found, options.epsilon)
-    return [PredictAnswer.model_validate(one) for one in members]
+    return [PredictAnswer.model_validate(one) for one in in_words(compute(classifier, image_NCHW, options))]
 
 
-def in_words(
-    classifier: Classifier,
-    image_NCHW: Float64[np.ndarray, "N C H W"],
-    predictions: Sequence[Prediction],
-    found: Sequence[Counterfactual] | None,
-    epsilon: float | None,
-) -> list[Json]:
+def in_words(outcome: Outcome[Options]) -> list[Json]:
     """What was computed about images, with the members of `PredictAnswer`: an answer is written far more often than
-    read, and needs no validation.
-
-    Args:
-        classifier: the model that was asked.
-        image_NCHW: the images that were sent, pixels in [0, 1].
-        predictions: one for each.
-        found: one for each, or None where no counterfactual was asked for.
-        epsilon: the radius that the client needs.
-    """
+    read, and needs no validation."""
+    classifier, epsilon = outcome.classifier, outcome.options.epsilon
     labels = classifier.labels
     return [
         {
@@ -93,31 +72,28 @@ def in_words(
                 "logit_error": finite(prediction.logit_error),
             },
             "counterfactual": None
-            if counterfactual is None
+            if prediction.counterfactual is None
             else {
-                "image": base64.b64encode(encode_png(counterfactual.pixels_CHW)).decode("ascii"),
+                "image": base64.b64encode(encode_png(prediction.counterfactual.pixels_CHW)).decode("ascii"),
                 "media_type": "image/png",
-                "class_id": counterfactual.class_id,
-                "label": labels[counterfactual.class_id],
-                "distance": counterfactual.distance,
-                "reached": counterfactual.reached,
+                "class_id": prediction.counterfactual.class_id,
+                "label": labels[prediction.counterfactual.class_id],
+                "distance": prediction.counterfactual.distance,
+                "reached": prediction.counterfactual.reached,
             },
         }
-        for image_CHW, prediction, counterfactual in zip(
-            image_NCHW, predictions, [None] * len(predictions) if found is None else found, strict=True
-        )
+        for image_CHW, prediction in zip(outcome.image_NCHW, outcome.predictions, strict=True)
     ]
 
 
-def in_records(
-    predictions: Sequence[Prediction], found: Sequence[Counterfactual] | None
-) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+def in_records(outcome: Outcome[Any]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
     """The same as a structured array, one record for each image: the numbers of the answer without their words.
 
     Fields: `class_id`, `radius`, `certified`, `runner_up`, `lipschitz_bound`, `logit_error` as in `CertificateAnswer`,
     and `logits` (K); where counterfactuals were found also `counterfactual` (C x H x W, uint8),
     `counterfactual_class_id`, `counterfactual_distance` and `counterfactual_reached`.
     """
+    predictions = outcome.predictions
     columns: dict[str, np.ndarray] = {
         "class_id": np.array([prediction.class_id for prediction in predictions], "<i8"),
         "radius": np.array([prediction.radius for prediction in predictions], "<f8"),
@@ -127,7 +103,8 @@ def in_records(
         "logit_error": np.array([prediction.logit_error for prediction in predictions], "<f8"),
         "logits": np.stack([prediction.logits_K for prediction in predictions]).astype("<f8", copy=False),
     }
-    if found is not None:
+    found = [prediction.counterfactual for prediction in predictions if prediction.counterfactual is not None]
+    if found:
         columns |= {
             "counterfactual": np.stack([counterfactual.pixels_CHW for counterfactual in found]),
             "counterfactual_class_id": np.array([counterfactual.class_id for counterfactual in found], "<i8"),
@@ -139,13 +116,6 @@ def in_records(
     for name, column in columns.items():
         records_N[name] = column
     return records_N
-
-
-def class_of(classifier: Classifier, label: str) -> int:
-    """Class with this label; raises `UnknownLabelError` with the labels there are."""
-    if label not in classifier.labels:
-        raise UnknownLabelError(label, classifier.labels)
-    return classifier.labels.index(label)
 
 
 def describe(classifier: Classifier, default_model: str) -> ModelSummary:

@@ -8,7 +8,6 @@ with the member `error`, which the protocol requires.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, Literal
@@ -19,16 +18,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service import __version__
-from service.api.answers import class_of
 from service.api.body import JSON, headers_of, media_type_of
 from service.api.openapi import problem_responses
 from service.api.parsing import parse_json, refuse_query
 from service.api.routes import Service
 from service.api.schema import ImageOptions, finite
 from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
-from service.inference.classifier import Classifier, Prediction
-from service.inference.counterfactual import Counterfactual
-from service.inference.jobs import Decoded
+from service.inference.classifier import Classifier
+from service.inference.outcome import Decoded, Outcome
 from service.pixels.arrays import unit_range
 from service.pixels.images import image_digest
 from service.settings import Settings
@@ -148,31 +145,19 @@ class _InferQuestion:
     def decode_at_once(self) -> None:
         return None  # parsing numbers in JSON is slow
 
-    def decode(self) -> Decoded:
+    def decode(self) -> Decoded[ImageOptions]:
         self.request = parse_json(InferRequest, self.content)
-        options = self.request.parameters
-        return Decoded(
-            classifier=self.classifier,
-            pixels_NCHW=_images(self.request.inputs[0], self.classifier, self.service.settings),
-            resize=options.resize,
-            counterfactual=options.counterfactual,
-            target=None if options.target is None else class_of(self.classifier, options.target),
-        )
+        images = _images(self.request.inputs[0], self.classifier, self.service.settings)
+        return Decoded(self.classifier, images, self.request.parameters)
 
-    def answer(
-        self,
-        classifier: Classifier,
-        image_NCHW: Float64[np.ndarray, "N C H W"],
-        predictions: Sequence[Prediction],
-        found: Sequence[Counterfactual] | None,
-    ) -> bytes:
-        certified = [prediction.certified for prediction in predictions]
+    def answer(self, outcome: Outcome[ImageOptions]) -> bytes:
+        classifier, certified = outcome.classifier, [prediction.certified for prediction in outcome.predictions]
         self.service.metrics.count_predictions(classifier.name, certified)
         answer = InferAnswer(
             model_name=classifier.name,
             model_version=classifier.digest,
             id=self.request.id,
-            outputs=_wanted(_outputs(image_NCHW, predictions, found), self.request.outputs),
+            outputs=_wanted(_outputs(outcome), self.request.outputs),
         )
         return answer.model_dump_json().encode()
 
@@ -225,11 +210,8 @@ def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> 
     return unit_range(typed)
 
 
-def _outputs(
-    image_NCHW: Float64[np.ndarray, "N C H W"],
-    predictions: Sequence[Prediction],
-    found: Sequence[Counterfactual] | None,
-) -> list[OutputTensor]:
+def _outputs(outcome: Outcome[ImageOptions]) -> list[OutputTensor]:
+    predictions = outcome.predictions
     count = len(predictions)
     logits_NK = np.stack([prediction.logits_K for prediction in predictions])
     outputs = [
@@ -243,10 +225,14 @@ def _outputs(
         OutputTensor(name="radius", datatype="FP64", shape=[count], data=[p.radius for p in predictions]),
         OutputTensor(name="certified", datatype="BOOL", shape=[count], data=[p.certified for p in predictions]),
         OutputTensor(
-            name="image_digest", datatype="BYTES", shape=[count], data=[image_digest(image) for image in image_NCHW]
+            name="image_digest",
+            datatype="BYTES",
+            shape=[count],
+            data=[image_digest(image) for image in outcome.image_NCHW],
         ),
     ]
-    if found is not None:
+    found = [prediction.counterfactual for prediction in predictions if prediction.counterfactual is not None]
+    if found:
         pixels_NCHW = np.stack([counterfactual.pixels_CHW for counterfactual in found])
         outputs += [
             OutputTensor(

@@ -10,17 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from pydantic_core import to_json
 
-from service.api.answers import class_of, in_records, in_words
+from service.api.answers import in_records, in_words
 from service.api.body import FORM, JSON, NPY
 from service.api.parsing import parse_batch, parse_predict
-from service.api.schema import NO_OPTIONS, Options
+from service.api.schema import Options
 from service.errors import ImageTooLargeError
-from service.inference.classifier import Classifier, Prediction
-from service.inference.counterfactual import Counterfactual
-from service.inference.jobs import Decoded
+from service.inference.classifier import Classifier
+from service.inference.outcome import Decoded, Outcome
 from service.metrics import Metrics
 from service.settings import Settings
-from service.shapes import Float64
 
 # Decoded in some 50 microseconds, or refused from the header.
 _AT_ONCE_BYTES = 8 * 1024
@@ -56,10 +54,8 @@ class ImageQuestion:
     settings: Settings
     classifier_of: Callable[[str | None], Classifier]
     metrics: Metrics
-    options: Options = NO_OPTIONS
-    """Those of the request, once it is decoded."""
 
-    def decode_at_once(self) -> Decoded | None:
+    def decode_at_once(self) -> Decoded[Options] | None:
         """As `decode`, for one small image."""
         if self.is_batch or len(self.body.content) > _AT_ONCE_BYTES or self.body.media_type == FORM:
             return None
@@ -68,42 +64,31 @@ class ImageQuestion:
         except ImageTooLargeError:
             return None
 
-    def decode(self) -> Decoded:
+    def decode(self) -> Decoded[Options]:
         """Raises `InputError`; see `service.api.body` and `service.pixels.images`."""
         return self._decode(self.settings.max_pixels)
 
-    def _decode(self, max_pixels: int) -> Decoded:
+    def _decode(self, max_pixels: int) -> Decoded[Options]:
         body, settings = self.body, self.settings
         if self.is_batch:
-            self.options, images = parse_batch(body.media_type, body.query, body.content)
-            classifier = self.classifier_of(self.options.model)
-            pixels_NCHW = images.decode(classifier.input_shape, max_pixels, settings.max_batch, self.options.resize)
+            options, images = parse_batch(body.media_type, body.query, body.content)
+            classifier = self.classifier_of(options.model)
+            pixels_NCHW = images.decode(classifier.input_shape, max_pixels, settings.max_batch, options.resize)
         else:
-            self.options, image = parse_predict(body.media_type, body.content_type, body.query, body.content)
-            classifier = self.classifier_of(self.options.model)
+            options, image = parse_predict(body.media_type, body.content_type, body.query, body.content)
+            classifier = self.classifier_of(options.model)
             pixels_NCHW = image.decode(classifier.input_shape, max_pixels)[np.newaxis]
-        return Decoded(
-            classifier=classifier,
-            pixels_NCHW=pixels_NCHW,
-            resize=self.options.resize,
-            counterfactual=self.options.counterfactual,
-            target=None if self.options.target is None else class_of(classifier, self.options.target),
-        )
+        return Decoded(classifier, pixels_NCHW, options)
 
-    def answer(
-        self,
-        classifier: Classifier,
-        image_NCHW: Float64[np.ndarray, "N C H W"],
-        predictions: Sequence[Prediction],
-        found: Sequence[Counterfactual] | None,
-    ) -> Reply:
+    def answer(self, outcome: Outcome[Options]) -> Reply:
         """JSON, or one npy array of records; see `service.api.answers`."""
-        self.metrics.count_predictions(classifier.name, [prediction.certified for prediction in predictions])
+        certified = [prediction.certified for prediction in outcome.predictions]
+        self.metrics.count_predictions(outcome.classifier.name, certified)
         if self.as_npy:
             file = io.BytesIO()
-            np.save(file, in_records(predictions, found), allow_pickle=False)
+            np.save(file, in_records(outcome), allow_pickle=False)
             return Reply(file.getvalue(), NPY)
-        answers = in_words(classifier, image_NCHW, predictions, found, self.options.epsilon)
+        answers = in_words(outcome)
         content = {"predictions": answers} if self.is_batch else answers[0]
         # As pydantic writes its models: floats with the fewest digits that read back the same.
         return Reply(to_json(content, inf_nan_mode="null"), JSON)

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request
@@ -63,7 +63,7 @@ class Service:
         return self.classifiers[wanted]
 
     async def ask(
-        self, request: Request, headers: Mapping[str, str], question_of: Callable[[bytes], Question[Result]]
+        self, request: Request, headers: Mapping[str, str], question_of: Callable[[bytes], Question[Result, Any]]
     ) -> Result:
         """Read the body of a request and return the answer of a worker, both before the deadline.
 

@@ -32,13 +32,11 @@ from collections import deque
 from collections.abc import Coroutine, Generator
 from typing import Any
 
-import numpy as np
-
 from service.errors import BusyError, DeadlineError, OverloadedError
 from service.inference.admission import CLOCK_S, Limits, Reader
-from service.inference.classifier import Classifier, View, counterfactuals
-from service.inference.counterfactual import Counterfactual
+from service.inference.classifier import Classifier, View
 from service.inference.jobs import Answer, Batch, Part, Question, Request, by_view, filled, unit_images
+from service.inference.outcome import check_options, check_predictions, explain, needs_gradients
 from service.inference.pace import Pace, measure_pace
 from service.inference.queues import DECODED_BYTES, MOST_IN_A_ROW, SEARCH_SHARE, WAITING_BATCHES
 from service.inference.workers import SMALL_BYTES, SMALL_PIXELS, AbandonedError, Done, MakingWay
@@ -134,7 +132,9 @@ class Batcher:
             # Garbage is rarely looked for: no error may hold itself, and with it a body, through this frame.
             del reader, task
 
-    async def ask(self, question: Question[Answer], n_bytes: int, deadline_s: float, waited_s: float = 0.0) -> Answer:
+    async def ask(
+        self, question: Question[Answer, Any], n_bytes: int, deadline_s: float, waited_s: float = 0.0
+    ) -> Answer:
         """The answer to a question.
 
         Args:
@@ -406,7 +406,8 @@ class Batcher:
             return []
         try:
             decoded = request.decoded or request.question.decode()
-            view = decoded.classifier.view(decoded.pixels_NCHW.shape[1:], decoded.resize)
+            check_options(decoded.classifier, decoded.options)
+            view = decoded.classifier.view(decoded.pixels_NCHW.shape[1:], decoded.options.resize)
         except Exception as error:
             done.fail(request, error)
             return []
@@ -455,16 +456,15 @@ class Batcher:
     def _after_prediction(self, request: Request[Any], view: View, done: Done) -> None:
         decoded = request.decoded
         assert decoded is not None
-        if not decoded.counterfactual:
+        if not needs_gradients(decoded.options):
             done.answer(request)
             return
-        count = len(decoded.pixels_NCHW)
         try:
-            decoded.classifier.check_targets(request.predicted(), [decoded.target] * count)
+            check_predictions(decoded.classifier, decoded.options, request.predicted())
         except Exception as error:
             done.fail(request, error)
             return
-        request.found = list[Counterfactual | None]([None] * count)
+        count = len(decoded.pixels_NCHW)
         request.images.clear()  # nine tenths of what a request takes while it waits
         parts = request.split(view, -(-count // max(1, self._limits.forward_batch // SEARCH_SHARE)))
         with self._condition:
@@ -477,22 +477,17 @@ class Batcher:
         parts = [part for part in parts if not part.request.future.done()]
         if not parts:
             return
-        predictions = [prediction for part in parts for prediction in part.predictions()]
-        targets = [target for part in parts for target in [part.target] * part.count]
         try:
-            found = counterfactuals(
-                MakingWay(self, view, parts), np.concatenate([part.image_NCHW for part in parts]), predictions, targets
-            )
+            predictions = explain(MakingWay(self, view, parts), [part.outcome() for part in parts])
         except AbandonedError:
             return
         except Exception as error:
             self._alone_or_fail(parts, error, done, lambda part: self._search(view, [part], done))
             return
-        self._metrics.count_batch("counterfactual", len(found))
+        self._metrics.count_batch("counterfactual", len(predictions))
         offset = 0
         for part in parts:
-            assert part.request.found is not None
-            part.request.found[part.start : part.stop] = found[offset : offset + part.count]
+            part.request.predictions[part.start : part.stop] = predictions[offset : offset + part.count]
             offset += part.count
             if self._is_last(part):
                 done.answer(part.request)

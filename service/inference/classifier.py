@@ -24,6 +24,7 @@ from service.errors import (
     PixelRangeError,
     SideTooLongError,
     TargetIsPredictedClassError,
+    UnknownLabelError,
 )
 from service.inference.counterfactual import Counterfactual, Differentiable, find_counterfactuals
 from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
@@ -52,6 +53,8 @@ class Prediction(NamedTuple):
     """`K_ij` of the margin between `class_id` and `runner_up`."""
     logit_error: float
     """Bound of |computed logit - exact logit|."""
+    counterfactual: Counterfactual | None = None
+    """The nearest image found with another class; absent unless a request asks for it."""
 
 
 class Classifier:
@@ -226,6 +229,16 @@ class Classifier:
         view = self.view(image_NCHW.shape[1:], resize)
         self.check_targets(predictions, targets)
         return counterfactuals(view, image_NCHW, predictions, targets)
+
+    def class_of(self, label: str) -> int:
+        """Return the class with this label.
+
+        Raises:
+            UnknownLabelError: the model has no such label; the error lists its labels.
+        """
+        if label not in self.labels:
+            raise UnknownLabelError(label, self.labels)
+        return self.labels.index(label)
 
     def check_targets(self, predictions: Sequence[Prediction], targets: Sequence[int | None]) -> None:
         """Raise `TargetIsPredictedClassError` where an image has its target's class already; in a batch it is named."""

@@ -11,49 +11,26 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from service.inference.classifier import Classifier, Prediction, View
-from service.inference.counterfactual import Counterfactual
+from service.inference.outcome import Decoded, Options, Outcome
 from service.pixels.images import to_unit
-from service.shapes import Float64, UInt8
 
 Answer = TypeVar("Answer")
 Answer_co = TypeVar("Answer_co", covariant=True)
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A request that has been read: images of one shape for one model."""
-
-    classifier: Classifier
-    pixels_NCHW: UInt8[np.ndarray, "N C H W"] | Float64[np.ndarray, "N C H W"]
-    """As they were sent: 0..255, or in [0, 1]."""
-    resize: bool = False
-    counterfactual: bool = False
-    target: int | None = None
-    """Class that the counterfactuals shall have."""
-
-
-class Question(Protocol[Answer_co]):
+class Question(Protocol[Answer_co, Options]):
     """A request; what its methods raise is the answer to this request alone."""
 
-    def decode_at_once(self) -> Decoded | None:
+    def decode_at_once(self) -> Decoded[Options] | None:
         """Read the request on the event loop, if that takes no longer than handing it to a worker; None otherwise."""
         ...
 
-    def decode(self) -> Decoded:
+    def decode(self) -> Decoded[Options]:
         """Read the request, on a worker thread."""
         ...
 
-    def answer(
-        self,
-        classifier: Classifier,
-        image_NCHW: Float64[np.ndarray, "N C H W"],
-        predictions: Sequence[Prediction],
-        found: Sequence[Counterfactual] | None,
-    ) -> Answer_co:
-        """Put into words, on a worker thread, what was computed about images (pixels in [0, 1]).
-
-        `found` is None where no counterfactual was asked for.
-        """
+    def answer(self, outcome: Outcome[Options]) -> Answer_co:
+        """Put the outcome into words, on a worker thread."""
         ...
 
 
@@ -61,13 +38,13 @@ class Request(Generic[Answer]):
     """A question on its way."""
 
     __slots__ = (
-        "arrived", "deadline", "deadline_s", "decoded", "found", "future", "images", "left", "loop", "n_bytes",
+        "arrived", "deadline", "deadline_s", "decoded", "future", "images", "left", "loop", "n_bytes",
         "predictions", "question",
     )  # fmt: skip
 
     def __init__(
         self,
-        question: Question[Answer],
+        question: Question[Answer, Any],
         n_bytes: int,
         loop: asyncio.AbstractEventLoop,
         future: asyncio.Future[Answer],
@@ -82,12 +59,10 @@ class Request(Generic[Answer]):
         self.arrived = arrived
         self.deadline = deadline
         self.deadline_s = deadline_s
-        self.decoded: Decoded | None = None
+        self.decoded: Decoded[Any] | None = None
         self.images: dict[int, np.ndarray] = {}
         """Pixels in [0, 1] of each part, by its start, as parts are computed; none while it waits for a search."""
         self.predictions: list[Prediction | None] = []
-        self.found: list[Counterfactual | None] | None = None
-        """One for each image, where counterfactuals are wanted."""
         self.left = 0
         """Parts that are not computed yet."""
 
@@ -106,15 +81,17 @@ class Request(Generic[Answer]):
         return 0 if self.decoded is None else self.decoded.pixels_NCHW[:, 0].size
 
     def predicted(self) -> list[Prediction]:
-        """All predictions, once every part is done."""
+        """Return all predictions, once every part is done."""
         return [prediction for prediction in self.predictions if prediction is not None]
 
-    def image_NCHW(self) -> np.ndarray:
-        """All images, likewise."""
-        if self.images:
-            return _joined([self.images[start] for start in sorted(self.images)])
+    def outcome(self) -> Outcome[Any]:
+        """Return the results of all images, once every part is done."""
         assert self.decoded is not None
-        return unit_images([self.decoded.pixels_NCHW])
+        if self.images:
+            image_NCHW = _joined([self.images[start] for start in sorted(self.images)])
+        else:
+            image_NCHW = unit_images([self.decoded.pixels_NCHW])
+        return Outcome(self.decoded.classifier, self.decoded.options, image_NCHW, self.predicted())
 
     def settle(self, outcome: Answer | Exception) -> None:
         """Give the answer, on the event loop, unless somebody did before or nobody waits any more."""
@@ -159,23 +136,15 @@ class Part:
         return self.request.decoded.pixels_NCHW[self.start : self.stop]
 
     @property
-    def image_NCHW(self) -> np.ndarray:
-        return unit_images([self.pixels_NCHW])
-
-    @property
     def classifier(self) -> Classifier:
         assert self.request.decoded is not None
         return self.request.decoded.classifier
 
-    @property
-    def target(self) -> int | None:
+    def outcome(self) -> Outcome[Any]:
+        """Return the predictions of these images, once they are done."""
         assert self.request.decoded is not None
-        return self.request.decoded.target
-
-    def predictions(self) -> list[Prediction]:
-        """Of these images, once they are done."""
-        done = self.request.predictions[self.start : self.stop]
-        return [prediction for prediction in done if prediction is not None]
+        predictions = self.request.predicted()[self.start : self.stop]
+        return Outcome(self.classifier, self.request.decoded.options, unit_images([self.pixels_NCHW]), predictions)
 
 
 def unit_images(pixels: Sequence[np.ndarray]) -> np.ndarray:

@@ -61,12 +61,8 @@ class Done:
     def answer_all(self) -> None:
         """Put into words what is computed."""
         for request in self._computed:
-            assert request.decoded is not None
-            found = None if request.found is None else [one for one in request.found if one is not None]
             try:
-                answer = request.question.answer(
-                    request.decoded.classifier, request.image_NCHW(), request.predicted(), found
-                )
+                answer = request.question.answer(request.outcome())
             except Exception as error:
                 self.fail(request, error)
             else:

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -23,10 +23,11 @@ from service.api.answers import in_records, in_words
 from service.api.app import create_app
 from service.api.predict import Body, ImageQuestion
 from service.api.routes import prefers_npy
-from service.api.schema import BatchAnswer, PredictAnswer, radius_in_grey_levels
+from service.api.schema import BatchAnswer, Options, PredictAnswer, radius_in_grey_levels
 from service.errors import NotAnImageError
 from service.inference.classifier import Classifier, Prediction
 from service.inference.counterfactual import Counterfactual
+from service.inference.outcome import Outcome
 from service.metrics import Metrics
 from service.pixels.images import decode_image
 from service.settings import Settings
@@ -127,10 +128,10 @@ def floats(least: float | None = None) -> st.SearchStrategy[float]:
 
 
 @st.composite
-def computed(draw: st.DrawFn) -> tuple[list[Prediction], list[Counterfactual] | None]:
+def computed(draw: st.DrawFn) -> Sequence[Prediction]:
     """Predictions about images, with any float where one can stand."""
-    count, n_classes = draw(st.integers(1, 3)), 3
-    predictions = [
+    count, n_classes, with_counterfactual = draw(st.integers(1, 3)), 3, draw(st.booleans())
+    return [
         Prediction(
             class_id=draw(st.integers(0, n_classes - 1)),
             logits_K=np.array(draw(st.lists(floats(), min_size=n_classes, max_size=n_classes))),
@@ -139,20 +140,22 @@ def computed(draw: st.DrawFn) -> tuple[list[Prediction], list[Counterfactual] | 
             runner_up=draw(st.integers(0, n_classes - 1)),
             lipschitz_bound=draw(floats()),
             logit_error=draw(floats()),
+            counterfactual=Counterfactual(
+                pixels_CHW=np.full((1, HEIGHT, WIDTH), draw(st.integers(0, 255)), np.uint8),
+                class_id=draw(st.integers(0, n_classes - 1)),
+                distance=draw(floats(0.0)),
+                reached=draw(st.booleans()),
+            )
+            if with_counterfactual
+            else None,
         )
         for _ in range(count)
     ]
-    if draw(st.booleans()):
-        return predictions, None
-    return predictions, [
-        Counterfactual(
-            pixels_CHW=np.full((1, HEIGHT, WIDTH), draw(st.integers(0, 255)), np.uint8),
-            class_id=draw(st.integers(0, n_classes - 1)),
-            distance=draw(floats(0.0)),
-            reached=draw(st.booleans()),
-        )
-        for _ in range(count)
-    ]
+
+
+def outcome(classifier: Classifier, predictions: Sequence[Prediction], epsilon: float | None) -> Outcome[Options]:
+    options = Options.model_construct(epsilon=epsilon)
+    return Outcome(classifier, options, np.zeros((len(predictions), 1, HEIGHT, WIDTH)), predictions)
 
 
 def nobody(_: str | None) -> Classifier:
@@ -166,19 +169,13 @@ def question(content: bytes = b"", media_type: str = "image/png", is_batch: bool
 @given(computed(), st.booleans(), floats(0.0) | st.none())
 def test_the_json_is_what_the_schema_itself_would_write(
     classifiers: Mapping[str, Classifier],
-    said: tuple[list[Prediction], list[Counterfactual] | None],
+    predictions: Sequence[Prediction],
     is_batch: bool,
     epsilon: float | None,
 ) -> None:
-    predictions, found = said
-    classifier = classifiers["grey"]
-    image_NCHW = np.zeros((len(predictions), 1, HEIGHT, WIDTH))
-    asked = question(is_batch=is_batch)
-    asked.options = asked.options.model_copy(update={"epsilon": epsilon})
-    reply = asked.answer(classifier, image_NCHW, predictions, found)
-    answers = [
-        PredictAnswer.model_validate(one) for one in in_words(classifier, image_NCHW, predictions, found, epsilon)
-    ]
+    said = outcome(classifiers["grey"], predictions, epsilon)
+    reply = question(is_batch=is_batch).answer(said)
+    answers = [PredictAnswer.model_validate(one) for one in in_words(said)]
     whole = BatchAnswer(predictions=answers) if is_batch else answers[0]
     assert reply.media_type == "application/json"
     assert reply.content.decode() == whole.model_dump_json()
@@ -188,19 +185,20 @@ def test_the_json_is_what_the_schema_itself_would_write(
 
 
 @given(computed())
-def test_records_hold_the_very_floats(said: tuple[list[Prediction], list[Counterfactual] | None]) -> None:
-    predictions, found = said
+def test_records_hold_the_very_floats(classifiers: Mapping[str, Classifier], predictions: Sequence[Prediction]) -> None:
     file = io.BytesIO()
-    np.save(file, in_records(predictions, found), allow_pickle=False)
-    for index, (record, prediction) in enumerate(zip(records(file.getvalue()), predictions, strict=True)):
+    np.save(file, in_records(outcome(classifiers["grey"], predictions, None)), allow_pickle=False)
+    for record, prediction in zip(records(file.getvalue()), predictions, strict=True):
         assert record["logits"].tobytes() == prediction.logits_K.tobytes()
         for name in ("class_id", "radius", "certified", "runner_up"):
             assert record[name] == getattr(prediction, name)
         for name in ("lipschitz_bound", "logit_error"):
             assert np.array_equal(record[name], getattr(prediction, name), equal_nan=True)
+        found = prediction.counterfactual
+        assert ("counterfactual" in record.dtype.names) is (found is not None)
         if found is not None:
-            assert np.array_equal(record["counterfactual"], found[index].pixels_CHW)
-            assert record["counterfactual_distance"] == found[index].distance
+            assert np.array_equal(record["counterfactual"], found.pixels_CHW)
+            assert record["counterfactual_distance"] == found.distance
 
 
 @given(floats(0.0))

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,8 +26,7 @@ from service.errors import BusyError, DeadlineError, NotAnImageError, Overloaded
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier, Prediction, View
-from service.inference.counterfactual import Counterfactual
-from service.inference.jobs import Decoded
+from service.inference.outcome import Decoded, Outcome, compute
 from service.inference.pace import Pace
 from service.metrics import Metrics
 
@@ -36,12 +35,15 @@ LONG_S = 60.0
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a worker computed."""
+class Wish:
+    """Options of a request."""
 
-    image_NCHW: np.ndarray
-    predictions: list[Prediction]
-    found: list[Counterfactual] | None
+    resize: bool
+    counterfactual: bool
+    target: str | None
+
+
+Said = Outcome[Wish]
 
 
 @dataclass
@@ -57,23 +59,22 @@ class Ask:
     decoding: Callable[[], None] = lambda: None
     answering: Callable[[], None] = lambda: None
 
-    def decode_at_once(self) -> Decoded | None:
+    @property
+    def options(self) -> Wish:
+        return Wish(
+            self.resize, self.counterfactual, None if self.target is None else self.classifier.labels[self.target]
+        )
+
+    def decode_at_once(self) -> Decoded[Wish] | None:
         return self.decode() if self.at_once else None
 
-    def decode(self) -> Decoded:
+    def decode(self) -> Decoded[Wish]:
         self.decoding()
-        return Decoded(self.classifier, self.pixels_NCHW, self.resize, self.counterfactual, self.target)
+        return Decoded(self.classifier, self.pixels_NCHW, self.options)
 
-    def answer(
-        self,
-        classifier: Classifier,
-        image_NCHW: np.ndarray,
-        predictions: Sequence[Prediction],
-        found: Sequence[Counterfactual] | None,
-    ) -> Said:
-        assert classifier is self.classifier
+    def answer(self, outcome: Said) -> Said:
         self.answering()
-        return Said(image_NCHW, list(predictions), None if found is None else list(found))
+        return outcome
 
 
 class Watched(Classifier):
@@ -170,21 +171,23 @@ def images(count: int, seed: int = 0, shape: tuple[int, int, int] = (1, 4, 4)) -
 def assert_is_answer_alone(said: Said, ask: Ask) -> None:
     image_NCHW = ask.pixels_NCHW / 255.0
     assert np.array_equal(said.image_NCHW, image_NCHW)
-    alone = ask.classifier.predict(image_NCHW, ask.resize)
-    assert len(said.predictions) == len(alone)
-    for one, other in zip(said.predictions, alone, strict=True):
+    assert said.classifier is ask.classifier
+    assert said.options == ask.options
+    alone = compute(ask.classifier, image_NCHW, ask.options)
+    assert len(said.predictions) == len(alone.predictions)
+    for one, other in zip(said.predictions, alone.predictions, strict=True):
         assert one.class_id == other.class_id
         assert np.abs(one.logits_K - other.logits_K).max() <= 2 * other.logit_error
         assert one.radius == pytest.approx(other.radius, rel=1e-9)
-    if not ask.counterfactual:
-        assert said.found is None
-        return
-    found = ask.classifier.counterfactual(image_NCHW, alone, [ask.target] * len(alone), ask.resize)
-    assert said.found is not None
-    for one, other in zip(said.found, found, strict=True):
-        assert (one.class_id, one.reached) == (other.class_id, other.reached)
-        assert one.distance == pytest.approx(other.distance, rel=0.05)
-        assert np.abs(one.pixels_CHW.astype(int) - other.pixels_CHW).max() <= 20
+        found, expected = one.counterfactual, other.counterfactual
+        if not ask.counterfactual:
+            assert found is None
+            continue
+        assert found is not None
+        assert expected is not None
+        assert (found.class_id, found.reached) == (expected.class_id, expected.reached)
+        assert found.distance == pytest.approx(expected.distance, rel=0.05)
+        assert np.abs(found.pixels_CHW.astype(int) - expected.pixels_CHW).max() <= 20
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -247,7 +250,7 @@ def test_broken_requests_leave_their_neighbours_alone(making: Making, model: Wat
         by_ask = {id(ask): outcome for ask, outcome in zip(asks, outcomes, strict=True)}
         for ask in good:
             said = by_ask[id(ask)]
-            assert isinstance(said, Said)
+            assert isinstance(said, Outcome)
             assert_is_answer_alone(said, ask)
         for ask, error in bad:
             assert isinstance(by_ask[id(ask)], error)
@@ -275,7 +278,7 @@ def test_a_pass_that_fails_runs_again_one_by_one_and_only_the_culprit_fails(maki
         assert isinstance(outcomes[1], ArithmeticError)
         for ask, said in zip(asks, outcomes, strict=True):
             if not isinstance(said, ArithmeticError):
-                assert isinstance(said, Said)
+                assert isinstance(said, Outcome)
                 assert_is_answer_alone(said, ask)
 
     run(test)
@@ -301,7 +304,7 @@ def test_a_search_that_fails_for_one_image_runs_again_without_it(making: Making,
         model.on_gradient = lambda _: None
         for ask, said in zip(asks, outcomes, strict=True):
             if not isinstance(said, ArithmeticError):
-                assert isinstance(said, Said)
+                assert isinstance(said, Outcome)
                 assert_is_answer_alone(said, ask)
 
     run(test)
@@ -781,7 +784,7 @@ def test_a_request_leaves_memory_at_its_end_and_not_at_the_next_collection_of_ga
             await reached(gate.reached)
             task.cancel()
         (outcome,) = await asyncio.gather(task, return_exceptions=True)
-        assert isinstance(outcome, Said) is (trouble == "none")
+        assert isinstance(outcome, Outcome) is (trouble == "none")
         return weakref.ref(ask)
 
     async def test() -> None:

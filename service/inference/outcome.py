@@ -1,0 +1,135 @@
+"""The outcome of one request: images, options and results in one object, from the computation to the answer.
+
+A new option of `/predict` is computed here (`needs_gradients`, `explain`); the batcher between schema and answer does
+not know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from service.inference.classifier import Classifier, Prediction, counterfactuals
+from service.inference.counterfactual import Differentiable
+from service.shapes import Float64, UInt8
+
+
+class ImageOptions(Protocol):
+    """Options that decide which results are computed."""
+
+    @property
+    def resize(self) -> bool:
+        """Whether images of another size than the model's are resized."""
+        ...
+
+    @property
+    def counterfactual(self) -> bool:
+        """Whether a counterfactual is searched for each image."""
+        ...
+
+    @property
+    def target(self) -> str | None:
+        """Target label of the counterfactuals; default: the nearest other class."""
+        ...
+
+
+Options = TypeVar("Options", bound=ImageOptions)
+Options_co = TypeVar("Options_co", bound=ImageOptions, covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded(Generic[Options_co]):
+    """A decoded request: images of one shape for one model."""
+
+    classifier: Classifier
+    pixels_NCHW: UInt8[np.ndarray, "N C H W"] | Float64[np.ndarray, "N C H W"]
+    """As sent: 0..255, or in [0, 1]."""
+    options: Options_co
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome(Generic[Options_co]):
+    """Results for the images of one request, or of a part of it."""
+
+    classifier: Classifier
+    options: Options_co
+    image_NCHW: Float64[np.ndarray, "N C H W"]
+    """The images as sent, pixels in [0, 1]."""
+    predictions: Sequence[Prediction]
+    """One for each image, with every result that the options ask for."""
+
+
+def check_options(classifier: Classifier, options: ImageOptions) -> None:
+    """Refuse options that the model cannot fulfil, before anything is computed.
+
+    Raises:
+        UnknownLabelError: the target is no label of the model.
+    """
+    _target(classifier, options)
+
+
+def check_predictions(classifier: Classifier, options: ImageOptions, predictions: Sequence[Prediction]) -> None:
+    """Refuse options that contradict the predictions, before `explain`; in a batch the error names the image.
+
+    Args:
+        classifier: the model.
+        options: those of the request.
+        predictions: one for each image of the request.
+
+    Raises:
+        TargetIsPredictedClassError: an image already has the target class.
+    """
+    classifier.check_targets(predictions, [_target(classifier, options)] * len(predictions))
+
+
+def needs_gradients(options: ImageOptions) -> bool:
+    """Return whether a prediction is followed by `explain`, which runs the transport graph."""
+    return options.counterfactual
+
+
+def explain(model: Differentiable, outcomes: Sequence[Outcome[Any]]) -> list[Prediction]:
+    """Return the predictions of all outcomes, in order, with the results that need gradients, computed in one batch.
+
+    Args:
+        model: the view that made the predictions.
+        outcomes: images of one shape; `check_predictions` has passed.
+    """
+    predictions = [prediction for outcome in outcomes for prediction in outcome.predictions]
+    found = counterfactuals(
+        model,
+        np.concatenate([outcome.image_NCHW for outcome in outcomes]),
+        predictions,
+        [_target(outcome.classifier, outcome.options) for outcome in outcomes for _ in outcome.predictions],
+    )
+    return [
+        prediction._replace(counterfactual=counterfactual)
+        for prediction, counterfactual in zip(predictions, found, strict=True)
+    ]
+
+
+def compute(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: Options) -> Outcome[Options]:
+    """Return the outcome of one request, computed alone: the specification of the batcher's answers.
+
+    Args:
+        classifier: the model.
+        image_NCHW: pixels in [0, 1].
+        options: see `ImageOptions`.
+
+    Raises:
+        UnknownLabelError: the target is no label of the model; nothing is computed.
+        InputError: the model does not take images of this shape, or an image already has the target class.
+    """
+    check_options(classifier, options)
+    view = classifier.view(image_NCHW.shape[1:], options.resize)
+    outcome = Outcome(classifier, options, image_NCHW, view.predict(image_NCHW))
+    if not needs_gradients(options):
+        return outcome
+    check_predictions(classifier, options, outcome.predictions)
+    return replace(outcome, predictions=explain(view, [outcome]))
+
+
+def _target(classifier: Classifier, options: ImageOptions) -> int | None:
+    return None if options.target is None else classifier.class_of(options.target)
