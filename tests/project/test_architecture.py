@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -48,28 +49,58 @@ def test_import_contracts_hold_in_a_copy_without_a_planted_violation(copied_tree
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    ("contract", "module", "planted"),
-    [
-        ("service-layers", "service/errors.py", "import service.runtime.engine"),
-        ("service-layers", "service/runtime/engine.py", "import service.pixels.images"),
-        ("service-layers", "service/certificate/rounding.py", "import service.errors"),
-        ("service-layers", "service/unplaced.py", ""),
-        ("certificate-layers", "service/certificate/rounding.py", "import service.certificate.norms"),
-        ("certificate-layers", "service/certificate/unplaced.py", ""),
-        ("service-without-training", "service/runtime/engine.py", "def f():\n    import torch"),
-        ("service-without-training", "service/runtime/engine.py", "import models.data.published"),
-        ("service-without-training", "service/certificate/rounding.py", "from models import data"),
-        ("models-layers", "models/nets/layers/linear.py", "import models.training.loop"),
-        ("models-layers", "models/unplaced.py", ""),
-        ("models-and-service", "models/data/published.py", "from service import settings"),
-        ("models-and-service", "models/data/published.py", "import service.runtime.engine"),
-        ("models-and-service", "models/unplaced.py", "import service.errors"),
-        ("models-and-service", "models/evaluation/measure.py", "import service.settings"),
-    ],
-)
+PLANTED = [
+    ("service-wings", "service/errors.py", "import service.runtime.engine"),
+    ("service-wings", "service/settings.py", "import service.metrics"),
+    ("service-wings", "service/runtime/engine.py", "import service.certificate.norms"),
+    ("service-wings", "service/certificate/rounding.py", "import service.errors\nimport service.pixels.images"),
+    ("service-wings", "service/pixels/images.py", "import service.artefact.card"),
+    ("service-wings", "service/audit/verdict.py", "import service.inference.classifier"),
+    ("service-wings", "service/inference/classifier.py", "def f():\n    from service.audit import audit"),
+    ("service-wings", "service/inference/batching.py", "from service.api import schema"),
+    ("service-wings", "service/api/app.py", "import service.processes.serving"),
+    ("service-wings", "service/processes/serving.py", "import service.__main__"),
+    ("service-wings", "service/unplaced.py", ""),
+    ("certificate-layers", "service/certificate/rounding.py", "import service.certificate.norms"),
+    ("certificate-layers", "service/certificate/rules/table.py", "import service.certificate.analysis"),
+    ("certificate-layers", "service/certificate/unplaced.py", ""),
+    ("certificate-alone", "service/certificate/rounding.py", "import service.errors"),
+    ("certificate-alone", "service/certificate/rules/pooling.py", "def f():\n    import service.runtime.engine"),
+    ("audit-on-its-own", "service/audit/verdict.py", "import service.certificate"),
+    ("audit-on-its-own", "service/audit/verdict.py", "from service.certificate.radius import certified_radius"),
+    ("audit-on-its-own", "service/audit/preprocessing.py", "import service.pixels.preprocessing"),
+    ("audit-on-its-own", "service/audit/records.py", "from service.pixels import arrays"),
+    ("audit-on-its-own", "service/audit/records.py", "from service.api.schema import PredictAnswer"),
+    ("audit-on-its-own", "service/audit/graph.py", "def f():\n    import onnxruntime"),
+    ("audit-on-its-own", "service/pixels/images.py", "import service.certificate.norms"),
+    ("service-without-training", "service/runtime/engine.py", "def f():\n    import torch"),
+    ("service-without-training", "service/runtime/engine.py", "import models.data.published"),
+    ("service-without-training", "service/certificate/rounding.py", "from models import data"),
+    ("models-wings", "models/recipes.py", "import models.nets.networks"),
+    ("models-wings", "models/nets/layers/linear.py", "import models.training.loop"),
+    ("models-wings", "models/nets/networks.py", "import models.data.folders"),
+    ("models-wings", "models/training/loop.py", "import models.export"),
+    ("models-wings", "models/unplaced.py", ""),
+    ("models-and-service", "models/data/published.py", "from service import settings"),
+    ("models-and-service", "models/unplaced.py", "import service.metrics"),
+    ("models-and-service", "models/export.py", "import service.inference.classifier"),
+    ("models-and-service", "models/evaluation/measure.py", "import service.settings"),
+    ("models-and-service", "models/evaluation/measure.py", "import service.api.schema"),
+]
+"""Contract, module, and the lines that break the contract when they are appended to the module."""
+
+
+def test_every_contract_has_a_planted_violation() -> None:
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = [contract["id"] for contract in configuration["tool"]["importlinter"]["contracts"]]
+    assert len(contracts) == len(set(contracts))
+    assert {contract for contract, _, _ in PLANTED} == set(contracts)
+
+
+@pytest.mark.parametrize(("contract", "module", "planted"), PLANTED)
 def test_planted_violation_breaks_its_contract(copied_tree: Path, contract: str, module: str, planted: str) -> None:
     path = copied_tree / module
+    assert path.exists() or path.stem == "unplaced"
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     path.write_text(f"{before}\n{planted}\n", encoding="utf-8")
     result = run_contracts(copied_tree, contract)
