@@ -1,57 +1,156 @@
-"""Command line of the offline side: `python -m models train RECIPE --data DIR --out DIR`."""
+"""Command line of training and evaluation: `python -m models train RECIPE --data DIR --out DIR`.
+
+Exit status: 0 done; 1 the training or the measurement cannot be done, with the reason on stderr; 2 the command is not
+valid; 130 interrupted, and the same command (`train`: with `--resume`) continues.
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from models.logs import log_to_stderr
 from models.recipes import RECIPES, RecipeError, recipe_by_name
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+"""Exit status after Ctrl-C, as in shells: 128 + SIGINT."""
+PROVIDERS = ("auto", "cpu", "cuda")
 
 
-class Device(StrEnum):
-    """Where to train."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-@app.callback()
-def commands() -> None:
-    """Train and evaluate 1-Lipschitz classifiers."""
+def main(arguments: Sequence[str] | None = None, program: str = "python -m models") -> int:
+    """Run a command; return its exit status."""
+    parser = _parser(program)
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words:
+        parser.print_help()
+        return 2
+    chosen = parser.parse_args(words)
     log_to_stderr()
+    try:
+        return chosen.run(chosen)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("models", "service"):
+            raise
+        return _failed(
+            f"`{chosen.command}` needs {error.name}, which is not installed: "
+            "`pip install 'lipcert[cpu,train,evaluate]'` (in a checkout: `make check`) installs it"
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(sorted(RECIPES))}.")],
-    out: Annotated[Path, typer.Option(help="Results go to OUT/RECIPE, checkpoints to OUT/.checkpoints/RECIPE.")],
-    data: Annotated[
-        Path,
-        typer.Option(help="Folder of the data set; image-folder: of the classes, or of train/ and test/ with them."),
-    ] = Path("data"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's number.")] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process; all by default.")] = None,
-    device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.AUTO,
-    devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on the CPU; they share each batch.")] = 1,
-    tensorboard: Annotated[bool, typer.Option(help="Curves in OUT/.checkpoints/RECIPE/tensorboard.")] = True,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, e.g. loss.min_margin=2; may be repeated.")
-    ] = None,
-) -> None:
-    """Train a recipe; export and measure the artefact, or draw and measure the toy problem."""
-    # torch takes seconds to load; --help should not.
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program, description="Train and evaluate 1-Lipschitz classifiers.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    train = "Train a recipe; export and measure the artefact, or draw and measure the toy problem."
+    _describe_train(commands.add_parser("train", help=train, description=train, allow_abbrev=False))
+    evaluate = (
+        "Measure an artefact as it is served; write its report and its card. After Ctrl-C the same command continues."
+    )
+    _describe_evaluate(commands.add_parser("evaluate", help=evaluate, description=evaluate, allow_abbrev=False))
+    return parser
+
+
+def _describe_train(train: argparse.ArgumentParser) -> None:
+    train.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(sorted(RECIPES))}")
+    train.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="results go to DIR/RECIPE, checkpoints to DIR/.checkpoints/RECIPE",
+    )
+    train.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="folder of the data set; image-folder: of the classes, or of train/ and test/ with the classes "
+        "(default: %(default)s)",
+    )
+    train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    train.add_argument("--epochs", type=_positive, metavar="N", help="epochs; default: those of the recipe")
+    train.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of initial weights, order and augmentation (default: %(default)s)",
+    )
+    train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads of each process; default: all")
+    train.add_argument("--device", choices=PROVIDERS, default="auto", help="auto: CUDA where available (default: auto)")
+    train.add_argument(
+        "--devices",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="GPUs, or processes on the CPU, that share each batch (default: %(default)s)",
+    )
+    train.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write curves to DIR/.checkpoints/RECIPE/tensorboard (default: yes)",
+    )
+    train.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one field of the recipe, e.g. loss.min_margin=2; may be repeated",
+    )
+    train.set_defaults(run=_train)
+
+
+def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the model")
+    evaluate.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="folder of the data set in the card, as given to `train` (default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--attacks",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="attack with foolbox and ART, inside the radius and beyond (default: yes)",
+    )
+    evaluate.add_argument(
+        "--n-attack",
+        type=_positive,
+        metavar="N",
+        help="images to attack, evenly spaced; default: 1000, or all if fewer",
+    )
+    evaluate.add_argument(
+        "--limit", type=_positive, metavar="N", help="images to measure, evenly spaced; the card is not changed"
+    )
+    evaluate.add_argument(
+        "--provider", choices=PROVIDERS, default="auto", help="auto: CUDA where available (default: auto)"
+    )
+    evaluate.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="threads of ONNX Runtime (default: %(default)s)"
+    )
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the report; default: ARTEFACT/report")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    # Imported here: torch takes seconds to load, which --help must not.
     from models.data.labelled import DataError
     from models.export import ExportRefusedError
     from models.runs import run_recipe
@@ -59,22 +158,22 @@ def train(
     from service.artefact.card import ArtefactError
     from service.certificate import UnsupportedGraphError
 
-    changes = [*(overrides or []), *([f"schedule.epochs={epochs}"] if epochs is not None else [])]
+    epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
     try:
         summary = run_recipe(
-            recipe_by_name(recipe, changes),
-            data=data,
-            out=out,
-            resume=resume,
-            seed=seed,
-            threads=threads,
-            device_name=device.value,
-            devices=devices,
-            tensorboard=tensorboard,
+            recipe_by_name(chosen.recipe, [*chosen.overrides, *epochs]),
+            data=chosen.data,
+            out=chosen.out,
+            resume=chosen.resume,
+            seed=chosen.seed,
+            threads=chosen.threads,
+            device_name=chosen.device,
+            devices=chosen.devices,
+            tensorboard=chosen.tensorboard,
         )
     except Interrupted as interruption:
-        typer.echo(str(interruption), err=True)
-        raise typer.Exit(INTERRUPTED) from interruption
+        sys.stderr.write(f"{interruption}\n")
+        return INTERRUPTED
     except (
         RecipeError,
         DataError,
@@ -83,37 +182,12 @@ def train(
         ArtefactError,
         UnsupportedGraphError,
     ) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    typer.echo(summary)
+        return _failed(error)
+    sys.stdout.write(f"{summary}\n")
+    return 0
 
 
-class ProviderName(StrEnum):
-    """Execution provider, as the server's LIPCERT_PROVIDER."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-@app.command()
-def evaluate(
-    artefact: Annotated[Path, typer.Argument(help="Folder with model.onnx, transport.onnx and card.json.")],
-    data: Annotated[
-        Path, typer.Option(help="Folder of the data set that the card names, as it was given to `train`.")
-    ] = Path("data"),
-    attacks: Annotated[bool, typer.Option(help="Attack by foolbox and ART, inside the radius and beyond.")] = True,
-    n_attack: Annotated[
-        int | None, typer.Option(min=1, help="Attack so many images, evenly spaced; by default 1000, or all of fewer.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many images, evenly spaced; the card stays.")
-    ] = None,
-    provider: Annotated[ProviderName, typer.Option(help="auto: CUDA where there is one.")] = ProviderName.AUTO,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report; ARTEFACT/report by default.")] = None,
-) -> None:
-    """Measure an artefact as it is served; write its report and its card. After Ctrl-C the same command goes on."""
+def _evaluate(chosen: argparse.Namespace) -> int:
     from models.data.labelled import DataError
     from models.evaluation.measure import EvaluationError, EvaluationInterrupted
     from models.evaluation.measure import evaluate as evaluate_artefact
@@ -121,23 +195,28 @@ def evaluate(
 
     try:
         report = evaluate_artefact(
-            artefact,
-            data,
-            attacks=attacks,
-            n_attack=n_attack,
-            limit=limit,
-            provider=provider.value,
-            threads=threads,
-            out=out,
+            chosen.artefact,
+            chosen.data,
+            attacks=chosen.attacks,
+            n_attack=chosen.n_attack,
+            limit=chosen.limit,
+            provider=chosen.provider,
+            threads=chosen.threads,
+            out=chosen.out,
         )
     except EvaluationInterrupted as interruption:
-        typer.echo(str(interruption), err=True)
-        raise typer.Exit(INTERRUPTED) from interruption
+        sys.stderr.write(f"{interruption}\n")
+        return INTERRUPTED
     except (ArtefactError, DataError, EvaluationError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    typer.echo(report)
+        return _failed(error)
+    sys.stdout.write(f"{report}\n")
+    return 0
+
+
+def _failed(reason: object) -> int:
+    sys.stderr.write(f"error: {reason}\n")
+    return 1
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

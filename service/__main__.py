@@ -1,4 +1,5 @@
-"""`python -m service`: serve the models of `LIPCERT_MODELS` over HTTP; settings in `service.settings`.
+"""Command line of the service: `python -m service` serves the models of `LIPCERT_MODELS` over HTTP; settings in
+`service.settings`.
 
 `python -m service audit ANSWER.json IMAGE --model ARTEFACT`: audit an archived answer, see docs/audit.md.
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import logging
 import signal
 import sys
@@ -25,25 +27,9 @@ from service.runtime.cpus import usable_cpus
 _log = logging.getLogger("service")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command of `python -m service`; without one, serve. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
-    parser.set_defaults(run=_serve)
-    commands = parser.add_subparsers(title="commands")
-    commands.add_parser("serve", help="serve over HTTP (what happens without a command)").set_defaults(run=_serve)
-    audit = commands.add_parser(
-        "audit",
-        help="audit an archived answer",
-        description="Derive class and certified radius of one answer of POST /predict a second time, in ball "
-        "arithmetic and without the server's code. Prints `holds: ...` (exit status 0), or a line `does not hold: ...` "
-        "for each check that failed (1) and a line `undecided: ...` for each that could not be decided (3, if no check "
-        "failed). A missing or invalid file ends with 2.",
-    )
-    audit.add_argument("answer", type=Path, metavar="ANSWER.json", help="the answer, as it was received")
-    audit.add_argument("image", type=Path, metavar="IMAGE", help="the image file that was sent, or the npy array")
-    audit.add_argument("--model", type=Path, required=True, metavar="ARTEFACT", help="the folder of the model")
-    audit.set_defaults(run=_audit)
-    chosen = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, program: str = "python -m service") -> int:
+    """Run a command; without one, serve. Return the exit status."""
+    chosen = _parser(program).parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         return chosen.run(chosen)
@@ -53,6 +39,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LipcertError as error:
         _log.error("%s", error)
         return 1
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description="Serve certified classifiers; audit their answers.")
+    parser.set_defaults(run=_serve)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    serve = "Serve the models of LIPCERT_MODELS over HTTP; the default command."
+    commands.add_parser("serve", help=serve, description=serve).set_defaults(run=_serve)
+    audit = commands.add_parser(
+        "audit",
+        help="Audit an archived answer.",
+        description="Derive class and certified radius of one answer of POST /predict a second time, in ball "
+        "arithmetic and without the server's code. Prints `holds: ...` (exit status 0), or a line `does not hold: ...` "
+        "for each check that failed (1) and a line `undecided: ...` for each that could not be decided (3, if no check "
+        "failed). A missing or invalid file ends with 2.",
+    )
+    audit.add_argument("answer", type=Path, metavar="ANSWER.json", help="the answer, as it was received")
+    audit.add_argument("image", type=Path, metavar="IMAGE", help="the image file that was sent, or the npy array")
+    audit.add_argument("--model", type=Path, required=True, metavar="ARTEFACT", help="the folder of the model")
+    audit.set_defaults(run=_audit)
+    return parser
 
 
 def _audit(chosen: argparse.Namespace) -> int:
@@ -66,6 +73,9 @@ def _audit(chosen: argparse.Namespace) -> int:
 
 
 def _serve(_: argparse.Namespace) -> int:
+    if importlib.util.find_spec("onnxruntime") is None:
+        _log.error("serving needs onnxruntime, which is not installed: `pip install 'lipcert[cpu]'`, or [gpu]")
+        return 1
     stopped = False
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
@@ -74,20 +84,20 @@ def _serve(_: argparse.Namespace) -> int:
         stopped = True
         raise SystemExit(0)
 
-    # uvicorn raises the signal again once it has drained the connections: this ends the process with status 0. Before
-    # it runs, the same handler ends the loading.
+    # Before uvicorn runs, the handler ends the loading. Once uvicorn has drained its connections it raises the signal
+    # again, and the handler ends the process with status 0.
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop_signal, stop)
-    # Nothing that is loaded now becomes garbage: looking for it would take a sixth of the time.
+    # Nothing loaded at start becomes garbage; collection would take a sixth of the time to ready.
     gc.disable()
     try:
-        # First of all, so that they load what they need while this process does: hence the imports below it.
+        # The provers start first and load their libraries while this process loads its own: hence the late imports.
         with Provers(usable_cpus()) as provers:
             from service.settings import read_settings
 
             return serve_as(read_settings(), provers)
     except Exception:
-        # An extension module that is just being imported makes an ImportError of what the handler raised.
+        # An extension module interrupted during its import turns the handler's SystemExit into an ImportError.
         if stopped:
             return 0
         raise

@@ -1,22 +1,26 @@
-"""`python -m service.certificate FILE.onnx`: print what can be proved about any ONNX classifier, as one JSON object.
+"""Command line of the certifier: `python -m service.certificate FILE.onnx` prints the proved bounds of an ONNX
+classifier as one JSON object.
 
-Exit status: 0 proved; 2 no proof, with every reason on stderr, one a line.
+Exit status: 0 proved; 2 not proved, with every reason on stderr, one per line.
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from service.certificate.analysis import certify
 from service.certificate.graph import UnsupportedGraphError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def main(arguments: Sequence[str] | None = None, program: str = "python -m service.certificate") -> int:
+    """Print the proved bounds, or every reason why there is no proof; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m service.certificate",
+        prog=program,
         description="Prove L2 Lipschitz and rounding-error bounds of an ONNX classifier for images in [0, 1].",
     )
     parser.add_argument("file", type=Path, metavar="FILE.onnx")

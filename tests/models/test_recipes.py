@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from pydantic import ValidationError
-from typer.testing import CliRunner
 
 from models import runs
-from models.__main__ import app
+from models.__main__ import main
 from models.nets.layers.convolution import OrthogonalConv2d
 from models.recipes import RECIPES, ImageRecipe, RecipeError, recipe_by_name
 from models.runs import build_network
 from models.toys import centred_square, squares_sampler, true_squares_distance, two_moons
 from models.training.errors import Interrupted
-
-runner = CliRunner()
 
 
 def test_the_recipes_of_the_command_line_exist() -> None:
@@ -156,7 +154,7 @@ def test_learned_distance_of_small_squares_is_within_half_a_percent(tmp_path: Pa
         "schedule.learning_rate=0.02",
         "steps_per_epoch=60",
     ]
-    result = runner.invoke(app, arguments + [part for change in changes for part in ("--set", change)])
+    result = run_command(main, arguments + [part for change in changes for part in ("--set", change)])
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "wasserstein-squares" / "metrics.json").read_text())
     assert metrics["true_distance"] == 7.0
@@ -169,14 +167,14 @@ def test_learned_distance_of_small_squares_is_within_half_a_percent(tmp_path: Pa
 def test_distance_that_was_not_learned_fails_the_command(tmp_path: Path) -> None:
     arguments = ["train", "wasserstein-squares", "--out", str(tmp_path), "--threads", "1", "--epochs", "1"]
     changes = ["image_size=12", "square_size=7", "network.widths=[16,8]", "steps_per_epoch=2"]
-    result = runner.invoke(app, arguments + [part for change in changes for part in ("--set", change)])
+    result = run_command(main, arguments + [part for change in changes for part in ("--set", change)])
     assert result.exit_code == 1
     assert "train longer" in result.output
 
 
 def test_two_moons_draws_level_lines_and_transport(tmp_path: Path) -> None:
     arguments = ["train", "two-moons", "--out", str(tmp_path), "--threads", "1", "--epochs", "1"]
-    result = runner.invoke(app, [*arguments, "--set", "steps_per_epoch=5"])
+    result = run_command(main, [*arguments, "--set", "steps_per_epoch=5"])
     assert result.exit_code == 0, result.output
     for picture in ("levels.png", "transport.png"):
         assert (tmp_path / "two-moons" / picture).read_bytes().startswith(b"\x89PNG")
@@ -188,13 +186,13 @@ def test_interrupted_command_exits_130_and_says_how_to_go_on(tmp_path: Path, mon
         raise Interrupted("stopped; run the same command with --resume to go on")
 
     monkeypatch.setattr(runs, "run_recipe", interrupted)
-    result = runner.invoke(app, ["train", "two-moons", "--out", str(tmp_path)])
+    result = run_command(main, ["train", "two-moons", "--out", str(tmp_path)])
     assert result.exit_code == 130
     assert "--resume" in result.output
 
 
 def test_error_of_the_command_is_one_line_without_a_traceback(tmp_path: Path) -> None:
-    result = runner.invoke(app, ["train", "nonsense", "--out", str(tmp_path)])
+    result = run_command(main, ["train", "nonsense", "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert "error: no recipe 'nonsense'" in result.output
     assert "Traceback" not in result.output

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run_command
 from PIL import Image
-from typer.testing import CliRunner
 
 pytest.importorskip("foolbox")
 
 from models import runs
-from models.__main__ import app
+from models.__main__ import main
 from models.evaluation import attacks
 from models.nets.networks import LipschitzNetwork
 from models.recipes import RECIPES, ImageRecipe
@@ -26,8 +26,6 @@ from models.training.loop import Run, Trained
 from service.artefact.card import read_card
 from service.inference.classifier import Classifier
 from service.pixels.images import decode_image, to_unit
-
-runner = CliRunner()
 
 SMALL = [
     'network.stem=[{"channels":8}]',
@@ -62,7 +60,7 @@ def train(
 ) -> tuple[int, str]:
     arguments = ["train", recipe, "--data", str(data), "--out", str(out), "--threads", "1", "--device", "cpu"]
     arguments += [part for change in (*SMALL, *changes) for part in ("--set", change)]
-    result = runner.invoke(app, [*arguments, *(["--resume"] if resume else []), *options])
+    result = run_command(main, [*arguments, *(["--resume"] if resume else []), *options])
     return result.exit_code, result.output
 
 
@@ -155,7 +153,8 @@ def test_every_recipe_can_be_given_to_other_processes(tmp_path: Path, monkeypatc
     for name in ("image-folder", "two-moons", "wasserstein-squares"):
         arguments = ["train", name, "--data", str(folder), "--out", str(tmp_path / "out"), "--devices", "3"]
         options = [part for change in changes.get(name, []) for part in ("--set", change)]
-        assert isinstance(runner.invoke(app, [*arguments, "--threads", "1", *options]).exception, Enough)
+        with pytest.raises(Enough):
+            run_command(main, [*arguments, "--threads", "1", *options])
     assert [(devices, threads) for _, devices, threads in given] == [(3, 1)] * 3
     for run, _, _ in given:
         images, labels = run.batches.batch(0, 0)
@@ -168,7 +167,7 @@ def test_artefact_of_a_folder_is_evaluated_on_the_held_out_images(
     monkeypatch.setattr(attacks, "ATTACKS", {})
     shutil.copytree(out / "small", tmp_path / "small")
     arguments = ["evaluate", str(tmp_path / "small"), "--provider", "cpu", "--no-attacks", "--data"]
-    result = runner.invoke(app, [*arguments, str(folder)])
+    result = run_command(main, [*arguments, str(folder)])
     assert result.exit_code == 0, result.output
     before, after = read_card(out / "small"), read_card(tmp_path / "small")
     assert after.accuracy == before.accuracy
@@ -176,7 +175,7 @@ def test_artefact_of_a_folder_is_evaluated_on_the_held_out_images(
     shutil.copytree(folder, tmp_path / "changed")
     for n in range(100, 110):
         shutil.copyfile(folder / "low" / "1.jpg", tmp_path / "changed" / "low" / f"{n}.jpg")
-    result = runner.invoke(app, [*arguments, str(tmp_path / "changed")])
+    result = run_command(main, [*arguments, str(tmp_path / "changed")])
     assert result.exit_code == 1
     assert "not those that small was measured on" in result.output
 

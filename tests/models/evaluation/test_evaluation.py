@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import Graphs, card_for, load, random_groupsort
+from commands import run_command
 
 pytest.importorskip("foolbox")
 pytest.importorskip("matplotlib")
 torch = pytest.importorskip("torch")
 
-from typer.testing import CliRunner  # noqa: E402
-
-from models.__main__ import app  # noqa: E402
+from models.__main__ import main  # noqa: E402
 from models.data.labelled import DataSet, LabelledImages  # noqa: E402
 from models.evaluation import attacks  # noqa: E402
 from models.evaluation import measure as evaluation  # noqa: E402
@@ -199,7 +198,7 @@ def test_folder_that_cannot_be_written_is_an_error_of_the_evaluation(artefact: P
 
 def test_command_ends_with_130_when_it_is_interrupted(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "_measure_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    result = CliRunner().invoke(app, ["evaluate", str(artefact), "--provider", "cpu"])
+    result = run_command(main, ["evaluate", str(artefact), "--provider", "cpu"])
     assert result.exit_code == 130
     assert "same command again" in result.output
 
@@ -226,7 +225,7 @@ def test_provider_that_cannot_be_had_is_an_error_of_the_evaluation(
 
 
 def test_command_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "nothing"), "--data", str(tmp_path)])
+    result = run_command(main, ["evaluate", str(tmp_path / "nothing"), "--data", str(tmp_path)])
     assert result.exit_code == 1
     assert "card.json" in result.output
 

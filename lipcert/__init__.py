@@ -1,0 +1,1 @@
+"""The command `lipcert`: one name for the command lines of service, certificate and models."""
