@@ -16,6 +16,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +26,9 @@ from service.processes.serving import serve_as
 from service.runtime.cpus import usable_cpus
 
 _log = logging.getLogger("service")
+
+_RETRY_S = 0.005
+"""Time after which a signal during the import of an extension module is handled again."""
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m service") -> int:
@@ -80,13 +84,16 @@ def _serve(_: argparse.Namespace) -> int:
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
         nonlocal stopped
-        del signal_number, frame
+        del signal_number
         stopped = True
-        raise SystemExit(0)
+        if _imports_extension(frame):
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
+        else:
+            raise SystemExit(0)
 
     # Before uvicorn runs, the handler ends the loading. Once uvicorn has drained its connections it raises the signal
     # again, and the handler ends the process with status 0.
-    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+    for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(stop_signal, stop)
     # Nothing loaded at start becomes garbage; collection would take a sixth of the time to ready.
     gc.disable()
@@ -96,13 +103,22 @@ def _serve(_: argparse.Namespace) -> int:
             from service.settings import read_settings
 
             return serve_as(read_settings(), provers)
-    except Exception:
-        # An extension module interrupted during its import turns the handler's SystemExit into an ImportError.
+    except BaseException:
+        # Code in C or Rust turns the handler's SystemExit into an error of its language.
         if stopped:
             return 0
         raise
     finally:
         gc.enable()
+
+
+def _imports_extension(frame: FrameType | None) -> bool:
+    """Return whether the main thread is importing an extension module: those of Rust print a panic if interrupted."""
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 if __name__ == "__main__":

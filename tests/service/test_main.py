@@ -11,9 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import builders
 import numpy as np
@@ -32,7 +35,7 @@ def process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
             monkeypatch.delenv(name)
     monkeypatch.setenv("LIPCERT_PORT", "0")
     monkeypatch.setenv("LIPCERT_PROVIDER", "cpu")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -179,13 +182,35 @@ def test_a_signal_while_models_are_proved_ends_it_at_once_with_status_0(tmp_path
     assert not any(is_running(pid) for pid in started)
 
 
-def test_a_signal_that_an_import_takes_for_a_failure_ends_it_with_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_the_import_of_an_extension_module_ends_it_after_that_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    imported: list[str] = []
+
+    class Loader(ExtensionFileLoader):
+        def exec_module(self, module: ModuleType) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            imported.append(module.__name__)
+
     def load() -> None:
-        # As extension modules do.
+        Loader("extension", "extension.so").exec_module(ModuleType("extension"))
+        time.sleep(10)
+        imported.append("everything")
+
+    monkeypatch.setattr("service.settings.read_settings", load)
+    assert main([]) == 0
+    assert imported == ["extension"]
+
+
+@pytest.mark.parametrize("failure", [ImportError, BaseException])
+def test_a_signal_that_other_code_takes_for_a_failure_ends_it_with_status_0(
+    monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+) -> None:
+    def load() -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
         except SystemExit as stopped:
-            raise ImportError("initialization failed") from stopped
+            raise failure("initialization failed") from stopped
 
     monkeypatch.setattr("service.settings.read_settings", load)
     assert main([]) == 0
