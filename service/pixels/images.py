@@ -20,11 +20,10 @@ import base64
 import binascii
 import hashlib
 import io
-import struct
-import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from service.errors import (
@@ -34,6 +33,7 @@ from service.errors import (
     ImageTooLargeError,
     NotAnImageError,
 )
+from service.pixels.integrity import check_gif, check_jpeg, check_png, with_other_padding
 from service.shapes import Float64, UInt8
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -42,9 +42,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _SEND = f"send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 _NPY_MAGIC = b"\x93NUMPY"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
 _HASHED_AT_ONCE = 64 * 1024
-_PNG_LENGTH = struct.Struct(">I")
 _GREY_MODES = frozenset({"1", "L"})
+_READ_MODES = _GREY_MODES | {"P", "RGB"}
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 
 
@@ -124,7 +125,8 @@ def decode_image(data: bytes, max_pixels: int, used_pixels: int = 0) -> UInt8[np
     picture = _load(picture, data)
     if picture.mode in _GREY_MODES:
         grey = picture if picture.mode == "L" else picture.convert("L")
-        return np.frombuffer(grey.tobytes(), np.uint8).reshape(1, grey.height, grey.width)
+        width, height = grey.size
+        return np.frombuffer(grey.tobytes(), np.uint8).reshape(1, height, width)
     channels = 1 if picture.mode == "P" and _has_grey_palette(picture) else 3
     return np.ascontiguousarray(np.moveaxis(np.asarray(picture.convert("RGB"))[..., :channels], -1, 0))
 
@@ -147,6 +149,9 @@ def _open(data: bytes, max_pixels: int, used_pixels: int) -> Image.Image:
         if data.startswith(_PNG_SIGNATURE):
             # The result of `Image.open`, in two thirds of the time.
             picture = PngImageFile(io.BytesIO(data))
+        elif data.startswith(_JPEG_SIGNATURE):
+            # `Image.open` would take a photograph with an embedded preview (CIPA DC-007, MPF) for several images.
+            picture = JpegImageFile(io.BytesIO(data))
         else:
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -157,76 +162,59 @@ def _open(data: bytes, max_pixels: int, used_pixels: int) -> Image.Image:
             f"the bytes are not an image in a supported format ({', '.join(FORMATS)}), or its header is damaged; "
             f"{_SEND}"
         ) from None
-    pixels = picture.width * picture.height
-    if pixels + used_pixels > max_pixels:
+    width, height = picture.size
+    if width * height + used_pixels > max_pixels:
         before = f" after {used_pixels} pixels of the images before it" if used_pixels else ""
-        raise ImageTooLargeError(f"it is {picture.width} x {picture.height} = {pixels} pixels{before}", max_pixels)
+        raise ImageTooLargeError(f"it is {width} x {height} = {width * height} pixels{before}", max_pixels)
     return picture
 
 
 def _refuse_lossy(picture: Image.Image) -> None:
     """Refuse, from the header, an image without a single interpretation as 8-bit grey or RGB."""
+    mode = picture.mode
     if getattr(picture, "is_animated", False):
         raise ImageFormatError("the file contains several images (an animation or a burst); send one of them")
-    if picture.mode in _ALPHA_MODES or picture.has_transparency_data:
+    if mode in _ALPHA_MODES or picture.has_transparency_data:
         raise ImageFormatError(
             "the image has transparency (an alpha channel or a transparent colour), and its background is unknown; "
             "flatten it onto a background first and send it without alpha"
         )
-    if picture.mode == "CMYK":
+    if mode == "CMYK":
         raise ImageFormatError(
             "the image is CMYK, and its conversion to RGB or grey requires a colour profile; convert it first and send "
             "RGB or grey"
         )
     # Pillow silently reduces 16-bit RGB and 5-bit BMP to 8 bits; only the raw mode of the tile shows it.
-    raw_modes = [str(tile[3]) for tile in getattr(picture, "tile", [])]
-    deep = picture.mode.startswith(("I", "F")) or any(";16" in raw or ";15" in raw for raw in raw_modes)
-    if deep:
+    raw_modes = "".join([str(tile[3]) for tile in getattr(picture, "tile", [])])
+    if mode.startswith(("I", "F")) or ";16" in raw_modes or ";15" in raw_modes:
         raise ImageFormatError(
             "the image does not have 8 bits per channel, so reading it would lose precision; save it with 8 bits per "
             "channel, or send the values in [0, 1] as a float npy array (application/x-npy)"
         )
-    if picture.mode not in (*_GREY_MODES, "P", "RGB"):
-        raise ImageFormatError(f"the image has mode {picture.mode}; send 8-bit grey or RGB")
+    if mode not in _READ_MODES:
+        raise ImageFormatError(f"the image has mode {mode}; send 8-bit grey or RGB")
 
 
 def _load(picture: Image.Image, data: bytes) -> Image.Image:
     """Decode every pixel; a truncated file is refused even if all its pixels can be decoded."""
     try:
         if picture.format == "PNG":
-            _check_png(data)
-        if picture.format == "GIF" and not data.rstrip(b"\0").endswith(b";"):
-            raise EOFError("no GIF trailer")
+            check_png(data)
+        elif picture.format == "JPEG":
+            check_jpeg(data)
+        elif picture.format == "GIF":
+            check_gif(data)
         picture.load()
+        if picture.format == "WEBP" and (other := with_other_padding(data)) is not None:
+            with Image.open(io.BytesIO(other), formats=["WEBP"]) as padded:
+                if padded.tobytes() != picture.tobytes():
+                    raise ValueError("the image data is too short")
         # The orientation is metadata; searching it takes as long as decoding a small image.
         return ImageOps.exif_transpose(picture) if picture.info else picture
+    except ImageFormatError:
+        raise
     except Exception:
         # As in `_open`, the errors of the decoders have no common type.
         raise NotAnImageError(
             f"the {picture.format} file is truncated or damaged, not every pixel can be read; send the whole file"
         ) from None
-
-
-def _check_png(data: bytes) -> None:
-    """Raise unless the chunks of a PNG file up to IEND are complete and their checksums match.
-
-    Decoding alone would stop at the last row.
-
-    The layout is that of the PNG specification (third edition, section 5): 8 bytes of signature, then chunks of length,
-    type (four letters), data and CRC-32 of type and data; IEND has no data.
-    """
-    view = memoryview(data)
-    start = 8
-    while True:
-        (length,) = _PNG_LENGTH.unpack_from(view, start)
-        end = start + 8 + length
-        if zlib.crc32(view[start + 4 : end]) != _PNG_LENGTH.unpack_from(view, end)[0]:
-            raise ValueError(f"the checksum of the chunk at byte {start} does not match")
-        kind = view[start + 4 : start + 8].tobytes()
-        if not kind.isalpha():
-            raise ValueError(f"the chunk at byte {start} has a type that is not four letters")
-        if kind == b"IEND":
-            if length:
-                raise ValueError("the last chunk is not empty")
-            return
-        start = end + 4
