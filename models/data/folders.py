@@ -1,11 +1,12 @@
-"""Any folder of images, one folder for each class, as a data set; what cannot be used is refused before training.
+"""A folder of images, one folder for each class, as a data set; unusable files are refused before training.
 
-`DIR/<class>/*`, of which a share is held out as the test set, or `DIR/train/<class>/*` and `DIR/test/<class>/*`. The
-classes are the names of the folders, sorted. All images get one number of channels and one size by
-the map that the service applies with `resize=true`, see `models.preprocessing`.
+The layout is `DIR/<class>/*`, of which a share is held out as the test set, or `DIR/train/<class>/*` and
+`DIR/test/<class>/*`. The classes are the names of the folders, sorted. Files are decoded by the decoder of the service,
+and all images get one number of channels and one size by the map that the service applies with `resize=true`, rounded
+to 8 bits: the network is trained on the pixels that it is served.
 
-The held-out images are chosen by the sha256 of their content, so that the choice depends neither on names nor on the
-order of the listing, another image moves no other one across, and copies of an image fall on the same side.
+The held-out images are chosen by the sha256 of their content, so the choice depends neither on names nor on the order
+of the listing, another image moves no other one across, and copies of an image fall on the same side.
 """
 
 from __future__ import annotations
@@ -17,29 +18,37 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from models.data.labelled import DataError, DataSet, LabelledImages
-from models.preprocessing import DESCRIPTION, FORMATS, UnusableImageError, decode_image, fit_image
 from models.recipes import DataOptions
+from service.errors import InputError
+from service.pixels.images import FORMATS, decode_image, to_unit
+from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, triangle_filter
 
 log = logging.getLogger(__name__)
 
 LARGEST_DEFAULT_SIDE = 64
-KEPT_BYTES = 2**30
-"""Decoded images are kept in memory up to this much, and decoded a second time beyond it."""
+"""Longest side of the images, in pixels, if the recipe states no size."""
+CACHED_BYTES = 2**30
+"""Decoded images that stay in memory, in bytes; the others are decoded a second time."""
 FAULTS_NAMED = 10
+"""Unusable files that an error message names."""
+DESCRIPTION = "RGB to grey: 0.299 R + 0.587 G + 0.114 B; grey to RGB: three copies; resize: triangle filter; 8 bits"
+"""The preprocessing, for the card."""
 _CLUTTER = frozenset({"Thumbs.db", "desktop.ini"})
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """A file that can be used."""
+    """A usable file."""
 
     path: Path
     label: str
@@ -48,21 +57,22 @@ class _Picture:
     digest: str
     """sha256 of the content."""
     shape: tuple[int, int, int]
-    pixels: np.ndarray | None
-    """None where there are too many to keep."""
+    """(C, H, W)."""
+    pixels: UInt8[np.ndarray, "C H W"] | None
+    """Absent beyond `CACHED_BYTES`."""
 
 
 def load_folder(directory: Path, options: DataOptions, *, multiple: int = 1, test_only: bool = False) -> DataSet:
-    """Read and check every file, then resize.
+    """Return the images of a folder, each file checked, converted and resized.
 
     Args:
-        directory: holds the folders of the classes, or `train` and `test`.
-        options: what becomes of them; what is None is decided here, and stands in the card.
-        multiple: a size that is decided here is a multiple of it.
-        test_only: for evaluation: a `test` folder is all that is read, and size and channels must be decided.
+        directory: contains the folders of the classes, or `train` and `test`.
+        options: classes, size, channels and split; a missing value is decided here and recorded in the card.
+        multiple: divides each side, in pixels, that is decided here.
+        test_only: read the folder `test` only, where there is one (for an evaluation); size and channels must be given.
 
     Raises:
-        DataError: the folder does not hold at least two classes of usable images; the message names file and cure.
+        DataError: the folder does not contain at least two classes of usable images; the message names file and cure.
     """
     parts = _parts(directory)
     if test_only and "test" in parts:
@@ -76,7 +86,7 @@ def load_folder(directory: Path, options: DataOptions, *, multiple: int = 1, tes
     channels = options.channels or max(picture.shape[0] for picture in pictures)
     size = _size(options, pictures, multiple)
     decided = options.model_copy(update={"classes": labels, "channels": channels, "image_size": size})
-    # By their digests: the first so many images of a part are then a fair sample of all classes.
+    # In the order of the digests, the first images of a part are a fair sample of all classes.
     pictures = sorted((p for part in _split(pictures, labels, decided) for p in part), key=lambda p: (p.digest, p.path))
     images = {
         part: _pixels([p for p in pictures if p.part == part], labels, channels, size) for part in ("train", "test")
@@ -85,8 +95,49 @@ def load_folder(directory: Path, options: DataOptions, *, multiple: int = 1, tes
     return DataSet(images["train"], images["test"], labels, card)
 
 
+def decode_file(content: bytes) -> UInt8[np.ndarray, "C H W"]:
+    """Return the pixels of an image file that the service would read and resize.
+
+    Raises:
+        InputError: the service would refuse the file, or a side is too long to be resized.
+    """
+    pixels_CHW = decode_image(content, LONGEST_SIDE * LONGEST_SIDE)
+    _, height, width = pixels_CHW.shape
+    if max(height, width) > LONGEST_SIDE:
+        raise InputError(f"the image is {width} x {height} pixels, sides go to {LONGEST_SIDE}; make it smaller")
+    return pixels_CHW
+
+
+def fit_image(
+    pixels_CHW: UInt8[np.ndarray, "C H W"], channels: int, size: tuple[int, int]
+) -> UInt8[np.ndarray, "D A B"]:
+    """Return the image as the service passes it to a network of another shape, each value rounded to 8 bits.
+
+    Args:
+        pixels_CHW: one channel (grey) or three (RGB).
+        channels: 1 or 3.
+        size: height and width, in pixels.
+    """
+    sent, height, width = pixels_CHW.shape
+    if (sent, height, width) == (channels, *size):
+        return pixels_CHW
+    mapping = Preprocessing(
+        conversion=conversion_between(sent, channels),
+        rows_AH=None if height == size[0] else _filter(height, size[0]),
+        columns_BW=None if width == size[1] else _filter(width, size[1]),
+        # No certificate depends on this map. Proving its bounds takes longer than applying it.
+        norm=math.inf,
+        pixel_error=math.inf,
+        error_l2=math.inf,
+    )
+    return np.rint(255 * mapping(to_unit(pixels_CHW)[np.newaxis])[0]).astype(np.uint8)
+
+
+_filter = lru_cache(maxsize=64)(triangle_filter)
+
+
 def _parts(directory: Path) -> dict[str, Path]:
-    """`train` and `test` where there is a folder `train` of folders, else everything as `all`."""
+    """Return the folders of `train` and `test`, or the folder of `all` images where there is no such pair."""
     if not directory.exists():
         raise DataError(f"{directory} does not exist: name the folder of the images with --data")
     if not directory.is_dir():
@@ -100,7 +151,7 @@ def _parts(directory: Path) -> dict[str, Path]:
         )
     for unused in sorted(names - {"train", "test"}):
         log.warning(
-            "%s is not used: held-out images are taken from train (--set validation_images=N)", directory / unused
+            "%s is not used: validation images are taken from train (--set validation_images=N)", directory / unused
         )
     return (
         {part: directory / part for part in ("train", "test") if part in names}
@@ -166,18 +217,19 @@ def _refuse_different_classes(parts: Mapping[str, Path], files: Mapping[str, Map
 
 
 def _usable(files: Mapping[str, Mapping[str, Sequence[Path]]], options: DataOptions) -> tuple[list[_Picture], int]:
+    """Return the usable files, and the number of the others."""
     listing = [(part, label, path) for part, classes in files.items() for label in classes for path in classes[label]]
     pictures: list[_Picture] = []
     faults: list[str] = []
-    kept = 0
+    decoded = 0
     for part, label, path in tqdm(listing, desc="checking images", unit="image", leave=False, disable=None):
         content = _content(path)
         try:
-            pixels = decode_image(content)
-        except UnusableImageError as error:
+            pixels = decode_file(content)
+        except InputError as error:
             faults.append(f"{path}: {error}")
             continue
-        kept += pixels.size
+        decoded += pixels.size
         pictures.append(
             _Picture(
                 path,
@@ -185,15 +237,16 @@ def _usable(files: Mapping[str, Mapping[str, Sequence[Path]]], options: DataOpti
                 part,
                 hashlib.sha256(content).hexdigest(),
                 (pixels.shape[0], pixels.shape[1], pixels.shape[2]),
-                pixels if kept <= KEPT_BYTES else None,
+                pixels if decoded <= CACHED_BYTES else None,
             )
         )
     if faults:
         shown = "\n  ".join([*faults[:FAULTS_NAMED], *(["..."] if len(faults) > FAULTS_NAMED else [])])
         if not options.skip_broken:
             raise DataError(
-                f"{len(faults)} of {len(listing)} files cannot be used:\n  {shown}\nMend or remove them, or leave them "
-                f"out with --set skip_broken=true; the service reads {', '.join(FORMATS)}"
+                f"{len(faults)} of {len(listing)} files cannot be used, since the service would refuse them:\n  "
+                f"{shown}\nCorrect or remove them, or leave them out with --set skip_broken=true; supported formats: "
+                f"{', '.join(FORMATS)}"
             )
         log.warning("%d of %d files are left out:\n  %s", len(faults), len(listing), shown)
     return pictures, len(faults)
@@ -216,7 +269,7 @@ def _refuse_empty_classes(folder: Path, labels: Sequence[str], counts: Mapping[s
 
 
 def _size(options: DataOptions, pictures: Sequence[_Picture], multiple: int) -> tuple[int, int]:
-    """Height and width: as asked for, or the medians, made smaller together where one is above the largest default."""
+    """Return height and width, in pixels: those of the options, or the medians, scaled down to the largest default."""
     if isinstance(options.image_size, int):
         return options.image_size, options.image_size
     if options.image_size is not None:
@@ -241,7 +294,7 @@ def _split(
 
 
 def _held_out(label: str, members: Sequence[_Picture], options: DataOptions) -> set[str]:
-    """Contents of the test images of a class: the share whose salted digests come first, at least one and not all."""
+    """Return the digests of a class's test images: the share whose salted digests come first, at least one, not all."""
     copies = Counter(picture.digest for picture in members)
     if len(copies) < 2:
         raise DataError(
@@ -263,8 +316,9 @@ def _pixels(
 ) -> LabelledImages:
     images_NCHW = torch.empty((len(pictures), channels, *size), dtype=torch.uint8)
     for n, picture in enumerate(tqdm(pictures, desc="resizing", unit="image", leave=False, disable=None)):
-        pixels = picture.pixels if picture.pixels is not None else decode_image(_content(picture.path))
-        images_NCHW[n] = torch.from_numpy(fit_image(pixels, channels, size))
+        pixels = picture.pixels if picture.pixels is not None else decode_file(_content(picture.path))
+        # A copy, since torch warns of memory that it may not write to.
+        images_NCHW[n] = torch.from_numpy(np.array(fit_image(pixels, channels, size)))
     number = {label: k for k, label in enumerate(labels)}
     return LabelledImages(images_NCHW, torch.tensor([number[p.label] for p in pictures], dtype=torch.int64))
 
@@ -293,7 +347,7 @@ def _card(
 
 
 def _digest(pictures: Sequence[_Picture]) -> str:
-    """sha256 of the sorted lines `class/file sha256` of a part."""
+    """Return the sha256 of the sorted lines `class/file sha256` of a part."""
     return f"sha256:{hashlib.sha256(''.join(sorted(_lines(pictures))).encode()).hexdigest()}"
 
 
