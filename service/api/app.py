@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.params import Depends
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 
 from service import __version__
 from service.api import open_inference
-from service.api.errors import add_error_handlers
+from service.api.direct import DirectFastAPI
+from service.api.errors import add_error_handlers, answer_any_error
 from service.api.metrics import MetricsMiddleware
 from service.api.openapi import STATIC, document, make_examples
-from service.api.routes import Service, add_predictions, build_router
+from service.api.routes import Service, build_router
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
@@ -24,6 +25,8 @@ from service.metrics import Metrics
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
 from service.settings import Settings, Threads, threads_of
+
+_DIRECT_PATHS = frozenset({"/predict", "/predict/batch"})
 
 _DESCRIPTION = """
 Image classifiers with a certificate in every answer. For an image x the service answers a class and a `radius`: for
@@ -43,15 +46,12 @@ Errors are RFC 9457 problem details, `application/problem+json`; `detail` states
 """
 
 
-def create_app(
-    settings: Settings, classifiers: Mapping[str, Classifier] | None = None, dependencies: Sequence[Depends] = ()
-) -> FastAPI:
+def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None = None) -> FastAPI:
     """Return the application, ready to answer.
 
     Args:
         settings: see `service.settings`.
         classifiers: by name; default: those in `settings.models`.
-        dependencies: FastAPI dependencies of every route.
 
     Raises:
         ArtefactError, ProviderError, SettingsError: see `load_classifiers`.
@@ -65,7 +65,7 @@ def create_app(
     batcher = Batcher(_limits(settings, threads, classifiers), metrics)
     service = Service(settings, classifiers, examples, metrics, batcher)
 
-    app = FastAPI(
+    app = DirectFastAPI(
         title="lipcert",
         version=__version__,
         summary="Image classification with a certificate in every answer.",
@@ -73,7 +73,6 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        dependencies=dependencies,
         lifespan=_closing(batcher),
         generate_unique_id_function=lambda route: route.name,
         openapi_tags=[
@@ -86,11 +85,12 @@ def create_app(
             },
         ],
     )
-    # At the head of the router, which tries its routes in order.
-    add_predictions(app.router, service)
-    app.include_router(build_router(service))
+    router = build_router(service)
+    app.include_router(router)
     app.include_router(open_inference.build_router(service))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    direct = [route for route in router.routes if isinstance(route, APIRoute) and route.path in _DIRECT_PATHS]
+    app.call_directly(direct, answer_any_error, MetricsMiddleware, metrics=metrics)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
 

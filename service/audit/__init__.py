@@ -1,9 +1,9 @@
-"""`python -m service audit`: whether an answer that was kept still holds, derived anew in ball arithmetic.
+"""`python -m service audit`: an archived answer, derived a second time in exact and ball arithmetic.
 
-Shares no numeric code with the server: nothing of `service.certificate`, `preprocessing`, `classifier` or `engine` is
-imported, only the decoding of image files. See docs/audit.md.
+Shares no numeric code with the server, only the decoding of image files. See docs/audit.md.
 """
 
-from service.audit.verdict import Conclusion, Verdict, audit
+from service.audit.findings import Conclusion
+from service.audit.verdict import Verdict, audit
 
 __all__ = ["Conclusion", "Verdict", "audit"]

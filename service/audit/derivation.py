@@ -1,4 +1,4 @@
-"""What the bytes of a model say about one image: exact logits in balls, bounds of margins and of rounding."""
+"""Exact logits of some images in balls, with bounds of margins and of rounding, from the bytes of a model."""
 
 from __future__ import annotations
 
@@ -9,149 +9,137 @@ from dataclasses import dataclass
 import numpy as np
 from flint import arb, ctx
 
-from service.audit.exact import NotAuditableError, power, root, smaller, upper
-from service.audit.graph import MOVES, NOTHING, PICKS, Graph, Node, Sized, folded, read_graph, shape_of, sized
-from service.audit.operators import RULES, Tensor, Value
-from service.audit.tensors import FORMATS, Base, Layer, Network
+from service.audit.balls import NotAuditableError, power, root, smaller, upper
+from service.audit.constants import PerBatch, fold, of_batch, per_batch, picked, shape_of
+from service.audit.formats import FORMATS
+from service.audit.graph import Graph, Node, read_graph
+from service.audit.moves import MOVES, ZERO
+from service.audit.network import Base, Network, Tensor
+from service.audit.operators import RULES
+from service.audit.operators.table import Value
+from service.audit.preprocessing import ModelInput
 
 _STRIDE = 2**40
-"""More than any number of identities: tells the images of a probed batch apart."""
-
-
-@dataclass(frozen=True)
-class Sight:
-    """The image as the model sees it, and what lies between it and the image that was sent."""
-
-    pixels: Sequence[arb]
-    """Enclosures of the exact pixels, flat."""
-    norm: arb
-    """Bound of the L2 norm of the linear map from the image that was sent."""
-    pixel_error: arb
-    """Bound of |computed - exact| of each pixel, in float64, for every image of the box."""
+"""Larger than any number of identities: tells the images of a probed batch apart."""
 
 
 @dataclass(frozen=True)
 class Derivation:
-    """What is proved, two classes for a model with one output."""
+    """The proved numbers of a model; a model with one output has two classes."""
 
-    logits: list[arb]
+    logits: list[list[arb]]
+    """Enclosures of the exact logits of each image."""
     logit_error: arb
     """`E`: |computed - exact| for every image of the box and any order of summation."""
     margin_bounds: list[list[arb]]
     """`K_ij`, about the image that was sent."""
 
 
-def derive(model_bytes: bytes, sight: Sight, input_shape: tuple[int, ...], digits: int) -> Derivation:
-    """Walk the graph once, with balls of `digits` bits.
+def derive(model_bytes: bytes, inputs: Sequence[ModelInput], input_shape: tuple[int, ...], digits: int) -> Derivation:
+    """Walk the graph once.
+
+    Args:
+        model_bytes: an ONNX file.
+        inputs: at least one image; all were sent in the same shape.
+        input_shape: of the model's input, as the card states it.
+        digits: bits of the balls.
 
     Raises:
-        NotAuditableError: the graph holds something without a rule; the message names the node.
+        NotAuditableError: nodes have no rule; each reason names one.
     """
     ctx.prec = digits
     graph = read_graph(model_bytes)
     if graph.input_shape != input_shape:
         raise NotAuditableError(f"the graph takes images {graph.input_shape}, the card states {input_shape}")
     size = math.prod(graph.input_shape)
-    network = Network(FORMATS[graph.dtype], digits, [[], []])
-    ids = network.add_base(_image(network, sight, size), [[power(-1)] * size, list(sight.pixels)])
+    points = [[power(-1)] * size, *(list(one.pixels) for one in inputs)]
+    network = Network(FORMATS[graph.dtype], digits, [[] for _ in points])
+    ids = network.add_base(_box(network, inputs[0], size), points)
     values: dict[str, Value] = {**graph.constants, graph.input_name: Tensor(ids.reshape(graph.input_shape))}
+    reasons: list[str] = []
     for node in graph.nodes:
+        if any(name and name not in values for name in node.inputs):
+            # An operand comes from a node without a rule; such nodes are reported all at once.
+            if node.operator not in RULES and node.operator not in MOVES and node.operator != "Shape":
+                reasons.append(f"{node.label}: no rule for this operator")
+            continue
         try:
             outputs = _evaluated(graph, network, node, [values[name] if name else None for name in node.inputs])
         except NotAuditableError as error:
-            raise NotAuditableError(f"{node.label}: {error}") from error
+            reasons.append(f"{node.label}: {error}")
         except (ArithmeticError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise NotAuditableError(f"{node.label}: its operands do not fit ({error})") from error
-        values.update(zip(node.outputs, outputs, strict=False))
+            reasons.append(f"{node.label}: its operands do not fit ({error})")
+        else:
+            values.update(zip(node.outputs, outputs, strict=False))
+    if reasons:
+        raise NotAuditableError(*reasons)
     logits = values.get(graph.output_name)
     if not isinstance(logits, Tensor) or len(logits.shape) != 1:
         raise NotAuditableError("the output must be one vector for each image")
     return _derivation(network, logits.ids)
 
 
-def _image(network: Network, sight: Sight, size: int) -> Base:
+def _box(network: Network, image: ModelInput, size: int) -> Base:
     """Every image of the box [0, 1]^d, half its diagonal from the centre; computed in float64, cast to the format."""
-    error = sight.pixel_error
+    error = image.pixel_error
     if network.format.digits < 53:
         error = error + network.format.unit * (arb(1) + error) + network.format.tiny
     side = root(arb(size))
-    return Base(upper(sight.norm), upper(side * power(-1)), upper(error * side), upper(error))
+    return Base(upper(image.norm), upper(side * power(-1)), upper(error * side), upper(error))
 
 
-def _evaluated(graph: Graph, network: Network, node: Node, inputs: Sequence[Value | None]) -> Sequence[Value]:
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
+def _evaluated(graph: Graph, network: Network, node: Node, operands: Sequence[Value | None]) -> Sequence[Value]:
+    depends = any(isinstance(value, Tensor) for value in operands)
     if node.operator == "Shape":
-        return [_shape(graph, node, inputs)]
-    if not tensors and any(isinstance(value, Sized) for value in inputs):
-        return _picked(graph, node, inputs)
-    constants = [value if isinstance(value, np.ndarray) else None for value in inputs]
-    rule = MOVES.get(node.operator)
-    attributes = rule[1] if rule else RULES[node.operator][1] if node.operator in RULES else None
-    if attributes is None and tensors:
+        return [_shape(graph, node, operands)]
+    if not depends and any(isinstance(value, PerBatch) for value in operands):
+        return picked(node, operands, len(graph.batches))
+    constants = [value if isinstance(value, np.ndarray) else None for value in operands]
+    move, rule = MOVES.get(node.operator), RULES.get(node.operator)
+    if depends and move is None and rule is None:
         raise NotAuditableError("no rule for this operator")
-    unread = node.attributes.keys() - (attributes or frozenset())
-    if rule is not None:
-        if unread:
-            raise NotAuditableError(f"no rule for attribute {', '.join(sorted(unread))}")
-        if tensors:
-            return _moved(graph, node, inputs)
-        if node.operator != "Pad":
-            # What numpy takes from an array may be a scalar of its own type.
-            return [np.asarray(array) for array in rule[0](node, constants)]
-    if not tensors:
-        return [folded(node, constants)]
-    if unread:
+    unread = node.attributes.keys() - (move or rule or (None, frozenset[str]()))[1]
+    if unread and (move is not None or depends):
         raise NotAuditableError(f"no rule for attribute {', '.join(sorted(unread))}")
-    made = RULES[node.operator][0](network, node, inputs)
+    if not depends:
+        if move is None or node.operator == "Pad":
+            return [fold(node, constants)]
+        # numpy's pick from an array may be a scalar of its own type.
+        return [np.asarray(array) for array in move[0](node, constants)]
+    if move is not None:
+        return _moved(graph, node, operands)
+    assert rule is not None
+    made = rule[0](network, node, operands)
     if made.flat.size == 0:
         raise NotAuditableError("nothing is left of the tensor")
     return [made]
 
 
-def _shape(graph: Graph, node: Node, inputs: Sequence[Value | None]) -> Value:
-    (value,) = inputs
+def _shape(graph: Graph, node: Node, operands: Sequence[Value | None]) -> Value:
+    (value,) = operands
     if node.attributes.keys() - {"start", "end"} or value is None:
         raise NotAuditableError("no rule for its attributes or operands")
     if isinstance(value, Tensor):
-        return sized([shape_of(node, (batch, *value.shape)) for batch in graph.batches])
-    return shape_of(node, (value.arrays[0] if isinstance(value, Sized) else value).shape)
+        return per_batch([shape_of(node, (batch, *value.shape)) for batch in graph.batches])
+    return shape_of(node, (value.arrays[0] if isinstance(value, PerBatch) else value).shape)
 
 
-def _picked(graph: Graph, node: Node, inputs: Sequence[Value | None]) -> list[Value]:
-    """Integers picked from shapes that hold the batch size."""
-    others = [] if node.operator == "Concat" else inputs[1:]
-    if node.operator not in PICKS or any(isinstance(value, Sized) for value in others):
-        raise NotAuditableError("it computes with the size of the batch")
-    function, attributes = MOVES[node.operator]
-    if node.attributes.keys() - attributes:
-        raise NotAuditableError("no rule for its attributes")
-    found = [function(node, [_of_batch(value, n) for value in inputs]) for n in range(len(graph.batches))]
-    return [sized([np.asarray(array) for array in arrays]) for arrays in zip(*found, strict=True)]
-
-
-def _of_batch(value: Value | None, which: int) -> np.ndarray | None:
-    """A constant as it is in one of the probed batches."""
-    return value.arrays[which] if isinstance(value, Sized) else value if isinstance(value, np.ndarray) else None
-
-
-def _moved(graph: Graph, node: Node, inputs: Sequence[Value | None]) -> list[Value]:
+def _moved(graph: Graph, node: Node, operands: Sequence[Value | None]) -> list[Value]:
     """Move batches of two sizes: every image of each must be moved alike, and by itself."""
     function = MOVES[node.operator][0]
-    first = isinstance(inputs[0], Tensor)
-    rest = inputs if node.operator == "Concat" else inputs[:1]
-    others = [] if node.operator == "Concat" else inputs[1:]
-    if not first or not all(isinstance(v, Tensor) for v in rest) or any(isinstance(v, Tensor) for v in others):
+    concat = node.operator == "Concat"
+    data, others = (operands, []) if concat else (operands[:1], operands[1:])
+    if not all(isinstance(v, Tensor) for v in data) or any(isinstance(v, Tensor) for v in others):
         raise NotAuditableError("it mixes constants and numbers that depend on the image")
-    if node.operator != "Reshape" and any(isinstance(value, Sized) for value in others):
+    if node.operator != "Reshape" and any(isinstance(value, PerBatch) for value in others):
         # A new shape can hold the batch size in one place only; a position that depends on it is another map.
         raise NotAuditableError("it computes with the size of the batch")
     found: list[list[np.ndarray]] = []
     for which, batch in enumerate(graph.batches):
-        operands = [_batch(v, batch) if isinstance(v, Tensor) else _of_batch(v, which) for v in inputs]
-        outputs = function(node, operands)
+        outputs = function(node, [_batch(v, batch) if isinstance(v, Tensor) else of_batch(v, which) for v in operands])
         for output in outputs:
             alone = output[0] if output.ndim else output
-            expected = np.stack([np.where(alone == NOTHING, NOTHING, alone + n * _STRIDE) for n in range(batch)])
+            expected = np.stack([np.where(alone == ZERO, ZERO, alone + n * _STRIDE) for n in range(batch)])
             if output.shape != expected.shape or (output != expected).any() or (alone >= _STRIDE).any():
                 raise NotAuditableError("it mixes the images of a batch")
         found.append([output[0] for output in outputs])
@@ -163,19 +151,19 @@ def _moved(graph: Graph, node: Node, inputs: Sequence[Value | None]) -> list[Val
 
 
 def _batch(tensor: Tensor, size: int) -> np.ndarray:
-    return np.stack([np.where(tensor.ids == NOTHING, NOTHING, tensor.ids + n * _STRIDE) for n in range(size)])
+    return np.stack([np.where(tensor.ids == ZERO, ZERO, tensor.ids + n * _STRIDE) for n in range(size)])
 
 
 def _derivation(network: Network, logits: np.ndarray) -> Derivation:
     facts = network.facts(logits)
     error = smaller(facts.error_max, facts.error)
-    exact = network.at(1, logits.tolist())
-    if len(exact) == 1:
+    exact = [network.at(point, logits.tolist()) for point in range(1, len(network.values))]
+    if logits.size == 1:
         # One output f stands for (f, -f), whose margin is 2 f.
         twice = upper(arb(2) * facts.lipschitz)
-        return Derivation([exact[0], -exact[0]], error, [[arb(0), twice], [twice, arb(0)]])
-    bounds = [[arb(0)] * len(exact) for _ in exact]
-    # |d_i - d_j| <= sqrt(2) ||d||, whatever the logits are.
+        return Derivation([[f, -f] for (f,) in exact], error, [[arb(0), twice], [twice, arb(0)]])
+    bounds = [[arb(0)] * logits.size for _ in logits]
+    # |d_i - d_j| <= sqrt(2) ||d||, for any logits.
     rough = upper(root(arb(2)) * facts.lipschitz)
     for i, left in enumerate(logits.tolist()):
         for j, right in enumerate(logits.tolist()[:i]):
@@ -185,20 +173,15 @@ def _derivation(network: Network, logits: np.ndarray) -> Derivation:
 
 def _margin_bound(network: Network, left: int, right: int) -> arb:
     """`L ||m_i - m_j||` for two logits `m h + c` on one base h of Lipschitz bound L."""
-    if NOTHING in (left, right):
+    if ZERO in (left, right):
         return network.facts(np.array([left, right])).lipschitz
     one, other = network.layer_of(left), network.layer_of(right)
     if one.base is not other.base:
         return upper(sum((network.facts(np.array([i])).lipschitz for i in (left, right)), arb(0)))
     shift = max(one.matrix.shift, other.matrix.shift)
-    difference = _scaled(one, left, shift)
-    for column, number in _scaled(other, right, shift).items():
+    difference = dict(one.matrix.scaled_row(left - one.start, shift))
+    for column, number in other.matrix.scaled_row(right - other.start, shift).items():
         difference[column] = difference.get(column, 0) - number
     squared = sum(number * number for number in difference.values())
     length = root(arb(squared)) * power(-shift) + one.matrix.defect + other.matrix.defect
     return upper(length * one.base.lipschitz)
-
-
-def _scaled(layer: Layer, number: int, shift: int) -> dict[int, int]:
-    places = shift - layer.matrix.shift
-    return {column: v << places for column, v in layer.matrix.rows[number - layer.start].items()}

@@ -1,4 +1,4 @@
-"""From the image that was sent to the one that the model sees: a linear map in exact rational numbers.
+"""From the image that was sent to the model's input: a linear map in exact rational numbers.
 
 Grey from RGB is `299/1000 R + 587/1000 G + 114/1000 B`, RGB from grey three copies. A resize acts on each axis
 alone, with the triangle filter: for n inputs and m outputs, the weight of input k for output j is proportional to
@@ -7,31 +7,58 @@ alone, with the triangle filter: for n inputs and m outputs, the weight of input
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from flint import arb, fmpz_mat
 
-from service.audit.derivation import Sight
-from service.audit.exact import NotAuditableError, ball_numbers, gathered, root, upper
-from service.audit.records import SentImage, Shape
-from service.audit.tensors import FORMATS
+from service.audit.balls import NotAuditableError, ball_numbers, root, upper
+from service.audit.formats import FORMATS
+from service.audit.images import SentImage, Shape
+from service.audit.matrices import gathered
 
 _GREY = (299, 587, 114)
+_CONVERSIONS = {(3, 1): "rgb_to_grey", (1, 3): "grey_to_rgb"}
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """An image as the model sees it, with bounds of the map from the image that was sent."""
+
+    pixels: Sequence[arb]
+    """Enclosures of the exact pixels, flat."""
+    norm: arb
+    """Bound of the L2 norm of the linear map."""
+    pixel_error: arb
+    """Bound of |computed - exact| of each pixel, in float64, for every image of the box."""
 
 
 def conversion_between(sent: int, wanted: int) -> str | None:
-    """What is done to the channels; raises NotAuditableError where nothing is."""
-    known = {(3, 1): "rgb_to_grey", (1, 3): "grey_to_rgb"}
-    if sent != wanted and (sent, wanted) not in known:
+    """Return the conversion of the channels; absent where they are the model's.
+
+    Raises:
+        NotAuditableError: there is no such conversion.
+    """
+    if sent != wanted and (sent, wanted) not in _CONVERSIONS:
         raise NotAuditableError(f"there is no conversion of {sent} channels to the model's {wanted}")
-    return known.get((sent, wanted))
+    return _CONVERSIONS.get((sent, wanted))
 
 
-def see(image: SentImage, wanted: Shape, bits: int) -> Sight:
-    """What a model of images `wanted` sees of `image`.
+def preprocess(image: SentImage, wanted: Shape, bits: int) -> ModelInput:
+    """Return the input of a model of images `wanted`.
 
     Rounding: no weight or pixel is negative, and every pixel of the result is an average of pixels, at most 1. So it is
-    off by at most `gamma_n`, n the most roundings that one product goes through, in any order: one of the pixel, two
-    of each weight, one of each product, and the additions.
+    off by at most `gamma_n`, n the largest number of roundings of one product, in any order: one of the pixel, two of
+    each weight, one of each product, and the additions.
+
+    Args:
+        image: the image that was sent.
+        wanted: channels, height and width of the model's input.
+        bits: digits of the weights.
+
+    Raises:
+        NotAuditableError: there is no conversion of the channels.
     """
     channels, height, width = image.shape
     conversion = conversion_between(channels, wanted[0])
@@ -61,7 +88,7 @@ def see(image: SentImage, wanted: Shape, bits: int) -> Sight:
     error = doubles.unit
     if roundings > 1:
         error = doubles.gamma(roundings) + arb(8 * roundings) * doubles.tiny
-    return Sight(seen, upper(norm), upper(error))
+    return ModelInput(seen, upper(norm), upper(error))
 
 
 def _triangle(n: int, m: int) -> list[list[int]]:

@@ -1,0 +1,133 @@
+"""Products with constant matrices and vectors, sums, normalisation."""
+
+from __future__ import annotations
+
+import numpy as np
+from flint import arb
+
+from service.audit.affine import add, linear, shifted
+from service.audit.balls import NotAuditableError, Numbers, ball_numbers, upper
+from service.audit.graph import Node
+from service.audit.matrices import diagonal, gathered, require_size
+from service.audit.network import Network, Tensor
+from service.audit.operators.table import (
+    Operands,
+    balls,
+    broadcast,
+    floats,
+    is_given,
+    numbers,
+    rule,
+    tensor,
+)
+
+
+def _dense(network: Network, x_LN: np.ndarray, weight_NM: np.ndarray, bias_M: np.ndarray | None) -> np.ndarray:
+    """`x W + b` along the last axis of `L x N`."""
+    (lead, n), m = x_LN.shape, weight_NM.shape[1]
+    if weight_NM.shape[0] != n or n == 0 or m == 0:
+        raise NotAuditableError(f"a weight {weight_NM.shape} does not fit {n} numbers")
+    require_size(lead * n * m)
+    picks_MN = np.arange(n * m).reshape(n, m).T
+    positions = np.repeat(np.arange(lead * n).reshape(lead, 1, n), m, axis=1).reshape(lead * m, n)
+    operator = gathered(positions, np.tile(picks_MN, (lead, 1)), numbers(network, weight_NM), lead * n)
+    bias = None if bias_M is None else balls(bias_M) * lead
+    return linear(network, x_LN.ravel(), operator, n + 1, bias).reshape(lead, m)
+
+
+@rule("Gemm", attributes=("alpha", "beta", "transA", "transB"))
+def _gemm(network: Network, node: Node, operands: Operands) -> Tensor:
+    x, weight = tensor(operands), floats(operands, 1)
+    if node.number("alpha", 1.0) != 1.0 or node.number("beta", 1.0) != 1.0 or node.integer("transA", 0):
+        raise NotAuditableError("alpha or beta other than 1, or transA")
+    if len(x.shape) != 1 or weight.ndim != 2:
+        raise NotAuditableError("a flat tensor and a matrix are read here")
+    weight = weight.T if node.integer("transB", 0) else weight
+    bias = None
+    if is_given(operands, 2):
+        bias = floats(operands, 2)
+        if bias.ndim > 2 or (bias.ndim == 2 and bias.shape[0] != 1):
+            raise NotAuditableError(f"a bias of shape {bias.shape}")
+        bias = np.broadcast_to(bias.reshape(-1), (weight.shape[1],))
+    return Tensor(_dense(network, x.ids[None], weight, bias)[0])
+
+
+@rule("MatMul")
+def _matmul(network: Network, node: Node, operands: Operands) -> Tensor:
+    turned = not isinstance(operands[0], Tensor)
+    x, weight = tensor(operands, int(turned)), floats(operands, int(not turned))
+    if weight.ndim != 2 or (turned and len(x.shape) < 2):
+        raise NotAuditableError("a constant matrix, on the left of a tensor with two axes or more or on its right")
+    ids, weight = (np.swapaxes(x.ids, -1, -2), weight.T) if turned else (x.ids, weight)
+    made = _dense(network, ids.reshape(-1, ids.shape[-1]), weight, None).reshape(*ids.shape[:-1], weight.shape[1])
+    return Tensor(np.swapaxes(made, -1, -2) if turned else made)
+
+
+@rule("Add", "Sub")
+def _add(network: Network, node: Node, operands: Operands) -> Tensor:
+    sign = 1 if node.operator == "Add" else -1
+    left, right = operands[0], operands[1]
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        if len(left.shape) != len(right.shape):
+            raise NotAuditableError("tensors of different rank")
+        shape = np.broadcast_shapes(left.shape, right.shape)
+        one, other = (np.broadcast_to(value.ids, shape).ravel() for value in (left, right))
+        return Tensor(add(network, one, other, sign).reshape(shape))
+    if isinstance(left, Tensor):
+        ids, constant = broadcast(left, floats(operands, 1))
+        return Tensor(shifted(network, ids.ravel(), balls(sign * constant), 1).reshape(ids.shape))
+    ids, constant = broadcast(tensor(operands, 1), floats(operands, 0))
+    return Tensor(shifted(network, ids.ravel(), balls(constant), sign).reshape(ids.shape))
+
+
+def _scaled(network: Network, ids: np.ndarray, factors: Numbers, roundings: int) -> Tensor:
+    places = np.arange(ids.size).reshape(-1, 1)
+    operator = gathered(places, places, factors, ids.size)
+    return Tensor(linear(network, ids.ravel(), operator, roundings).reshape(ids.shape))
+
+
+@rule("Mul")
+def _mul(network: Network, node: Node, operands: Operands) -> Tensor:
+    first = isinstance(operands[0], Tensor)
+    ids, constant = broadcast(tensor(operands, int(not first)), floats(operands, int(first)))
+    return _scaled(network, ids, numbers(network, constant), 1)
+
+
+@rule("Div")
+def _div(network: Network, node: Node, operands: Operands) -> Tensor:
+    ids, constant = broadcast(tensor(operands), floats(operands, 1))
+    if not constant.all():
+        raise NotAuditableError("it divides by zero")
+    network.require_no_overflow(upper(arb(1) / arb(float(np.abs(constant).min()))))
+    reciprocals = ball_numbers([arb(1) / value for value in balls(constant)], network.bits)
+    # A runtime may multiply by a rounded reciprocal: two roundings.
+    return _scaled(network, ids, reciprocals, 2)
+
+
+@rule("Neg")
+def _neg(network: Network, node: Node, operands: Operands) -> Tensor:
+    x = tensor(operands)
+    return Tensor(linear(network, x.flat, diagonal(x.flat.size, -1), 0).reshape(x.shape))
+
+
+@rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))
+def _batch_normalization(network: Network, node: Node, operands: Operands) -> Tensor:
+    x = tensor(operands)
+    if node.integer("training_mode", 0) or len(node.outputs) > 1:
+        raise NotAuditableError("its training form")
+    parameters = [floats(operands, position) for position in (1, 2, 3, 4)]
+    if any(values.shape != (x.shape[0],) for values in parameters):
+        raise NotAuditableError("its parameters do not fit the channels")
+    scale, shift, mean, variance = map(balls, parameters)
+    epsilon = arb(node.number("epsilon", 1e-5))
+    if not all(v + epsilon > 0 for v in variance):
+        raise NotAuditableError("variance + epsilon must be positive")
+    factors = [s / (v + epsilon).sqrt() for s, v in zip(scale, variance, strict=True)]
+    bias = [b - m * f for b, m, f in zip(shift, mean, factors, strict=True)]
+    size = [abs(b) + abs(m * f) for b, m, f in zip(shift, mean, factors, strict=True)]
+    channel = np.repeat(np.arange(x.shape[0]), x.flat.size // x.shape[0]).reshape(-1, 1)
+    places = np.arange(x.flat.size).reshape(-1, 1)
+    operator = gathered(places, channel, ball_numbers(factors, network.bits), x.flat.size)
+    added, sizes = ([values[c] for c in channel.ravel().tolist()] for values in (bias, size))
+    # However it is arranged, at most ten roundings touch each of the terms f x, f mean and b.
+    return Tensor(linear(network, x.flat, operator, 10, added, sizes).reshape(x.shape))

@@ -1,0 +1,105 @@
+"""Piecewise linear functions: sorts, maxima, minima, rectifiers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from flint import arb
+
+from service.audit.balls import NotAuditableError, upper
+from service.audit.graph import Node
+from service.audit.network import Network, Tensor
+from service.audit.nonexpansive import each, each_group, sorted_pairs
+from service.audit.operators.table import Operands, balls, broadcast, floats, image_axis, is_given, rule, tensor
+
+
+class _Ordered:
+    """Sort key of exact numbers."""
+
+    def __init__(self, value: arb) -> None:
+        self.value = value
+
+    def __lt__(self, other: _Ordered) -> bool:
+        return bool(self.value < other.value)
+
+
+@rule("TopK", attributes=("axis", "largest", "sorted"))
+def _top_k(network: Network, node: Node, operands: Operands) -> Tensor:
+    x = tensor(operands)
+    operand = operands[1]
+    if not isinstance(operand, np.ndarray) or operand.size != 1 or not node.integer("sorted", 1):
+        raise NotAuditableError("k must be a constant, and the result sorted")
+    axis, k = image_axis(node.integer("axis", -1), x), int(operand.ravel()[0])
+    moved = np.moveaxis(x.ids, axis, -1)
+    if not 1 <= k <= moved.shape[-1]:
+        raise NotAuditableError(f"k = {k} of {moved.shape[-1]}")
+    descending = bool(node.integer("largest", 1))
+
+    def ordered(values: list[arb]) -> list[arb]:
+        # The i-th of the true numbers lies between the i-th of the lower and the i-th of the upper ends.
+        lows = sorted((value.lower() for value in values), key=_Ordered, reverse=descending)
+        highs = sorted((value.upper() for value in values), key=_Ordered, reverse=descending)
+        return [low.union(high) for low, high in zip(lows, highs, strict=True)][:k]
+
+    made = each_group(network, moved.reshape(-1, moved.shape[-1]), ordered)
+    return Tensor(np.moveaxis(made.reshape(*moved.shape[:-1], k), -1, axis))
+
+
+@rule("Max", "Min")
+def _max(network: Network, node: Node, operands: Operands) -> Tensor:
+    if len(operands) != 2:
+        raise NotAuditableError("two operands are read here")
+    left, right = operands
+    largest = node.operator == "Max"
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        if left.shape != right.shape:
+            raise NotAuditableError("operands of different shape")
+        return Tensor(sorted_pairs(network, left.flat, right.flat, largest).reshape(left.shape))
+    first = isinstance(left, Tensor)
+    ids, constant = broadcast(tensor(operands, int(not first)), floats(operands, int(first)))
+    limits = itertools.cycle(balls(constant))
+    # Groups of one number each, with the constant that belongs to it.
+    clip = (lambda v: [v[0].max(next(limits))]) if largest else (lambda v: [v[0].min(next(limits))])
+    return Tensor(each_group(network, ids.reshape(-1, 1), clip).reshape(ids.shape))
+
+
+@rule("Relu")
+def _relu(network: Network, node: Node, operands: Operands) -> Tensor:
+    return Tensor(each(network, tensor(operands).ids, lambda value: value.max(arb(0))))
+
+
+@rule("Abs")
+def _abs(network: Network, node: Node, operands: Operands) -> Tensor:
+    return Tensor(each(network, tensor(operands).ids, abs))
+
+
+@rule("LeakyRelu", attributes=("alpha",))
+def _leaky_relu(network: Network, node: Node, operands: Operands) -> Tensor:
+    alpha = arb(node.number("alpha", 0.01))
+    slope = upper(abs(alpha).max(arb(1)))
+    return Tensor(
+        each(network, tensor(operands).ids, lambda value: value.max(arb(0)) + alpha * value.min(arb(0)), slope, 1)
+    )
+
+
+@rule("Clip")
+def _clip(network: Network, node: Node, operands: Operands) -> Tensor:
+    low, high = (
+        arb(float(floats(operands, position).reshape(()))) if is_given(operands, position) else None
+        for position in (1, 2)
+    )
+
+    def clip(value: arb) -> arb:
+        value = value if low is None else value.max(low)
+        return value if high is None else value.min(high)
+
+    return Tensor(each(network, tensor(operands).ids, clip))
+
+
+@rule("Cast", attributes=("to", "saturate", "round_mode"))
+def _cast(network: Network, node: Node, operands: Operands) -> Tensor:
+    wanted = {"float64": 11, "float32": 1}[network.format.name]
+    if node.integer("to", 0) != wanted:
+        raise NotAuditableError("a cast of data to another format than the graph's")
+    return tensor(operands)

@@ -1,0 +1,53 @@
+"""Average and maximum pools."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from flint import arb
+
+from service.audit.affine import linear
+from service.audit.balls import NotAuditableError, ball_numbers
+from service.audit.graph import Node
+from service.audit.matrices import gathered, require_size
+from service.audit.network import Network, Tensor
+from service.audit.nonexpansive import ABSENT, each_group, largest_of
+from service.audit.operators.table import Operands, rule, tensor
+from service.audit.operators.windows import windows
+
+_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+
+
+def _pool_windows(node: Node, x: Tensor) -> tuple[tuple[int, ...], np.ndarray]:
+    """As `windows`, for all channels: `C out x taps`, -1 for padding."""
+    if node.integer("ceil_mode", 0) or len(x.shape) < 2:
+        raise NotAuditableError("ceil_mode, or no spatial axes")
+    kernel = node.integers("kernel_shape", [0] * (len(x.shape) - 1))
+    after, window = windows(node, x.shape[1:], kernel)
+    if (window < 0).all(axis=1).any():
+        raise NotAuditableError("a window holds padding only")
+    channels, pixels = x.shape[0], math.prod(x.shape[1:])
+    require_size(channels * window.size)
+    places = np.where(window < 0, -1, window + (np.arange(channels) * pixels)[:, None, None])
+    return (channels, *after), places.reshape(-1, window.shape[1])
+
+
+@rule("AveragePool", attributes=(*_ATTRIBUTES, "count_include_pad"))
+def _average_pool(network: Network, node: Node, operands: Operands) -> Tensor:
+    x = tensor(operands)
+    shape, places = _pool_windows(node, x)
+    taps = places.shape[1]
+    counts = np.full(len(places), taps) if node.integer("count_include_pad", 0) else (places >= 0).sum(axis=1)
+    shares = ball_numbers([arb(1) / n for n in range(1, taps + 1)], network.bits)
+    operator = gathered(places, np.broadcast_to((counts - 1)[:, None], places.shape), shares, x.flat.size)
+    return Tensor(linear(network, x.flat, operator, taps + 2).reshape(shape))
+
+
+@rule("MaxPool", attributes=(*_ATTRIBUTES, "storage_order"))
+def _max_pool(network: Network, node: Node, operands: Operands) -> Tensor:
+    x = tensor(operands)
+    if len(node.outputs) > 1:
+        raise NotAuditableError("its indices jump")
+    shape, places = _pool_windows(node, x)
+    return Tensor(each_group(network, np.where(places < 0, ABSENT, x.flat[places]), largest_of).reshape(shape))

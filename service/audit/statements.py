@@ -1,0 +1,188 @@
+"""Checks of an answer against itself, the image that was sent and the card; the network is not evaluated."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+
+from service.audit.balls import NotAuditableError
+from service.audit.findings import Finding, as_json, failed, undecided
+from service.audit.images import SentImage, read_png
+from service.audit.preprocessing import conversion_between
+from service.audit.records import Answer, Artefact, ClassLabel, Counterfactual
+
+# Rounding of the radius: nine roundings of margin, surplus and quotient, each of at most 2**-52, and underflow.
+_RADIUS_ROUNDING = Fraction(1, 2**48)
+_UNDERFLOW = Fraction(1, 2**1070)
+# Rounding of a distance besides that of its sum: differences, squares, root, quotient.
+_DISTANCE_ROUNDINGS = 8
+
+
+def against_itself(answer: Answer) -> Iterator[Finding]:
+    """Yield the members of an answer that contradict others."""
+    certificate, logits = answer.certificate, answer.logits
+    known = range(len(logits))
+    if answer.class_id not in known:
+        yield failed(f"class_id: {answer.class_id}, and the answer has logits of classes 0 to {len(logits) - 1}")
+    finite = [logit for logit in logits if logit is not None]
+    if len(finite) == len(logits) and answer.class_id in known:
+        first = finite.index(max(finite))
+        if answer.class_id != first:
+            yield failed(f"class_id: {answer.class_id}, and logit {first} of the answer is the first of the largest")
+    runner_up = certificate.runner_up.class_id
+    if runner_up not in known or runner_up == answer.class_id:
+        yield failed(f"runner_up: {runner_up} is not another class of the answer")
+    elif answer.class_id in known:
+        yield from _radius(answer, logits[answer.class_id], logits[runner_up])
+    if certificate.norm != "l2":
+        yield undecided(f"norm: {certificate.norm!r} is not audited, l2 is")
+    if certificate.certified != (certificate.radius > 0.0):
+        yield failed(f"certified: {as_json(certificate.certified)} with a radius of {certificate.radius!r}")
+    exact = 255 * Fraction(certificate.radius)
+    above = math.nextafter(certificate.radius_255, math.inf)
+    if Fraction(certificate.radius_255) > exact or (math.isfinite(above) and Fraction(above) <= exact):
+        yield failed(f"radius_255: {certificate.radius_255!r} is not 255 times {certificate.radius!r}, rounded down")
+    epsilon = certificate.epsilon
+    robust = None if epsilon is None else certificate.certified and epsilon <= certificate.radius
+    if certificate.robust_at_epsilon is not robust:
+        yield failed(
+            f"robust_at_epsilon: {as_json(certificate.robust_at_epsilon)}, expected {as_json(robust)} with epsilon "
+            f"{as_json(epsilon)} and radius {certificate.radius!r}"
+        )
+
+
+def _radius(answer: Answer, logit: float | None, rival: float | None) -> Iterator[Finding]:
+    """Compare the radius with `(f_i - f_j - 4 E) / K_ij` of the answer's own terms, in rational numbers.
+
+    The service rounds each step down, so that the radius is at most the exact quotient, and little less.
+    """
+    certificate = answer.certificate
+    bound, error = certificate.lipschitz_bound, certificate.logit_error
+    if logit is None or rival is None or bound is None or error is None:
+        if certificate.radius > 0.0:
+            yield failed("radius: above 0, while a logit, lipschitz_bound or logit_error is null")
+        return
+    margin, error_part = Fraction(logit) - Fraction(rival), 4 * Fraction(error)
+    surplus = margin - error_part
+    rounding = _RADIUS_ROUNDING * (abs(margin) + error_part) + _UNDERFLOW
+    largest = Fraction(sys.float_info.max)
+    if bound > 0.0:
+        most = max(surplus / Fraction(bound), Fraction(0))
+        least = min((surplus - rounding) / Fraction(bound) - _UNDERFLOW, largest)
+    else:
+        # The margin is the same for every image: it is positive at any distance, or nowhere.
+        most = largest if surplus > 0 else Fraction(0)
+        least = largest if surplus > rounding else Fraction(0)
+    radius = Fraction(certificate.radius)
+    if not least <= radius <= most:
+        yield failed(
+            f"radius: {certificate.radius!r}, and logits, lipschitz_bound and logit_error of the answer give "
+            f"{_decimal(most)}"
+        )
+
+
+def _decimal(value: Fraction) -> str:
+    return repr(float(min(value, Fraction(sys.float_info.max))))
+
+
+def against_image(answer: Answer, sent: SentImage) -> Iterator[Finding]:
+    """Yield the contradictions between the image that an answer names and the file."""
+    if answer.image is None:
+        yield undecided(
+            "image: the answer does not name its image, as those of earlier versions; the other checks are about the "
+            "file that was given"
+        )
+        return
+    if answer.image.digest != sent.digest:
+        yield failed(f"image.digest: {answer.image.digest}, the pixels of the file have {sent.digest}")
+    if answer.image.shape != sent.shape:
+        yield failed(f"image.shape: {answer.image.shape}, the file has {sent.shape} (channels, height, width)")
+
+
+def against_card(answer: Answer, artefact: Artefact, sent: SentImage) -> Iterator[Finding]:
+    """Yield the contradictions between an answer and the card of the artefact that answered.
+
+    Args:
+        answer: the answer.
+        artefact: the artefact whose `model.onnx` the answer names.
+        sent: the image.
+    """
+    for file, stated in artefact.stated.items():
+        if stated != artefact.found[file]:
+            yield undecided(
+                f"{file}: the card states the digest {stated}, the file has {artefact.found[file]}; the artefact has "
+                "been changed"
+            )
+    if answer.model != artefact.name:
+        yield failed(f"model: {answer.model!r}, the artefact is {artefact.name!r}")
+    if len(answer.logits) != len(artefact.labels):
+        yield failed(f"logits: the answer has {len(answer.logits)}, the card has {len(artefact.labels)} labels")
+    yield from _label("", answer, artefact.labels)
+    yield from _label("runner_up.", answer.certificate.runner_up, artefact.labels)
+    if answer.counterfactual is not None:
+        yield from _label("counterfactual.", answer.counterfactual, artefact.labels)
+    if answer.image is None:
+        return
+    resized = sent.shape[1:] != artefact.input_shape[1:]
+    if answer.image.resized != resized:
+        yield failed(f"image.resized: {as_json(answer.image.resized)}, expected {as_json(resized)}")
+    try:
+        conversion = conversion_between(sent.shape[0], artefact.input_shape[0])
+    except NotAuditableError:
+        return  # The derivation reports it.
+    if answer.image.conversion != conversion:
+        yield failed(f"image.conversion: {as_json(answer.image.conversion)}, expected {as_json(conversion)}")
+
+
+def _label(prefix: str, named: ClassLabel, labels: list[str]) -> Iterator[Finding]:
+    if not 0 <= named.class_id < len(labels):
+        yield failed(f"{prefix}class_id: {named.class_id}, the card has classes 0 to {len(labels) - 1}")
+    elif named.label != labels[named.class_id]:
+        yield failed(
+            f"{prefix}label: {named.label!r}, class {named.class_id} of the card is {labels[named.class_id]!r}"
+        )
+
+
+def counterfactual_image(found: Counterfactual, sent: SentImage) -> SentImage | Finding:
+    """Return the image of a counterfactual, or the reason why it is not one of the shape that was sent."""
+    try:
+        image = read_png(found.image)
+    except ValueError as error:
+        return failed(f"counterfactual.image: {error}")
+    if image.shape != sent.shape:
+        return failed(f"counterfactual.image: its shape is {image.shape}, an image of {sent.shape} was sent")
+    return image
+
+
+def against_counterfactual(
+    answer: Answer, found: Counterfactual, sent: SentImage, image: SentImage
+) -> Iterator[Finding]:
+    """Yield the contradictions between a counterfactual and the image that was sent.
+
+    Args:
+        answer: the answer.
+        found: its counterfactual.
+        sent: the image that was sent.
+        image: the image of the counterfactual.
+    """
+    if found.media_type != "image/png":
+        yield failed(f"counterfactual.media_type: {found.media_type!r}, expected 'image/png'")
+    square = Fraction(*sent.squared_distance(image))
+    # The service sums in any order and rounds the root.
+    rounding = Fraction(3 * (len(sent.numerators) + _DISTANCE_ROUNDINGS), 2**53)
+    if abs(Fraction(found.distance) ** 2 - square) > rounding * square:
+        yield failed(f"counterfactual.distance: {found.distance!r}, the images are {float(square) ** 0.5!r} apart")
+    another = found.class_id != answer.class_id
+    if another and square < Fraction(answer.certificate.radius) ** 2:
+        yield failed(
+            f"counterfactual: an image of class {found.class_id} at the distance {float(square) ** 0.5!r} lies within "
+            f"the radius {answer.certificate.radius!r}"
+        )
+    if found.reached and not another:
+        yield failed(f"counterfactual.reached: true, and it has the class {answer.class_id} of the image")
+    elif another and not found.reached:
+        yield undecided(
+            "counterfactual.reached: false with another class; a target explains it, and answers do not name theirs"
+        )
