@@ -20,6 +20,9 @@ endif
 # Pinned once, in pyproject.toml; not in the lock, because the right build of it depends on the machine.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
 UV    := uv==0.13.9
+# In `make check`; `make test` runs each test once.
+CHECKS := check-lint check-types check-contracts check-documents
+DOCUMENT_TESTS := tests/project/test_documents.py tests/project/test_licences.py tests/project/test_readme.py
 # The libraries whose models are compared with ours: never in .venv.
 OTHERS := .venv-libraries
 # The servers that ours is measured beside.
@@ -29,7 +32,7 @@ PEERS := .venv-peers
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test format readme libraries soundness random-graphs bench lock image clean
+.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs bench lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -38,16 +41,40 @@ help:  ## show this list
 serve: $(VENV)/serve-$(ACCELERATOR) $(VENV)/project  ## install what serving needs, then serve on port 8000
 	@exec $(RUN) -m service
 
-test: $(VENV)/test $(VENV)/project  ## install what the tests need, then lint, types, import contracts, tests
+check: $(VENV)/test $(VENV)/project  ## install what the tests need, then lint, format, types, import contracts, documents
+	@$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)
+
+check-lint:
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+check-types:
 	$(RUN) -m pyright --pythonpath $(RUN)
+
+check-contracts:
 	$(VENV)/bin/lint-imports
-	$(RUN) -m pytest
+
+check-documents:
+	$(RUN) -m pytest --quiet $(DOCUMENT_TESTS)
+
+test: check  ## make check, then all other tests
+	$(RUN) -m pytest $(DOCUMENT_TESTS:%=--ignore=%)
+
+# The processes that tests start are measured as well.
+coverage: $(VENV)/test $(VENV)/project  ## run all tests, measure the lines of the product that they run, write docs/coverage.md
+	$(RUN) -m coverage erase
+	$(RUN) -m coverage run -m pytest
+	$(RUN) -m coverage combine --quiet
+	$(RUN) -m coverage json --quiet -o build/coverage.json
+	$(RUN) docs/coverage.py build/coverage.json
 
 format: $(VENV)/test  ## format the code and mend what ruff can mend
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+wheel: $(VENV)/project  ## build dist/lipcert-VERSION-py3-none-any.whl, with the default model in it
+	rm -rf build/lib build/bdist.*
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 readme: $(VENV)/test $(VENV)/project  ## write the generated blocks of README.md from the shipped artefacts
 	$(RUN) docs/readme.py
@@ -86,8 +113,8 @@ image:  ## build the container image lipcert:cpu (or lipcert:gpu with ACCELERATO
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target $(ACCELERATOR) --tag lipcert:$(ACCELERATOR) .
 
 clean:  ## remove .venv, .venv-libraries, .venv-peers* and caches
-	rm -rf $(VENV) $(OTHERS) $(PEERS) $(PEERS)-* build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find benchmarks models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(OTHERS) $(PEERS) $(PEERS)-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find benchmarks lipcert models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

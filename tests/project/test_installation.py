@@ -200,3 +200,26 @@ def test_second_call_of_make_serve_installs_nothing(checkout: Path) -> None:
         (checkout / ".venv" / stamp).touch()
     result = make(checkout, "--dry-run", "serve", "ACCELERATOR=cpu", f"PYTHON={sys.executable}")
     assert result.stdout.split() == ["exec", ".venv/bin/python", "-m", "service"]
+
+
+@needs_make
+def test_make_test_is_make_check_and_every_other_test_once(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    for stamp in ("created", "serve-cpu", "test", "project"):
+        (checkout / ".venv" / stamp).touch()
+    settings = ("ACCELERATOR=cpu", f"PYTHON={sys.executable}")
+    check = make(checkout, "--dry-run", "check", *settings).stdout.splitlines()
+    checks = [line.removeprefix(".venv/bin/").split(" tests/")[0] for line in check if line.startswith(".venv/bin/")]
+    assert sorted(checks) == [
+        "lint-imports",
+        "python -m pyright --pythonpath .venv/bin/python",
+        "python -m pytest --quiet",
+        "python -m ruff check .",
+        "python -m ruff format --check .",
+    ]
+    (documents,) = (re.findall(r"tests/\S+", line) for line in check if "pytest" in line)
+    assert documents
+    assert all((ROOT / file).exists() for file in documents)
+    *before, last = make(checkout, "--dry-run", "test", *settings).stdout.splitlines()
+    assert before == check
+    assert last.split() == [".venv/bin/python", "-m", "pytest", *(f"--ignore={file}" for file in documents)]

@@ -5,20 +5,20 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from lipcert.__main__ import COMMANDS
 from service.settings import variable_names
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
 INLINE = re.findall(r"`([^`\n]+)`", README)
-MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,11 @@ def generator() -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def answer(generator: ModuleType) -> dict[str, Any]:
+    return generator.example_answer(README)
 
 
 def assert_same(shown: Any, given: Any, where: str = "answer") -> None:
@@ -49,14 +54,13 @@ def assert_same(shown: Any, given: Any, where: str = "answer") -> None:
         assert shown == given, where
 
 
-def test_answer_of_the_readme_is_the_answer_of_the_service(generator: ModuleType) -> None:
+def test_answer_of_the_readme_is_the_answer_of_the_service(generator: ModuleType, answer: dict[str, Any]) -> None:
     content = generator.block(README, "example").removeprefix("```json\n").removesuffix("```\n")
     assert content, "run `make readme`"
-    assert_same(json.loads(content), generator.example_answer(README))
+    assert_same(json.loads(content), answer)
 
 
-def test_example_answers_with_a_counterfactual_outside_the_radius(generator: ModuleType) -> None:
-    answer = generator.example_answer(README)
+def test_example_answers_with_a_counterfactual_outside_the_radius(answer: dict[str, Any]) -> None:
     assert answer["certificate"]["certified"]
     assert answer["counterfactual"]["reached"]
     assert answer["counterfactual"]["distance"] >= answer["certificate"]["radius"]
@@ -72,30 +76,25 @@ def test_every_setting_is_in_the_readme() -> None:
     assert set(re.findall(r"\bLIPCERT_[A-Z_]*[A-Z]\b", README)) <= set(variable_names())
 
 
-def test_every_make_target_of_the_readme_exists() -> None:
-    named = {words[1] for words in map(str.split, [*INLINE, *SHELL.splitlines()]) if words[:1] == ["make"]}
-    assert {"serve", "test"} <= named
-    assert named <= MAKE_TARGETS
-
-
-def test_every_module_of_the_readme_runs_and_knows_its_options() -> None:
-    commands = [shlex.split(code) for code in INLINE if code.startswith("python -m ")]
-    assert commands
-    for _, _, module, *arguments in commands:
-        assert find_spec(f"{module}.__main__") is not None, module
-        subcommand = [argument for argument in arguments[:1] if argument.islower()]
+def test_every_command_of_the_readme_runs_and_knows_its_options() -> None:
+    commands = [shlex.split(code) for code in INLINE if re.match(r"python -m |lipcert \w", code)]
+    assert {words[1] for words in commands if words[0] == "lipcert"} == set(COMMANDS)
+    assert any(words[0] == "python" for words in commands)
+    for words in commands:
+        program, arguments = (words[:1], words[1:]) if words[0] == "lipcert" else (words[2:3], words[3:])
+        subcommand = [argument for argument in arguments[:1] if argument.islower() and argument != "..."]
         shown = subprocess.run(
-            [sys.executable, "-m", module, *subcommand, "--help"],
+            [sys.executable, "-m", *program, *subcommand, "--help"],
             cwd=ROOT,
-            env={"COLUMNS": "200", "NO_COLOR": "1", "PATH": ""},
+            env={"COLUMNS": "200", "PATH": ""},
             capture_output=True,
             text=True,
             check=False,
             timeout=120,
         )
-        assert shown.returncode == 0, (module, shown.stderr)
+        assert shown.returncode == 0, (words, shown.stderr)
         for option in (argument for argument in arguments if argument.startswith("--")):
-            assert option in shown.stdout, (module, option)
+            assert option in shown.stdout, (words, option)
 
 
 def test_every_recipe_of_the_readme_exists() -> None:
@@ -105,13 +104,10 @@ def test_every_recipe_of_the_readme_exists() -> None:
     assert set(re.findall(r"`([\w-]+)`", row.rpartition("|")[0].rpartition("|")[2])) == set(RECIPES)
 
 
-def test_every_path_of_the_readme_exists() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    paths = [code for code in INLINE if re.fullmatch(r"\w[\w.-]*/[\w./-]*", code)]
+def test_every_file_that_an_example_sends_exists() -> None:
     attached = re.findall(r"@(\S+)", SHELL)
     assert attached
-    missing = [path for path in [*links, *paths, *attached] if not (ROOT / path).exists()]
-    assert missing == []
+    assert [path for path in attached if not (ROOT / path).exists()] == []
 
 
 def test_shell_blocks_hold_only_commands_that_are_checked() -> None:
