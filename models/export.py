@@ -1,8 +1,8 @@
-"""From a trained network to an artefact: fold, emit both graphs, prove, compare, measure, write - or refuse.
+"""Export of a trained network as an artefact: fold, emit both graphs, prove, compare, measure, write.
 
-Refused is: a graph that the server's certifier cannot bound; a proved bound above the declared one; logits of
-ONNX Runtime that differ from torch's by more than the proved error; a transport gradient that differs from
-autograd's. In each case nothing is written.
+The export is refused, and nothing written, where the server's certifier cannot bound the graph, where a proved bound is
+above the declared one, where logits of ONNX Runtime differ from those of torch by more than the proved error, or where
+the transport gradient differs from autograd's.
 
 Axes: N batch, C channels, H height, W width, K classes.
 """
@@ -30,9 +30,10 @@ from models.nets.networks import LipschitzNetwork
 from models.nets.onnx_graph import GraphBuilder
 from service.artefact.card import MODEL_FILE, TRANSPORT_FILE, Card, CertifiedAccuracy, InputShape, write_artefact
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
+from service.runtime.engine import Engine
 
 BOUND_TOLERANCE = 1e-3
-"""How far the proved bound may lie above the declared one, relative; more means a layer is misstated."""
+"""Largest relative excess of the proved bound over the declared one; a larger one means that a layer is misstated."""
 GRADIENT_TOLERANCE = 1e-9
 """Largest absolute difference between transport gradient and autograd, both float64, gradients of order 1."""
 MEASURED_AT_ONCE = 250
@@ -42,7 +43,7 @@ PROBES = 64
 
 
 class ExportRefusedError(Exception):
-    """The artefact would not keep its promise; nothing was written."""
+    """The artefact would contradict its certificate; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Graphs:
 
 
 def emit_graphs(network: LipschitzNetwork) -> Graphs:
-    """Write forward and transport graph; equal networks give equal bytes.
+    """Return the forward and the transport graph; equal networks give equal bytes.
 
     `model.onnx`: image -> logits. `transport.onnx`: image, margin_weights -> logits and the gradient of
     `sum_k margin_weights[k] logits[k]` with respect to the image.
@@ -77,11 +78,11 @@ def emit_graphs(network: LipschitzNetwork) -> Graphs:
 
 
 def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) -> Certificate:
-    """Ask the server's certifier, and compare its bound with the declared constant.
+    """Return the proof of the server's certifier, compared with the declared Lipschitz constant.
 
     Args:
         network: the trained network.
-        graphs: what `emit_graphs` made of it.
+        graphs: its graphs, by `emit_graphs`.
         lipschitz_constant: declared for f (one output) or for the body (several outputs: `K_ij` is
             `lipschitz_constant * ||w_i - w_j||`).
 
@@ -108,10 +109,16 @@ def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) 
 
 
 def compare(network: LipschitzNetwork, graphs: Graphs, certificate: Certificate, seed: int = 0) -> None:
-    """Run both graphs in ONNX Runtime on random images and compare with the folded network in torch.
+    """Compare both graphs, run on random images, with the folded network in torch.
+
+    Args:
+        network: the trained network.
+        graphs: its graphs, by `emit_graphs`.
+        certificate: of `graphs.model`.
+        seed: of the images and margin weights.
 
     Raises:
-        ExportRefusedError: logits differ by more than the proved errors, or the gradient from autograd's.
+        ExportRefusedError: logits differ by more than the proved errors, or the gradient differs from autograd's.
     """
     generator = np.random.default_rng(seed)
     images = generator.random((PROBES, *network.input_shape))
@@ -142,12 +149,9 @@ def compare(network: LipschitzNetwork, graphs: Graphs, certificate: Certificate,
 
 
 def run_graph(graph: bytes, inputs: Mapping[str, Float64[np.ndarray, ...]]) -> dict[str, np.ndarray]:
-    """Evaluate a serialised graph with ONNX Runtime on the CPU, with torch's number of threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return {name: np.asarray(value) for name, value in zip(names, session.run(names, dict(inputs)), strict=True)}
+    """Return the outputs of a serialised graph, run on the CPU by the server's engine, with torch's threads."""
+    engine = Engine(graph, "cpu", torch.get_num_threads())
+    return dict(zip(engine.output_names, engine.run(engine.output_names, inputs), strict=True))
 
 
 @dataclass(frozen=True)
@@ -160,15 +164,23 @@ class Measured:
 
 
 def measure(graphs: Graphs, certificate: Certificate, test: LabelledImages, epsilons: tuple[float, ...]) -> Measured:
-    """Classify the test set with the exported graph, as it is served, and certify every answer.
+    """Return the share of right and of certified answers on a test set, from the engine that the server uses.
 
     An image counts as certified at epsilon if its class is right and its proved radius is above epsilon.
+
+    Args:
+        graphs: the exported graphs.
+        certificate: of `graphs.model`.
+        test: the test set.
+        epsilons: L2 radii, pixels in [0, 1].
     """
-    # In parts: the intermediate values of a convolutional network on a whole test set fill the memory.
-    parts = (test.at(slice(start, start + MEASURED_AT_ONCE)) for start in range(0, len(test), MEASURED_AT_ONCE))
-    logits_NK = np.concatenate(
-        [run_graph(graphs.model, {"image": part.pixels(torch.float64).numpy()})["logits"] for part in parts]
-    )
+    engine = Engine(graphs.model, "cpu", torch.get_num_threads())
+    logits: list[np.ndarray] = []
+    # In batches: the intermediate values of a convolutional network on a whole test set would fill the memory.
+    for start in range(0, len(test), MEASURED_AT_ONCE):
+        images_NCHW = test.at(slice(start, start + MEASURED_AT_ONCE)).pixels(torch.float64).numpy()
+        logits += engine.run(("logits",), {"image": images_NCHW})
+    logits_NK = np.concatenate(logits)
     logits_NK = two_class_logits(logits_NK) if logits_NK.shape[1] == 1 else logits_NK
     radii = certified_radius(logits_NK, certificate.margin_bounds_KK, certificate.logit_error)
     right_N = radii.class_id_N == test.labels_N.numpy()
@@ -193,11 +205,24 @@ def export_artefact(
     wall_time_s: float,
     devices: str | None = None,
 ) -> Measured:
-    """Write `model.onnx`, `transport.onnx` and `card.json` to `folder`, replacing an artefact that is there.
+    """Write `model.onnx`, `transport.onnx` and `card.json` to `folder`, in place of an earlier artefact.
+
+    Args:
+        network: the trained network.
+        folder: of the artefact; its name is the name of the model.
+        labels: of the classes, in class order.
+        lipschitz_constant: declared by the recipe, see `prove`.
+        test: the test set.
+        epsilons: L2 radii of the certified accuracy, pixels in [0, 1].
+        data: description of the data set, for the card.
+        recipe: in full, for the card.
+        seed: of the training.
+        wall_time_s: of the training, in seconds.
+        devices: number and type of the devices of the training.
 
     Raises:
-        UnsupportedGraphError, ExportRefusedError, ArtefactError: the artefact would not keep its promise;
-            `folder` is as it was.
+        UnsupportedGraphError, ExportRefusedError, ArtefactError: the artefact would contradict its certificate; the
+            folder is unchanged.
     """
     graphs = emit_graphs(network)
     certificate = prove(network, graphs, lipschitz_constant)
@@ -231,7 +256,7 @@ def export_artefact(
 
 
 def environment(wall_time_s: float, devices: str | None = None) -> dict[str, Any]:
-    """Hardware and versions that made a run, and how many devices if that was asked; no host name, no path."""
+    """Return hardware, versions and duration of a run, without host name or path."""
     return {
         **({} if devices is None else {"devices": devices}),
         "cpu": _cpu_model(),
@@ -246,7 +271,7 @@ def environment(wall_time_s: float, devices: str | None = None) -> dict[str, Any
 
 
 def code_version() -> str:
-    """The commit of this source tree (`-dirty` where files differ), or outside git the package version."""
+    """Return the commit of this source tree (`-dirty` where files differ), or outside git the package version."""
     git = shutil.which("git")
     if git is not None:
         described = subprocess.run(
