@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.soundness.exact import inside, just_inside, ratio, squared_distance
+from benchmarks.soundness.exact import just_inside, ratio
 from service.certificate import Certificate, Radii
 from service.inference.classifier import Classifier
+from service.pixels.distances import is_inside, squared_distance
 from service.pixels.preprocessing import preprocessing_between
 
 BATCH_SIZES = (1, 2, 3, 7, 16, 64, 256)
@@ -120,14 +121,14 @@ class Search:
         return [
             n
             for n in np.flatnonzero(self.found_N & (self.radius_N > 0)).tolist()
-            if inside(self.image_NCHW[n], self.point_NCHW[n], float(self.radius_N[n]))
+            if is_inside(self.image_NCHW[n], self.point_NCHW[n], float(self.radius_N[n]))
         ]
 
     @property
     def naive_broken(self) -> int:
         """Images whose nearest point lies strictly inside the radius without the rounding error."""
         return sum(
-            inside(self.image_NCHW[n], self.point_NCHW[n], float(self.naive_N[n]))
+            is_inside(self.image_NCHW[n], self.point_NCHW[n], float(self.naive_N[n]))
             for n in np.flatnonzero(self.found_N & (self.naive_N > 0)).tolist()
         )
 
@@ -430,7 +431,7 @@ def near_boundary(view: View, found: Search, rng: np.random.Generator, samples: 
         for candidate in _in_ball(view, near, radius, kind, rng, samples):
             flipped = np.flatnonzero((view.classes(candidate) != kind) & ~broken)
             for n in flipped.tolist():
-                if inside(near[n], candidate[n], float(radius[n])):
+                if is_inside(near[n], candidate[n], float(radius[n])):
                     broken[n] = True
                     flips += not naive
         if not naive:

@@ -16,9 +16,9 @@ from fractions import Fraction
 import numpy as np
 
 from benchmarks.soundness.boundary import Effort, Search, View, naive_radius, search
-from benchmarks.soundness.exact import inside
 from benchmarks.soundness.graphs import Affine, Graphs, dense, hadamard
 from service.inference.classifier import Classifier
+from service.pixels.distances import is_inside
 
 _GRID = 2.0**-24
 """Spacing of float32 in [1/2, 1)."""
@@ -180,7 +180,7 @@ def exhaust(network: Network, rng: np.random.Generator, images: int, naive: bool
         flipped = np.flatnonzero(view.classes(point_SCHW) != i)
         alone = rng.choice(len(point_SCHW), min(64, len(point_SCHW)), replace=False)
         singles = [s for s in alone.tolist() if view.classes(point_SCHW[s : s + 1])[0] != i]
-        refuted = sum(inside(centre, point_SCHW[s], radius) for s in {*flipped.tolist(), *singles})
+        refuted = sum(is_inside(centre, point_SCHW[s], radius) for s in {*flipped.tolist(), *singles})
         done.images += 1
         done.points += len(point_SCHW)
         done.flips += refuted
@@ -247,7 +247,7 @@ def nudge_midpoints(rng: np.random.Generator, share: float, size: int = 784) -> 
         flipped=flipped,
         nudge=float(np.linalg.norm(nudged - image)),
         naive_radius=naive,
-        inside_radius=flipped and inside(image, nudged, before.radius),
+        inside_radius=flipped and is_inside(image, nudged, before.radius),
     )
 
 

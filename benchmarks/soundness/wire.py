@@ -11,8 +11,9 @@ import httpx
 import numpy as np
 
 from benchmarks.soundness.boundary import Search
-from benchmarks.soundness.exact import inside, just_inside
+from benchmarks.soundness.exact import just_inside
 from service.api.app import create_app
+from service.pixels.distances import is_inside
 from service.settings import Settings
 
 
@@ -55,7 +56,7 @@ def ask(models: Path, model: str, found: Search, resize: bool = False) -> Answer
                 other_answer += class_id != found.class_N[n] or abs(radius - found.radius_N[n]) > 1e-9
                 if radius == 0.0 or not found.found_N[n]:
                     continue
-                violations += (await post(point))[0] != class_id and inside(image, point, radius)
+                violations += (await post(point))[0] != class_id and is_inside(image, point, radius)
                 pulled_flips += (await post(just_inside(image, point, radius)))[0] != class_id
             return Answers(len(found.image_NCHW), other_answer, violations, pulled_flips)
 

@@ -1,6 +1,6 @@
-"""Random changes of training images that leave their class alone: small affine maps, mirroring, cropping.
+"""Random changes of training images that do not change their class: small affine maps, mirroring, cropping.
 
-The random numbers come from a generator on the CPU alone: equal seeds, equal batches on any device.
+The random numbers come from a generator on the CPU: equal seeds give equal batches on any device.
 
 Axes: N images, C channels, H height, W width.
 """
@@ -19,7 +19,13 @@ from models.recipes import Augment
 def augment(
     image_NCHW: Float[torch.Tensor, "N C H W"], ranges: Augment, generator: torch.Generator
 ) -> Float[torch.Tensor, "N C H W"]:
-    """Each image by its own random changes: the affine map, the mirror, the crop; what is off costs nothing."""
+    """Return the images, each after its own random affine map, mirroring and crop.
+
+    Args:
+        image_NCHW: pixels in [0, 1].
+        ranges: of the changes; a range of 0 disables its change.
+        generator: on the CPU.
+    """
     if ranges.rotation_degrees or ranges.scale or ranges.shear or ranges.shift_pixels:
         image_NCHW = _affine(image_NCHW, ranges, generator)
     if ranges.flip:
@@ -46,7 +52,7 @@ def _affine(image_NCHW: torch.Tensor, ranges: Augment, generator: torch.Generato
 
 
 def _crop(image_NCHW: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
-    """A window of the image's own size, anywhere in the image padded by its mirrored border."""
+    """Return a random window, of the size of the image, of the image padded by its mirrored border."""
     N, C, H, W = image_NCHW.shape
     padding_H, padding_W = min(padding, H - 1), min(padding, W - 1)
     padded = F.pad(image_NCHW, (padding_W, padding_W, padding_H, padding_H), mode="reflect")

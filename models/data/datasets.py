@@ -1,4 +1,4 @@
-"""From the options of a recipe, or of a card, to the images: one function for all data sets."""
+"""Loading of a data set from the options of a recipe or of a card."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ PUBLISHED: dict[str, Published] = {"mnist": MNIST, "fashion-mnist": FASHION_MNIS
 
 
 def load_dataset(options: DataOptions, directory: Path, *, multiple: int = 1, test_only: bool = False) -> DataSet:
-    """The images that `options` describe, and a card block from which `options_of` has the same again.
+    """Return the images that `options` describe, and a card block from which `options_of` returns the same options.
 
     Args:
         options: a recipe, or its `DataOptions`.
         directory: of the files; a published set is downloaded to it where it is missing.
-        multiple: where the size of the images is free, it is a multiple of this.
+        multiple: divides the sides of the images, in pixels, where the options leave them open.
         test_only: the training set is not needed and may be empty.
 
     Raises:
         DataError: the files are missing or unusable; the message names file and cure.
     """
-    # A recipe is a DataOptions with more in it.
+    # A recipe is a DataOptions with further fields.
     options = DataOptions.model_validate({key: getattr(options, key) for key in DataOptions.model_fields})
     if options.dataset == "image-folder":
         found = load_folder(directory, options, multiple=multiple, test_only=test_only)
@@ -49,20 +49,20 @@ def load_dataset(options: DataOptions, directory: Path, *, multiple: int = 1, te
 
 
 def options_of(data: Mapping[str, Any], labels: list[str]) -> DataOptions:
-    """The options in the `data` block of a card.
+    """Return the options in the `data` block of a card.
 
     Raises:
-        DataError: the card does not say which data set it is about.
+        DataError: the card does not name its data set.
     """
     if "options" not in data and data.get("name") == MNIST.name:
-        # Cards from before there were other data sets.
+        # Cards older than the support of other data sets.
         return DataOptions(dataset="mnist", classes=tuple(labels))
     try:
         return DataOptions.model_validate(data.get("options"))
     except ValidationError as error:
         raise DataError(
             f"the card does not say which images it is about (data.options: {error.errors()[0]['msg']}): evaluate an "
-            "artefact that `python -m models train` wrote, or add them"
+            "artefact that `python -m models train` wrote, or add the options"
         ) from error
 
 

@@ -1,4 +1,7 @@
-"""TODO: models/data/labelled.py."""
+"""Images with labels, and a data set of them.
+
+Axes: N images, C channels (1 grey, 3 RGB), H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from torch import Tensor
 
 
 class DataError(Exception):
-    """The data set cannot be used; the message says what to do."""
+    """The data set cannot be used; the message states the cure."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images as their 8-bit pixels, and class numbers."""
+    """8-bit images and their class numbers."""
 
     images_NCHW: UInt8[Tensor, "N C H W"]
     labels_N: Int64[Tensor, " N"]
@@ -26,40 +29,39 @@ class LabelledImages:
         return len(self.labels_N)
 
     def pixels(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N C H W"]:
-        """Pixels divided by 255."""
+        """Return the pixels divided by 255."""
         return self.images_NCHW.to(dtype) / 255
 
     def at(self, chosen: Tensor | slice) -> LabelledImages:
-        """The images at these places, in this order."""
+        """Return the images at the chosen indices, in their order."""
         return LabelledImages(self.images_NCHW[chosen], self.labels_N[chosen])
 
     def only(self, classes: Sequence[int]) -> LabelledImages:
-        """Keep the given classes and number them in the given order."""
+        """Return the images of the given classes, numbered in the given order."""
         renumbered = torch.full_like(self.labels_N, -1)
         for number, wanted in enumerate(classes):
             renumbered[self.labels_N == wanted] = number
-        kept = renumbered >= 0
-        return LabelledImages(self.images_NCHW[kept], renumbered[kept])
+        return LabelledImages(self.images_NCHW, renumbered).at(renumbered >= 0)
 
     def counts(self, classes: int) -> list[int]:
-        """Number of images of each class."""
+        """Return the number of images of each class."""
         return torch.bincount(self.labels_N, minlength=classes).tolist()
 
-    def stratified(self, share: int, generator: torch.Generator) -> tuple[LabelledImages, LabelledImages]:
-        """Split at random into `share` images, of each class in proportion, and the rest; both in the old order."""
+    def stratified(self, size: int, generator: torch.Generator) -> tuple[LabelledImages, LabelledImages]:
+        """Return a random sample with each class in proportion, and the other images; both in the original order."""
         place_N = torch.empty(len(self), dtype=torch.float64)
         for label in self.labels_N.unique().tolist():
             members = (self.labels_N == label).nonzero()[:, 0]
             order = torch.randperm(len(members), generator=generator)
             place_N[members[order]] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
         chosen = torch.zeros(len(self), dtype=torch.bool)
-        chosen[place_N.argsort(stable=True)[:share]] = True
+        chosen[place_N.argsort(stable=True)[:size]] = True
         return self.at(chosen), self.at(~chosen)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training and test set with the names of their classes, and what the card says of them."""
+    """Training and test set with the names of their classes, and their description for the card."""
 
     train: LabelledImages
     test: LabelledImages

@@ -1,7 +1,7 @@
-"""Labelled images, and the published data sets: MNIST, Fashion-MNIST and CIFAR-10, checked against their checksums.
+"""The published data sets MNIST, Fashion-MNIST and CIFAR-10, verified by their checksums.
 
-The files of a set are looked for in DIR/<set> and in DIR; where they are missing they are downloaded to DIR/<set>. What
-counts is the md5 of the uncompressed content, so a repacked archive is fine and a wrong one is refused.
+The files of a set are searched in DIR/<set> and in DIR; missing files are downloaded to DIR/<set>. The md5 of the
+uncompressed content is compared, so a repacked archive is accepted and a wrong one is refused.
 
 Axes: N images, C channels (1 grey, 3 RGB), H height, W width.
 """
@@ -37,10 +37,10 @@ IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801
 
 @dataclass(frozen=True)
 class Published:
-    """A data set that everybody has, and where it is to be had."""
+    """A published data set: its files, checksums and addresses."""
 
     folder: str
-    """Of DIR, where its files are looked for and put."""
+    """Folder in DIR for its files."""
     labels: tuple[str, ...]
     md5: dict[str, str]
     """File name -> md5 of its uncompressed content."""
@@ -52,7 +52,7 @@ class Published:
 
     @property
     def card(self) -> dict[str, Any]:
-        """What the card of an artefact says of it."""
+        """The description of the data set in the card of an artefact."""
         return {"name": self.name, "source": self.source, "licence": self.licence, "md5": self.md5}
 
 
@@ -125,12 +125,12 @@ _IDX_SETS = (MNIST, FASHION_MNIST)
 
 
 def load_mnist(directory: Path) -> tuple[LabelledImages, LabelledImages]:
-    """Training and test set of MNIST, see `load_idx`."""
+    """Return the training and the test set of MNIST, see `load_idx`."""
     return load_idx(directory, MNIST)
 
 
 def load_idx(directory: Path, published: Published) -> tuple[LabelledImages, LabelledImages]:
-    """Read training and test set from four idx files, raw or `.gz`, downloading files that are missing.
+    """Return training and test set from four idx files, raw or `.gz`; missing files are downloaded.
 
     Raises:
         DataError: a file is missing and cannot be downloaded, has the wrong content, or is no idx file.
@@ -144,7 +144,7 @@ def load_idx(directory: Path, published: Published) -> tuple[LabelledImages, Lab
 
 
 def load_cifar10(directory: Path, published: Published = CIFAR10) -> tuple[LabelledImages, LabelledImages]:
-    """Read the six files of the Python version, unpacked or from its archive; where both are missing it is downloaded.
+    """Return training and test set from the Python version, unpacked or archived; a missing archive is downloaded.
 
     Raises:
         DataError: the archive cannot be downloaded, or a file is missing or has the wrong content.
@@ -164,24 +164,29 @@ def load_cifar10(directory: Path, published: Published = CIFAR10) -> tuple[Label
     )
 
 
-def read_labelled_images(images: bytes, labels: bytes, what: str) -> LabelledImages:
-    """Parse a pair of idx files.
+def read_labelled_images(images: bytes, labels: bytes, name: str) -> LabelledImages:
+    """Return the images of a pair of idx files.
+
+    Args:
+        images: content of the file of images.
+        labels: content of the file of labels.
+        name: of the pair, for messages.
 
     Raises:
         DataError: wrong magic number, wrong length, or another number of labels than of images.
     """
-    images_NHW = _read_idx(images, IMAGES_MAGIC, 3, f"images of the {what}")
-    labels_N = _read_idx(labels, LABELS_MAGIC, 1, f"labels of the {what}")
+    images_NHW = _read_idx(images, IMAGES_MAGIC, 3, f"images of the {name}")
+    labels_N = _read_idx(labels, LABELS_MAGIC, 1, f"labels of the {name}")
     if len(images_NHW) != len(labels_N):
         raise DataError(
-            f"the {what} has {len(images_NHW)} images but {len(labels_N)} labels: "
+            f"the {name} has {len(images_NHW)} images but {len(labels_N)} labels: "
             "the two files are not of the same set; replace both"
         )
     return LabelledImages(torch.from_numpy(images_NHW)[:, None], torch.from_numpy(labels_N.astype(np.int64)))
 
 
 def _checked_idx(directory: Path, name: str, published: Published) -> bytes:
-    """Content of the first file with the right checksum; a sister set's file of the same name is passed over."""
+    """Return the first file with the right checksum; a file of the same name that belongs to another set is skipped."""
     expected = published.md5[name]
     sisters = {other.md5[name] for other in _IDX_SETS if name in other.md5} - {expected}
     for path in _candidates(directory, published.folder, name):
@@ -204,7 +209,7 @@ def _checked_idx(directory: Path, name: str, published: Published) -> bytes:
     if actual != expected:
         path.unlink()
         raise DataError(
-            f"what was downloaded as {path} has md5 {actual} (uncompressed), expected {expected}, and was removed: run "
+            f"the file downloaded as {path} has md5 {actual} (uncompressed), expected {expected}, and was removed: run "
             "the command again, or put the right file there"
         )
     return content
@@ -231,7 +236,7 @@ def _md5(content: bytes) -> str:
 def _download(folder: Path, name: str, mirrors: Sequence[str]) -> Path:
     failures: list[str] = []
     for mirror in mirrors:
-        # The checksum of the uncompressed content is what is published, so it is checked after decompression.
+        # The published checksum is that of the uncompressed content, so it is checked after decompression.
         fetcher = pooch.create(path=folder, base_url=mirror, registry={name: None}, retry_if_failed=DOWNLOAD_RETRIES)
         try:
             log.info("downloading %s", name)
@@ -248,16 +253,16 @@ def _download(folder: Path, name: str, mirrors: Sequence[str]) -> Path:
     )
 
 
-def _read_idx(content: bytes, magic: int, dimensions: int, what: str) -> UInt8[np.ndarray, ...]:
+def _read_idx(content: bytes, magic: int, dimensions: int, name: str) -> UInt8[np.ndarray, ...]:
     header = 4 * (1 + dimensions)
     if len(content) < header:
-        raise DataError(f"the {what} are {len(content)} bytes, too short for an idx file: replace the file")
+        raise DataError(f"the {name} are {len(content)} bytes, too short for an idx file: replace the file")
     found, *shape = struct.unpack(f">{1 + dimensions}I", content[:header])
     if found != magic:
-        raise DataError(f"the {what} start with {found:#x}, an idx file of this kind with {magic:#x}: replace the file")
+        raise DataError(f"the {name} start with {found:#x}, an idx file of this kind with {magic:#x}: replace the file")
     if len(content) - header != math.prod(shape):
         raise DataError(
-            f"the {what} hold {len(content) - header} bytes, their header promises {math.prod(shape)}: "
+            f"the {name} hold {len(content) - header} bytes, their header promises {math.prod(shape)}: "
             "the file is truncated or damaged; replace it"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
@@ -287,7 +292,7 @@ def _cifar10_content(directory: Path, published: Published) -> dict[str, bytes]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """The files are pickles: what they may name is what an array is made of."""
+    """Unpickler that allows the parts of an array only: the files are pickles."""
 
     _ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype"})
 

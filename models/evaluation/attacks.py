@@ -1,21 +1,19 @@
-"""Attacks from public libraries (foolbox, ART) on an artefact as it is served: how near is the nearest image of another
-class?
+"""Attacks from public libraries (foolbox, ART) on an artefact as it is served.
 
-Each attack gives one distance per image: from above what the certified radius bounds from below. An image that is
-strictly inside the radius and that the service gives another class would refute the certificate: the run stops there,
-with both images in hand. The attacks see the served graphs themselves: the forward pass is `model.onnx`, and since
-`transport.onnx` computes vector-Jacobian products, the backward pass is that graph with the incoming gradient as
-`margin_weights`. What they find is judged by the served path alone, in exact arithmetic.
+Each attack returns one distance for each image, to the nearest image of another class that it found: an upper bound of
+the distance that the certified radius bounds from below. An image strictly inside the radius to which the service
+assigns another class would refute the certificate: the run stops there, with both images. The attacks see the served
+graphs: the forward pass is `model.onnx`; `transport.onnx` computes vector-Jacobian products, so the backward pass is
+that graph with the incoming gradient as `margin_weights`. Their results are judged by the served path alone, in exact
+arithmetic.
 
 Axes: N batch, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
@@ -26,24 +24,33 @@ import torch
 from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
-from models.evaluation.libraries import BATCH, Found, Search, autoattack_search, ball_search, quiet, run_foolbox
+from models.evaluation.libraries import (
+    BATCH,
+    Adversarials,
+    Search,
+    autoattack_search,
+    foolbox_adversarials,
+    gradient_search,
+    silenced_libraries,
+)
 from models.evaluation.partial import Arrays, PartialResults, digest_of
 from service.inference.classifier import Classifier
+from service.pixels.distances import distance, is_inside
 
 INSIDE = 1 - 1e-6
-"""Share of the radius to which the attacks go where they must find nothing; the rest keeps them off its rounding."""
+"""Share of the radius that attacks search where they must find nothing; the rest is above its rounding."""
 
 MULTIPLES = (INSIDE, 1.1, 1.3, 1.7, 2.5)
-"""Attacks that search a ball do so at these multiples of each image's radius, until they succeed."""
+"""Radii of the balls that attacks search until they succeed, as multiples of each image's certified radius."""
 
 LEAST_SCALE = 0.01
-"""In place of the radius where that is smaller or 0 (nothing certified), L2, pixels in [0, 1]."""
+"""Replaces the certified radius where that is smaller or 0 (not certified); L2, pixels in [0, 1]."""
 
 BISECTIONS = 16
-"""Halvings of the segment between an image and what was found."""
+"""Halvings of the segment between an image and its adversarial image."""
 
 FORMAT = 1
-"""Part of the settings of partial results: raise it where the meaning of what is kept changes."""
+"""Part of the settings of partial results; to be raised where the meaning of their arrays changes."""
 
 
 class AttacksMissingError(Exception):
@@ -56,10 +63,9 @@ class CertificateRefutedError(Exception):
     def __init__(
         self, attack: str, image_CHW: np.ndarray, found_CHW: np.ndarray, class_id: int, found_class: int, radius: float
     ) -> None:
-        distance = exact_distance(image_CHW, found_CHW)
         super().__init__(
-            f"{attack} found an image of class {found_class} at distance {distance!r} of one of class {class_id} whose "
-            f"certified radius is {radius!r}"
+            f"{attack} found an image of class {found_class} at distance {distance(image_CHW, found_CHW)!r} of one of "
+            f"class {class_id} whose certified radius is {radius!r}"
         )
         self.image_CHW = image_CHW
         self.found_CHW = found_CHW
@@ -67,34 +73,34 @@ class CertificateRefutedError(Exception):
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What one attack found from each of n images. That nothing lies inside a radius is checked where it is found."""
+    """The results of one attack on N images; images inside a radius raise an error earlier."""
 
     name: str
     library: str
     parameters: Mapping[str, Any]
     distance_N: Float64[np.ndarray, " N"]
-    """L2 to the nearest image of another class that was found; infinite where none was."""
+    """L2 to the nearest image of another class that was found; infinite where the attack failed."""
     radius_N: Float64[np.ndarray, " N"]
     """Certified radii of the same images."""
 
     @property
     def flipped(self) -> int:
-        """Images that got another class at any distance."""
+        """Number of images with an adversarial image at any distance."""
         return int(np.isfinite(self.distance_N).sum())
 
     @property
     def median_distance(self) -> float | None:
-        """Over the flipped ones."""
+        """Over the flipped images."""
         return float(np.median(self.distance_N[np.isfinite(self.distance_N)])) if self.flipped else None
 
     @property
     def median_radius_over_distance(self) -> float | None:
-        """Over the flipped ones: how tight the certificate is, seen from this attack."""
-        kept_N = np.isfinite(self.distance_N)
-        return float(np.median(self.radius_N[kept_N] / self.distance_N[kept_N])) if self.flipped else None
+        """Over the flipped images: tightness of the certificate as seen by this attack."""
+        flipped_N = np.isfinite(self.distance_N)
+        return float(np.median(self.radius_N[flipped_N] / self.distance_N[flipped_N])) if self.flipped else None
 
     def as_card_entry(self) -> dict[str, Any]:
-        """The entry in `attacks` of the card. `successes` counts images inside the radius: a run with one raises."""
+        """Return the entry in `attacks` of the card. `successes` counts images inside the radius, which would raise."""
         return {
             "name": self.name,
             "library": self.library,
@@ -111,7 +117,7 @@ class AttackResult:
 
 
 def union(results: Sequence[AttackResult]) -> AttackResult:
-    """Per image the smallest distance that any of the attacks found."""
+    """Return, for each image, the smallest distance of all attacks."""
     return AttackResult(
         name="union",
         library="all of the above",
@@ -134,15 +140,18 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
     "Carlini-Wagner": _CARLINI_WAGNER,
     "AutoAttack": _AUTOATTACK,
 }
-"""Name -> parameters, as foolbox calls them, save those of AutoAttack and the loss of FGSM and PGD: foolbox's
-cross-entropy of logits that differ by little points at all classes at once, the margin to the nearest one at that."""
+"""Name -> parameters, as foolbox calls them, except those of AutoAttack and the loss of FGSM and PGD.
+
+Where logits differ by little, the cross-entropy of foolbox points to all classes at once; the margin points to the
+nearest one.
+"""
 
 _PACKAGES = {"AutoAttack": ("art", "adversarial-robustness-toolbox")}
 _FOOLBOX = ("foolbox", "foolbox")
 
 
 def require_libraries() -> None:
-    """Refuse before anything is measured.
+    """Refuse to start without the libraries.
 
     Raises:
         AttacksMissingError: a library is missing.
@@ -160,22 +169,22 @@ def run_attacks(
     classifier: Classifier,
     image_NCHW: Float64[np.ndarray, "N C H W"],
     *,
-    keep: PartialResults | None = None,
+    cache: PartialResults | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> list[AttackResult]:
-    """Attack every image with each of `ATTACKS`.
+    """Return the result of each of `ATTACKS` on every image.
 
-    What counts as another class is one other than the predicted one, right or wrong: the certificate is about that.
+    Another class is one other than the predicted class, right or wrong: the certificate refers to that.
 
     Args:
         classifier: as it is served.
         image_NCHW: pixels in [0, 1].
-        keep: where finished parts are kept and found again; nowhere by default.
-        settings: what the parts depend on besides model, images and attack.
-        seed: of random starts and directions, for each part anew.
-        progress: whether to show a bar.
+        cache: of finished parts; default: no part is stored.
+        settings: everything that the parts depend on besides model, images and attack.
+        seed: of random starts and directions, the same for each part.
+        progress: show a progress bar.
 
     Raises:
         AttacksMissingError: a library is missing.
@@ -192,17 +201,17 @@ def run_attacks(
         for name, parameters in ATTACKS.items()
     ]
     with tqdm(total=len(parts) * len(attacks), desc="attacks", unit="part", disable=not progress) as bar:
-        # All attacks on one part before the next part: the time that is left can then be told.
+        # All attacks on one part before the next part, so that the bar can estimate the remaining time.
         for part_M in parts:
             for attack in attacks:
                 bar.set_description(attack.name)
-                target = _Target(classifier, attack.name, image_NCHW[part_M], class_id_N[part_M], radius_N[part_M])
-                what = {
+                batch = AttackedBatch(classifier, attack.name, image_NCHW[part_M], class_id_N[part_M], radius_N[part_M])
+                key = {
                     **(settings or {}),
                     "format": FORMAT,
                     "model": classifier.digest,
                     "transport": classifier.card.graphs.get("transport.onnx"),
-                    "images": digest_of(target.image_NCHW),
+                    "images": digest_of(batch.image_NCHW),
                     "attack": attack.name,
                     "library": attack.library,
                     "parameters": dict(attack.parameters),
@@ -210,9 +219,9 @@ def run_attacks(
                     "seed": seed,
                 }
                 found = (
-                    target.attack(attack.parameters, seed)
-                    if keep is None
-                    else keep.part(what, partial(target.attack, attack.parameters, seed))
+                    batch.attack(attack.parameters, seed)
+                    if cache is None
+                    else cache.part(key, partial(batch.attack, attack.parameters, seed))
                 )
                 attack.distance_N[part_M] = found["distance"]
                 bar.update()
@@ -225,7 +234,7 @@ def _library(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Target:
+class AttackedBatch:
     """Images of similar radii, attacked together."""
 
     classifier: Classifier
@@ -235,24 +244,23 @@ class _Target:
     radius_N: Float64[np.ndarray, " N"]
 
     def attack(self, parameters: Mapping[str, Any], seed: int) -> Arrays:
-        """Distances of the nearest images found, as the array `distance`."""
+        """Return the distances of the nearest adversarial images, as the array `distance`."""
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - ART draws from numpy's global generator
-        with quiet():
+        with silenced_libraries():
             return {"distance": self.judge(self._search(parameters))}
 
-    def _search(self, parameters: Mapping[str, Any]) -> Found:
+    def _search(self, parameters: Mapping[str, Any]) -> Adversarials:
         if self.attack_name == "DeepFool":
             return self._foolbox_minimum("deepfool", "L2DeepFoolAttack", parameters)
         if self.attack_name == "Carlini-Wagner":
             return self._foolbox_minimum("carlini_wagner", "L2CarliniWagnerAttack", parameters)
         if self.attack_name == "AutoAttack":
             return self._at_multiples(autoattack_search(self.classifier, parameters))
-        return self._at_multiples(ball_search(self.classifier, self.attack_name, parameters))
+        return self._at_multiples(gradient_search(self.classifier, self.attack_name, parameters))
 
-    def judge(self, found_NCHW: Found) -> Float64[np.ndarray, " N"]:
-        """Distance of what was found, drawn towards its image as far as its class stays another; infinite where it has
-        none other.
+    def judge(self, found_NCHW: Adversarials) -> Float64[np.ndarray, " N"]:
+        """Return the distance of each adversarial image, after bisection towards the boundary; infinite without one.
 
         Raises:
             CertificateRefutedError: an image of another class is strictly inside the radius.
@@ -282,7 +290,7 @@ class _Target:
         return self.classifier.classify(image_NCHW)[1].class_id_N != self.class_id_N
 
     def _distances(self, other_NCHW: np.ndarray) -> np.ndarray:
-        return np.array([exact_distance(a, b) for a, b in zip(self.image_NCHW, other_NCHW, strict=True)])
+        return np.array([distance(a, b) for a, b in zip(self.image_NCHW, other_NCHW, strict=True)])
 
     def _check_inside(self, other_NCHW: np.ndarray) -> None:
         class_N = self.classifier.classify(other_NCHW)[1].class_id_N
@@ -297,7 +305,7 @@ class _Target:
                     float(self.radius_N[n]),
                 )
 
-    def _at_multiples(self, search: Search) -> Found:
+    def _at_multiples(self, search: Search) -> Adversarials:
         """Search larger and larger balls around the images that have not been flipped yet."""
         scale_N = np.maximum(self.radius_N, LEAST_SCALE)
         found_NCHW = self.image_NCHW.copy()
@@ -316,28 +324,12 @@ class _Target:
                 break
         return found_NCHW
 
-    def _foolbox_minimum(self, module: str, attack: str, parameters: Mapping[str, Any]) -> Found:
-        """An attack of foolbox that looks for the nearest image of another class by itself."""
+    def _foolbox_minimum(self, module: str, attack: str, parameters: Mapping[str, Any]) -> Adversarials:
+        """Run an attack of foolbox that minimises the distance by itself."""
         from importlib import import_module
 
         search = getattr(import_module(f"foolbox.attacks.{module}"), attack)(**parameters)
-        return run_foolbox(search, self.classifier, self.image_NCHW, self.class_id_N)
-
-
-def is_inside(image: np.ndarray, other: np.ndarray, radius: float) -> bool:
-    """Whether `||other - image|| < radius`, in exact rational arithmetic."""
-    if exact_distance(image, other) > radius * (1 + 1e-9):
-        return False
-    square = sum(
-        (Fraction(a) - Fraction(b)) ** 2 for a, b in zip(image.ravel().tolist(), other.ravel().tolist(), strict=True)
-    )
-    return square < Fraction(radius) ** 2
-
-
-def exact_distance(image: np.ndarray, other: np.ndarray) -> float:
-    """L2 distance off by a few units in the last place: one rounding for each difference, squares summed exactly."""
-    difference = (image - other).ravel()
-    return math.sqrt(math.fsum((difference * difference).tolist()))
+        return foolbox_adversarials(search, self.classifier, self.image_NCHW, self.class_id_N)
 
 
 def save_evidence(refuted: CertificateRefutedError, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The figures of a report: each from plain arrays to one PNG.
+"""The figures of a report: each function draws plain arrays into one PNG file.
 
-Distances and radii are L2, pixels in [0, 1]. Lines differ by colour (from the palette of Okabe and Ito, which
-colour-blind readers tell apart) and by dashes as well.
+Distances and radii are L2, pixels in [0, 1]. Lines differ in colour (palette of Okabe and Ito, which colour-blind
+readers can distinguish) and in dashes.
 
 Axes: N images, M attacked images, C channels, H height, W width; G images of a gallery.
 """
@@ -28,12 +28,12 @@ DPI = 120
 
 @dataclass(frozen=True)
 class Attacked:
-    """What is known of the images that were attacked."""
+    """Certificate and nearest adversarial image of each attacked image."""
 
     right_M: Bool[np.ndarray, " M"]
     radius_M: Float64[np.ndarray, " M"]
     distance_M: Float64[np.ndarray, " M"]
-    """To the nearest image of another class that any attack found; infinite where none did."""
+    """To the nearest image of another class of all attacks; infinite where every attack failed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Panel:
     other_label: str
     distance: float
     gradient_CHW: Float64[np.ndarray, "C H W"]
-    """Of the margin between the answer and `runner_up`."""
+    """Of the margin between the predicted class and `runner_up`."""
     runner_up: str
 
 
@@ -58,9 +58,17 @@ def plot_certified_accuracy(
     epsilons: Sequence[float],
     path: Path,
 ) -> None:
-    """Shares over epsilon: right and proved; right and not flipped by any attack; the band between is unknown.
+    """Draw the share of images that are right and certified, and of those that are right and not flipped, over epsilon.
 
-    The band is about the attacked images alone; where they are a part of the set, the curve of all is drawn too.
+    The band between the curves covers images that are neither proved nor flipped. Both curves refer to the attacked
+    images; where they are a part of the test set, the certified share of the whole set is drawn too.
+
+    Args:
+        right_N: whether the predicted class is right.
+        radius_N: certified radii.
+        attacked: the attacked images; default: only the certified share is drawn.
+        epsilons: radii to be marked.
+        path: of the PNG file.
     """
     farthest = float(np.quantile(radius_N, 0.99))
     if attacked is not None and np.isfinite(attacked.distance_M).any():
@@ -69,11 +77,11 @@ def plot_certified_accuracy(
     grid = np.linspace(0.0, farthest, 400)
     figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
     if attacked is None:
-        axes.plot(grid, _share(right_N, radius_N, grid), color=BLUE, label=f"certified, n = {len(radius_N):,}")
+        axes.plot(grid, share_beyond(right_N, radius_N, grid), color=BLUE, label=f"certified, n = {len(radius_N):,}")
     else:
         count = f"n = {len(attacked.radius_M):,}"
-        proved = _share(attacked.right_M, attacked.radius_M, grid)
-        unflipped = _share(attacked.right_M, attacked.distance_M, grid)
+        proved = share_beyond(attacked.right_M, attacked.radius_M, grid)
+        unflipped = share_beyond(attacked.right_M, attacked.distance_M, grid)
         axes.fill_between(
             grid, proved, unflipped, color=GREY, alpha=0.22, linewidth=0, label="neither proved nor flipped"
         )
@@ -81,7 +89,9 @@ def plot_certified_accuracy(
         axes.plot(grid, proved, color=BLUE, label=f"certified, {count}")
         if len(radius_N) != len(attacked.radius_M):
             label = f"certified, all n = {len(radius_N):,}"
-            axes.plot(grid, _share(right_N, radius_N, grid), color=BLUE, linestyle=":", linewidth=1.2, label=label)
+            axes.plot(
+                grid, share_beyond(right_N, radius_N, grid), color=BLUE, linestyle=":", linewidth=1.2, label=label
+            )
     for epsilon in epsilons:
         axes.axvline(epsilon, color=GREY, linewidth=0.6, alpha=0.6)
         axes.annotate(f"{epsilon:.3g}", (epsilon, 1), xytext=(2, 1), textcoords="offset points", fontsize=7, color=GREY)
@@ -92,7 +102,13 @@ def plot_certified_accuracy(
 
 
 def plot_radii(right_N: Bool[np.ndarray, " N"], radius_N: Float64[np.ndarray, " N"], path: Path) -> None:
-    """How the certified radii are distributed, right and wrong answers apart."""
+    """Draw the histogram of the certified radii, right and wrong answers apart.
+
+    Args:
+        right_N: whether the predicted class is right.
+        radius_N: certified radii.
+        path: of the PNG file.
+    """
     bins = np.linspace(0.0, max(float(radius_N.max()), 1e-3), 41)
     figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
     wrong = f"wrong answers, n = {int((~right_N).sum()):,}"
@@ -114,7 +130,7 @@ def plot_radii(right_N: Bool[np.ndarray, " N"], radius_N: Float64[np.ndarray, " 
 
 
 def plot_tightness(attacked: Attacked, path: Path) -> None:
-    """Radius against the nearest attack, one point an image; and the distribution of their quotient."""
+    """Draw the radius over the distance of the nearest attack, one point for each image, and their quotients."""
     found_M = np.isfinite(attacked.distance_M)
     radius_M, distance_M = attacked.radius_M[found_M], attacked.distance_M[found_M]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
@@ -147,7 +163,7 @@ def plot_tightness(attacked: Attacked, path: Path) -> None:
 
 
 def plot_counterfactuals(panels: Sequence[Panel], path: Path) -> None:
-    """Image, signed difference and counterfactual. Of RGB it is drawn around mid-grey, channel by channel."""
+    """Draw image, signed difference and counterfactual; an RGB difference is drawn around mid-grey."""
     difference = [panel.other_CHW - panel.image_CHW for panel in panels]
     largest = max([float(np.abs(part).max()) for part in difference] + [1 / 255])
     figure, axes = _gallery(3, len(panels))
@@ -168,13 +184,13 @@ def plot_counterfactuals(panels: Sequence[Panel], path: Path) -> None:
         bar.ax.tick_params(labelsize=7)
         note = ""
     else:
-        note = f"\nDifference: mid-grey is none, black and white are {largest:.2g} of a channel in [0, 1]"
+        note = f"\nDifference: mid-grey is zero, black and white are {largest:.2g} of a channel in [0, 1]"
     figure.suptitle(f"Image, difference, counterfactual. Radius and distance: {UNIT}{note}", fontsize=9)
     _save(figure, path)
 
 
 def plot_saliency(panels: Sequence[Panel], path: Path) -> None:
-    """The image, and what its margin over the runner-up rests on: signed for grey, the norm over channels for RGB."""
+    """Draw each image and the gradient of its margin: signed for grey, its norm over the channels for RGB."""
     figure, axes = _gallery(2, len(panels))
     shown: Any = None
     for column, panel in enumerate(panels):
@@ -194,8 +210,14 @@ def plot_saliency(panels: Sequence[Panel], path: Path) -> None:
     _save(figure, path)
 
 
-def _share(right_N: np.ndarray, beyond_N: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Percentage of images that are right with `beyond > epsilon`, for each epsilon of the grid."""
+def share_beyond(right_N: np.ndarray, beyond_N: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Return the percentage of images that are right with `beyond > epsilon`, for each epsilon of the grid.
+
+    Args:
+        right_N: whether the predicted class is right.
+        beyond_N: radii or distances, L2.
+        grid: of epsilons, L2.
+    """
     return 100 * (right_N & (beyond_N > grid[:, None])).mean(axis=1)
 
 
@@ -209,7 +231,7 @@ def _gallery(rows: int, columns: int) -> tuple[Any, np.ndarray]:
 
 
 def _show(axes: Any, image_CHW: np.ndarray) -> None:
-    """Grey or RGB as it is; of other numbers of channels the mean."""
+    """Show a grey or RGB image; of other numbers of channels the mean."""
     if len(image_CHW) == 3:
         axes.imshow(np.clip(np.moveaxis(image_CHW, 0, -1), 0, 1))
     else:

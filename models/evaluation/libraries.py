@@ -1,4 +1,7 @@
-"""TODO: models/evaluation/libraries.py."""
+"""The served model as foolbox and ART see it, and the searches of these libraries.
+
+Axes: N images, C channels, H height, W width, K classes, M images of one group.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,21 @@ from torch import Tensor
 from service.inference.classifier import Classifier
 
 SIMILAR = 1.25
-"""Largest quotient of radii that ART attacks together."""
+"""Largest quotient of radii in one batch of ART."""
 
 BATCH = 100
-"""Images in one part: what a run that is interrupted can lose."""
+"""Images in one part, the unit of progress: an interrupted run loses at most one part."""
 
 
 class ServedModel(torch.nn.Module):
-    """The served classifier as a torch module: image N x C x H x W -> logits N x K, in the precision of the image."""
+    """The served classifier as a torch module: images -> logits, in the precision of the images."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self._classifier = classifier
 
     def forward(self, image_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        """Logits by `model.onnx`; their adjoint by `transport.onnx`."""
+        """Return the logits by `model.onnx`; `transport.onnx` is their adjoint."""
         return _Served.apply(image_NCHW, self._classifier)  # type: ignore[return-value]
 
 
@@ -50,14 +53,24 @@ class _Served(torch.autograd.Function):
         return torch.from_numpy(gradient_NCHW).to(image_NCHW.dtype), None
 
 
-Found = Float64[np.ndarray, "N C H W"]
-Search = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Found]
+Adversarials = Float64[np.ndarray, "N C H W"]
+"""One image for each attacked image; its class may be the same."""
+Search = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Adversarials]
 """(images, classes, radii of balls, whether these are certified) -> an image in or near each ball."""
 
 
-def run_foolbox(
+def foolbox_adversarials(
     attack: Any, classifier: Classifier, image_NCHW: np.ndarray, class_id_N: np.ndarray, **options: Any
-) -> Found:
+) -> Adversarials:
+    """Return the images that an attack of foolbox finds for the served model.
+
+    Args:
+        attack: a foolbox attack.
+        classifier: as it is served.
+        image_NCHW: pixels in [0, 1].
+        class_id_N: the predicted classes, which the attack has to leave.
+        options: of `attack.run`.
+    """
     from foolbox.criteria import Misclassification
     from foolbox.models.pytorch import PyTorchModel
 
@@ -69,8 +82,14 @@ def run_foolbox(
     ).numpy()
 
 
-def ball_search(classifier: Classifier, name: str, parameters: Mapping[str, Any]) -> Search:
-    """FGSM (the gradient step that ends on the sphere) and projected gradient descent of foolbox."""
+def gradient_search(classifier: Classifier, name: str, parameters: Mapping[str, Any]) -> Search:
+    """Return the search of a ball by FGSM (one step to the sphere) or projected gradient descent of foolbox.
+
+    Args:
+        classifier: as it is served.
+        name: `FGSM` or `PGD`.
+        parameters: of the attack, as foolbox calls them.
+    """
     from eagerpy.astensor import astensor
     from eagerpy.framework import onehot_like
     from foolbox.attacks.fast_gradient_method import L2FastGradientAttack
@@ -78,12 +97,12 @@ def ball_search(classifier: Classifier, name: str, parameters: Mapping[str, Any]
     from foolbox.attacks.projected_gradient_descent import L2ProjectedGradientDescentAttack
 
     class OwnBalls(L2BaseGradientDescent):
-        """A radius of its own for each image of the batch; foolbox's one radius for all is not read."""
+        """One radius for each image of the batch, in place of foolbox's single radius."""
 
         radius_N: Tensor
 
         def get_loss_fn(self, model: Any, labels: Any) -> Any:
-            """The largest other logit less the own one."""
+            """Return the negative margin: the largest other logit minus that of the predicted class."""
 
             def loss_fn(inputs: Any) -> Any:
                 logits = model(inputs)
@@ -94,17 +113,17 @@ def ball_search(classifier: Classifier, name: str, parameters: Mapping[str, Any]
             return loss_fn
 
         def get_random_start(self, x0: Any, epsilon: float) -> Any:
-            """Uniform in each ball."""
+            """Return images uniform in each ball."""
             del epsilon
             return super().get_random_start(x0, self._radius_N111())
 
         def get_optimizer(self, x: Any, stepsize: float) -> Any:
-            """Steps of `rel_stepsize` times the radius."""
+            """Return an optimiser with steps of `rel_stepsize` times the radius."""
             del stepsize
             return GDOptimizer(x, self.rel_stepsize * self._radius_N111())
 
         def project(self, x: Any, x0: Any, epsilon: float) -> Any:
-            """Onto each ball."""
+            """Return the projection of the images onto their balls."""
             del epsilon
             return x0 + clip_lp_norms(x - x0, norm=astensor(self.radius_N), p=2)  # type: ignore[arg-type]
 
@@ -119,20 +138,21 @@ def ball_search(classifier: Classifier, name: str, parameters: Mapping[str, Any]
 
     attack = (Descent if name == "PGD" else Step)(**{key: parameters[key] for key in parameters if key != "loss"})
 
-    def search(image_NCHW: np.ndarray, class_id_N: np.ndarray, ball_N: np.ndarray, certified: bool) -> Found:
+    def search(image_NCHW: np.ndarray, class_id_N: np.ndarray, ball_N: np.ndarray, certified: bool) -> Adversarials:
         del certified
         attack.radius_N = torch.from_numpy(ball_N)
-        return run_foolbox(attack, classifier, image_NCHW, class_id_N, epsilon=1.0)
+        return foolbox_adversarials(attack, classifier, image_NCHW, class_id_N, epsilon=1.0)
 
     return search
 
 
 def autoattack_search(classifier: Classifier, parameters: Mapping[str, Any]) -> Search:
-    """AutoAttack (Croce and Hein 2020) by ART: APGD on cross-entropy and on the logit ratio, Square.
+    """Return the search of a ball by AutoAttack (Croce and Hein 2020) of ART: APGD and Square.
 
-    ART's list also has DeepFool in the place of FAB; here foolbox's runs by itself. The logit ratio needs three
-    classes. ART computes in float32 and takes one epsilon for a batch: balls that are within `SIMILAR` of each other
-    are searched together, at the largest of their radii, or at the smallest where nothing may be found.
+    APGD runs on the cross-entropy and, for three classes or more, on the logit ratio. ART's list also has DeepFool in
+    place of FAB; here foolbox's DeepFool runs by itself. ART computes in float32 and takes one epsilon for a batch:
+    balls whose radii differ by at most the factor `SIMILAR` are searched together, with the largest of their radii, or
+    with the smallest where they are certified.
     """
     from art.attacks.attack import EvasionAttack
     from art.attacks.evasion import AutoAttack, AutoProjectedGradientDescent, SquareAttack
@@ -184,9 +204,9 @@ def autoattack_search(classifier: Classifier, parameters: Mapping[str, Any]) -> 
             attacks.append(square)
         return AutoAttack(estimator, norm=2, eps=epsilon, eps_step=2 * epsilon, attacks=attacks, batch_size=BATCH)
 
-    def search(image_NCHW: np.ndarray, class_id_N: np.ndarray, ball_N: np.ndarray, certified: bool) -> Found:
+    def search(image_NCHW: np.ndarray, class_id_N: np.ndarray, ball_N: np.ndarray, certified: bool) -> Adversarials:
         found_NCHW = image_NCHW.copy()
-        for group_M in _of_similar_size(ball_N):
+        for group_M in groups_of_similar_size(ball_N):
             epsilon = float(ball_N[group_M].min() if certified else ball_N[group_M].max())
             # Its Square attack divides by the norm of a perturbation that may be 0.
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -196,8 +216,8 @@ def autoattack_search(classifier: Classifier, parameters: Mapping[str, Any]) -> 
     return search
 
 
-def _of_similar_size(size_N: np.ndarray) -> Iterator[np.ndarray]:
-    """Split the indices into groups whose sizes differ by at most the factor `SIMILAR`."""
+def groups_of_similar_size(size_N: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield groups of indices whose sizes differ by at most the factor `SIMILAR`."""
     order_N = np.argsort(size_N, kind="stable")
     start = 0
     for end in range(1, len(order_N) + 1):
@@ -207,8 +227,8 @@ def _of_similar_size(size_N: np.ndarray) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def quiet() -> Generator[None]:
-    """Both libraries report every step as information."""
+def silenced_libraries() -> Generator[None]:
+    """Suppress log messages up to INFO: both libraries log every step."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

@@ -1,10 +1,9 @@
-"""What an artefact is worth, measured as it is served: the same classifier and counterfactual search, on the
-test set.
+"""Evaluation of an artefact as it is served: the classifier and the counterfactual search of the server, on a test set.
 
-Every number goes into `card.json` and into a report beside it (JSON, Markdown, PNG), with n, hardware and versions.
-Counterfactuals nearer than the certified radius must be 0 in number; an attack that succeeds inside it is an error, and
-no report is written. What is measured is kept in parts (`models.evaluation.partial`) until the report is there, so that
-a run that is interrupted goes on where it stopped.
+All figures go into `card.json` and into a report beside it (JSON, Markdown, PNG), with n, hardware and versions. The
+number of counterfactuals nearer than the certified radius must be 0; an attack that succeeds inside the radius is an
+error, and no report is written. Finished parts are stored (`models.evaluation.partial`) until the report is complete:
+an interrupted run continues where it stopped.
 
 Axes: N images, C channels, H height, W width.
 """
@@ -29,7 +28,7 @@ from models.data.labelled import DataError
 from models.evaluation import attacks as attacking
 from models.evaluation.attacks import AttackResult, AttacksMissingError, CertificateRefutedError
 from models.evaluation.partial import Arrays, PartialResults, digest_of
-from models.evaluation.report import as_markdown, draw
+from models.evaluation.report import draw_figures, markdown_report
 from models.evaluation.summary import Measured, summarise, summarise_attacks
 from models.export import code_version, environment
 from service.artefact.card import Card, CertifiedAccuracy, read_card, write_card
@@ -44,18 +43,18 @@ BATCH = 250
 CURVE = tuple(round(0.1 * step, 1) for step in range(1, 21))
 """Radii of the certified-accuracy curve, L2, pixels in [0, 1]."""
 N_ATTACK = 1000
-"""Images that are attacked if nobody says otherwise, or all where there are fewer."""
+"""Default number of attacked images, or all where there are fewer."""
 REPORT_FOLDER = "report"
 PARTIAL_FOLDER = ".partial"
 EVIDENCE_FILE = "refuted.npz"
 
 
 class EvaluationError(Exception):
-    """The artefact cannot be evaluated on this data; the message says what to do."""
+    """The artefact cannot be evaluated on this data; the message states the cure."""
 
 
 class EvaluationInterrupted(Exception):
-    """Ctrl-C; the message says how to go on."""
+    """The evaluation was interrupted by Ctrl-C; the message says how to continue."""
 
 
 def evaluate(
@@ -69,25 +68,25 @@ def evaluate(
     threads: int = 1,
     out: Path | None = None,
 ) -> str:
-    """Measure the artefact, write report and card.
+    """Measure the artefact, write report and card, and return the report.
 
     Args:
-        artefact: folder of the artefact; its card says which data set it is about.
+        artefact: folder of the artefact; its card names the data set.
         data: folder of the data set.
-        attacks: whether to run `models.evaluation.attacks`; without, the card keeps the results it has.
-        n_attack: attack so many images, evenly spaced in the test set; `N_ATTACK` or all by default.
-        limit: use only so many images, evenly spaced; the card is then left alone.
+        attacks: run `models.evaluation.attacks`; otherwise earlier results stay in the card.
+        n_attack: number of attacked images, evenly spaced in the test set; default: `N_ATTACK`, or all of fewer.
+        limit: number of images to use, evenly spaced; the card is then not changed. Default: all.
         provider: execution provider, as in the server.
         threads: threads of ONNX Runtime.
-        out: folder of the report; `report` in the artefact by default. Partial results are kept in it, too.
+        out: folder of the report and of partial results; default: `report` in the artefact.
 
     Returns:
         The report as Markdown.
 
     Raises:
-        EvaluationError: the card fits no data set or another one, there are fewer images than asked for, the provider
-            or a library cannot be had, the report cannot be written, or an attack refutes a certificate.
-        EvaluationInterrupted: by Ctrl-C; the next call goes on.
+        EvaluationError: the card fits no data set or another one, there are fewer images than requested, the provider
+            or a library is not available, the report cannot be written, or an attack refutes a certificate.
+        EvaluationInterrupted: by Ctrl-C; the next call continues.
         ArtefactError, DataError: see their modules.
     """
     started = time.monotonic()
@@ -101,21 +100,23 @@ def evaluate(
     except ProviderError as error:
         raise EvaluationError(str(error)) from error
     image_NCHW, label_N = _test_images(classifier, data)
-    kept_N = _spread(len(image_NCHW) if limit is None else limit, len(image_NCHW), "--limit")
-    image_NCHW, label_N = image_NCHW[kept_N], label_N[kept_N]
-    attacked_M = _spread(
+    chosen_N = evenly_spaced(len(image_NCHW) if limit is None else limit, len(image_NCHW), "--limit")
+    image_NCHW, label_N = image_NCHW[chosen_N], label_N[chosen_N]
+    attacked_M = evenly_spaced(
         min(N_ATTACK, len(image_NCHW)) if n_attack is None else n_attack, len(image_NCHW), "--n-attack"
     )
     folder = out if out is not None else artefact / REPORT_FOLDER
-    keep = PartialResults(folder / PARTIAL_FOLDER)
-    if keep.count():
-        log.info("%d partial results in %s; those of this artefact, data and code are used", keep.count(), keep.folder)
-    with _kept(keep, folder):
+    cache = PartialResults(folder / PARTIAL_FOLDER)
+    if cache.count():
+        log.info(
+            "%d partial results in %s; those of this artefact, data and code are used", cache.count(), cache.folder
+        )
+    with _resumable(cache, folder):
         settings = {"provider": classifier.provider, "code": _code_digest(), "environment": _versions()}
-        measured = _measure(classifier, image_NCHW, label_N, keep, settings)
+        measured = _measure(classifier, image_NCHW, label_N, cache, settings)
         attacked: list[AttackResult] = []
         if attacks:
-            attacked = attacking.run_attacks(classifier, image_NCHW[attacked_M], keep=keep, settings=settings)
+            attacked = attacking.run_attacks(classifier, image_NCHW[attacked_M], cache=cache, settings=settings)
             attacked.append(attacking.union(attacked))
         wanted = _recipe_epsilons(classifier.card)
         epsilons = sorted({*wanted, *CURVE})
@@ -129,26 +130,26 @@ def evaluate(
         }
         entries = [result.as_card_entry() for result in attacked]
         folder.mkdir(parents=True, exist_ok=True)
-        draw(classifier, measured, attacked_M, attacked, wanted, folder)
+        draw_figures(classifier, measured, attacked_M, attacked, wanted, folder)
         (folder / "evaluation.json").write_text(json.dumps({**results, "attacks": entries}, indent=2) + "\n")
         data_name = str(classifier.card.data.get("name", "The"))
-        text = as_markdown(classifier.name, data_name, results, attacked, wanted)
+        text = markdown_report(classifier.name, data_name, results, attacked, wanted)
         (folder / "evaluation.md").write_text(text)
         if limit is None:
             _update_card(artefact, results, entries, classifier.digest)
-    keep.discard()
+    cache.discard()
     return text
 
 
 @contextmanager
-def _kept(keep: PartialResults, folder: Path) -> Generator[None]:
-    """Turn what can end a measurement into errors that say how to go on."""
+def _resumable(cache: PartialResults, folder: Path) -> Generator[None]:
+    """Convert interruption, refutation and write errors to errors that say how to continue."""
     try:
         yield
     except KeyboardInterrupt as error:
         raise EvaluationInterrupted(
-            f"interrupted: {keep.count()} parts are kept in {keep.folder}. Run the same command again to go on from "
-            "there; delete that folder to start afresh"
+            f"interrupted: {cache.count()} parts are stored in {cache.folder}. Run the same command again to continue "
+            "there; delete that folder to start again"
         ) from error
     except CertificateRefutedError as error:
         evidence = folder / EVIDENCE_FILE
@@ -160,7 +161,7 @@ def _kept(keep: PartialResults, folder: Path) -> Generator[None]:
     except OSError as error:
         raise EvaluationError(
             f"{error.filename or folder} cannot be written ({error.strerror or error}): free some space or correct the "
-            "permissions, or name another folder with --out; run the same command again to go on"
+            "permissions, or name another folder with --out; run the same command again to continue"
         ) from error
 
 
@@ -168,7 +169,7 @@ def _measure(
     classifier: Classifier,
     image_NCHW: np.ndarray,
     label_N: np.ndarray,
-    keep: PartialResults,
+    cache: PartialResults,
     settings: Mapping[str, Any],
 ) -> Measured:
     predictions: list[Prediction] = []
@@ -177,28 +178,29 @@ def _measure(
     with tqdm(total=len(image_NCHW), desc="counterfactuals", unit="image") as bar:
         for start in range(0, len(image_NCHW), BATCH):
             part_NCHW = image_NCHW[start : start + BATCH]
-            what = {
+            key = {
                 **settings,
                 "model": classifier.digest,
                 "transport": classifier.card.graphs.get("transport.onnx"),
                 "images": digest_of(part_NCHW),
                 "measured": "counterfactuals",
             }
-            kept = keep.part(what, lambda part_NCHW=part_NCHW: _measure_part(classifier, part_NCHW))
-            # Predictions are made anew: they take no time, and what is kept need not say what they are.
+            stored = cache.part(key, lambda part_NCHW=part_NCHW: search_counterfactuals(classifier, part_NCHW))
+            # Predictions take no time, so they are repeated rather than stored.
             predictions.extend(classifier.predict(part_NCHW))
             counterfactuals.extend(
                 Counterfactual(pixels_CHW, int(class_id), float(distance), bool(reached), int(steps))
                 for pixels_CHW, class_id, distance, reached, steps in zip(
-                    kept["pixels"], kept["class_id"], kept["distance"], kept["reached"], kept["steps"], strict=True
+                    *(stored[name] for name in ("pixels", "class_id", "distance", "reached", "steps")), strict=True
                 )
             )
-            posted_back.append(kept["posted_back"])
+            posted_back.append(stored["posted_back"])
             bar.update(len(part_NCHW))
     return Measured(image_NCHW, label_N, predictions, counterfactuals, np.concatenate(posted_back))
 
 
-def _measure_part(classifier: Classifier, image_NCHW: np.ndarray) -> Arrays:
+def search_counterfactuals(classifier: Classifier, image_NCHW: np.ndarray) -> Arrays:
+    """Return the counterfactuals of a part of the test set, and the class of each when it is sent as an image."""
     answers = classifier.counterfactual(image_NCHW, classifier.predict(image_NCHW), [None] * len(image_NCHW))
     return {
         "pixels": np.array([answer.pixels_CHW for answer in answers]),
@@ -213,18 +215,30 @@ def _measure_part(classifier: Classifier, image_NCHW: np.ndarray) -> Arrays:
     }
 
 
-def _spread(wanted: int, available: int, option: str) -> np.ndarray:
-    """Indices of so many images, evenly spaced: a test set may be sorted by class."""
+def evenly_spaced(wanted: int, available: int, option: str) -> np.ndarray:
+    """Return `wanted` indices below `available`, evenly spaced: a test set may be sorted by class.
+
+    Args:
+        wanted: number of images.
+        available: number of images in the test set.
+        option: that asks for them, for the message.
+
+    Raises:
+        EvaluationError: `wanted` is above `available`.
+    """
     if wanted > available:
         raise EvaluationError(f"{option} {wanted} asks for more than the {available} images there are: give fewer")
     return np.arange(wanted) * available // wanted
 
 
+def sources() -> list[Path]:
+    """Return the source files that determine the results: partial results of other code are not used."""
+    root = Path(__file__).parents[2]
+    return sorted([*(root / "service").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
+
+
 def _code_digest() -> str:
-    """Of the sources that decide what is measured: partial results of other code are not used."""
-    root = Path(__file__).parent.parent
-    files = sorted([*(root / "service").rglob("*.py"), Path(__file__), Path(attacking.__file__)])
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in sources())).hexdigest()
 
 
 def _versions() -> dict[str, Any]:
@@ -233,7 +247,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _test_images(classifier: Classifier, data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The test set that the card names, as the network takes it."""
+    """Return images and labels of the test set that the card names."""
     card = classifier.card
     try:
         options = options_of(card.data, list(classifier.labels))
@@ -283,7 +297,7 @@ def _update_card(folder: Path, results: dict[str, Any], attacks: list[dict[str, 
     if attacks:
         changes["attacks"] = attacks
     else:
-        # What an earlier call found out by attacks, about the same graph (the digest of a card cannot change).
+        # Results of earlier attacks on the same graph: the digest in a card cannot change.
         earlier = card.evaluation or {}
         changes["evaluation"] = {
             **{key: earlier[key] for key in ("robust_accuracy", "tightness") if key in earlier},

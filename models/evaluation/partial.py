@@ -1,7 +1,7 @@
-"""What a long measurement has so far: parts on disk, each under the settings that made it.
+"""Cache of a long measurement: finished parts on disk, each under the settings that made it.
 
-A part is found again only under the very same settings (digests of the graphs and of the images among them), so that
-a stale one is never read: it is measured again. Each file appears whole or not at all, also after a crash.
+A part is found again only under identical settings (digests of the graphs and of the images among them): a stale part
+is never read, but measured again. Each file appears whole or not at all, also after a crash.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ class PartialResults:
     folder: Path
 
     def part(self, settings: Mapping[str, Any], measure: Callable[[], Arrays]) -> Arrays:
-        """The arrays that were kept under `settings`, else those that `measure` gives, which are then kept.
+        """Return the arrays that are stored under `settings`; where there are no such arrays, measure and store them.
 
         Args:
-            settings: everything the arrays depend on; JSON values.
-            measure: gives arrays of numbers (no objects) by name.
+            settings: everything that the arrays depend on; JSON values.
+            measure: returns arrays of numbers (no objects) by name.
 
         Raises:
             OSError: the part cannot be written (a full disk, no permission).
         """
         path = self._path(settings)
-        kept = _read(path)
-        if kept is None:
-            kept = measure()
-            self._write(path, kept)
-        return kept
+        stored = _read(path)
+        if stored is None:
+            stored = measure()
+            self._write(path, stored)
+        return stored
 
     def count(self) -> int:
-        """Number of parts that are kept."""
+        """Return the number of stored parts."""
         return len(list(self.folder.glob("*.npz")))
 
     def discard(self) -> None:
-        """Forget all parts: the measurement is complete."""
+        """Delete all parts: the measurement is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, settings: Mapping[str, Any]) -> Path:
@@ -66,7 +66,7 @@ class PartialResults:
 
 
 def digest_of(*arrays: np.ndarray) -> str:
-    """`sha256:<hex>` of shapes, types and contents."""
+    """Return `sha256:<hex>` of shapes, types and contents."""
     state = hashlib.sha256()
     for array in arrays:
         state.update(f"{array.dtype.str}{array.shape}".encode())
@@ -76,9 +76,9 @@ def digest_of(*arrays: np.ndarray) -> str:
 
 def _read(path: Path) -> Arrays | None:
     try:
-        # Opened here, for np.load leaves the file open where its content is damaged.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            return {name: kept[name] for name in kept.files}
+        # Opened here: np.load does not close a file whose content is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:

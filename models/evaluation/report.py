@@ -1,4 +1,7 @@
-"""TODO: models/evaluation/report.py."""
+"""The report of an evaluation: Markdown tables, and the figures beside them.
+
+Axes: G images of a gallery, M attacked images, N images.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,33 @@ import numpy as np
 
 from models.evaluation import figures
 from models.evaluation.attacks import AttackResult
-from models.evaluation.summary import Measured, attacked_summary
+from models.evaluation.summary import Measured, attacked_images
 from service.inference.classifier import Classifier
 
 GALLERY_IMAGES = 10
 
 
-def as_markdown(
+def markdown_report(
     name: str,
     data_name: str,
     results: dict[str, Any],
     attacks: Sequence[AttackResult],
     epsilons: Sequence[float],
 ) -> str:
-    """The report: tables, and links to the figures."""
+    """Return the report: tables, and links to the figures.
+
+    Args:
+        name: of the artefact.
+        data_name: of the data set.
+        results: of `summarise` and `summarise_attacks`, with environment, provider, digest and code version.
+        attacks: results of the attacks, their union last; empty without attacks.
+        epsilons: L2 radii of the tables, pixels in [0, 1].
+    """
     found, made = results["counterfactuals"], results["environment"]
-    value = {entry["epsilon"]: entry["value"] for entry in results["certified_accuracy"]}
+    certified = {entry["epsilon"]: entry["value"] for entry in results["certified_accuracy"]}
     rows = [
         ("clean accuracy", f"{results['accuracy']:.2%}"),
-        *((f"certified accuracy at {epsilon:g}", f"{value[epsilon]:.2%}") for epsilon in epsilons),
+        *((f"certified accuracy at {epsilon:g}", f"{certified[epsilon]:.2%}") for epsilon in epsilons),
         ("median radius", f"{results['median_radius']:.4f}"),
         ("counterfactuals that reach another class", f"{found['reached']:.2%}"),
         ("counterfactuals nearer than the radius", str(found["nearer_than_radius"])),
@@ -46,7 +57,7 @@ def as_markdown(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {what} | {figure} |" for what, figure in rows),
+        *(f"| {quantity} | {value} |" for quantity, value in rows),
     ]
     pictures = [
         ("certified accuracy and robust accuracy", "certified_accuracy.png"),
@@ -56,15 +67,13 @@ def as_markdown(
         ("saliency", "saliency.png"),
     ]
     if attacks:
-        lines += _attacks_as_markdown(results, attacks, epsilons)
+        lines += _attack_tables(results, attacks, epsilons)
     for title, file in pictures:
         lines += ["", f"![{title}]({file})"]
     return "\n".join([*lines, ""])
 
 
-def _attacks_as_markdown(
-    results: dict[str, Any], attacks: Sequence[AttackResult], epsilons: Sequence[float]
-) -> list[str]:
+def _attack_tables(results: dict[str, Any], attacks: Sequence[AttackResult], epsilons: Sequence[float]) -> list[str]:
     n = len(attacks[-1].distance_N)
     tight = results["tightness"]
     shares = {entry["epsilon"]: entry for entry in results["robust_accuracy"]}
@@ -104,7 +113,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def draw(
+def draw_figures(
     classifier: Classifier,
     measured: Measured,
     attacked_M: np.ndarray,
@@ -112,9 +121,19 @@ def draw(
     epsilons: Sequence[float],
     folder: Path,
 ) -> None:
+    """Write the figures of the report, as PNG files, to a folder.
+
+    Args:
+        classifier: as it is served.
+        measured: answers about the test set.
+        attacked_M: indices of the attacked images.
+        attacks: results of the attacks, their union last; empty without attacks.
+        epsilons: L2 radii to be marked, pixels in [0, 1].
+        folder: of the report.
+    """
     radius_N = np.array([prediction.radius for prediction in measured.predictions])
     right_N = np.array([prediction.class_id for prediction in measured.predictions]) == measured.label_N
-    known = attacked_summary(measured, attacked_M, attacks[-1]) if attacks else None
+    known = attacked_images(measured, attacked_M, attacks[-1]) if attacks else None
     figures.plot_certified_accuracy(right_N, radius_N, known, epsilons, folder / "certified_accuracy.png")
     figures.plot_radii(right_N, radius_N, folder / "radii.png")
     if known is not None:
@@ -125,7 +144,7 @@ def draw(
 
 
 def _panels(classifier: Classifier, measured: Measured) -> list[figures.Panel]:
-    """For each class in turn a right answer."""
+    """Return one right answer for each class in turn."""
     chosen_G = _gallery_images(len(classifier.labels), measured)
     weights_GK = np.zeros((len(chosen_G), len(classifier.labels)))
     for row, n in enumerate(chosen_G):

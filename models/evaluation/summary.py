@@ -1,4 +1,7 @@
-"""TODO: models/evaluation/summary.py."""
+"""Figures of an evaluation, from the answers about a test set and the results of attacks.
+
+Axes: N images, M attacked images, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ class Measured:
     predictions: list[Prediction]
     counterfactuals: list[Counterfactual]
     posted_back_N: Int64[np.ndarray, " N"]
-    """Class of each counterfactual when it is sent as an image of its own."""
+    """Class of each counterfactual when it is sent as a single image."""
 
 
 def summarise(measured: Measured, epsilons: Sequence[float]) -> dict[str, Any]:
-    """The figures of a test set; shares are of all its images."""
+    """Return the figures of a test set; shares refer to all its images."""
     radius_N = np.array([prediction.radius for prediction in measured.predictions])
     class_N = np.array([prediction.class_id for prediction in measured.predictions])
     distance_N = np.array([answer.distance for answer in measured.counterfactuals])
@@ -61,12 +64,19 @@ def summarise(measured: Measured, epsilons: Sequence[float]) -> dict[str, Any]:
 def summarise_attacks(
     measured: Measured, attacked_M: np.ndarray, nearest: AttackResult, epsilons: Sequence[float]
 ) -> dict[str, Any]:
-    """Certificate and attack side by side, both on the attacked images.
+    """Return certificate and attacks side by side, both on the attacked images.
 
-    `robust_accuracy`: shares that are right and have no image of another class found within epsilon, above what any
-    proof can reach on these images. `tightness`: radius / nearest attack, over certified images that were flipped.
+    `robust_accuracy`: share of images that are right and for which no attack found another class within epsilon, an
+    upper bound of every certified accuracy on these images. `tightness`: radius / distance of the nearest attack, over
+    certified images that were flipped.
+
+    Args:
+        measured: answers about the whole test set.
+        attacked_M: indices of the attacked images.
+        nearest: union of all attacks.
+        epsilons: L2 radii, pixels in [0, 1].
     """
-    known = attacked_summary(measured, attacked_M, nearest)
+    known = attacked_images(measured, attacked_M, nearest)
     tight_M = (known.radius_M > 0) & np.isfinite(known.distance_M)
     quotient_M = known.radius_M[tight_M] / known.distance_M[tight_M]
     return {
@@ -87,9 +97,23 @@ def summarise_attacks(
     }
 
 
+def attacked_images(measured: Measured, attacked_M: np.ndarray, nearest: AttackResult) -> figures.Attacked:
+    """Return whether the attacked images are right, their radii and the distances of the nearest attack.
+
+    Args:
+        measured: answers about the whole test set.
+        attacked_M: indices of the attacked images.
+        nearest: union of all attacks.
+    """
+    class_M = np.array([measured.predictions[m].class_id for m in attacked_M])
+    return figures.Attacked(class_M == measured.label_N[attacked_M], nearest.radius_N, nearest.distance_N)
+
+
 def count_nearer_than_radius(measured: Measured) -> int:
-    """Count counterfactuals whose distance is below the radius, in exact arithmetic: squares of integers /
-    255^2."""
+    """Return the number of counterfactuals whose distance is below the radius.
+
+    The arithmetic is exact: squares of 8-bit differences over 255^2.
+    """
     count = 0
     for image_CHW, prediction, answer in zip(
         measured.image_NCHW, measured.predictions, measured.counterfactuals, strict=True
@@ -102,8 +126,3 @@ def count_nearer_than_radius(measured: Measured) -> int:
 
 def _quantiles(value_N: np.ndarray) -> dict[str, float]:
     return {f"{share:g}": float(np.quantile(value_N, share)) for share in QUANTILES} if len(value_N) else {}
-
-
-def attacked_summary(measured: Measured, attacked_M: np.ndarray, nearest: AttackResult) -> figures.Attacked:
-    class_M = np.array([measured.predictions[m].class_id for m in attacked_M])
-    return figures.Attacked(class_M == measured.label_N[attacked_M], nearest.radius_N, nearest.distance_N)

@@ -15,13 +15,14 @@ import pytest
 
 from benchmarks.soundness.boundary import QUICK, RETRACE, Sampled, Search, View, bisect, near_boundary, search
 from benchmarks.soundness.document import write_section
-from benchmarks.soundness.exact import inside, just_inside, ratio, squared_distance
+from benchmarks.soundness.exact import just_inside, ratio
 from benchmarks.soundness.graphs import Graphs, in_float32, residual, shipped, with_planted_biases
 from benchmarks.soundness.invariance import vary
 from benchmarks.soundness.known import Network, examine, exhaust, nudge_midpoints, random_network
 from benchmarks.soundness.wire import ask
 from service.certificate import certify
 from service.inference.classifier import Classifier
+from service.pixels.distances import is_inside, squared_distance
 
 ZOO = Path(__file__).resolve().parents[2] / "models" / "zoo"
 SHIPPED = sorted(folder.parent.name for folder in ZOO.glob("*/card.json"))
@@ -67,9 +68,9 @@ def test_squared_distance_is_exact() -> None:
 def test_inside_tells_neighbouring_floats_apart() -> None:
     image, other = np.zeros((1, 2, 2)), np.full((1, 2, 2), 0.25)
     assert squared_distance(image, other) == Fraction(1, 4)
-    assert not inside(image, other, 0.5)
-    assert inside(image, other, float(np.nextafter(0.5, 1.0)))
-    assert inside(image, np.nextafter(other, 0.0), 0.5)
+    assert not is_inside(image, other, 0.5)
+    assert is_inside(image, other, float(np.nextafter(0.5, 1.0)))
+    assert is_inside(image, np.nextafter(other, 0.0), 0.5)
     assert ratio(image, other, 0.25) == 2.0
 
 
@@ -77,7 +78,7 @@ def test_inside_tells_neighbouring_floats_apart() -> None:
 def test_pulled_points_are_inside_and_close_to_the_radius(radius: float) -> None:
     image, other = np.random.default_rng(1).uniform(0.3, 0.7, (2, 1, 4, 4))
     pulled = just_inside(image, other, min(radius, 0.5 * ratio(image, other, 1.0)))
-    assert inside(image, pulled, radius)
+    assert is_inside(image, pulled, radius)
     assert (pulled != image).any()
 
 

@@ -17,14 +17,13 @@ from models.evaluation import attacks, libraries  # noqa: E402
 from models.evaluation.attacks import (  # noqa: E402
     AttackResult,
     CertificateRefutedError,
-    exact_distance,
-    is_inside,
     run_attacks,
     union,
 )
 from models.evaluation.libraries import ServedModel  # noqa: E402
 from models.evaluation.partial import PartialResults  # noqa: E402
 from service.inference.classifier import Classifier  # noqa: E402
+from service.pixels.distances import distance  # noqa: E402
 
 FEWER_STEPS = {
     "PGD": {"steps": 10},
@@ -48,8 +47,8 @@ def plane() -> Classifier:
     return load(linear(np.stack([np.ones(16), -np.ones(16)]) / 4, np.array([-2.0, 2.0]), (1, 4, 4)))
 
 
-def target(classifier: Classifier, image: np.ndarray, radius: np.ndarray, class_id: int = 0) -> attacks._Target:
-    return attacks._Target(classifier, "test", image, np.full(len(image), class_id), radius)
+def target(classifier: Classifier, image: np.ndarray, radius: np.ndarray, class_id: int = 0) -> attacks.AttackedBatch:
+    return attacks.AttackedBatch(classifier, "test", image, np.full(len(image), class_id), radius)
 
 
 def test_served_model_has_the_gradient_of_the_graph() -> None:
@@ -125,7 +124,7 @@ def test_find_inside_the_radius_is_an_error_that_carries_both_images() -> None:
         target(plane(), image, np.array([0.7])).judge(found)
     assert np.array_equal(refuted.value.image_CHW, image[0])
     assert plane().classify(refuted.value.found_CHW[None])[1].class_id_N.tolist() == [1]
-    assert exact_distance(image[0], refuted.value.found_CHW) < 0.7
+    assert distance(image[0], refuted.value.found_CHW) < 0.7
 
 
 def test_find_outside_the_radius_is_tried_inside_it_too() -> None:
@@ -135,46 +134,31 @@ def test_find_outside_the_radius_is_tried_inside_it_too() -> None:
         target(plane(), image, np.array([0.5])).judge(found)
 
 
-def test_radius_is_compared_without_rounding() -> None:
-    """The distance is 5 / 8 exactly: not inside 5 / 8, and inside the next float."""
-    image, other = np.array([0.0, 0.0]), np.array([3 / 8, 4 / 8])
-    assert not is_inside(image, other, 0.625)
-    assert is_inside(image, other, float(np.nextafter(0.625, 1)))
-    # Squares that a float cannot tell from 1.
-    assert is_inside(np.zeros(1), np.array([np.nextafter(1.0, 0)]), 1.0)
-    assert not is_inside(np.zeros(2), np.array([1.0, 1e-30]), 1.0)
-
-
 @pytest.mark.parametrize("name", ["PGD", "FGSM"])
 def test_ball_search_uses_the_whole_ball_of_each_image_and_no_more(name: str) -> None:
     image, radius = np.full((2, 1, 4, 4), 0.6), np.array([0.1, 0.3])
-    found = libraries.ball_search(plane(), name, attacks.ATTACKS[name])(image, np.array([0, 0]), radius, True)
+    found = libraries.gradient_search(plane(), name, attacks.ATTACKS[name])(image, np.array([0, 0]), radius, True)
     for n in range(2):
-        assert 0.99 * radius[n] < exact_distance(image[n], found[n]) <= radius[n] * (1 + 1e-9)
+        assert 0.99 * radius[n] < distance(image[n], found[n]) <= radius[n] * (1 + 1e-9)
 
 
 def test_groups_of_similar_radii_are_a_partition() -> None:
     size = np.array([3.0, 1.0, 1.2, 9.0, 1.1, 3.1])
-    groups = [group.tolist() for group in libraries._of_similar_size(size)]
+    groups = [group.tolist() for group in libraries.groups_of_similar_size(size)]
     assert groups == [[1, 4, 2], [0, 5], [3]]
 
 
 def test_parts_that_are_kept_are_not_attacked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attacks, "ATTACKS", {"DeepFool": attacks.ATTACKS["DeepFool"]})
     monkeypatch.setattr(attacks, "BATCH", 3)
-    classifier, keep = load(random_groupsort(0)), PartialResults(tmp_path)
-    (first,) = run_attacks(classifier, images(6), keep=keep, progress=False)
-    assert keep.count() == 2
+    classifier, cache = load(random_groupsort(0)), PartialResults(tmp_path)
+    (first,) = run_attacks(classifier, images(6), cache=cache, progress=False)
+    assert cache.count() == 2
     with monkeypatch.context() as patch:
-        patch.setattr(attacks._Target, "attack", lambda *_: pytest.fail("the part was kept"))
-        (second,) = run_attacks(classifier, images(6), keep=keep, progress=False)
+        patch.setattr(attacks.AttackedBatch, "attack", lambda *_: pytest.fail("the part was kept"))
+        (second,) = run_attacks(classifier, images(6), cache=cache, progress=False)
         assert second.distance_N.tolist() == first.distance_N.tolist()
         with pytest.raises(pytest.fail.Exception):
-            run_attacks(load(random_groupsort(1)), images(6), keep=keep, progress=False)
+            run_attacks(load(random_groupsort(1)), images(6), cache=cache, progress=False)
         with pytest.raises(pytest.fail.Exception):
-            run_attacks(classifier, images(6), keep=keep, progress=False, seed=1)
-
-
-def test_distance_is_exact_for_numbers_that_cancel() -> None:
-    image = np.array([1e8, 1.0, 1e-8])
-    assert exact_distance(np.add(image, [3.0, 4.0, 0.0]), image) == pytest.approx(5.0, rel=1e-15)
+            run_attacks(classifier, images(6), cache=cache, progress=False, seed=1)

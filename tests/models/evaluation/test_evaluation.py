@@ -54,7 +54,7 @@ def artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return DataSet(digits(1), digits(12), options.classes, {"name": "MNIST"})
 
     monkeypatch.setattr(evaluation, "load_dataset", load)
-    monkeypatch.setattr(attacks, "ATTACKS", {"DeepFool": {"steps": 5}, "PGD": attacks._PGD | {"steps": 3}})
+    monkeypatch.setattr(attacks, "ATTACKS", {"DeepFool": {"steps": 5}, "PGD": attacks.ATTACKS["PGD"] | {"steps": 3}})
     write_digit_classifier(tmp_path / "small", random_groupsort(0))
     return tmp_path / "small"
 
@@ -102,24 +102,24 @@ def test_evaluation_without_attacks_keeps_those_of_the_card(artefact: Path) -> N
 
 
 def test_interrupted_evaluation_goes_on_where_it_stopped(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack, ran = attacks._Target.attack, list[str]()
+    attack, ran = attacks.AttackedBatch.attack, list[str]()
 
-    def interrupted(target: attacks._Target, parameters: object, seed: int) -> object:
+    def interrupted(target: attacks.AttackedBatch, parameters: object, seed: int) -> object:
         if target.attack_name == "PGD":
             raise KeyboardInterrupt
         return attack(target, parameters, seed)  # type: ignore[arg-type]
 
-    def counted(target: attacks._Target, parameters: object, seed: int) -> object:
+    def counted(target: attacks.AttackedBatch, parameters: object, seed: int) -> object:
         ran.append(target.attack_name)
         return attack(target, parameters, seed)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attacks._Target, "attack", interrupted)
+    monkeypatch.setattr(attacks.AttackedBatch, "attack", interrupted)
     before = read_card(artefact)
-    with pytest.raises(EvaluationInterrupted, match=r"2 parts are kept in .*same command again"):
+    with pytest.raises(EvaluationInterrupted, match=r"2 parts are stored in .*same command again"):
         evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
     assert read_card(artefact) == before
-    monkeypatch.setattr(attacks._Target, "attack", counted)
-    monkeypatch.setattr(evaluation, "_measure_part", lambda *_: pytest.fail("the counterfactuals were kept"))
+    monkeypatch.setattr(attacks.AttackedBatch, "attack", counted)
+    monkeypatch.setattr(evaluation, "search_counterfactuals", lambda *_: pytest.fail("the counterfactuals were kept"))
     evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
     assert ran == ["PGD"]
 
@@ -147,8 +147,8 @@ def test_partial_results_of_another_artefact_are_measured_again(
         patch.setattr(attacks, "run_attacks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(EvaluationInterrupted):
             evaluate(artefact, Path("unused"), provider="cpu")
-    measured, measure = list[int](), evaluation._measure_part
-    monkeypatch.setattr(evaluation, "_measure_part", lambda *a: measured.append(1) or measure(*a))
+    measured, measure = list[int](), evaluation.search_counterfactuals
+    monkeypatch.setattr(evaluation, "search_counterfactuals", lambda *a: measured.append(1) or measure(*a))
     write_digit_classifier(artefact, random_groupsort(1))
     evaluate(artefact, Path("unused"), attacks=False, provider="cpu")
     assert measured == [1]
@@ -176,8 +176,8 @@ def test_more_images_than_there_are_is_an_error(artefact: Path, option: str, val
 
 
 def test_attacked_images_are_spread_over_a_set_that_is_sorted_by_class() -> None:
-    assert evaluation._spread(4, 12, "--n-attack").tolist() == [0, 3, 6, 9]
-    assert evaluation._spread(12, 12, "--n-attack").tolist() == list(range(12))
+    assert evaluation.evenly_spaced(4, 12, "--n-attack").tolist() == [0, 3, 6, 9]
+    assert evaluation.evenly_spaced(12, 12, "--n-attack").tolist() == list(range(12))
 
 
 def test_missing_library_is_an_error_that_says_how_to_install_it(
@@ -197,7 +197,7 @@ def test_folder_that_cannot_be_written_is_an_error_of_the_evaluation(artefact: P
 
 
 def test_command_ends_with_130_when_it_is_interrupted(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "_measure_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(evaluation, "search_counterfactuals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     result = run_command(main, ["evaluate", str(artefact), "--provider", "cpu"])
     assert result.exit_code == 130
     assert "same command again" in result.output
@@ -288,3 +288,12 @@ def test_wrong_answer_is_robust_at_no_epsilon() -> None:
     nearest = AttackResult("union", "", {}, np.full(6, np.inf), radius)
     (entry,) = summarise_attacks(wrong, np.arange(6), nearest, [0.0])["robust_accuracy"]
     assert entry == {"epsilon": 0.0, "certified": 0.0, "under_attack": 0.0, "n": 6}
+
+
+def test_partial_results_depend_on_the_sources_of_the_service_and_of_the_evaluation() -> None:
+    names = {"/".join(path.parts[-3:]) for path in evaluation.sources()}
+    assert {
+        "service/certificate/radius.py",
+        "service/inference/classifier.py",
+        "models/evaluation/libraries.py",
+    } <= names

@@ -24,8 +24,8 @@ def panel(shape: tuple[int, int, int]) -> Panel:
 
 def test_shares_count_right_images_beyond_epsilon() -> None:
     right, radius = np.array([True, True, False, True]), np.array([0.0, 1.0, 5.0, 2.0])
-    assert figures._share(right, radius, np.array([0.0, 1.0, 3.0])).tolist() == [50.0, 25.0, 0.0]
-    assert figures._share(right, np.full(4, np.inf), np.array([9.0])).tolist() == [75.0]
+    assert figures.share_beyond(right, radius, np.array([0.0, 1.0, 3.0])).tolist() == [50.0, 25.0, 0.0]
+    assert figures.share_beyond(right, np.full(4, np.inf), np.array([9.0])).tolist() == [75.0]
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 4, 5), (2, 4, 4)])
