@@ -9,7 +9,7 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --no-input
 LOCKED := $(PIP) install --require-hashes --only-binary :all:
 
-# cpu or gpu: which of the two onnxruntime wheels. `make serve ACCELERATOR=cpu` overrules what the driver says.
+# cpu or gpu: the onnxruntime wheel. `make serve ACCELERATOR=cpu` overrules the driver.
 ifndef ACCELERATOR
 ACCELERATOR := $(or $(shell $(PYTHON) requirements/accelerator.py 2>/dev/null),cpu)
 endif
@@ -23,12 +23,12 @@ UV    := uv==0.13.9
 # In `make check`; `make test` runs each test once.
 CHECKS := check-lint check-types check-contracts check-documents
 DOCUMENT_TESTS := tests/project/test_documents.py tests/project/test_licences.py tests/project/test_readme.py
-# The libraries whose models are compared with ours: never in .venv.
+# Libraries whose models are certified for comparison: never in .venv.
 OTHERS := .venv-libraries
-# The servers that ours is measured beside.
+# Servers that are measured beside this one.
 PEERS := .venv-peers
 
-# ONNX Runtime otherwise reports its use to its makers.
+# ONNX Runtime otherwise sends usage reports to its vendor.
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
@@ -38,10 +38,10 @@ export ORT_DISABLE_TELEMETRY := 1
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-serve: $(VENV)/serve-$(ACCELERATOR) $(VENV)/project  ## install what serving needs, then serve on port 8000
+serve: $(VENV)/serve-$(ACCELERATOR) $(VENV)/project  ## install the serving libraries, then serve on port 8000
 	@exec $(RUN) -m service
 
-check: $(VENV)/test $(VENV)/project  ## install what the tests need, then lint, format, types, import contracts, documents
+check: $(VENV)/test $(VENV)/project  ## install the test libraries, then lint, format, types, import contracts, documents
 	@$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)
 
 check-lint:
@@ -68,7 +68,7 @@ coverage: $(VENV)/test $(VENV)/project  ## run all tests, measure the lines of t
 	$(RUN) -m coverage json --quiet -o build/coverage.json
 	$(RUN) docs/coverage.py build/coverage.json
 
-format: $(VENV)/test  ## format the code and mend what ruff can mend
+format: $(VENV)/test  ## format the code and apply the fixes of ruff
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
@@ -87,7 +87,7 @@ soundness: DATA ?= data
 soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they are served (MNIST in DATA=DIR; an hour), write the sections of benchmarks/SOUNDNESS.md
 	$(RUN) -m benchmarks.soundness --data $(DATA) --write
 
-random-graphs: $(VENV)/test $(VENV)/project  ## certify 25,000 random graphs and look for what contradicts a proof (half an hour), write its section of benchmarks/SOUNDNESS.md
+random-graphs: $(VENV)/test $(VENV)/project  ## certify 25,000 random graphs and look for a contradiction of a proof (half an hour), write its section of benchmarks/SOUNDNESS.md
 	$(RUN) benchmarks/random_graphs.py --write
 
 bench: DATA ?= data
@@ -135,7 +135,7 @@ $(VENV)/serve-%: requirements/serve-%.txt $(VENV)/created
 	$(LOCKED) -r $<
 	@touch $@
 
-# Editable: the service then finds models/zoo of this checkout, whatever the current directory.
+# Editable: the service then finds models/zoo of this checkout from any directory.
 $(VENV)/project: pyproject.toml requirements/build.txt $(VENV)/serve-$(ACCELERATOR)
 	$(LOCKED) --quiet -r requirements/build.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .

@@ -1,6 +1,6 @@
-"""The generated blocks of README.md: `make readme` writes them, tests/project/test_readme.py compares them.
+"""Writer of the generated blocks of README.md: `make readme` writes them, tests/project/test_readme.py compares them.
 
-A block NAME stands between `<!-- NAME: written by make readme -->` and `<!-- /NAME -->`.
+Block NAME is the text between `<!-- NAME: written by make readme -->` and `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -26,20 +26,28 @@ ZOO = ROOT / "models" / "zoo"
 
 
 def block_pattern(name: str) -> re.Pattern[str]:
-    """Matches one block; group 2 is what stands in it."""
+    """Return the pattern of one block; group 2 is its content."""
     return re.compile(rf"(<!-- {name}: written by make readme -->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
 
 
 def block(text: str, name: str) -> str:
-    """What stands in the block `name` of `text`."""
+    """Return the content of block `name`.
+
+    Raises:
+        SystemExit: the text has no such block.
+    """
     found = block_pattern(name).search(text)
     if found is None:
-        raise SystemExit(f"README.md has no block {name!r}: put its two comment lines where it shall stand")
+        raise SystemExit(f"README.md has no block {name!r}: put its two comment lines in the place for it")
     return found[2]
 
 
 def example_request(text: str) -> tuple[str, dict[str, str], dict[str, Path]]:
-    """Path, form fields and files of the README's `curl ... -F name=value -F name=@file`."""
+    """Return path, form fields and files of the README's `curl ... -F name=value -F name=@file`.
+
+    Raises:
+        SystemExit: the text has no such command.
+    """
     command = re.search(r"^curl [^\n]*/predict [^\n]*(?:\\\n[^\n]*)*", text, re.MULTILINE)
     if command is None:
         raise SystemExit("README.md has no `curl .../predict ...` to run")
@@ -52,7 +60,7 @@ def example_request(text: str) -> tuple[str, dict[str, str], dict[str, Path]]:
 
 
 def example_answer(text: str) -> dict[str, Any]:
-    """What the application with the shipped artefacts answers to the README's request, digits shortened."""
+    """Return the answer of the application with the shipped artefacts to the README's request, digits shortened."""
     path, fields, files = example_request(text)
     app = create_app(Settings(models=ZOO, provider="cpu"))
 
@@ -68,7 +76,7 @@ def example_answer(text: str) -> dict[str, Any]:
 
 
 def shortened(value: Any, key: str = "") -> Any:
-    """The answer as the README shows it: four digits, radii rounded down, the image cut."""
+    """Return the answer as the README shows it: four digits, radii rounded down, the image cut."""
     if isinstance(value, dict):
         return {name: shortened(item, name) for name, item in value.items()}
     if isinstance(value, list):
@@ -80,7 +88,7 @@ def shortened(value: Any, key: str = "") -> Any:
 
 
 def example_block(text: str) -> str:
-    """The answer as a JSON block; lists of numbers in one line."""
+    """Return the answer as a JSON block; lists of numbers in one line."""
     answer = json.dumps(example_answer(text), indent=2)
     one_line = re.sub(r"\[[^\[\]{}]*\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", answer)
     one_line = re.sub(r'\{\s+("class_id": \d+,)\s+("label": "[^"]*")\s+\}', r"{\1 \2}", one_line)
@@ -88,7 +96,7 @@ def example_block(text: str) -> str:
 
 
 def settings_block() -> str:
-    """One row for each field of `Settings`."""
+    """Return a table with one row for each field of `Settings`."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = field.default.relative_to(ROOT) if isinstance(field.default, Path) else field.default
@@ -98,7 +106,7 @@ def settings_block() -> str:
 
 
 def models_block() -> str:
-    """One row for each shipped artefact, from its card."""
+    """Return a table with one row for each shipped artefact, from its card."""
     cards = [read_card(path.parent) for path in sorted(ZOO.glob("*/card.json"))]
     rows = ["| model | classes | accuracy | certified accuracy at radius | n | loss |", "|" + "---|" * 6]
     rows += [f"| {' | '.join(_row(card))} |" for card in cards]
@@ -118,12 +126,12 @@ def _row(card: Card) -> list[str]:
 
 
 def generated(text: str) -> dict[str, str]:
-    """Every block by name, as it should stand in `text`."""
+    """Return the content of every block by name, for the example in `text`."""
     return {"example": example_block(text), "models": models_block(), "settings": settings_block()}
 
 
 def main() -> None:
-    """Write the blocks."""
+    """Write the blocks into README.md."""
     text = README.read_text(encoding="utf-8")
     for name, content in generated(text).items():
         block(text, name)

@@ -130,7 +130,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What `make` reads, and no .venv."""
+    """The files that `make` reads, without a .venv."""
     (tmp_path / "requirements").mkdir()
     for path in ("Makefile", "pyproject.toml", "requirements/accelerator.py"):
         shutil.copyfile(ROOT / path, tmp_path / path)

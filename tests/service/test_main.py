@@ -1,4 +1,4 @@
-"""`python -m service`: what stops it at start is one clear line and an exit status, and a signal ends it cleanly."""
+"""`python -m service`: a failed start is one line and an exit status, and a signal ends it cleanly."""
 
 from __future__ import annotations
 
