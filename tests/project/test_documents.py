@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from service import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -73,7 +75,6 @@ def test_contributing_is_one_page_and_names_the_checks() -> None:
 
 
 def test_changelog_has_the_version_of_the_project_and_what_is_not_released() -> None:
-    (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     entries = re.findall(r"^## \[(.*?)\]", PAGES["CHANGELOG.md"], re.MULTILINE)
     assert entries[0] == "Unreleased"
-    assert version in entries
+    assert __version__ in entries

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from service import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("lipcert", "models", "service")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
@@ -139,6 +141,4 @@ def test_wheel_names_version_and_licence(installed: Path, tmp_path: Path) -> Non
     code = (
         "from importlib.metadata import metadata; m = metadata('lipcert'); print(m['Version'], m['License-Expression'])"
     )
-    assert (
-        run(installed / "python", "-c", code, folder=tmp_path).strip() == f"{project['version']} {project['license']}"
-    )
+    assert run(installed / "python", "-c", code, folder=tmp_path).strip() == f"{__version__} {project['license']}"

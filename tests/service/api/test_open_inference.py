@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,11 +43,6 @@ def test_the_server_and_its_models_describe_themselves(client: Client) -> None:
         (output["name"], output["datatype"]) for output in question_outputs
     ]
     assert model["versions"] == [client.get("/models/grey").json()["digest"]]
-
-
-def test_the_version_is_the_one_of_the_package() -> None:
-    pyproject = Path(__file__).resolve().parents[3] / "pyproject.toml"
-    assert tomllib.loads(pyproject.read_text())["project"]["version"] == __version__
 
 
 @pytest.mark.parametrize("nested", [False, True])
