@@ -1,64 +1,48 @@
-"""Pixels and options to answers: what the classifier says, in the words of the wire."""
+"""From outcomes to answers: JSON, npy records, and the description of a model."""
 
 from __future__ import annotations
 
 import base64
+import math
 from typing import Any
 
 import numpy as np
 
-from service.api.schema import (
-    InputAnswer,
-    ModelAnswer,
-    ModelSummary,
-    Options,
-    PredictAnswer,
-    finite,
-    radius_in_grey_levels,
-)
+from service.api.schema import InputAnswer, ModelAnswer, ModelSummary, Options
 from service.inference.classifier import Classifier
-from service.inference.outcome import Outcome, compute
+from service.inference.outcome import Outcome
 from service.pixels.images import encode_png, image_digest
 from service.pixels.preprocessing import conversion_between
-from service.shapes import Float64
 
 Json = dict[str, Any]
 
-
-def predict(
-    classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: Options
-) -> list[PredictAnswer]:
-    """Classify and certify images, find the counterfactuals that `options` asks for, and put it all into words.
-
-    Args:
-        classifier: the model.
-        image_NCHW: pixels in [0, 1].
-        options: what a request asks for.
-
-    Raises:
-        UnknownLabelError: the target is no label of the model; nothing is computed then.
-        InputError: the image has a shape that the model does not take, or the target's class already.
-    """
-    return [PredictAnswer.model_validate(one) for one in in_words(compute(classifier, image_NCHW, options))]
+RECORDS = """A structured numpy array with one record per image and the fields `class_id`, `radius`, `certified`,
+`runner_up`, `lipschitz_bound`, `logit_error`, `logits`, and with a counterfactual also `counterfactual` (uint8,
+C x H x W), `counterfactual_class_id`, `counterfactual_distance`, `counterfactual_reached`."""
 
 
 def in_words(outcome: Outcome[Options]) -> list[Json]:
-    """What was computed about images, with the members of `PredictAnswer`: an answer is written far more often than
-    read, and needs no validation."""
+    """Return an answer with the fields of `PredictAnswer` for each image.
+
+    An answer is written far more often than read, so it is not validated. Serialisation turns values that are not
+    finite, which only an abstention can have, into null.
+    """
     classifier, epsilon = outcome.classifier, outcome.options.epsilon
     labels = classifier.labels
+    shape = outcome.image_NCHW.shape[1:]
+    conversion = conversion_between(shape[0], classifier.input_shape[0])
     return [
         {
             "model": classifier.name,
             "digest": classifier.digest,
             "class_id": prediction.class_id,
             "label": labels[prediction.class_id],
-            "logits": [finite(logit) for logit in prediction.logits_K.tolist()],
+            "logits": prediction.logits_K.tolist(),
             "image": {
                 "digest": image_digest(image_CHW),
-                "shape": image_CHW.shape,
-                "conversion": conversion_between(image_CHW.shape[0], classifier.input_shape[0]),
-                "resized": image_CHW.shape[1:] != classifier.input_shape[1:],
+                "shape": shape,
+                "conversion": conversion,
+                "resized": shape[1:] != classifier.input_shape[1:],
             },
             "certificate": {
                 "norm": "l2",
@@ -68,8 +52,8 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
                 "epsilon": epsilon,
                 "robust_at_epsilon": None if epsilon is None else prediction.certified and epsilon <= prediction.radius,
                 "runner_up": {"class_id": prediction.runner_up, "label": labels[prediction.runner_up]},
-                "lipschitz_bound": finite(prediction.lipschitz_bound),
-                "logit_error": finite(prediction.logit_error),
+                "lipschitz_bound": prediction.lipschitz_bound,
+                "logit_error": prediction.logit_error,
             },
             "counterfactual": None
             if prediction.counterfactual is None
@@ -86,13 +70,8 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
     ]
 
 
-def in_records(outcome: Outcome[Any]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-    """The same as a structured array, one record for each image: the numbers of the answer without their words.
-
-    Fields: `class_id`, `radius`, `certified`, `runner_up`, `lipschitz_bound`, `logit_error` as in `CertificateAnswer`,
-    and `logits` (K); where counterfactuals were found also `counterfactual` (C x H x W, uint8),
-    `counterfactual_class_id`, `counterfactual_distance` and `counterfactual_reached`.
-    """
+def in_columns(outcome: Outcome[Any]) -> dict[str, np.ndarray]:
+    """Return the numbers of the answers as arrays with one row per image, by the names in `RECORDS`."""
     predictions = outcome.predictions
     columns: dict[str, np.ndarray] = {
         "class_id": np.array([prediction.class_id for prediction in predictions], "<i8"),
@@ -111,15 +90,36 @@ def in_records(outcome: Outcome[Any]) -> np.ndarray[tuple[int], np.dtype[np.void
             "counterfactual_distance": np.array([counterfactual.distance for counterfactual in found], "<f8"),
             "counterfactual_reached": np.array([counterfactual.reached for counterfactual in found], "?"),
         }
+    return columns
+
+
+def in_records(outcome: Outcome[Any]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """Return the numbers of the answers as a structured array, see `RECORDS`."""
+    columns = in_columns(outcome)
     fields = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
-    records_N = np.zeros(len(predictions), np.dtype(fields))
+    records_N = np.zeros(len(outcome.predictions), np.dtype(fields))
     for name, column in columns.items():
         records_N[name] = column
     return records_N
 
 
+def radius_in_grey_levels(radius: float) -> float:
+    """Return `radius * 255`, rounded down: comparing the exact rationals detects a product that was rounded up.
+
+    Args:
+        radius: L2, pixels in [0, 1]; finite, at least 0.
+    """
+    product = radius * 255.0
+    if math.isinf(product):
+        return math.nextafter(product, 0.0)
+    # Both floats as ratios of integers, over a common denominator.
+    above, below = product.as_integer_ratio()
+    top, bottom = radius.as_integer_ratio()
+    return math.nextafter(product, 0.0) if above * bottom > 255 * top * below else product
+
+
 def describe(classifier: Classifier, default_model: str) -> ModelSummary:
-    """What `GET /models` says about one model."""
+    """Return the description of one model in `GET /models`."""
     channels, height, width = classifier.input_shape
     return ModelSummary(
         name=classifier.name,
@@ -127,19 +127,17 @@ def describe(classifier: Classifier, default_model: str) -> ModelSummary:
         digest=classifier.digest,
         labels=list(classifier.labels),
         input=InputAnswer(channels=channels, height=height, width=width),
-        lipschitz_bound=finite(classifier.certificate.lipschitz_bound),
-        logit_error=finite(classifier.certificate.logit_error),
+        lipschitz_bound=classifier.certificate.lipschitz_bound,
+        logit_error=classifier.certificate.logit_error,
         provider=classifier.provider,
     )
 
 
 def describe_in_full(classifier: Classifier, default_model: str) -> ModelAnswer:
-    """What `GET /models/{name}` says: `describe`, the pairwise bounds, and the card."""
+    """Return the description of one model in `GET /models/{name}`: with the pairwise bounds and the card."""
     return ModelAnswer(
         **dict(describe(classifier, default_model)),
         precision=classifier.certificate.precision,
-        margin_bounds=[
-            [finite(bound) for bound in bounds_K] for bounds_K in classifier.certificate.margin_bounds_KK.tolist()
-        ],
+        margin_bounds=classifier.certificate.margin_bounds_KK.tolist(),
         card=classifier.card.model_dump(mode="json"),
     )

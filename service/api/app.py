@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
+from fastapi.params import Depends
 from fastapi.staticfiles import StaticFiles
 
 from service import __version__
 from service.api import open_inference
-from service.api.direct import DirectFastAPI
-from service.api.errors import add_error_handlers, answer_any_error
+from service.api.errors import add_error_handlers
+from service.api.examples import STATIC, make_examples
 from service.api.metrics import MetricsMiddleware
-from service.api.openapi import STATIC, document, make_examples
-from service.api.routes import Service, build_router
+from service.api.openapi import document
+from service.api.predict import Service
+from service.api.routes import add_predictions, build_router
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
@@ -25,8 +26,6 @@ from service.metrics import Metrics
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
 from service.settings import Settings, Threads, threads_of
-
-_DIRECT_PATHS = frozenset({"/predict", "/predict/batch"})
 
 _DESCRIPTION = """
 Image classifiers with a certificate in every answer. For an image x the service answers a class and a `radius`: for
@@ -46,12 +45,15 @@ Errors are RFC 9457 problem details, `application/problem+json`; `detail` states
 """
 
 
-def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, classifiers: Mapping[str, Classifier] | None = None, dependencies: Sequence[Depends] = ()
+) -> FastAPI:
     """Return the application, ready to answer.
 
     Args:
         settings: see `service.settings`.
         classifiers: by name; default: those in `settings.models`.
+        dependencies: FastAPI dependencies of every route.
 
     Raises:
         ArtefactError, ProviderError, SettingsError: see `load_classifiers`.
@@ -62,10 +64,10 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     examples = None if default is None else make_examples(default)
     threads = threads_of(settings, usable_cpus())
     metrics = Metrics(shared=threads.processes > 1)
-    batcher = Batcher(_limits(settings, threads, classifiers), metrics)
+    batcher = Batcher(limits_of(settings, threads, classifiers), metrics)
     service = Service(settings, classifiers, examples, metrics, batcher)
 
-    app = DirectFastAPI(
+    app = FastAPI(
         title="lipcert",
         version=__version__,
         summary="Image classification with a certificate in every answer.",
@@ -73,6 +75,7 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=dependencies,
         lifespan=_closing(batcher),
         generate_unique_id_function=lambda route: route.name,
         openapi_tags=[
@@ -85,12 +88,11 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
             },
         ],
     )
-    router = build_router(service)
-    app.include_router(router)
+    # At the head of the router, which tries its routes in order.
+    add_predictions(app.router, service)
+    app.include_router(build_router(service))
     app.include_router(open_inference.build_router(service))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    direct = [route for route in router.routes if isinstance(route, APIRoute) and route.path in _DIRECT_PATHS]
-    app.call_directly(direct, answer_any_error, MetricsMiddleware, metrics=metrics)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
 
@@ -103,7 +105,14 @@ def create_app(settings: Settings, classifiers: Mapping[str, Classifier] | None 
     return app
 
 
-def _limits(settings: Settings, threads: Threads, classifiers: Mapping[str, Classifier]) -> Limits:
+def limits_of(settings: Settings, threads: Threads, classifiers: Mapping[str, Classifier]) -> Limits:
+    """Return the limits of one process.
+
+    Args:
+        settings: those of the server; requests and bytes are shared among the processes.
+        threads: see `threads_of`.
+        classifiers: by name; a GPU has a larger default of the forward batch.
+    """
     on_gpu = any(classifier.provider == CUDA for classifier in classifiers.values())
     return Limits(
         workers=threads.workers,

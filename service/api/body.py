@@ -1,16 +1,14 @@
-"""Reading of request bodies: headers, media types, and bytes up to the limit."""
+"""Reading of requests: the headers that matter here, and the bytes of the body up to the limit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
 
-from service.errors import (
-    BodyTooLargeError,
-    EmptyBodyError,
-    MediaTypeError,
-)
+from service.errors import BodyTooLargeError, EmptyBodyError, MediaTypeError
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -19,39 +17,74 @@ IMAGES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
 PREDICT_TYPES = (JSON, FORM, *IMAGES, NPY)
 BATCH_TYPES = (JSON, NPY)
 _DISCARD_BYTES = 64 * 1024 * 1024
+_WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
 
 
-def headers_of(request: Request) -> dict[str, str]:
-    """Return the first value of each header by its lower-case name, decoded once for several look-ups."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(request.scope["headers"])}
+class Head(NamedTuple):
+    """The headers of a request, as far as they matter here."""
+
+    media_type: str
+    """Media type of the body, in lower case and without parameters."""
+    content_type: str
+    """The whole header, which has the boundary of a form."""
+    length: int | None
+    """Declared length of the body in bytes."""
+    expects: bool
+    """Whether the client waits for permission to send the body (header `Expect`)."""
+    wait_s: float
+    """Seconds that the client will wait, by `Prefer: wait=SECONDS` (RFC 7240 section 4.3); default: infinite."""
+    prefers_npy: bool
+    """Whether the answer is an npy array, see `prefers_npy`."""
 
 
-def media_type_of(headers: Mapping[str, str], accepted: Sequence[str]) -> str:
-    """Return the media type of the body, in lower case and without parameters.
+def read_head(request: Request, accepted: Sequence[str]) -> Head:
+    """Return the headers of a request whose body has one of the `accepted` media types.
 
     Raises:
-        MediaTypeError: it is missing or not in `accepted`. Every `image/...` is accepted where one is, because the
-            bytes determine the format.
+        MediaTypeError: the media type is missing or not accepted. Every `image/...` is accepted where one is, because
+            the bytes determine the format.
     """
-    header = headers.get("content-type", "")
-    media_type = header.partition(";")[0].strip().lower()
-    if media_type in accepted or (media_type.startswith("image/") and IMAGES[0] in accepted):
-        return media_type
-    raise MediaTypeError(header, accepted)
+    # The first value of each header.
+    headers: dict[bytes, bytes] = dict(reversed(request.scope["headers"]))
+    content_type = headers.get(b"content-type", b"").decode("latin-1")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type not in accepted and not (media_type.startswith("image/") and IMAGES[0] in accepted):
+        raise MediaTypeError(content_type, accepted)
+    length = headers.get(b"content-length", b"").decode("latin-1")
+    prefer, accept = headers.get(b"prefer"), headers.get(b"accept", b"").decode("latin-1")
+    wait = None if prefer is None else _WAIT.search(prefer.decode("latin-1"))
+    return Head(
+        media_type,
+        content_type,
+        int(length) if length.isdecimal() else None,
+        b"expect" in headers,
+        float("inf") if wait is None else float(wait[1]),
+        NPY in accept.lower() and prefers_npy(accept),
+    )
 
 
-def declared_length(headers: Mapping[str, str], default: int) -> int:
-    """Return the length of the body in bytes as the header declares it; `default` without a declaration."""
-    declared = headers.get("content-length", "")
-    return int(declared) if declared.isdecimal() else default
+def prefers_npy(accept: str) -> bool:
+    """Return whether a header `Accept` (RFC 9110 section 12.5.1) names `application/x-npy` and ranks JSON no higher."""
+    weights: dict[str, float] = {}
+    for choice in accept.lower().split(","):
+        media_range, *parameters = (part.strip() for part in choice.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        try:
+            weights[media_range] = float(weight)
+        except ValueError:
+            weights[media_range] = 0.0
+    weight_npy = weights.get(NPY, 0.0)
+    # The most specific range that matches JSON gives its weight.
+    ranges = ("application/json", "application/*", "*/*")
+    return weight_npy > 0.0 and weight_npy >= next((weights[name] for name in ranges if name in weights), 0.0)
 
 
-async def read_body(request: Request, headers: Mapping[str, str], max_bytes: int) -> bytes:
+async def read_body(request: Request, head: Head, max_bytes: int) -> bytes:
     """Return the complete body; never more than `max_bytes` of it are in memory.
 
     Args:
         request: its body is still unread.
-        headers: see `headers_of`.
+        head: see `read_head`.
         max_bytes: limit of the length.
 
     Raises:
@@ -59,9 +92,9 @@ async def read_body(request: Request, headers: Mapping[str, str], max_bytes: int
         EmptyBodyError: the body is empty.
         ClientDisconnect: the client has closed the connection.
     """
-    declared = declared_length(headers, default=0)
+    declared = head.length or 0
     too_large = declared > max_bytes
-    if too_large and ("expect" in headers or declared > max_bytes + _DISCARD_BYTES):
+    if too_large and (head.expects or declared > max_bytes + _DISCARD_BYTES):
         raise BodyTooLargeError(max_bytes)
     chunks: list[bytes] = []
     length = 0

@@ -18,39 +18,22 @@ from service.errors import LipcertError
 _log = logging.getLogger(__name__)
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
-    """Errors of the domain and of connections; others are raised again."""
-    if isinstance(error, ClientDisconnect):
-        # Nobody reads this; without it a client that hangs up would count as an error of the server.
-        return Response(status_code=HTTPStatus.BAD_REQUEST)
-    if not isinstance(error, LipcertError):
-        raise error
-    path = request.url.path
-    answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
-    if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("%s %s: %s", request.method, path, error, exc_info=error)
-    return answer
-
-
-async def answer_any_error(request: Request, error: Exception) -> Response:
-    try:
-        return await _answer_error(request, error)
-    except Exception:
-        _log.exception("%s %s", request.method, request.url.path)
-        return _unexpected(request)
-
-
-def _unexpected(request: Request) -> Response:
-    return problem(
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        "the server failed on this request; see its log",
-        instance=request.url.path,
-    )
-
-
 def add_error_handlers(app: FastAPI) -> None:
-    app.add_exception_handler(LipcertError, _answer_error)
-    app.add_exception_handler(ClientDisconnect, _answer_error)
+    """Make the application answer every exception with a problem document."""
+
+    @app.exception_handler(LipcertError)
+    async def domain_error(request: Request, error: LipcertError) -> Response:
+        path = request.url.path
+        answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
+        if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+            _log.error("%s %s: %s", request.method, path, error, exc_info=error)
+        return answer
+
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(request: Request, error: ClientDisconnect) -> Response:
+        # Nobody reads this; without it a client that hangs up would count as an error of the server.
+        del request, error
+        return Response(status_code=HTTPStatus.BAD_REQUEST)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -72,4 +55,5 @@ def add_error_handlers(app: FastAPI) -> None:
     async def unexpected_error(request: Request, error: Exception) -> Response:
         # Starlette raises it again after this answer, and the server logs it with its traceback.
         del error
-        return _unexpected(request)
+        detail = "the server failed on this request; see its log"
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, instance=request.url.path)

@@ -9,6 +9,7 @@ with the member `error`, which the protocol requires.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -18,11 +19,12 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service import __version__
-from service.api.body import JSON, headers_of, media_type_of
+from service.api.answers import in_columns
+from service.api.body import JSON, read_head
 from service.api.openapi import problem_responses
 from service.api.parsing import parse_json, refuse_query
-from service.api.routes import Service
-from service.api.schema import ImageOptions, finite
+from service.api.predict import Service
+from service.api.schema import ImageOptions
 from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
 from service.inference.classifier import Classifier
 from service.inference.outcome import Decoded, Outcome
@@ -35,6 +37,19 @@ PREFIX = "/v2"
 
 Datatype = Literal["UINT8", "FP16", "FP32", "FP64"]
 _DTYPES: dict[Datatype, Any] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32, "FP64": np.float64}
+OutputDatatype = Literal["FP64", "INT64", "BOOL", "UINT8", "BYTES"]
+_OUTPUTS: dict[str, OutputDatatype] = {
+    "logits": "FP64",
+    "class_id": "INT64",
+    "radius": "FP64",
+    "certified": "BOOL",
+    "image_digest": "BYTES",
+    "counterfactual": "UINT8",
+    "counterfactual_class_id": "INT64",
+    "counterfactual_distance": "FP64",
+    "counterfactual_reached": "BOOL",
+}
+"""Outputs of every model, in order; those of the counterfactual only where it is requested."""
 
 
 class _Protocol(BaseModel):
@@ -68,10 +83,10 @@ class InferRequest(_Protocol):
 
 
 class OutputTensor(_Protocol):
-    """One output, flat in row-major order; null where a logit is not finite."""
+    """One output, flat in row-major order; a value that is not finite is null."""
 
     name: str
-    datatype: Literal["FP64", "INT64", "BOOL", "UINT8", "BYTES"]
+    datatype: OutputDatatype
     shape: list[int]
     data: list[Any]
 
@@ -124,11 +139,10 @@ def build_router(service: Service) -> APIRouter:
         },
     )
     async def infer(name: str, request: Request) -> Response:
-        headers = headers_of(request)
-        media_type_of(headers, [JSON])
+        head = read_head(request, [JSON])
         refuse_query(request.query_params.multi_items(), "`parameters`")
-        classifier = service.classifier(name)
-        answer = await service.ask(request, headers, lambda content: _InferQuestion(content, classifier, service))
+        question = partial(_InferQuestion, service, service.classifier(name))
+        answer = await service.ask(request, head, question)
         return Response(answer, media_type=JSON)
 
     return router
@@ -138,9 +152,9 @@ def build_router(service: Service) -> APIRouter:
 class _InferQuestion:
     """One request of the protocol, for the workers."""
 
-    content: bytes
-    classifier: Classifier
     service: Service
+    classifier: Classifier
+    content: bytes
 
     def decode_at_once(self) -> None:
         return None  # parsing numbers in JSON is slow
@@ -163,22 +177,15 @@ class _InferQuestion:
 
 
 def _metadata(classifier: Classifier) -> dict[str, Any]:
-    classes, shape = len(classifier.labels), [-1, *classifier.input_shape]
+    shape = [-1, *classifier.input_shape]
+    shapes = {"logits": [-1, len(classifier.labels)], "counterfactual": shape}
     return {
         "name": classifier.name,
         "versions": [classifier.digest],
         "platform": "onnx_onnxv1",
         "inputs": [{"name": "image", "datatype": "FP64", "shape": shape}],
         "outputs": [
-            {"name": "logits", "datatype": "FP64", "shape": [-1, classes]},
-            {"name": "class_id", "datatype": "INT64", "shape": [-1]},
-            {"name": "radius", "datatype": "FP64", "shape": [-1]},
-            {"name": "certified", "datatype": "BOOL", "shape": [-1]},
-            {"name": "image_digest", "datatype": "BYTES", "shape": [-1]},
-            {"name": "counterfactual", "datatype": "UINT8", "shape": shape},
-            {"name": "counterfactual_class_id", "datatype": "INT64", "shape": [-1]},
-            {"name": "counterfactual_distance", "datatype": "FP64", "shape": [-1]},
-            {"name": "counterfactual_reached", "datatype": "BOOL", "shape": [-1]},
+            {"name": name, "datatype": datatype, "shape": shapes.get(name, [-1])} for name, datatype in _OUTPUTS.items()
         ],
         "parameters": {"labels": list(classifier.labels)},
     }
@@ -211,47 +218,13 @@ def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> 
 
 
 def _outputs(outcome: Outcome[ImageOptions]) -> list[OutputTensor]:
-    predictions = outcome.predictions
-    count = len(predictions)
-    logits_NK = np.stack([prediction.logits_K for prediction in predictions])
-    outputs = [
-        OutputTensor(
-            name="logits",
-            datatype="FP64",
-            shape=list(logits_NK.shape),
-            data=[finite(logit) for logit in logits_NK.ravel().tolist()],
-        ),
-        OutputTensor(name="class_id", datatype="INT64", shape=[count], data=[p.class_id for p in predictions]),
-        OutputTensor(name="radius", datatype="FP64", shape=[count], data=[p.radius for p in predictions]),
-        OutputTensor(name="certified", datatype="BOOL", shape=[count], data=[p.certified for p in predictions]),
-        OutputTensor(
-            name="image_digest",
-            datatype="BYTES",
-            shape=[count],
-            data=[image_digest(image) for image in outcome.image_NCHW],
-        ),
+    columns = in_columns(outcome)
+    columns["image_digest"] = np.array([image_digest(image_CHW) for image_CHW in outcome.image_NCHW])
+    return [
+        OutputTensor(name=name, datatype=datatype, shape=list(columns[name].shape), data=columns[name].ravel().tolist())
+        for name, datatype in _OUTPUTS.items()
+        if name in columns
     ]
-    found = [prediction.counterfactual for prediction in predictions if prediction.counterfactual is not None]
-    if found:
-        pixels_NCHW = np.stack([counterfactual.pixels_CHW for counterfactual in found])
-        outputs += [
-            OutputTensor(
-                name="counterfactual",
-                datatype="UINT8",
-                shape=list(pixels_NCHW.shape),
-                data=pixels_NCHW.ravel().tolist(),
-            ),
-            OutputTensor(
-                name="counterfactual_class_id", datatype="INT64", shape=[count], data=[f.class_id for f in found]
-            ),
-            OutputTensor(
-                name="counterfactual_distance", datatype="FP64", shape=[count], data=[f.distance for f in found]
-            ),
-            OutputTensor(
-                name="counterfactual_reached", datatype="BOOL", shape=[count], data=[f.reached for f in found]
-            ),
-        ]
-    return outputs
 
 
 def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) -> list[OutputTensor]:

@@ -6,81 +6,25 @@ it out" on the docs page, without a change, returns the answer that is printed b
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from service import errors
 from service.api import body, problem
-from service.api.answers import describe, describe_in_full, predict
-from service.api.schema import (
-    BatchRequest,
-    ModelsAnswer,
-    Options,
-    PredictAnswer,
-    PredictRequest,
-    Problem,
-)
-from service.inference.classifier import Classifier
-from service.pixels.images import decode_image, encode_png, to_unit
+from service.api.answers import RECORDS
+from service.api.examples import Examples
+from service.api.schema import BatchRequest, Options, PredictRequest, Problem
 
-STATIC = Path(__file__).resolve().parent.parent / "static"
 SAMPLES = "/samples"
 """Path of the sample images."""
-SAMPLE_DIGIT = STATIC / "samples" / "mnist-7.png"
-_MNIST_SHAPE = (1, 28, 28)
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """A sample image and its answers."""
-
-    png: bytes
-    npy: bytes
-    npy_batch: bytes
-    answer: PredictAnswer
-    epsilon_answer: PredictAnswer
-    counterfactual_answer: PredictAnswer
-    models: Json
-    model: Json
-
-    @property
-    def base64(self) -> str:
-        """Return the sample as the JSON field `image`."""
-        return base64.b64encode(self.png).decode("ascii")
-
-
-def make_examples(classifier: Classifier) -> Examples:
-    """Classify a sample of the model's shape: an MNIST digit, or a ramp for other shapes than MNIST's."""
-    pixels_CHW = _sample(classifier.input_shape)
-    image_NCHW = to_unit(pixels_CHW)[np.newaxis]
-
-    def answer_to(options: Options) -> PredictAnswer:
-        return predict(classifier, image_NCHW, options)[0]
-
-    return Examples(
-        # Image files have 1 or 3 channels; a model with another number takes arrays only.
-        png=encode_png(pixels_CHW if len(pixels_CHW) in (1, 3) else pixels_CHW[:1]),
-        npy=_npy(pixels_CHW),
-        npy_batch=_npy(np.stack([pixels_CHW, pixels_CHW])),
-        answer=answer_to(Options()),
-        epsilon_answer=answer_to(Options(epsilon=0.5)),
-        counterfactual_answer=answer_to(Options(epsilon=0.5, counterfactual=True)),
-        models=ModelsAnswer(models=[describe(classifier, classifier.name)]).model_dump(mode="json"),
-        model=describe_in_full(classifier, classifier.name).model_dump(mode="json"),
-    )
 
 
 def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[BaseModel]] = ()) -> Json:
@@ -188,11 +132,11 @@ def _predict_body(examples: Examples | None) -> Json:
         # JSON cannot express a binary body; the server provides the same image as a file.
         file: Json = {"sample": {"summary": "GET this file and send it", "externalValue": f"{SAMPLES}/image.png"}}
         # The docs page fills in every field of a form, with the word "string" unless there is an example.
-        form: Json = {
-            "model": examples.answer.model,
+        form: Json = {name: field.default for name, field in Options.model_fields.items() if field.annotation is bool}
+        form |= {
+            "model": examples.answer["model"],
+            "target": examples.counterfactual_answer["certificate"]["runner_up"]["label"],
             **wanted,
-            "target": examples.counterfactual_answer.certificate.runner_up.label,
-            "resize": False,
         }
         content[body.FORM]["example"] = form
         for name, value in form.items():
@@ -248,10 +192,7 @@ _PREFER: Json = {
 _RECORDS: Json = {
     "type": "string",
     "format": "binary",
-    "description": "With `Accept: application/x-npy`: a structured numpy array with one record per image and the "
-    "fields `class_id`, `radius`, `certified`, `runner_up`, `lipschitz_bound`, `logit_error`, `logits`, and with a "
-    "counterfactual also `counterfactual` (uint8, C x H x W), `counterfactual_class_id`, `counterfactual_distance`, "
-    "`counterfactual_reached`.",
+    "description": f"With `Accept: application/x-npy`. {RECORDS}",
 }
 
 
@@ -266,11 +207,12 @@ def _query_parameters() -> list[Json]:
 
 
 def _add_answers(paths: Json, examples: Examples) -> None:
-    plain = examples.answer.model_dump(mode="json")
-    full = examples.counterfactual_answer.model_dump(mode="json")
-    in_batch = examples.epsilon_answer.model_dump(mode="json")
+    in_batch = examples.epsilon_answer
     shown: dict[tuple[str, str], Json] = {
-        ("/predict", "post"): {"class and radius": plain, "with a counterfactual": full},
+        ("/predict", "post"): {
+            "class and radius": examples.answer,
+            "with a counterfactual": examples.counterfactual_answer,
+        },
         ("/predict/batch", "post"): {"two images": {"predictions": [in_batch, in_batch]}},
         ("/models", "get"): {"models": examples.models},
         ("/models/{name}", "get"): {"model": examples.model},
@@ -278,16 +220,3 @@ def _add_answers(paths: Json, examples: Examples) -> None:
     for (path, method), answers in shown.items():
         content = paths[path][method]["responses"]["200"]["content"]["application/json"]
         content["examples"] = {name: {"value": value} for name, value in answers.items()}
-
-
-def _sample(input_shape_CHW: tuple[int, int, int]) -> np.ndarray:
-    if input_shape_CHW == _MNIST_SHAPE:
-        return decode_image(SAMPLE_DIGIT.read_bytes(), max_pixels=28 * 28)
-    row = np.linspace(0, 255, input_shape_CHW[2]).round().astype(np.uint8)
-    return np.broadcast_to(row, input_shape_CHW).copy()
-
-
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()

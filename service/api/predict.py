@@ -1,39 +1,83 @@
-"""What a request of `/predict` or `/predict/batch` is to a worker: bytes to decode, and an answer to write."""
+"""From a request of `/predict` or `/predict/batch` to its response.
+
+The event loop reads the body and decodes a small image; the workers of `service.inference` do the rest.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import parse_qsl
 
 import numpy as np
 from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
 
 from service.api.answers import in_records, in_words
-from service.api.body import FORM, JSON, NPY
-from service.api.parsing import parse_batch, parse_predict
+from service.api.body import BATCH_TYPES, FORM, JSON, NPY, PREDICT_TYPES, Head, read_body, read_head
+from service.api.examples import Examples
+from service.api.parsing import Query, parse_batch, parse_predict
 from service.api.schema import Options
-from service.errors import ImageTooLargeError
+from service.errors import ImageTooLargeError, UnknownModelError
+from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
+from service.inference.jobs import Question
 from service.inference.outcome import Decoded, Outcome
 from service.metrics import Metrics
 from service.settings import Settings
+
+Result = TypeVar("Result")
 
 # Decoded in some 50 microseconds, or refused from the header.
 _AT_ONCE_BYTES = 8 * 1024
 _AT_ONCE_PIXELS = 4096
 
 
-class Body(NamedTuple):
-    """A request as it came."""
+@dataclass(frozen=True)
+class Service:
+    """The state that the routes share."""
 
-    media_type: str
-    """One of those that the path takes, see `service.api.body.media_type_of`."""
-    content_type: str
-    """The whole header."""
-    query: Sequence[tuple[str, str]]
-    content: bytes
+    settings: Settings
+    classifiers: Mapping[str, Classifier]
+    examples: Examples | None
+    metrics: Metrics
+    batcher: Batcher
+
+    def classifier(self, name: str | None) -> Classifier:
+        """Return the model of this name, or the default model; raise `UnknownModelError` if it is not served."""
+        chosen = self.settings.default_model if name is None else name
+        if chosen not in self.classifiers:
+            raise UnknownModelError(chosen, self.classifiers)
+        return self.classifiers[chosen]
+
+    async def ask(self, request: Request, head: Head, question_of: Callable[[bytes], Question[Result, Any]]) -> Result:
+        """Read the body of a request and return the answer of a worker, both before the deadline.
+
+        Args:
+            request: its body is still unread.
+            head: its headers.
+            question_of: from the body to the question.
+
+        Raises:
+            BodyTooLargeError, EmptyBodyError: see `read_body`.
+            OverloadedError, DeadlineError: see `Batcher`.
+        """
+        limit = self.settings.max_body_bytes
+        n_bytes = limit if head.length is None else min(limit, head.length)
+        self.batcher.admit(n_bytes)
+        try:
+            deadline_s = min(self.settings.deadline_s, head.wait_s)
+            arrived_s = time.monotonic()
+            content = await self.batcher.in_time(read_body(request, head, limit), deadline_s)
+            waited_s = time.monotonic() - arrived_s
+            return await self.batcher.ask(question_of(content), len(content), deadline_s, waited_s)
+        finally:
+            self.batcher.release(n_bytes)
 
 
 class Reply(NamedTuple):
@@ -45,50 +89,63 @@ class Reply(NamedTuple):
 
 @dataclass
 class ImageQuestion:
-    """One image, or (`is_batch`) several of one size."""
+    """A request for one image, or (`is_batch`) several of one size."""
 
-    body: Body
+    service: Service
+    head: Head
+    query: Query
     is_batch: bool
-    as_npy: bool
-    """Whether the client prefers `application/x-npy`."""
-    settings: Settings
-    classifier_of: Callable[[str | None], Classifier]
-    metrics: Metrics
+    content: bytes
 
     def decode_at_once(self) -> Decoded[Options] | None:
-        """As `decode`, for one small image."""
-        if self.is_batch or len(self.body.content) > _AT_ONCE_BYTES or self.body.media_type == FORM:
+        """Return the decoded request if it has one small image."""
+        if self.is_batch or len(self.content) > _AT_ONCE_BYTES or self.head.media_type == FORM:
             return None
         try:
-            return self._decode(min(_AT_ONCE_PIXELS, self.settings.max_pixels))
+            return self._decode(min(_AT_ONCE_PIXELS, self.service.settings.max_pixels))
         except ImageTooLargeError:
             return None
 
     def decode(self) -> Decoded[Options]:
-        """Raises `InputError`; see `service.api.body` and `service.pixels.images`."""
-        return self._decode(self.settings.max_pixels)
+        """Return the decoded request; raise `InputError`, see `service.api.parsing` and `service.api.encoded`."""
+        return self._decode(self.service.settings.max_pixels)
 
     def _decode(self, max_pixels: int) -> Decoded[Options]:
-        body, settings = self.body, self.settings
+        service = self.service
         if self.is_batch:
-            options, images = parse_batch(body.media_type, body.query, body.content)
-            classifier = self.classifier_of(options.model)
-            pixels_NCHW = images.decode(classifier.input_shape, max_pixels, settings.max_batch, options.resize)
+            options, images = parse_batch(self.head, self.query, self.content)
+            classifier = service.classifier(options.model)
+            max_batch = service.settings.max_batch
+            pixels_NCHW = images.decode(classifier.input_shape, max_pixels, max_batch, options.resize)
         else:
-            options, image = parse_predict(body.media_type, body.content_type, body.query, body.content)
-            classifier = self.classifier_of(options.model)
+            options, image = parse_predict(self.head, self.query, self.content)
+            classifier = service.classifier(options.model)
             pixels_NCHW = image.decode(classifier.input_shape, max_pixels)[np.newaxis]
         return Decoded(classifier, pixels_NCHW, options)
 
     def answer(self, outcome: Outcome[Options]) -> Reply:
-        """JSON, or one npy array of records; see `service.api.answers`."""
+        """Return the answer as JSON, or as an npy array of records; see `service.api.answers`."""
         certified = [prediction.certified for prediction in outcome.predictions]
-        self.metrics.count_predictions(outcome.classifier.name, certified)
-        if self.as_npy:
+        self.service.metrics.count_predictions(outcome.classifier.name, certified)
+        if self.head.prefers_npy:
             file = io.BytesIO()
             np.save(file, in_records(outcome), allow_pickle=False)
             return Reply(file.getvalue(), NPY)
         answers = in_words(outcome)
         content = {"predictions": answers} if self.is_batch else answers[0]
-        # As pydantic writes its models: floats with the fewest digits that read back the same.
+        # As pydantic writes its models: floats with the fewest digits that read back the same, null if not finite.
         return Reply(to_json(content, inf_nan_mode="null"), JSON)
+
+
+def image_endpoint(service: Service, *, is_batch: bool) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    """Return the function that answers a request of `/predict` or `/predict/batch`."""
+    accepted = BATCH_TYPES if is_batch else PREDICT_TYPES
+
+    async def respond(request: Request) -> Response:
+        head = read_head(request, accepted)
+        query_string: bytes = request.scope["query_string"]
+        query = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True) if query_string else ()
+        reply = await service.ask(request, head, functools.partial(ImageQuestion, service, head, query, is_batch))
+        return Response(reply.content, media_type=reply.media_type)
+
+    return respond

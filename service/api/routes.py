@@ -1,42 +1,45 @@
-"""The routes. The event loop reads bodies and decodes small images; the workers of `service.inference.batching` do the
-rest."""
+"""The routes, and their texts in the documentation."""
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
-from urllib.parse import parse_qsl
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from service.api.answers import describe, describe_in_full
-from service.api.body import BATCH_TYPES, NPY, PREDICT_TYPES, declared_length, headers_of, media_type_of, read_body
-from service.api.openapi import SAMPLES, STATIC, Examples, problem_responses
-from service.api.predict import Body, ImageQuestion, Reply
-from service.api.schema import (
-    BatchAnswer,
-    HealthAnswer,
-    ModelAnswer,
-    ModelsAnswer,
-    PredictAnswer,
-)
-from service.errors import UnknownModelError
-from service.inference.batching import Batcher
-from service.inference.classifier import Classifier
-from service.inference.jobs import Question
-from service.metrics import Metrics
-from service.settings import Settings
+from service.api.examples import STATIC
+from service.api.openapi import SAMPLES, problem_responses
+from service.api.predict import Service, image_endpoint
+from service.api.schema import BatchAnswer, HealthAnswer, ModelAnswer, ModelsAnswer, PredictAnswer
 
-Result = TypeVar("Result")
+_PREDICT = """Classify one image, with a certified radius.
 
+The same image in four forms:
+
+    curl -O SERVER/samples/image.png && curl -O SERVER/samples/image.npy
+    curl SERVER/predict -H 'Content-Type: application/json' -d "{\\"image\\": \\"$(base64 -w0 image.png)\\"}"
+    curl SERVER/predict -F image=@image.png -F counterfactual=true
+    curl 'SERVER/predict?epsilon=0.5' -H 'Content-Type: image/png' --data-binary @image.png
+    curl 'SERVER/predict?epsilon=0.5' -H 'Content-Type: application/x-npy' --data-binary @image.npy
+
+Options belong in the JSON object, in form fields, or, for an image or npy body, in the query. An image that
+cannot be read losslessly is refused; `detail` states the remedy.
+
+An RGB file is converted to grey where the model takes grey (0.299 R + 0.587 G + 0.114 B), and a grey file to
+RGB where it takes RGB (three copies), as `image.conversion` states. The conversion is part of the certificate:
+radius, counterfactual and distance refer to the image that was sent, in its own channels. An array must have
+the model's channels.
+"""
+_PREDICT_BATCH = """Classify several images of one size, all grey or all RGB; answers are in the order of the images.
+
+One invalid image refuses the whole batch. The certificate of an image holds in any batch.
+"""
 _BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
-_WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
 _PAGE_HEADERS = {
     # The pages load from this server only; the browser enforces it.
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
@@ -45,145 +48,45 @@ _PAGE_HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Service:
-    """The state that the routes share."""
-
-    settings: Settings
-    classifiers: Mapping[str, Classifier]
-    examples: Examples | None
-    metrics: Metrics
-    batcher: Batcher
-
-    def classifier(self, name: str | None) -> Classifier:
-        """Return the model of this name, or the default model; raise `UnknownModelError` if it is not served."""
-        wanted = self.settings.default_model if name is None else name
-        if wanted not in self.classifiers:
-            raise UnknownModelError(wanted, self.classifiers)
-        return self.classifiers[wanted]
-
-    async def ask(
-        self, request: Request, headers: Mapping[str, str], question_of: Callable[[bytes], Question[Result, Any]]
-    ) -> Result:
-        """Read the body of a request and return the answer of a worker, both before the deadline.
-
-        The header `Prefer: wait=SECONDS` (RFC 7240 section 4.3) requests an earlier deadline than the server's.
-
-        Args:
-            request: its body is still unread.
-            headers: see `headers_of`.
-            question_of: from the body to the question.
-
-        Raises:
-            BodyTooLargeError, EmptyBodyError: see `read_body`.
-            OverloadedError, DeadlineError: see `Batcher`.
-        """
-        limit = self.settings.max_body_bytes
-        n_bytes = min(limit, declared_length(headers, default=limit))
-        self.batcher.admit(n_bytes)
-        try:
-            deadline_s = self._deadline_s(headers)
-            arrived_s = time.monotonic()
-            content = await self.batcher.in_time(read_body(request, headers, limit), deadline_s)
-            waited_s = time.monotonic() - arrived_s
-            return await self.batcher.ask(question_of(content), len(content), deadline_s, waited_s)
-        finally:
-            self.batcher.release(n_bytes)
-
-    def _deadline_s(self, headers: Mapping[str, str]) -> float:
-        longest_s = self.settings.deadline_s
-        preferences = headers.get("prefer")
-        wanted = None if preferences is None else _WAIT.search(preferences)
-        return longest_s if wanted is None else min(longest_s, float(wanted[1]))
-
-
 def build_router(service: Service) -> APIRouter:
-    """Return all routes but those of the Open Inference Protocol, over one `Service`."""
+    """Return the routes of models, operations and pages, over one `Service`."""
     router = APIRouter()
-    _add_predictions(router, service)
     _add_models(router, service)
     _add_operations(router, service)
     _add_pages(router, service)
     return router
 
 
-def _add_predictions(router: APIRouter, service: Service) -> None:
-    @router.post(
-        "/predict",
-        tags=["predict"],
-        summary="Classify one image",
-        response_model=PredictAnswer,
-        responses=_BODY_PROBLEMS,
-    )
-    async def predict_one(request: Request) -> Response:
-        """Classify one image, with a certified radius.
+class _RequestRoute(APIRoute):
+    """A route whose function takes the request alone and returns the response.
 
-        The same image in four forms:
+    All middleware, limits and dependencies of the application apply to it. Without dependencies FastAPI has nothing to
+    resolve or serialise, so the function is called directly: 32 us of framework per request instead of 71.
+    """
 
-            curl -O SERVER/samples/image.png && curl -O SERVER/samples/image.npy
-            curl SERVER/predict -H 'Content-Type: application/json' -d "{\\"image\\": \\"$(base64 -w0 image.png)\\"}"
-            curl SERVER/predict -F image=@image.png -F counterfactual=true
-            curl 'SERVER/predict?epsilon=0.5' -H 'Content-Type: image/png' --data-binary @image.png
-            curl 'SERVER/predict?epsilon=0.5' -H 'Content-Type: application/x-npy' --data-binary @image.npy
-
-        Options belong in the JSON object, in form fields, or, for an image or npy body, in the query. An image that
-        cannot be read losslessly is refused; `detail` states the remedy.
-
-        An RGB file is converted to grey where the model takes grey (0.299 R + 0.587 G + 0.114 B), and a grey file to
-        RGB where it takes RGB (three copies), as `image.conversion` states. The conversion is part of the certificate:
-        radius, counterfactual and distance refer to the image that was sent, in its own channels. An array must have
-        the model's channels.
-        """
-        return await _ask_about_images(service, request, PREDICT_TYPES, is_batch=False)
-
-    @router.post(
-        "/predict/batch",
-        tags=["predict"],
-        summary="Classify several images of one size",
-        response_model=BatchAnswer,
-        responses=_BODY_PROBLEMS,
-    )
-    async def predict_batch(request: Request) -> Response:
-        """Classify several images of one size, all grey or all RGB; answers are in the order of the images. One invalid
-        image refuses the whole batch.
-
-        The certificate of an image holds in any batch.
-        """
-        return await _ask_about_images(service, request, BATCH_TYPES, is_batch=True)
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the function that handles a request."""
+        return super().get_route_handler() if self.dependencies else self.endpoint
 
 
-async def _ask_about_images(service: Service, request: Request, accepted: Sequence[str], is_batch: bool) -> Response:
-    headers = headers_of(request)
-    media_type = media_type_of(headers, accepted)
-    content_type = headers["content-type"]
-    query_string: bytes = request.scope["query_string"]
-    query = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True) if query_string else []
-    as_npy = prefers_npy(headers.get("accept", ""))
-
-    def question_of(content: bytes) -> ImageQuestion:
-        body = Body(media_type, content_type, query, content)
-        return ImageQuestion(body, is_batch, as_npy, service.settings, service.classifier, service.metrics)
-
-    reply: Reply = await service.ask(request, headers, question_of)
-    return Response(reply.content, media_type=reply.media_type)
-
-
-def prefers_npy(accept: str) -> bool:
-    """Return whether a header `Accept` (RFC 9110 section 12.5.1) names `application/x-npy` and ranks JSON no higher."""
-    if NPY not in accept.lower():
-        return False
-    weights: dict[str, float] = {}
-    for choice in accept.lower().split(","):
-        media_range, *parameters = (part.strip() for part in choice.split(";"))
-        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
-        try:
-            weights[media_range] = float(weight)
-        except ValueError:
-            weights[media_range] = 0.0
-    wanted = weights.get(NPY, 0.0)
-    # The most specific range that matches JSON gives its weight.
-    ranges = ("application/json", "application/*", "*/*")
-    return wanted > 0.0 and wanted >= next((weights[name] for name in ranges if name in weights), 0.0)
+def add_predictions(router: APIRouter, service: Service) -> None:
+    """Add `/predict` and `/predict/batch` to the router of the application itself: an included router costs 25 us."""
+    for path, name, summary, description, answer in (
+        ("/predict", "predict_one", "Classify one image", _PREDICT, PredictAnswer),
+        ("/predict/batch", "predict_batch", "Classify several images of one size", _PREDICT_BATCH, BatchAnswer),
+    ):
+        router.add_api_route(
+            path,
+            image_endpoint(service, is_batch=answer is BatchAnswer),
+            methods=["POST"],
+            name=name,
+            description=description,
+            tags=["predict"],
+            summary=summary,
+            response_model=answer,
+            responses=_BODY_PROBLEMS,
+            route_class_override=_RequestRoute,
+        )
 
 
 def _add_models(router: APIRouter, service: Service) -> None:

@@ -7,7 +7,6 @@ in transit. A value that is not finite, which only an abstention can have, is wr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -234,23 +233,3 @@ class Problem(BaseModel):
     """Path of the request."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-def radius_in_grey_levels(radius: float) -> float:
-    """Return `radius * 255`, rounded down: comparing the exact rationals detects a product that was rounded up.
-
-    Args:
-        radius: L2, pixels in [0, 1]; finite, at least 0.
-    """
-    product = radius * 255.0
-    if math.isinf(product):
-        return math.nextafter(product, 0.0)
-    # Both floats as ratios of integers, over a common denominator.
-    above, below = product.as_integer_ratio()
-    top, bottom = radius.as_integer_ratio()
-    return math.nextafter(product, 0.0) if above * bottom > 255 * top * below else product
-
-
-def finite(value: float) -> float | None:
-    """Return `value`, or null where JSON has no number for it."""
-    return value if math.isfinite(value) else None

@@ -20,9 +20,9 @@ from conftest import HEIGHT, WIDTH, Client
 from encoding import encode, npy
 from PIL import Image
 
+from service.api.answers import radius_in_grey_levels
 from service.api.app import create_app
-from service.api.openapi import SAMPLE_DIGIT
-from service.api.schema import radius_in_grey_levels
+from service.api.examples import SAMPLE_DIGIT
 from service.errors import ArtefactError, SettingsError
 from service.inference.classifier import Classifier, Prediction, View
 from service.pixels.images import decode_image

@@ -318,6 +318,12 @@ def test_a_broken_form_is_refused(client: Client, kind: str) -> None:
     assert_problem(client.post("/predict", content=content, headers={"Content-Type": content_type}), 400, expected)
 
 
+def test_a_transfer_encoding_of_a_part_is_not_decoded(client: Client) -> None:
+    content = form_of((f"{FILE}\r\nContent-Transfer-Encoding: base64", base64.b64encode(GOOD)))
+    response = client.post("/predict", content=content, headers={"Content-Type": FORM_TYPE})
+    assert_problem(response, 422, "the bytes are not an image in a supported format")
+
+
 def test_an_option_twice_is_refused(client: Client) -> None:
     content = form_of((FILE, GOOD), ('name="epsilon"', b"1"), ('name="epsilon"', b"2"))
     assert_problem(

@@ -17,7 +17,8 @@ from PIL import Image
 
 from service.api.app import create_app
 from service.api.body import BATCH_TYPES, PREDICT_TYPES
-from service.api.openapi import SAMPLE_DIGIT, STATIC
+from service.api.examples import SAMPLE_DIGIT, STATIC
+from service.api.schema import Options
 from service.settings import Settings
 
 PAGES = ("/", "/docs")
@@ -112,14 +113,12 @@ def test_every_form_of_request_is_documented(document: dict[str, Any]) -> None:
         operation = document["paths"][path]["post"]
         assert set(operation["requestBody"]["content"]) == set(media_types)
         assert {(parameter["name"], parameter["in"]) for parameter in operation["parameters"]} == {
-            ("model", "query"),
-            ("epsilon", "query"),
-            ("counterfactual", "query"),
-            ("target", "query"),
-            ("resize", "query"),
+            *((option, "query") for option in Options.model_fields),
             ("Prefer", "header"),
         }
         assert set(operation["responses"]["200"]["content"]) == {"application/json", "application/x-npy"}
+    form = document["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert set(form["properties"]) == {"image", *Options.model_fields}
 
 
 def test_every_field_of_the_answer_is_described(document: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a worker reads from a request and writes as its answer: JSON and npy say the same."""
+"""The decoding of requests and the writing of answers by workers: JSON and npy have the same content."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from encoding import encode, npy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.answers import in_records, in_words
+from service.api.answers import in_records, in_words, radius_in_grey_levels
 from service.api.app import create_app
-from service.api.predict import Body, ImageQuestion
-from service.api.routes import prefers_npy
-from service.api.schema import BatchAnswer, Options, PredictAnswer, radius_in_grey_levels
+from service.api.body import Head, prefers_npy
+from service.api.predict import ImageQuestion, Service
+from service.api.schema import BatchAnswer, Options, PredictAnswer
 from service.errors import NotAnImageError
+from service.inference.admission import Limits
+from service.inference.batching import Batcher
 from service.inference.classifier import Classifier, Prediction
 from service.inference.counterfactual import Counterfactual
 from service.inference.outcome import Outcome
@@ -158,23 +160,28 @@ def outcome(classifier: Classifier, predictions: Sequence[Prediction], epsilon: 
     return Outcome(classifier, options, np.zeros((len(predictions), 1, HEIGHT, WIDTH)), predictions)
 
 
-def nobody(_: str | None) -> Classifier:
-    raise AssertionError("not asked for here")
+@pytest.fixture(scope="module")
+def service(classifiers: Mapping[str, Classifier]) -> Service:
+    metrics = Metrics()
+    return Service(Settings(default_model="grey"), classifiers, None, metrics, Batcher(Limits(), metrics))
 
 
-def question(content: bytes = b"", media_type: str = "image/png", is_batch: bool = False) -> ImageQuestion:
-    return ImageQuestion(Body(media_type, media_type, (), content), is_batch, False, Settings(), nobody, Metrics())
+def question(
+    service: Service, content: bytes = b"", media_type: str = "image/png", is_batch: bool = False
+) -> ImageQuestion:
+    head = Head(media_type, media_type, len(content), expects=False, wait_s=math.inf, prefers_npy=False)
+    return ImageQuestion(service, head, (), is_batch, content)
 
 
 @given(computed(), st.booleans(), floats(0.0) | st.none())
 def test_the_json_is_what_the_schema_itself_would_write(
-    classifiers: Mapping[str, Classifier],
+    service: Service,
     predictions: Sequence[Prediction],
     is_batch: bool,
     epsilon: float | None,
 ) -> None:
-    said = outcome(classifiers["grey"], predictions, epsilon)
-    reply = question(is_batch=is_batch).answer(said)
+    said = outcome(service.classifiers["grey"], predictions, epsilon)
+    reply = question(service, is_batch=is_batch).answer(said)
     answers = [PredictAnswer.model_validate(one) for one in in_words(said)]
     whole = BatchAnswer(predictions=answers) if is_batch else answers[0]
     assert reply.media_type == "application/json"
@@ -214,26 +221,21 @@ def test_the_radius_in_grey_levels_is_the_product_rounded_down(radius: float) ->
     ("case", "at_once"),
     [("small file", True), ("many pixels", False), ("many bytes", False), ("form", False), ("batch", False)],
 )
-def test_only_what_is_read_in_no_time_is_read_on_the_event_loop(
-    classifiers: Mapping[str, Classifier], case: str, at_once: bool
-) -> None:
+def test_only_small_images_are_decoded_on_the_event_loop(service: Service, case: str, at_once: bool) -> None:
     small = encode(np.zeros((HEIGHT, WIDTH), np.uint8))
     asked = {
-        "small file": question(small),
-        "many pixels": question(encode(np.zeros((65, 65), np.uint8))),
-        "many bytes": question(small + bytes(9000)),
-        "form": question(small, "multipart/form-data"),
-        "batch": question(npy(np.zeros((1, HEIGHT, WIDTH))), "application/x-npy", is_batch=True),
+        "small file": question(service, small),
+        "many pixels": question(service, encode(np.zeros((65, 65), np.uint8))),
+        "many bytes": question(service, small + bytes(9000)),
+        "form": question(service, small, "multipart/form-data"),
+        "batch": question(service, npy(np.zeros((1, HEIGHT, WIDTH))), "application/x-npy", is_batch=True),
     }[case]
-    asked.classifier_of = lambda _: classifiers["grey"]
     assert (asked.decode_at_once() is not None) is at_once
 
 
-def test_what_is_broken_is_refused_on_the_event_loop(classifiers: Mapping[str, Classifier]) -> None:
-    asked = question(content=b"GIF89a")
-    asked.classifier_of = lambda _: classifiers["grey"]
+def test_a_broken_image_is_refused_on_the_event_loop(service: Service) -> None:
     with pytest.raises(NotAnImageError):
-        asked.decode_at_once()
+        question(service, content=b"GIF89a").decode_at_once()
 
 
 LARGER = Settings(default_model="grey", max_batch=300, max_pixels=20_000)

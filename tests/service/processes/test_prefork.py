@@ -21,7 +21,7 @@ import pytest
 from encoding import npy
 from process_table import children_of, is_running, wait_until
 
-from service.api.app import _limits
+from service.api.app import limits_of
 from service.errors import PortError, SettingsError
 from service.inference.classifier import Classifier
 from service.processes import serving
@@ -445,5 +445,5 @@ def test_limits_of_requests_and_bytes_are_shared_among_the_processes(
     classifiers: Mapping[str, Classifier], processes: int, share: int
 ) -> None:
     settings = Settings(max_requests=3, max_waiting_bytes=3)
-    limits = _limits(settings, Threads(processes, 1, 1), classifiers)
+    limits = limits_of(settings, Threads(processes, 1, 1), classifiers)
     assert (limits.max_requests, limits.max_bytes) == (share, share)

@@ -1,4 +1,4 @@
-"""The routes that are called without the framework: limits, deadlines, clients that go, and a loop that stays free."""
+"""Requests under load: limits, deadlines, clients that disconnect, and an event loop that stays free."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def held(classifiers: Mapping[str, Classifier]) -> Held:
 
 def run(app: FastAPI, test: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]) -> None:
     async def within() -> None:
-        transport = httpx.ASGITransport(app)
+        # As for a client: the server logs an exception of the application, and sends its answer.
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=LONG_S) as http:
             await asyncio.wait_for(test(http), LONG_S)
 
@@ -252,8 +253,8 @@ def test_a_client_that_goes_leaves_its_neighbours_alone(held: Held) -> None:
     run(app, test)
 
 
-def test_what_a_route_did_not_expect_is_answered_500_and_logged(
-    held: Held, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_an_unexpected_error_is_answered_500_and_raised_for_the_server_to_log(
+    held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = app_of(held)
     held.opened.set()
@@ -271,15 +272,7 @@ def test_what_a_route_did_not_expect_is_answered_500_and_logged(
         metrics = (await http.get("/metrics")).text
         assert 'lipcert_http_requests_total{method="POST",route="/predict",status="500"} 1.0' in metrics
 
+        with pytest.raises(ZeroDivisionError, match="a defect"):
+            await call(app, [{"type": "http.request", "body": PNG}])
+
     run(app, test)
-    assert "a defect" in caplog.text
-
-
-@pytest.mark.parametrize(("method", "status"), [("GET", 405), ("PUT", 405), ("OPTIONS", 405), ("HEAD", 405)])
-def test_other_methods_are_the_frameworks_to_refuse(held: Held, method: str, status: int) -> None:
-    async def test(http: httpx.AsyncClient) -> None:
-        response = await http.request(method, "/predict")
-        assert response.status_code == status
-        assert response.headers["allow"] == "POST"
-
-    run(app_of(held), test)

@@ -1,0 +1,124 @@
+"""Images of requests, still encoded: files, base64 text and npy arrays, and how each of them is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.errors import BatchTooLargeError, ChannelsError, ImageSizeError, InputError, MixedSizesError
+from service.pixels.arrays import decode_array, decode_array_batch
+from service.pixels.images import decode_base64, decode_image
+from service.shapes import Float64, UInt8
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image file, or its base64 text."""
+
+    data: bytes | str
+
+    def decode(
+        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, used_pixels: int = 0
+    ) -> UInt8[np.ndarray, "C H W"]:
+        """Return pixels in 0..255, with the channels of the file.
+
+        Args:
+            input_shape_CHW: the images that the model accepts.
+            max_pixels: limit of all images of the request together.
+            used_pixels: pixels of the images that were decoded before.
+
+        Raises:
+            ChannelsError: the model accepts neither grey nor RGB images.
+            InputError: see `service.pixels.images`.
+        """
+        channels = input_shape_CHW[0]
+        if channels not in (1, 3):
+            raise ChannelsError(
+                f"the model takes {channels} channels and image files have 1 or 3; send a npy array of shape "
+                f"({channels}, H, W) as application/x-npy"
+            )
+        data = decode_base64(self.data) if isinstance(self.data, str) else self.data
+        return decode_image(data, max_pixels, used_pixels)
+
+
+@dataclass(frozen=True)
+class ArrayImage:
+    """An npy file; it must have the model's channels, because its shape alone does not tell grey from RGB."""
+
+    data: bytes
+
+    def decode(self, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
+        """Return pixels in [0, 1]; raise `InputError` as `service.pixels.arrays`."""
+        return decode_array(self.data, input_shape_CHW, max_pixels)
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Image files in base64."""
+
+    texts: tuple[str, ...]
+
+    def decode(
+        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int, resize: bool
+    ) -> UInt8[np.ndarray, "N C H W"]:
+        """Return pixels in 0..255.
+
+        Args:
+            input_shape_CHW: the images that the model accepts.
+            max_pixels: limit of all images together.
+            max_batch: limit of the number of images.
+            resize: whether the images may have another size than the model's.
+
+        Raises:
+            BatchTooLargeError: more than `max_batch` images.
+            InputError: an image is refused; the message names its index, from 0.
+        """
+        if len(self.texts) > max_batch:
+            raise BatchTooLargeError(len(self.texts), max_batch)
+        images: list[np.ndarray] = []
+        for index, text in enumerate(self.texts):
+            used = sum(image[0].size for image in images)
+            try:
+                image = EncodedImage(text).decode(input_shape_CHW, max_pixels, used)
+                if not resize and image.shape[1:] != input_shape_CHW[1:]:
+                    raise ImageSizeError(image.shape[1], image.shape[2], *input_shape_CHW[1:])
+                if images and image.shape[1:] != images[0].shape[1:]:
+                    raise MixedSizesError(image.shape[1:], images[0].shape[1:])
+                if images and image.shape[0] != images[0].shape[0]:
+                    raise ChannelsError(
+                        f"this image is {_colours(image)} and the first image is {_colours(images[0])}; the images of "
+                        "a batch must be all grey or all RGB, send the others separately"
+                    )
+            except InputError as error:
+                raise error.at_index(index) from None
+            images.append(image)
+        return np.stack(images)
+
+
+def _colours(image_CHW: np.ndarray) -> str:
+    return "grey" if len(image_CHW) == 1 else "RGB"
+
+
+@dataclass(frozen=True)
+class ArrayBatch:
+    """An npy file with a leading batch axis."""
+
+    data: bytes
+
+    def decode(
+        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int, resize: bool
+    ) -> Float64[np.ndarray, "N C H W"]:
+        """Return pixels in [0, 1].
+
+        Args:
+            input_shape_CHW: the images that the model accepts.
+            max_pixels: limit of all images together.
+            max_batch: limit of the number of images.
+            resize: ignored: the classifier checks the size.
+
+        Raises:
+            InputError: see `service.pixels.arrays`.
+        """
+        del resize
+        return decode_array_batch(self.data, input_shape_CHW, max_pixels, max_batch)
