@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -58,21 +57,13 @@ class Metrics:
             buckets=_BUCKETS_IMAGES,
             registry=self._registry,
         )
-        self._batch_images = {kind: batch_images.labels(kind) for kind in ("prediction", "counterfactual")}
-        self._waiting = Gauge(
+        self.batch_images = {kind: batch_images.labels(kind) for kind in ("prediction", "counterfactual")}
+        self.waiting = Gauge(
             "lipcert_waiting",
             "Requests, and parts of large ones, that no worker has taken yet.",
             multiprocess_mode="livesum",
             registry=self._registry,
         )
-
-    def note_waiting(self, waiting: int) -> None:
-        """This is the length of all queues together."""
-        self._waiting.set(waiting)
-
-    def count_batch(self, kind: Literal["prediction", "counterfactual"], images: int) -> None:
-        """Count one batch."""
-        self._batch_images[kind].observe(images)
 
     def count_predictions(self, model: str, certified: Iterable[bool]) -> None:
         """Count the images that a model answered, and those whose answer certifies nothing."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import io
-import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -69,15 +68,9 @@ class Service:
         """
         limit = self.settings.max_body_bytes
         n_bytes = limit if head.length is None else min(limit, head.length)
-        self.batcher.admit(n_bytes)
-        try:
-            deadline_s = min(self.settings.deadline_s, head.wait_s)
-            arrived_s = time.monotonic()
-            content = await self.batcher.in_time(read_body(request, head, limit), deadline_s)
-            waited_s = time.monotonic() - arrived_s
-            return await self.batcher.ask(question_of(content), len(content), deadline_s, waited_s)
-        finally:
-            self.batcher.release(n_bytes)
+        async with self.batcher.place(n_bytes, min(self.settings.deadline_s, head.wait_s)):
+            content = await read_body(request, head, limit)
+            return await self.batcher.ask(question_of(content), len(content))
 
 
 class Reply(NamedTuple):

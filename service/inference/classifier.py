@@ -7,6 +7,7 @@ takes; K classes.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -280,25 +281,26 @@ class View:
         if image_NCHW.size and not (image_NCHW.min() >= 0.0 and image_NCHW.max() <= 1.0):
             raise PixelRangeError("a pixel is NaN, infinite or outside [0, 1]; divide 8-bit pixels by 255")
         logits_NK, radii = self.classify(image_NCHW)
-        logit_error = self.certificate.logit_error
-        return [
-            Prediction(class_id, logits_K, radius, certified, runner_up, lipschitz_bound, logit_error)
-            for class_id, logits_K, radius, certified, runner_up, lipschitz_bound in zip(
+        return list(
+            map(
+                Prediction,
                 radii.class_id_N.tolist(),
                 logits_NK,
                 radii.radius_N.tolist(),
                 radii.certified_N.tolist(),
                 radii.runner_up_N.tolist(),
                 radii.lipschitz_bound_N.tolist(),
-                strict=True,
+                itertools.repeat(self.certificate.logit_error),
             )
-        ]
+        )
 
     def classify(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> tuple[Float64[np.ndarray, "N K"], Radii]:
         """Logits and radii as arrays: what `predict` answers, without the check of the pixels."""
         seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
         (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NDAB})
-        logits_NK = _two_or_more(raw_NK)
+        logits_NK = raw_NK.astype(np.float64, copy=False)
+        if self.single_output:
+            logits_NK = two_class_logits(logits_NK)
         return logits_NK, certified_radius(logits_NK, self.certificate.margin_bounds_KK, self.certificate.logit_error)
 
     def margin_gradient(
@@ -312,8 +314,11 @@ class View:
         raw_NK, gradient_NDAB = self.transport.run(
             ("logits", "gradient"), {"image": seen_NDAB, "margin_weights": weights_NK}
         )
+        logits_NK = raw_NK.astype(np.float64, copy=False)
+        if self.single_output:
+            logits_NK = two_class_logits(logits_NK)
         gradient = gradient_NDAB.astype(np.float64)
-        return _two_or_more(raw_NK), (gradient if self.preprocessing is None else self.preprocessing.adjoint(gradient))
+        return logits_NK, gradient if self.preprocessing is None else self.preprocessing.adjoint(gradient)
 
 
 def counterfactuals(
@@ -332,8 +337,3 @@ def counterfactuals(
         n_classes=len(predictions[0].logits_K) if predictions else 0,
         target_N=np.array([-1 if target is None else target for target in targets], np.int64),
     )
-
-
-def _two_or_more(raw_NK: np.ndarray) -> np.ndarray:
-    logits_NK = raw_NK.astype(np.float64, copy=False)
-    return two_class_logits(logits_NK) if logits_NK.shape[1] == 1 else logits_NK

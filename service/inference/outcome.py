@@ -1,6 +1,6 @@
 """The outcome of one request: images, options and results in one object, from the computation to the answer.
 
-A new option of `/predict` is computed here (`needs_gradients`, `explain`); the batcher between schema and answer does
+A new option of `/predict` is computed here (`Decoded.plan`, `explain`); the batcher between schema and answer does
 not know it.
 """
 
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from service.inference.classifier import Classifier, Prediction, counterfactuals
+from service.inference.classifier import Classifier, Prediction, View, counterfactuals
 from service.inference.counterfactual import Differentiable
 from service.shapes import Float64, UInt8
 
@@ -36,6 +36,14 @@ class ImageOptions(Protocol):
         ...
 
 
+class Plan(NamedTuple):
+    """How the images of one request are computed."""
+
+    view: View
+    explains: bool
+    """Whether `explain`, which runs the transport graph, follows the prediction."""
+
+
 Options = TypeVar("Options", bound=ImageOptions)
 Options_co = TypeVar("Options_co", bound=ImageOptions, covariant=True)
 
@@ -48,6 +56,18 @@ class Decoded(Generic[Options_co]):
     pixels_NCHW: UInt8[np.ndarray, "N C H W"] | Float64[np.ndarray, "N C H W"]
     """As sent: 0..255, or in [0, 1]."""
     options: Options_co
+
+    def plan(self) -> Plan:
+        """Return how the images are computed.
+
+        Raises:
+            UnknownLabelError: the target is no label of the model.
+            InputError: the model takes no images of this shape.
+        """
+        if self.options.target is not None:
+            self.classifier.class_of(self.options.target)
+        view = self.classifier.view(self.pixels_NCHW.shape[1:], self.options.resize)
+        return Plan(view, explains=self.options.counterfactual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,15 +82,6 @@ class Outcome(Generic[Options_co]):
     """One for each image, with every result that the options ask for."""
 
 
-def check_options(classifier: Classifier, options: ImageOptions) -> None:
-    """Refuse options that the model cannot fulfil, before anything is computed.
-
-    Raises:
-        UnknownLabelError: the target is no label of the model.
-    """
-    _target(classifier, options)
-
-
 def check_predictions(classifier: Classifier, options: ImageOptions, predictions: Sequence[Prediction]) -> None:
     """Refuse options that contradict the predictions, before `explain`; in a batch the error names the image.
 
@@ -83,11 +94,6 @@ def check_predictions(classifier: Classifier, options: ImageOptions, predictions
         TargetIsPredictedClassError: an image already has the target class.
     """
     classifier.check_targets(predictions, [_target(classifier, options)] * len(predictions))
-
-
-def needs_gradients(options: ImageOptions) -> bool:
-    """Return whether a prediction is followed by `explain`, which runs the transport graph."""
-    return options.counterfactual
 
 
 def explain(model: Differentiable, outcomes: Sequence[Outcome[Any]]) -> list[Prediction]:
@@ -122,10 +128,9 @@ def compute(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], 
         UnknownLabelError: the target is no label of the model; nothing is computed.
         InputError: the model does not take images of this shape, or an image already has the target class.
     """
-    check_options(classifier, options)
-    view = classifier.view(image_NCHW.shape[1:], options.resize)
+    view, explains = Decoded(classifier, image_NCHW, options).plan()
     outcome = Outcome(classifier, options, image_NCHW, view.predict(image_NCHW))
-    if not needs_gradients(options):
+    if not explains:
         return outcome
     check_predictions(classifier, options, outcome.predictions)
     return replace(outcome, predictions=explain(view, [outcome]))

@@ -1,92 +1,108 @@
-"""TODO: service/inference/workers.py."""
+"""Workers: threads that take, decode, compute and answer."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import logging
+import threading
 
-import numpy as np
+from service.inference.admission import Limits
+from service.inference.deliveries import Deliveries
+from service.inference.jobs import Batch, Chunk
+from service.inference.passes import Passes
+from service.inference.queues import Queues
+from service.metrics import Metrics
 
-from service.certificate import Radii
-from service.errors import BusyError, InputError
-from service.inference.classifier import View
-from service.inference.jobs import Part, Request
+_SMALL_BYTES = 64 * 1024
 
-if TYPE_CHECKING:
-    from service.inference.batching import Batcher
-
-SMALL_BYTES = 64 * 1024
-SMALL_PIXELS = 256 * 1024
+_log = logging.getLogger(__name__)
 
 
-class AbandonedError(Exception):
-    """Nobody waits for the rest of a search."""
+class Workers:
+    """Threads that work until the queues are closed."""
 
+    def __init__(self, limits: Limits, queues: Queues, metrics: Metrics) -> None:
+        """Start no thread.
 
-class MakingWay:
-    """A view for a search that lets predictions pass before each of its gradients, and ends when nobody waits."""
-
-    def __init__(self, batcher: Batcher, view: View, parts: Sequence[Part]) -> None:
-        self._batcher = batcher
-        self._view = view
-        self._parts = parts
-
-    def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
-        return self._view.classify(image_NCHW)
-
-    def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self._batcher.predict_what_waits()
-        if self._batcher.is_closed or all(part.request.future.done() for part in self._parts):
-            raise AbandonedError
-        return self._view.margin_gradient(image_NCHW, weights_NK)
-
-
-class Done:
-    """Outcomes that a worker hands to the event loop at once: waking it for each would cost more than an answer."""
-
-    def __init__(self) -> None:
-        self._computed: list[Request[Any]] = []
-        self.pixels = 0
-        """Of all images that are to be answered, every channel counted."""
-        self._outcomes: list[tuple[Request[Any], Any]] = []
-
-    def answer(self, request: Request[Any]) -> None:
-        """This request is computed."""
-        self._computed.append(request)
-        assert request.decoded is not None
-        self.pixels += request.decoded.pixels_NCHW.size
-
-    def answer_all(self) -> None:
-        """Put into words what is computed."""
-        for request in self._computed:
-            try:
-                answer = request.question.answer(request.outcome())
-            except Exception as error:
-                self.fail(request, error)
-            else:
-                self._outcomes.append((request, answer))
-        self._computed.clear()
-
-    def fail(self, request: Request[Any], error: Exception) -> None:
-        """This is the answer: of what the client did, or what there is no time for, without where it was found.
-
-        The frames there hold the request, which holds the error.
+        Args:
+            limits: number of threads, and largest batches.
+            queues: where work comes from.
+            metrics: counts batches.
         """
-        expected = isinstance(error, InputError | BusyError)
-        self._outcomes.append((request, error.with_traceback(None) if expected else error))
+        self._limits = limits
+        self._queues = queues
+        self._passes = Passes(limits, queues, metrics, self._compute_predictions)
+        self._threads: list[threading.Thread] = []
+        self._python = threading.Lock()
+        """Held by the worker that decodes or answers."""
 
-    def deliver(self) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Request[Any], Any]]] = {}
-        for request, outcome in self._outcomes:
-            by_loop.setdefault(request.loop, []).append((request, outcome))
-        for loop, outcomes in by_loop.items():
-            # The loop may be closed by now: then nobody waits.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_settle, outcomes)
+    def start(self) -> None:
+        """Start the threads."""
+        self._threads = [
+            threading.Thread(target=self._work, name=f"worker-{number}", daemon=True)
+            for number in range(self._limits.workers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
+    def join(self) -> None:
+        """Wait for the end of the threads, once the queues are closed."""
+        for thread in self._threads:
+            thread.join()
 
-def _settle(outcomes: list[tuple[Request[Any], Any]]) -> None:
-    for request, outcome in outcomes:
-        request.settle(outcome)
+    def _work(self) -> None:
+        while self._queues.wait():
+            self._compute_next(searches=True)
+
+    def _compute_predictions(self) -> None:
+        """Compute one batch of predictions if there is one: the worker is in the middle of a search."""
+        if self._queues.has_predictions:
+            self._compute_next(searches=False)
+
+    def _compute_next(self, searches: bool) -> None:
+        """Take, decode, compute and answer one batch, if there is one; a search only if wanted."""
+        deliveries = Deliveries()
+        # One worker at a time takes, decodes and answers: threads that all run Python only take the GIL from each
+        # other. The second worker finds a fuller batch.
+        with self._python:
+            batch = self._queues.take(searches)
+            if batch is None:
+                return
+            is_small = batch.n_bytes <= _SMALL_BYTES
+            chunks = self._decode(batch, deliveries) if is_small else []
+        if not is_small:
+            # Decoders of large files mostly run without the GIL.
+            with self._queues.occupied():
+                chunks = self._decode(batch, deliveries)
+        try:
+            if chunks:
+                self._passes.predict(chunks, deliveries)
+            if batch.searches:
+                self._passes.search(batch.searches, deliveries)
+        except Exception as error:  # a defect of this package: the worker goes on, and nobody waits in vain
+            _log.exception("a worker failed on a batch")
+            for request in {*batch.requests, *(chunk.request for chunk in [*chunks, *batch.searches])}:
+                deliveries.fail(request, error)
+        deliveries.send(self._python)
+
+    def _decode(self, batch: Batch, deliveries: Deliveries) -> list[Chunk]:
+        """Return the chunks to predict; requests beyond the limit of pixels go back to the queue."""
+        chunks, pixels = batch.chunks, batch.pixels
+        for number, request in enumerate(batch.requests):
+            if pixels >= self._limits.max_pixels:
+                self._queues.put_back(batch.requests[number:])
+                del batch.requests[number:]
+                break
+            if request.future.done():  # its deadline has passed, or its client is gone
+                continue
+            try:
+                decoded = request.decoded or request.question.decode()
+                first, *others = self._passes.split(request, decoded)
+            except Exception as error:
+                deliveries.fail(request, error)
+                continue
+            pixels += decoded.pixels_NCHW[:, 0].size
+            chunks.append(first)
+            if others:
+                # Left to whichever worker is free.
+                self._queues.put_chunks(others)
+        return chunks

@@ -20,6 +20,7 @@ import base64
 import binascii
 import hashlib
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -54,6 +55,18 @@ def to_unit(
 ) -> Float64[np.ndarray, "*shape"]:
     """Return pixel values 0..255 as float64 in [0, 1], each `v / 255` correctly rounded."""
     return np.divide(pixels, 255.0, dtype=np.float64)
+
+
+def unit_images(pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """Return arrays of images, 8-bit or in [0, 1], as one array in [0, 1]; 8-bit arrays are converted together."""
+    if len(pixels) == 1:
+        return to_unit(pixels[0]) if pixels[0].dtype == np.uint8 else pixels[0]
+    if all(pixels_NCHW.dtype == np.uint8 for pixels_NCHW in pixels):
+        # numpy lets go of the GIL for each array of more than 500 values that it copies, and waits to have it again;
+        # joining bytes does not.
+        joined = b"".join([np.ascontiguousarray(pixels_NCHW).data for pixels_NCHW in pixels])
+        return to_unit(np.frombuffer(joined, np.uint8).reshape(-1, *pixels[0].shape[1:]))
+    return np.concatenate([to_unit(one) if one.dtype == np.uint8 else one for one in pixels])
 
 
 def image_digest(image_CHW: Float64[np.ndarray, "C H W"]) -> str:

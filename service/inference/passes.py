@@ -1,0 +1,228 @@
+"""Forward passes and searches of a batch, whose images come from several requests."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from service.certificate import Radii
+from service.inference.admission import Limits
+from service.inference.classifier import Classifier, Prediction, View
+from service.inference.deliveries import Deliveries
+from service.inference.jobs import Chunk, Request
+from service.inference.outcome import Decoded, Outcome, Plan, check_predictions, explain
+from service.inference.pace import Pace, measure_pace
+from service.inference.queues import SEARCH_SHARE, Queues
+from service.metrics import Metrics
+from service.pixels.images import unit_images
+
+_log = logging.getLogger(__name__)
+
+
+class Passes:
+    """Computation of batches; one that fails runs again chunk by chunk, so that one request alone fails."""
+
+    def __init__(self, limits: Limits, queues: Queues, metrics: Metrics, predict_waiting: Callable[[], None]) -> None:
+        """Compute nothing yet.
+
+        Args:
+            limits: largest batches.
+            queues: where searches wait for their turn.
+            metrics: counts batches.
+            predict_waiting: computes a batch of waiting predictions, if there is one.
+        """
+        self._limits = limits
+        self._queues = queues
+        self._metrics = metrics
+        self._predict_waiting = predict_waiting
+        self._paces: dict[str, Pace] = {}
+        """By digest of the model."""
+        self._counting = threading.Lock()
+        """Guards `Request.left`."""
+
+    def split(self, request: Request[Any], decoded: Decoded[Any]) -> list[Chunk]:
+        """Return the chunks of a decoded request: one, or as many as forward passes or idle workers.
+
+        Raises:
+            InputError: the model takes no images of this shape, or the options do not fit it.
+        """
+        plan = decoded.plan()
+        count = len(decoded.pixels_NCHW)
+        request.decoded = decoded
+        request.predictions = [None] * count
+        # Measuring a pace loads the model and may fail, and other requests wait for this worker: it belongs to the
+        # pass.
+        pace = self._paces.get(decoded.classifier.digest)
+        most = 1 if pace is None else count // pace.share
+        shares = min(most, 1 + self._queues.idle) if most > 1 else 1
+        return _chunks(request, decoded, plan, max(-(-count // self._limits.forward_batch), shares))
+
+    def predict(self, chunks: Sequence[Chunk], deliveries: Deliveries) -> None:
+        """Predict chunks; those of one view share forward passes.
+
+        Args:
+            chunks: of any views.
+            deliveries: receive the requests that are complete or have failed.
+        """
+        latest: dict[int, list[Chunk]] = {}
+        room: dict[int, int] = {}
+        for chunk in chunks:
+            key = id(chunk.plan.view)
+            if key not in latest or room[key] < chunk.count:
+                if key in latest:
+                    self._predict(latest[key], deliveries)
+                latest[key], room[key] = [], self._limits.forward_batch
+            latest[key].append(chunk)
+            room[key] -= chunk.count
+        for together in latest.values():
+            self._predict(together, deliveries)
+
+    def search(self, chunks: Sequence[Chunk], deliveries: Deliveries) -> None:
+        """Compute the results that need gradients, in one batch.
+
+        Args:
+            chunks: predicted, of one view.
+            deliveries: receive the requests that are complete or have failed.
+        """
+        with self._queues.occupied():
+            self._search(chunks, deliveries)
+
+    def _predict(self, chunks: Sequence[Chunk], deliveries: Deliveries) -> None:
+        chunks = [chunk for chunk in chunks if not chunk.request.future.done()]
+        if not chunks:
+            return
+        first = chunks[0]
+        try:
+            classifier = first.decoded.classifier
+            pace = self._paces.get(classifier.digest) or self._measure_pace(classifier)
+            self._queues.pays = pace.share
+            image_NCHW = unit_images([chunk.pixels_NCHW for chunk in chunks])
+            predictions = first.plan.view.predict(image_NCHW)
+        except Exception as error:
+            self._alone_or_fail(chunks, error, deliveries, self._predict)
+            return
+        self._metrics.batch_images["prediction"].observe(len(predictions))
+        offset = 0
+        for chunk in chunks:
+            chunk.request.images[chunk.start] = image_NCHW[offset : offset + chunk.count]
+            offset += chunk.count
+        for chunk in self._store(chunks, predictions):
+            if chunk.plan.explains:
+                self._queue_search(chunk, deliveries)
+            else:
+                deliveries.computed.append(chunk.request)
+
+    def _queue_search(self, chunk: Chunk, deliveries: Deliveries) -> None:
+        """Queue the search of a predicted request; its gradients wait for those of other requests."""
+        request, decoded, plan = chunk.request, chunk.decoded, chunk.plan
+        predictions = [prediction for prediction in request.predictions if prediction is not None]
+        try:
+            check_predictions(decoded.classifier, decoded.options, predictions)
+        except Exception as error:
+            deliveries.fail(request, error)
+            return
+        request.images.clear()  # nine tenths of the memory of a request that waits
+        most = max(1, self._limits.forward_batch // SEARCH_SHARE)
+        self._queues.put_searches(_chunks(request, decoded, plan, -(-len(predictions) // most)))
+
+    def _search(self, chunks: Sequence[Chunk], deliveries: Deliveries) -> None:
+        chunks = [chunk for chunk in chunks if not chunk.request.future.done()]
+        if not chunks:
+            return
+        try:
+            view = _PreemptibleView(chunks[0].plan.view, self._predict_waiting, lambda: self._is_abandoned(chunks))
+            predictions = explain(view, [_predicted(chunk) for chunk in chunks])
+        except _AbandonedError:
+            return
+        except Exception as error:
+            self._alone_or_fail(chunks, error, deliveries, self._search)
+            return
+        self._metrics.batch_images["counterfactual"].observe(len(predictions))
+        deliveries.computed += [chunk.request for chunk in self._store(chunks, predictions)]
+
+    def _is_abandoned(self, chunks: Sequence[Chunk]) -> bool:
+        return self._queues.is_closed or all(chunk.request.future.done() for chunk in chunks)
+
+    def _alone_or_fail(
+        self,
+        chunks: Sequence[Chunk],
+        error: Exception,
+        deliveries: Deliveries,
+        run: Callable[[Sequence[Chunk], Deliveries], None],
+    ) -> None:
+        if len(chunks) == 1:
+            deliveries.fail(chunks[0].request, error)
+            return
+        _log.warning("a batch of %d requests failed and runs again one by one: %s", len(chunks), error)
+        for chunk in chunks:
+            run([chunk], deliveries)
+
+    def _store(self, chunks: Sequence[Chunk], predictions: Sequence[Prediction]) -> list[Chunk]:
+        """Hand predictions to the requests; return the chunks that were the last of theirs."""
+        last: list[Chunk] = []
+        offset = 0
+        for chunk in chunks:
+            request = chunk.request
+            request.predictions[chunk.start : chunk.start + chunk.count] = predictions[offset : offset + chunk.count]
+            offset += chunk.count
+            with self._counting:
+                request.left -= 1
+                if request.left == 0:
+                    last.append(chunk)
+        return last
+
+    def _measure_pace(self, classifier: Classifier) -> Pace:
+        with self._queues.occupied():
+            pace = self._paces[classifier.digest] = measure_pace(classifier)
+        return pace
+
+
+def _chunks(request: Request[Any], decoded: Decoded[Any], plan: Plan, pieces: int) -> list[Chunk]:
+    """Return the images in pieces of nearly one size, all still to compute."""
+    pixels_NCHW = decoded.pixels_NCHW
+    count = len(pixels_NCHW)
+    pixels = pixels_NCHW[0, 0].size if count else 0
+    request.left = pieces
+    chunks: list[Chunk] = []
+    for piece in range(pieces):
+        start, stop = count * piece // pieces, count * (piece + 1) // pieces
+        images = pixels_NCHW[start:stop]
+        chunks.append(Chunk(request, decoded, plan, start, images, stop - start, (stop - start) * pixels))
+    return chunks
+
+
+def _predicted(chunk: Chunk) -> Outcome[Any]:
+    """Return the outcome of a predicted chunk, for the search."""
+    predictions = chunk.request.predictions[chunk.start : chunk.start + chunk.count]
+    return Outcome(
+        chunk.decoded.classifier,
+        chunk.decoded.options,
+        unit_images([chunk.pixels_NCHW]),
+        [prediction for prediction in predictions if prediction is not None],
+    )
+
+
+class _AbandonedError(Exception):
+    """No client waits for the rest of a search."""
+
+
+class _PreemptibleView:
+    """A view whose search lets predictions pass before each gradient, and ends when no client waits for it."""
+
+    def __init__(self, view: View, predict_waiting: Callable[[], None], is_abandoned: Callable[[], bool]) -> None:
+        self._view = view
+        self._predict_waiting = predict_waiting
+        self._is_abandoned = is_abandoned
+
+    def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
+        return self._view.classify(image_NCHW)
+
+    def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self._predict_waiting()
+        if self._is_abandoned():
+            raise _AbandonedError
+        return self._view.margin_gradient(image_NCHW, weights_NK)
