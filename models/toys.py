@@ -1,4 +1,4 @@
-"""Two problems with a known answer: moons in the plane, and squares with a known Wasserstein distance.
+"""Two problems whose answer can be seen: moons in the plane, and squares with a known Wasserstein distance.
 
 Axes: N batch, D = 2 coordinates.
 """
@@ -29,12 +29,10 @@ GRID = 200
 
 
 def two_moons(size: int, noise: float, generator: torch.Generator) -> Batch:
-    """Return points `N x 1 x 1 x 2` of two interleaved half-circles of radius 1, and labels: 0 upper, 1 lower moon.
+    """Two interleaved half-circles of radius 1, with Gaussian noise of the given standard deviation.
 
-    Args:
-        size: number of points.
-        noise: standard deviation of the Gaussian noise in each coordinate.
-        generator: of the random numbers.
+    Returns:
+        Points `N x 1 x 1 x 2` and labels: 0 the upper moon, 1 the lower one.
     """
     labels_N = torch.arange(size) % 2
     angle_N = math.pi * torch.rand(size, generator=generator)
@@ -48,7 +46,7 @@ def two_moons(size: int, noise: float, generator: torch.Generator) -> Batch:
 def potential_and_gradient(
     network: LipschitzNetwork, point_NCHW: Float[Tensor, "N C H W"]
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N C H W"]]:
-    """Return f and its gradient at each point, for a network with one output."""
+    """f and its gradient at each point, for a network with one output."""
     variable = point_NCHW.detach().requires_grad_()
     value_N = network(variable)[:, 0]
     (gradient,) = torch.autograd.grad(value_N.sum(), variable)
@@ -59,11 +57,6 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
     """Write `levels.png` (level lines of f) and `transport.png` (points moved to `x - t f grad f`).
 
     Where f is the distance to the boundary `f = 0`, a point lands on it at t = 1 and beyond it at t = 2.
-
-    Args:
-        network: with one output f.
-        batch: points and labels of `two_moons`.
-        folder: of the plots; created if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     points, labels = batch
@@ -100,15 +93,12 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
 
 
 def squares_sampler(image_size: int, square_size: int) -> Callable[[int, torch.Generator], Batch]:
-    """Return a sampler of batches, half P (class 0: black), half Q (class 1: a centred square of +1 or -1, equal odds).
-
-    `image_size` and `square_size` are sides in pixels.
-    """
+    """Batches, half P (class 0: black) and half Q (class 1: a centred square of +1 or -1, equal odds)."""
     square = centred_square(image_size, square_size)
 
     def sample(size: int, generator: torch.Generator) -> Batch:
         labels_N = torch.arange(size) % 2
-        # Exactly half of Q has each sign, so that the mean over a batch has no noise from the signs.
+        # Exactly half of Q has each sign, so that a batch is an unbiased picture of Q.
         sign_N = torch.where(torch.arange(size) % 4 == 1, 1.0, -1.0)
         order = torch.randperm(size, generator=generator)
         images = (labels_N * sign_N)[:, None, None, None] * square
@@ -118,7 +108,7 @@ def squares_sampler(image_size: int, square_size: int) -> Callable[[int, torch.G
 
 
 def centred_square(image_size: int, square_size: int) -> Float[Tensor, "1 S S"]:
-    """Return a black image with a square of ones in its middle; both sides in pixels."""
+    """A black image with a square of ones in its middle."""
     image = torch.zeros(1, image_size, image_size)
     start = (image_size - square_size) // 2
     image[:, start : start + square_size, start : start + square_size] = 1.0
@@ -126,7 +116,7 @@ def centred_square(image_size: int, square_size: int) -> Float[Tensor, "1 S S"]:
 
 
 def true_squares_distance(image_size: int, square_size: int) -> float:
-    """Return W1(P, Q) from its definition, the least mean cost over all couplings.
+    """W1(P, Q) from its definition, the least mean cost over all couplings.
 
     P is one point, so there is one coupling, `P x Q`: the mean of `||0 - q||_2` over the two images of Q.
     """
@@ -136,13 +126,7 @@ def true_squares_distance(image_size: int, square_size: int) -> float:
 
 
 def learned_squares_distance(network: LipschitzNetwork, image_size: int, square_size: int) -> float:
-    """Return `E_P f - E_Q f` over the whole support, in float64; a lower bound of W1 for any 1-Lipschitz f.
-
-    Args:
-        network: f, with one output.
-        image_size: side of the images, in pixels.
-        square_size: side of the square, in pixels.
-    """
+    """`E_P f - E_Q f` over the whole support, in float64; a lower bound of W1 for any 1-Lipschitz f."""
     square = centred_square(image_size, square_size).double()
     images = torch.stack([torch.zeros_like(square), square, -square])
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Training of a network: batches, losses, optimisers, the loop with its checkpoints and curves, several processes."""
+"""TODO."""

@@ -1,7 +1,4 @@
-"""Batches of a training as pure functions of seed, epoch and step, so that a resumed run sees the same ones.
-
-Axes: N images, C channels, H height, W width.
-"""
+"""TODO: models/training/batches.py."""
 
 from __future__ import annotations
 
@@ -21,11 +18,10 @@ from models.training.errors import TrainingError
 CPU = torch.device("cpu")
 
 Batch = tuple[Float[Tensor, "N C H W"], Int[Tensor, " N"]]
-"""Images and their labels (class numbers)."""
 
 
 class BatchSource(Protocol):
-    """Source of the batches of a run."""
+    """Where batches come from: a pure function of epoch and step."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -33,18 +29,12 @@ class BatchSource(Protocol):
         ...
 
     def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """Return the batch of a step; equal arguments give equal batches.
-
-        Args:
-            epoch: counted from 0.
-            step: within the epoch, counted from 0.
-            device: of the tensors.
-        """
+        """The batch of a step, on a device; equal arguments give equal batches."""
         ...
 
 
 def generator_for(seed: int, *stream: int) -> torch.Generator:
-    """Return an independent generator for each `(seed, *stream)`; the numbers are mixed as in SplitMix64."""
+    """An independent generator for each `(seed, *stream)`, by mixing the numbers as SplitMix64 does."""
     state = 0
     for number in (seed, *stream):
         state = (state + number + 0x9E3779B97F4A7C15) % 2**64
@@ -61,13 +51,10 @@ class ImageBatches:
         data: the images.
         batch_size: images in a batch.
         seed: of order and augmentation.
-        augmentation: random map of each image; default: the images as they are.
-        class_weights: mean number of appearances in an epoch of an image of each class; default: 1. Appearances
-            rather than factors of the loss: in the mean both are equal for every loss that is a mean over images, but
-            appearances also balance the class means of the KR term, and no single image makes a huge step.
-
-    Raises:
-        TrainingError: the images do not fill one batch.
+        augmentation: None for the images as they are.
+        class_weights: how often an image of each class counts, in the mean over an epoch; None for once each. Counted
+            are appearances, not factors of the loss: in the mean that is the same for every loss that is a mean over
+            images, it also balances the class means of the KR term, and no single image makes a huge step.
     """
 
     def __init__(
@@ -93,15 +80,9 @@ class ImageBatches:
         return len(self._data) // self._batch_size
 
     def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """Return images as float32 in [0, 1], augmented on the device, and their labels.
-
-        Args:
-            epoch: counted from 0; decides the order.
-            step: within the epoch, counted from 0.
-            device: of the tensors.
-        """
+        """Images as float32 in [0, 1], and their labels; augmented on the device."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._shuffled(generator_for(self._seed, 0, epoch)))
+            self._order = (epoch, self._new_order(generator_for(self._seed, 0, epoch)))
         chosen = self._order[1][step * self._batch_size : (step + 1) * self._batch_size]
         part = self._data.at(chosen)
         part = LabelledImages(part.images_NCHW.to(device), part.labels_N.to(device))
@@ -110,7 +91,7 @@ class ImageBatches:
             images = augment(images, self._augmentation, generator_for(self._seed, 1, epoch, step))
         return images, part.labels_N
 
-    def _shuffled(self, generator: torch.Generator) -> Tensor:
+    def _new_order(self, generator: torch.Generator) -> Tensor:
         n = len(self._data)
         if self._class_weights is None:
             return torch.randperm(n, generator=generator)
@@ -121,7 +102,7 @@ class ImageBatches:
             some = members[torch.randperm(len(members), generator=generator)[:rest]]
             drawn += [members.repeat(whole), some]
         order = torch.cat(drawn)
-        # The rounding of each class may leave a few images too many or too few.
+        # The rounding of each class may have left a few too many or too few.
         order = order[torch.randperm(len(order), generator=generator)]
         return torch.cat([order, order])[:n]
 
@@ -131,18 +112,12 @@ class SampledBatches:
     """Batches drawn from a distribution."""
 
     sample: Callable[[int, torch.Generator], Batch]
-    """`(number of images, generator) -> batch`."""
+    """`(size, generator) -> batch`."""
     batch_size: int
     steps_per_epoch: int
     seed: int
 
     def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """Return a fresh sample for each step.
-
-        Args:
-            epoch: counted from 0.
-            step: within the epoch, counted from 0.
-            device: of the tensors.
-        """
+        """A fresh sample for each step."""
         images, labels = self.sample(self.batch_size, generator_for(self.seed, 2, epoch, step))
         return images.to(device), labels.to(device)

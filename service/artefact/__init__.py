@@ -1,1 +1,1 @@
-"""Artefacts: files, card, and their verification before they are served."""
+"""TODO."""

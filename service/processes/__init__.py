@@ -1,1 +1,1 @@
-"""Server processes: start, fork, signals, end."""
+"""TODO."""

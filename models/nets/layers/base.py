@@ -1,4 +1,4 @@
-"""The interface of all layers, and their composition."""
+"""TODO: models/nets/layers/base.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from models.nets.onnx_graph import GraphBuilder, Value
 
 Pullback = Callable[[Value], Value]
-"""Emits the adjoint nodes: from the cotangent of a layer's value to that of its input."""
 
 
 class Layer(nn.Module):
@@ -22,11 +21,7 @@ class Layer(nn.Module):
     lipschitz_constant: float = 1.0
 
     def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
-        """Evaluate the layer on a batch.
-
-        Raises:
-            NotImplementedError: by this base class.
-        """
+        """Evaluate the layer on a batch."""
         raise NotImplementedError
 
     def fold(self) -> Layer:
@@ -36,10 +31,7 @@ class Layer(nn.Module):
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """Write the forward nodes; the returned pullback writes the adjoint nodes when called.
 
-        Layers with weights are emitted as folded: the nodes compute the same function as `fold()`.
-
-        Raises:
-            NotImplementedError: by this base class.
+        Layers with weights are emitted as folded: what is written is what `fold()` evaluates.
         """
         raise NotImplementedError
 
@@ -56,17 +48,17 @@ class Chain(Layer):
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
-        """Evaluate the layers in order."""
+        """The composition."""
         for layer in self.layers:
             x = layer(x)
         return x
 
     def fold(self) -> Chain:
-        """Return the chain of the folded layers."""
+        """The chain of the folded layers."""
         return Chain([layer.fold() for layer in self._layers()])
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write the layers in order, their adjoints in reverse order."""
+        """Forward in order; the adjoint in reverse order."""
         pullbacks: list[Pullback] = []
         for layer in self._layers():
             x, pullback = layer.emit(graph, x)
@@ -80,11 +72,9 @@ class Chain(Layer):
         return x, reverse
 
 
-def rounded_to_float32(weight: Tensor) -> Tensor:
-    """Return a weight rounded to float32, held in float64."""
+def exact_in_float32(weight: Tensor) -> Tensor:
     return weight.float().double()
 
 
-def float64_array(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as a float64 array on the CPU."""
+def as_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy()

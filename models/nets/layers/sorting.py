@@ -1,4 +1,4 @@
-"""Activations that sort, and so preserve the norm of gradients."""
+"""TODO: models/nets/layers/sorting.py."""
 
 from __future__ import annotations
 
@@ -21,16 +21,12 @@ class GroupSort2(Layer):
     """
 
     def forward(self, x: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C ..."]:
-        """Return `concat(max(a, b), min(a, b))` for the halves a, b of axis 1.
-
-        Raises:
-            ValueError: the number of channels is odd.
-        """
+        """`concat(max(a, b), min(a, b))` for the halves a, b of axis 1."""
         _require_even(x.shape[1])
         return _Sort.apply(x)
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write Split, Max, Min, Concat; the adjoint undoes the permutation with Where."""
+        """Split, Max, Min, Concat; the adjoint undoes the permutation with Where."""
         _require_even(x.shape[0])
         half = (x.shape[0] // 2, *x.shape[1:])
         split = graph.int64([half[0], half[0]])
@@ -48,7 +44,7 @@ class GroupSort2(Layer):
 
 
 class _Sort(torch.autograd.Function):
-    """Sort of two halves with its adjoint: autograd would read both halves twice, and split the gradient of a tie."""
+    """Autograd would go through both halves twice, and split the gradient of a tie."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,11 +63,11 @@ class FullSort(Layer):
     """Sort all features of `N x D` in descending order. Constant: 1 (a permutation of the coordinates)."""
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        """Return the features in descending order, the order of ONNX TopK."""
+        """Descending order, the order of ONNX TopK."""
         return torch.sort(x, dim=1, descending=True).values
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write TopK of all features; the adjoint scatters the cotangent to the places of the values."""
+        """TopK of all; the adjoint scatters the cotangent to where the values came from."""
         y, order = graph.nodes("TopK", [x, graph.int64([x.shape[0]])], [x.shape, x.shape], axis=1, largest=1, sorted=1)
         # Every place is written once, so the data that ScatterElements starts from does not matter.
         return y, lambda g: graph.node("ScatterElements", [g, order, g], x.shape, axis=1)
