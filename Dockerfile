@@ -38,13 +38,15 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-I", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"LIPCERT_PORT\", 8000)}/health/ready', timeout=4)"]
+    CMD ["python", "-I", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"LIPCERT_PORT\") or 8000}/health/ready', timeout=4)"]
 ENTRYPOINT ["python", "-m", "service"]
 
 FROM runtime AS gpu
-# The NVIDIA runtime mounts the driver when it sees these; the CUDA libraries come with the wheels.
+# The NVIDIA runtime mounts the driver when it sees these, and starts no container whose driver is too old for them; the
+# CUDA libraries come with the wheels.
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    NVIDIA_REQUIRE_CUDA=cuda>=13.0
 COPY --from=venv-gpu /opt/venv /opt/venv
 COPY --from=app /app /app
 

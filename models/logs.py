@@ -1,4 +1,4 @@
-"""Where the log of a training goes, the same in every process of it."""
+"""Set-up of the log, the same in every process of a training."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import logging
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """A line for each event, with the time of day; what was set up before stays."""
+    """Log to standard error with the time of day; an earlier set-up of logging stays."""
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

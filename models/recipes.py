@@ -1,6 +1,7 @@
-"""What is trained, as frozen data: every number of a run is here or on the command line, and in the card.
+"""Recipes of trainings as frozen data: every number of a run is here or on the command line, and in the card.
 
-`--set key=value` replaces one field (nested fields with dots); what does not fit is refused.
+`--set key=value` replaces one field (nested fields with dots); a value that does not fit is refused. Importing this
+module loads no torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 
 class RecipeError(Exception):
-    """No such recipe, or an override that does not fit; the message says what is possible."""
+    """No such recipe, or an override that does not fit; the message names the choices."""
 
 
 Parametrisation = Literal["cayley", "stiefel"]
+"""Of orthogonal matrices, see `models.nets.layers.linear.OrthogonalMatrix`."""
 
 
 class _Frozen(BaseModel):
@@ -25,28 +27,30 @@ class _Frozen(BaseModel):
 
 
 class Loss(_Frozen):
-    """Which of `models.training.losses` is minimised.
+    """Choice among `models.training.losses`, and its parameters.
 
-    `hkr`: two classes with one output, or one against all. `hkr_margin`: on the deciding margin. `kr`: the
+    `hkr`: two classes with one output, or each class against the rest. `hkr_margin`: on the deciding margin. `kr`: the
     Kantorovich-Rubinstein term alone, whose optimum is the Wasserstein distance. `soft_hkr`, `lse_hkr` and
     `margin_cross_entropy`: smooth in all classes, for two outputs or more (one output counts as two).
     """
 
     kind: Literal["hkr", "hkr_margin", "kr", "soft_hkr", "lse_hkr", "margin_cross_entropy"]
     alpha: float = Field(default=10.0, ge=0)
+    """Weight of the hinge; not used by `kr` and `margin_cross_entropy`."""
     min_margin: float = Field(default=1.0, ge=0)
+    """Margin from which an image pays no hinge, or the offset of `margin_cross_entropy`."""
     per_pair_bound: bool = False
-    """`hkr_margin` and `margin_cross_entropy`: divide each margin by its constant `K_ij`, so that min_margin is a
+    """`hkr_margin` and `margin_cross_entropy`: divide each margin by its constant `K_ij`, so that `min_margin` is a
     radius."""
     accuracy_alpha: float = Field(default=0.0, ge=0)
     accuracy_margin: float = Field(default=0.0, ge=0)
     """`hkr_margin` only: weight and margin of a second hinge near the boundary, for accuracy at small radii."""
     temperature: float = Field(default=0.3, gt=0)
-    """Of `soft_hkr`, `lse_hkr` and `margin_cross_entropy`, in the unit of the logits."""
+    """Of `soft_hkr`, `lse_hkr` and `margin_cross_entropy`, in the unit of `min_margin`."""
 
 
 class Augment(_Frozen):
-    """Ranges of the random affine map, mirroring and cropping, see `models.data.augmentation.Augmentation`."""
+    """Ranges of the random affine map, mirroring and cropping, see `models.data.augmentation.augment`."""
 
     rotation_degrees: float = Field(default=0.0, ge=0)
     scale: float = Field(default=0.0, ge=0, lt=1)
@@ -55,25 +59,26 @@ class Augment(_Frozen):
     flip: bool = False
     """Mirror every second image, left to right; not for digits and letters."""
     crop_padding: int = Field(default=0, ge=0)
-    """Cut each image out of itself, padded by so many mirrored pixels on every side."""
+    """Mirrored pixels added on every side before the image is cut out at a random place."""
 
 
 class Schedule(_Frozen):
-    """One-cycle learning rate, of Adam and of the descent on `stiefel` matrices."""
+    """One-cycle learning rates of Adam and of the descent on `stiefel` matrices."""
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(default=512, ge=1)
     learning_rate: float = Field(default=4e-3, gt=0)
-    """Highest of Adam, which trains all but the `stiefel` matrices."""
+    """Highest rate of Adam, which trains all but the `stiefel` matrices."""
     rotation_rate: float = Field(default=0.03, gt=0)
-    """Highest of `models.training.optimisers.StiefelMuon`, which turns the `stiefel` matrices; radians a step."""
+    """Highest rate of `models.training.optimisers.StiefelMuon`, which turns the `stiefel` matrices; radians a step."""
     warm_up: float = Field(default=0.2, gt=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay for each step of the averaged weights, which are then the ones evaluated and exported."""
+    """Decay a step of the exponential moving average of the weights, which is then evaluated and exported; default: no
+    average."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """`bf16-mixed`: the products of the body in bfloat16, in training alone. Weights, head, loss, evaluation and export
-    keep their precision."""
+    are unaffected."""
 
 
 class Stage(_Frozen):
@@ -82,43 +87,47 @@ class Stage(_Frozen):
     channels: int = Field(ge=2)
     blocks: int = Field(default=1, ge=1)
     window: int = Field(default=2, ge=1)
-    """Side of the windows that move into the channels before (space-to-depth); 1 keeps the resolution."""
+    """Side of the windows that first move into the channels (space-to-depth); 1 leaves the resolution as it is."""
 
 
 class Network(_Frozen):
     """A dense stack, after an optional convolutional stem."""
 
     stem: tuple[Stage, ...] = ()
+    """Stages of the stem; an empty list is no stem."""
     pool: Literal["none", "max", "l2"] = "none"
-    """What the stem leaves of each channel: all its pixels; their maximum, which finds what is small wherever it is; or
+    """Reduction of each channel after the stem: all its pixels; their maximum, which finds a small object anywhere; or
     their Euclidean norm."""
     widths: tuple[int, ...]
+    """Features of each dense layer before the head."""
     activation: Literal["groupsort2", "fullsort"] = "groupsort2"
     """Of the dense layers; a stem always uses GroupSort2."""
     parametrisation: Parametrisation = "cayley"
+    """Of all orthogonal matrices."""
 
     @property
     def multiple(self) -> int:
-        """Height and width of an image must be multiples of this."""
+        """Number of which height and width of an image must be multiples."""
         return math.prod(stage.window for stage in self.stem)
 
     @model_validator(mode="after")
     def _pools_a_stem(self) -> Self:
         if self.pool != "none" and not self.stem:
-            raise ValueError(f"pool={self.pool} pools the channels of a stem, and there is none: set network.stem")
+            raise ValueError(f"pool={self.pool} pools the channels of a stem: set network.stem, or network.pool=none")
         return self
 
 
 class Recipe(_Frozen):
-    """What all recipes have."""
+    """Fields of all recipes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Of the artefact and its folder; requests to the service ask for it."""
+    """Of the artefact and its folder, and of the model in requests to the service."""
     network: Network
     loss: Loss
     schedule: Schedule
     lipschitz_constant: float = 1.0
-    """Declared constant of the body (several classes) or of f (one output); above it there is no export."""
+    """Declared Lipschitz constant of the body (several classes) or of f (one output); a network with a larger proved
+    constant is not exported."""
 
 
 Label = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
@@ -126,25 +135,25 @@ Side = Annotated[int, Field(ge=1, le=1024)]
 
 
 class DataOptions(_Frozen):
-    """Which images, and what becomes of them before training; the card keeps it, so that evaluation has the same.
+    """Choice of the images and their preprocessing; the card states it, so that evaluation uses the same.
 
     The fields from `image_size` on are for `image-folder` alone.
     """
 
     dataset: Literal["mnist", "fashion-mnist", "cifar10", "image-folder"]
     classes: tuple[Label, ...] | None = Field(default=None, min_length=2)
-    """Labels of the classes to keep, in order; None is all. Two classes give one output f, class 0 where f > 0."""
+    """Labels of the classes to use, in order; default: all. Two classes give one output f, class 0 where f > 0."""
     image_size: Side | tuple[Side, Side] | None = None
-    """Side, or height and width, that all images are resized to; None: their median size, at most 64, in whole
+    """Side, or height and width, to which all images are resized; default: their median size, at most 64, in whole
     windows of the network's stem."""
     channels: Literal[1, 3] | None = None
-    """1 grey, 3 RGB; None: grey if all files are grey, else RGB."""
+    """1 grey, 3 RGB; default: grey if all files are grey, else RGB."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of each class that is held out as the test set where the folder has none."""
+    """Share of each class held out as the test set, where the folder has no `test`."""
     split_seed: int = 0
-    """Which images these are."""
+    """Seed of the train/test split."""
     skip_broken: bool = False
-    """Leave out files that the service would refuse, instead of stopping; the card says how many."""
+    """Leave out files that the service would refuse, instead of stopping; the card states their number."""
     source: str | None = None
     """Where the images come from, for the card."""
     licence: str | None = None
@@ -170,31 +179,36 @@ class ImageRecipe(Recipe, DataOptions):
 
     kind: Literal["images"] = "images"
     epsilons: tuple[Annotated[float, Field(ge=0)], ...] = Field(min_length=1)
-    """Radii (L2, pixels in [0, 1]) of the reported certified accuracy; the last says which epoch is best."""
+    """Radii (L2, pixels in [0, 1]) of the reported certified accuracy; the last decides which epoch is best."""
     augment: Augment | None = None
+    """Random changes of the training images; default: the images as they are."""
     train_images: int | None = Field(default=None, ge=1)
-    """Use only so many images of the training set, for a trial; None is all of them."""
+    """Number of training images, of each class its share, for a trial; default: all."""
     validation_images: int = Field(default=0, ge=0)
-    """Held out from the training set, from each class its share, for the figures during training; 0 trains on all."""
+    """Number of images held out of the training set, of each class its share, for the figures during training; 0 trains
+    on all."""
     class_weights: Literal["auto", "balanced", "none"] = "auto"
-    """`balanced`: an image of class k counts `n / (K n_k)` times, so that all classes weigh the same; `auto`: so where
-    the largest class has more than 1.5 times the images of the smallest."""
+    """`balanced`: an image of class k appears `n / (K n_k)` times an epoch in the mean, so that all classes weigh the
+    same; `auto`: balanced if the largest class has more than 1.5 times the images of the smallest."""
 
 
 class TwoMoonsRecipe(Recipe):
-    """Two half-circles in the plane; gives pictures of f and of the transport instead of an artefact."""
+    """Two half-circles in the plane; the result is plots of f and of the transport instead of an artefact."""
 
     kind: Literal["two-moons"] = "two-moons"
     noise: float = 0.05
+    """Standard deviation of the Gaussian noise; the half-circles have radius 1."""
     steps_per_epoch: int = 100
 
 
 class SquaresRecipe(Recipe):
-    """The oracle: W1 between a black image and a square of +1 or -1 (equal odds) is the square's side."""
+    """An oracle: W1 between a black image and a square of +1 or -1 (equal odds) is the square's side."""
 
     kind: Literal["wasserstein-squares"] = "wasserstein-squares"
     image_size: int = 64
+    """Side of the images, in pixels."""
     square_size: int = 35
+    """Side of the square, in pixels."""
     steps_per_epoch: int = 100
     tolerance: float = 0.005
     """Largest relative error of the learned distance; above it the run fails."""
@@ -204,7 +218,7 @@ AnyRecipe = ImageRecipe | TwoMoonsRecipe | SquaresRecipe
 
 
 def _radius_loss(*, min_margin: float, alpha: float, accuracy_alpha: float, accuracy_margin: float) -> Loss:
-    """hKR on the deciding margin with both margins as radii; their sizes and weights choose the operating point."""
+    """Return hKR on the deciding margin with both margins as radii; sizes and weights choose the operating point."""
     return Loss(
         kind="hkr_margin",
         alpha=alpha,
@@ -216,7 +230,7 @@ def _radius_loss(*, min_margin: float, alpha: float, accuracy_alpha: float, accu
 
 
 def _cross_entropy(*, min_margin: float, temperature: float, per_pair_bound: bool = True) -> Loss:
-    """Mislabelled and ambiguous images draw a hinge without limit; cross-entropy bounds what one image can ask for."""
+    """Return cross-entropy with a margin: unlike a hinge, it bounds the pull of a mislabelled or ambiguous image."""
     return Loss(
         kind="margin_cross_entropy", min_margin=min_margin, temperature=temperature, per_pair_bound=per_pair_bound
     )
@@ -286,7 +300,7 @@ RECIPES: dict[str, AnyRecipe] = {
             epochs=20,
             precision="32-true",
         ),
-        # At large radii a network is short of capacity, not of images: augmentation costs what it gives.
+        # At large radii a network is short of capacity, not of images: augmentation costs as much as it gives.
         _dense("mnist-robust", "mnist", 5, _cross_entropy(min_margin=2.4, temperature=0.35), None, epochs=14),
         _dense(
             "fashion-mnist-robust",
@@ -349,11 +363,11 @@ RECIPES: dict[str, AnyRecipe] = {
 }
 
 ALIASES = {"fashion-mnist": "fashion-mnist-accurate"}
-"""Other names of recipes; what is trained by one of them bears that name."""
+"""Other names of recipes; the artefact gets the name that was asked for."""
 
 
 def recipe_by_name(name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Look up a recipe and apply `key=value` overrides.
+    """Return a recipe with `key=value` overrides applied.
 
     Values are read as JSON where they parse as JSON, as text otherwise: `schedule.epochs=8`,
     `network.widths=[64,64]`, `loss.kind=hkr`, `augment=null`.
@@ -377,7 +391,7 @@ def recipe_by_name(name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
             target = target.get(parent) if isinstance(target, dict) else None
         if not isinstance(target, dict):
             raise RecipeError(
-                f"--set {override!r}: {key!r} is no field of this recipe; top-level fields: {', '.join(fields)}"
+                f"--set {override!r}: {key!r} is no field of this recipe; its top-level fields are {', '.join(fields)}"
             )
         target[last] = _parse(text)
     try:

@@ -1,4 +1,4 @@
-"""One function for each kind of recipe: data, network, training, and what is written at the end."""
+"""A training from recipe to result, one function for each kind of recipe: data, network, training, export."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from models.training.processes import fit_on
 log = logging.getLogger(__name__)
 
 FEWEST_STEPS = 4
-"""Of an epoch: a data set that gives fewer is cut into smaller batches."""
+"""Fewest steps of an epoch; a data set that gives fewer is cut into smaller batches."""
 UNBALANCED = 1.5
-"""Largest class over smallest; above it `class_weights=auto` weighs."""
-MOONS_DRAWN = 400
+"""Ratio of the largest class to the smallest above which `class_weights=auto` balances the classes."""
+MOONS_TEST_POINTS = 400
 _BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """What the command line adds to a recipe."""
+class _Options:
+    """Options of the command line that are not part of the recipe."""
 
     data: Path
     out: Path
@@ -68,21 +68,18 @@ def run_recipe(
     devices: int = 1,
     tensorboard: bool = True,
 ) -> str:
-    """Train `recipe` and write its results to `out / recipe.name`.
+    """Train a recipe, write the results to `out / recipe.name` and return a summary for the terminal.
 
     Args:
-        recipe: what to train.
+        recipe: of the training.
         data: folder of the data set.
         out: folder of results and checkpoints.
-        resume: go on from the last checkpoint.
+        resume: continue from the last checkpoint.
         seed: of initial weights, order and augmentation.
-        threads: of each process on the CPU; None for all.
+        threads: CPU threads of each process; default: all.
         device_name: `auto`, `cpu` or `cuda`.
         devices: number of processes, each with its share of every batch.
         tensorboard: write curves beside the checkpoints.
-
-    Returns:
-        A summary for the terminal.
 
     Raises:
         DataError, TrainingError, Interrupted, ExportRefusedError, UnsupportedGraphError: see their modules.
@@ -92,38 +89,38 @@ def run_recipe(
     torch.manual_seed(seed)
     device = _device(device_name)
     _warn_without_bfloat16(recipe, device)
-    setting = _Setting(data, out, resume, seed, threads, device, devices, tensorboard)
+    options = _Options(data, out, resume, seed, threads, device, devices, tensorboard)
     _refuse_unwritable(out)
     match recipe:
         case ImageRecipe():
-            return _train_images(recipe, setting)
+            return _train_images(recipe, options)
         case TwoMoonsRecipe():
-            return _train_moons(recipe, setting)
+            return _train_moons(recipe, options)
         case SquaresRecipe():
-            return _train_squares(recipe, setting)
+            return _train_squares(recipe, options)
 
 
-def _train_images(recipe: ImageRecipe, setting: _Setting) -> str:
+def _train_images(recipe: ImageRecipe, options: _Options) -> str:
     multiple = recipe.network.multiple
-    data = load_dataset(recipe, setting.data, multiple=multiple)
-    train, validation = _training_images(recipe, data, setting.seed)
+    data = load_dataset(recipe, options.data, multiple=multiple)
+    train, validation = _training_images(recipe, data, options.seed)
     recipe = _with_fitting_batches(recipe, len(train))
     input_shape = _input_shape(data, multiple)
     outputs = 1 if len(data.labels) == 2 else len(data.labels)
     counts = train.counts(len(data.labels))
     weights = class_weights(recipe, counts)
     run = replace(
-        _run(recipe, setting, ImageBatches(train, recipe.schedule.batch_size, setting.seed, recipe.augment, weights)),
+        _run(recipe, options, ImageBatches(train, recipe.schedule.batch_size, options.seed, recipe.augment, weights)),
         epsilons=recipe.epsilons,
         validation=validation,
     )
     if "digest" in data.card:
         run = replace(run, identity={**run.identity, "data": data.card["digest"]})
     network = build_network(recipe.network, input_shape, outputs)
-    # What the server cannot prove is known before the training, not hours later.
+    # A network that the server cannot certify is refused before the training, not hours later.
     prove(network, emit_graphs(network), recipe.lipschitz_constant)
-    trained = _fit(network, run, setting)
-    folder = setting.out / recipe.name
+    trained = _fit(network, run, options)
+    folder = options.out / recipe.name
     card = {
         **data.card,
         "n_train": len(train),
@@ -142,30 +139,27 @@ def _train_images(recipe: ImageRecipe, setting: _Setting) -> str:
             epsilons=recipe.epsilons,
             data=card,
             recipe=recipe.model_dump(mode="json"),
-            seed=setting.seed,
+            seed=options.seed,
             wall_time_s=trained.seconds,
-            devices=_devices(setting),
+            devices=_devices(options),
         )
     except OSError as error:
         raise TrainingError(
             f"the artefact {folder} cannot be written ({error.strerror}); the checkpoints are in {run.checkpoints}: "
-            "make room or mend the folder, then run the same command with --resume"
+            "make room or repair the folder, then run the same command with --resume"
         ) from error
     certified = ", ".join(f"{v:.2%} at {e:g}" for e, v in measured.certified_accuracy.items())
     return f"{folder}: accuracy {measured.accuracy:.2%}, certified {certified} (n = {measured.n}, proved radius)"
 
 
 def class_weights(recipe: ImageRecipe, counts: Sequence[int]) -> list[float] | None:
-    """How often an image of each class counts, `n / (K n_k)`: all classes count the same, the mean is 1.
-
-    Returns:
-        None where every image counts the same.
+    """Return how often an image of each class appears in an epoch, `n / (K n_k)` in the mean; absent: once each.
 
     Raises:
         TrainingError: a class has no image.
     """
     if min(counts) == 0:
-        raise TrainingError(f"a class has no image to train on (images of each class: {counts}): use more of them")
+        raise TrainingError(f"a class has no image to train on (images of each class: {counts}): use more images")
     unbalanced = max(counts) > UNBALANCED * min(counts)
     if recipe.class_weights == "none" or (recipe.class_weights == "auto" and not unbalanced):
         return None
@@ -188,12 +182,12 @@ def _training_images(recipe: ImageRecipe, data: DataSet, seed: int) -> tuple[Lab
 
 
 def _with_fitting_batches(recipe: ImageRecipe, images: int) -> ImageRecipe:
-    """The recipe itself, or with smaller batches where there are too few images for `FEWEST_STEPS` of its own."""
+    """Return the recipe, with smaller batches where there are too few images for `FEWEST_STEPS` of its batches."""
     fitting = max(1, images // FEWEST_STEPS)
     if recipe.schedule.batch_size <= fitting:
         return recipe
     log.warning(
-        "%d images: schedule.batch_size is %d in place of %d, for %d steps an epoch",
+        "%d images: schedule.batch_size is %d instead of %d, for %d steps an epoch",
         images,
         fitting,
         recipe.schedule.batch_size,
@@ -206,46 +200,46 @@ def _input_shape(data: DataSet, multiple: int) -> tuple[int, int, int]:
     channels, height, width = data.train.images_NCHW.shape[1:]
     if height % multiple or width % multiple:
         raise TrainingError(
-            f"the images are {height} x {width}, and the stages of network.stem cut them into windows of {multiple}: "
+            f"the images are {height} x {width}, but the stages of network.stem cut them into windows of {multiple}: "
             f"choose image_size as a multiple of {multiple}, or another stem"
         )
     return channels, height, width
 
 
-def _train_moons(recipe: TwoMoonsRecipe, setting: _Setting) -> str:
+def _train_moons(recipe: TwoMoonsRecipe, options: _Options) -> str:
     sample = partial(_sample_moons, recipe.noise)
-    batches = SampledBatches(sample, recipe.schedule.batch_size, recipe.steps_per_epoch, setting.seed)
+    batches = SampledBatches(sample, recipe.schedule.batch_size, recipe.steps_per_epoch, options.seed)
     network = build_network(recipe.network, MOONS_SHAPE, 1)
-    trained = _fit(network, _run(recipe, setting, batches), setting)
+    trained = _fit(network, _run(recipe, options, batches), options)
     network = trained.network.cpu()
-    points, labels = sample(MOONS_DRAWN, generator_for(setting.seed, 3))
-    plots = plot_moons(network, (points, labels), setting.out / recipe.name)
+    points, labels = sample(MOONS_TEST_POINTS, generator_for(options.seed, 3))
+    plots = plot_moons(network, (points, labels), options.out / recipe.name)
     with torch.no_grad():
         accuracy = ((network(points)[:, 0] > 0) == (labels == 0)).double().mean().item()
-    _write_metrics(recipe, setting, {"accuracy": accuracy, "n": MOONS_DRAWN}, trained.seconds)
-    return f"accuracy {accuracy:.2%} on {MOONS_DRAWN} fresh points; {', '.join(map(str, plots))}"
+    _write_metrics(recipe, options, {"accuracy": accuracy, "n": MOONS_TEST_POINTS}, trained.seconds)
+    return f"accuracy {accuracy:.2%} on {MOONS_TEST_POINTS} fresh points; {', '.join(map(str, plots))}"
 
 
-def _train_squares(recipe: SquaresRecipe, setting: _Setting) -> str:
+def _train_squares(recipe: SquaresRecipe, options: _Options) -> str:
     size, side = recipe.image_size, recipe.square_size
     batches = SampledBatches(
-        partial(_sample_squares, size, side), recipe.schedule.batch_size, recipe.steps_per_epoch, setting.seed
+        partial(_sample_squares, size, side), recipe.schedule.batch_size, recipe.steps_per_epoch, options.seed
     )
-    run = replace(_run(recipe, setting, batches), classifies=False)
-    trained = _fit(build_network(recipe.network, (1, size, size), 1), run, setting)
+    run = replace(_run(recipe, options, batches), classifies=False)
+    trained = _fit(build_network(recipe.network, (1, size, size), 1), run, options)
     true, learned = true_squares_distance(size, side), learned_squares_distance(trained.network, size, side)
     error = abs(learned - true) / true
     metrics = {"true_distance": true, "learned_distance": learned, "relative_error": error}
-    _write_metrics(recipe, setting, metrics, trained.seconds)
+    _write_metrics(recipe, options, metrics, trained.seconds)
     if error > recipe.tolerance:
         raise TrainingError(
-            f"the learned distance {learned:.4f} is {error:.2%} from the true {true:.4f}, allowed is "
+            f"the learned distance {learned:.4f} is {error:.2%} from the true {true:.4f}, the recipe allows "
             f"{recipe.tolerance:.2%}: train longer (--epochs)"
         )
     return f"W1 true {true:.4f}, learned {learned:.4f}, relative error {error:.4%}"
 
 
-# Functions of the module, so that batches can be sent to other processes.
+# Functions of the module, so that batches can be pickled for other processes.
 def _sample_moons(noise: float, size: int, generator: torch.Generator) -> Batch:
     return two_moons(size, noise, generator)
 
@@ -254,30 +248,36 @@ def _sample_squares(image_size: int, square_size: int, size: int, generator: tor
     return squares_sampler(image_size, square_size)(size, generator)
 
 
-def _fit(network: LipschitzNetwork, run: Run, setting: _Setting) -> Trained:
-    return fit_on(network, run, devices=setting.devices, threads=setting.threads, resume=setting.resume)
+def _fit(network: LipschitzNetwork, run: Run, options: _Options) -> Trained:
+    return fit_on(network, run, devices=options.devices, threads=options.threads, resume=options.resume)
 
 
-def _identity(recipe: AnyRecipe, setting: _Setting) -> dict[str, Any]:
-    return {"recipe": recipe.model_dump(mode="json"), "seed": setting.seed}
+def _identity(recipe: AnyRecipe, options: _Options) -> dict[str, Any]:
+    return {"recipe": recipe.model_dump(mode="json"), "seed": options.seed}
 
 
-def _run(recipe: AnyRecipe, setting: _Setting, batches: BatchSource) -> Run:
+def _run(recipe: AnyRecipe, options: _Options, batches: BatchSource) -> Run:
     # Beside the artefacts but hidden: a server that is pointed at `out` must not take it for one.
-    checkpoints = setting.out / ".checkpoints" / recipe.name
+    checkpoints = options.out / ".checkpoints" / recipe.name
     return Run(
         batches=batches,
         objective=objective_of(recipe.loss),
         schedule=recipe.schedule,
         checkpoints=checkpoints,
-        identity=_identity(recipe, setting),
-        device=setting.device,
-        curves=checkpoints / "tensorboard" if setting.tensorboard else None,
+        identity=_identity(recipe, options),
+        device=options.device,
+        curves=checkpoints / "tensorboard" if options.tensorboard else None,
     )
 
 
 def build_network(network: Network, input_shape: tuple[int, int, int], outputs: int) -> LipschitzNetwork:
-    """Assemble the network that a recipe describes; initial weights come from torch's global generator."""
+    """Return the network that a recipe describes; initial weights come from torch's global generator.
+
+    Args:
+        network: its description.
+        input_shape: (C, H, W) of an image.
+        outputs: K logits, or 1 for two classes.
+    """
     if network.stem:
         return convolutional_network(
             input_shape,
@@ -298,7 +298,7 @@ def build_network(network: Network, input_shape: tuple[int, int, int], outputs: 
 
 
 def _refuse_unwritable(out: Path) -> None:
-    """Find out now, not after the first epoch."""
+    """Refuse a folder that cannot be written to before the training, not after the first epoch."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
@@ -312,7 +312,7 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
-            "--device cuda: torch sees no CUDA device; install a CUDA build of torch, or use --device cpu"
+            "--device cuda: torch finds no CUDA device; install a CUDA build of torch, or use --device cpu"
         )
     return torch.device(name)
 
@@ -332,13 +332,13 @@ def _warn_without_bfloat16(recipe: AnyRecipe, device: torch.device) -> None:
         )
 
 
-def _devices(setting: _Setting) -> str:
-    return f"{setting.devices} x {setting.device.type}"
+def _devices(options: _Options) -> str:
+    return f"{options.devices} x {options.device.type}"
 
 
-def _write_metrics(recipe: AnyRecipe, setting: _Setting, metrics: dict[str, Any], wall_time_s: float) -> None:
-    folder = setting.out / recipe.name
+def _write_metrics(recipe: AnyRecipe, options: _Options, metrics: dict[str, Any], wall_time_s: float) -> None:
+    folder = options.out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    origin = {"code_version": code_version(), "environment": environment(wall_time_s, _devices(setting))}
-    content = {**metrics, **_identity(recipe, setting), **origin}
+    origin = {"code_version": code_version(), "environment": environment(wall_time_s, _devices(options))}
+    content = {**metrics, **_identity(recipe, options), **origin}
     (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Two problems whose answer can be seen: moons in the plane, and squares with a known Wasserstein distance.
+"""Two problems with a known answer: moons in the plane, and squares with a known Wasserstein distance.
 
 Axes: N batch, D = 2 coordinates.
 """
@@ -29,10 +29,12 @@ GRID = 200
 
 
 def two_moons(size: int, noise: float, generator: torch.Generator) -> Batch:
-    """Two interleaved half-circles of radius 1, with Gaussian noise of the given standard deviation.
+    """Return points `N x 1 x 1 x 2` of two interleaved half-circles of radius 1, and labels: 0 upper, 1 lower moon.
 
-    Returns:
-        Points `N x 1 x 1 x 2` and labels: 0 the upper moon, 1 the lower one.
+    Args:
+        size: number of points.
+        noise: standard deviation of the Gaussian noise in each coordinate.
+        generator: of the random numbers.
     """
     labels_N = torch.arange(size) % 2
     angle_N = math.pi * torch.rand(size, generator=generator)
@@ -46,7 +48,7 @@ def two_moons(size: int, noise: float, generator: torch.Generator) -> Batch:
 def potential_and_gradient(
     network: LipschitzNetwork, point_NCHW: Float[Tensor, "N C H W"]
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N C H W"]]:
-    """f and its gradient at each point, for a network with one output."""
+    """Return f and its gradient at each point, for a network with one output."""
     variable = point_NCHW.detach().requires_grad_()
     value_N = network(variable)[:, 0]
     (gradient,) = torch.autograd.grad(value_N.sum(), variable)
@@ -57,6 +59,11 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
     """Write `levels.png` (level lines of f) and `transport.png` (points moved to `x - t f grad f`).
 
     Where f is the distance to the boundary `f = 0`, a point lands on it at t = 1 and beyond it at t = 2.
+
+    Args:
+        network: with one output f.
+        batch: points and labels of `two_moons`.
+        folder: of the plots; created if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     points, labels = batch
@@ -93,12 +100,15 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
 
 
 def squares_sampler(image_size: int, square_size: int) -> Callable[[int, torch.Generator], Batch]:
-    """Batches, half P (class 0: black) and half Q (class 1: a centred square of +1 or -1, equal odds)."""
+    """Return a sampler of batches, half P (class 0: black), half Q (class 1: a centred square of +1 or -1, equal odds).
+
+    `image_size` and `square_size` are sides in pixels.
+    """
     square = centred_square(image_size, square_size)
 
     def sample(size: int, generator: torch.Generator) -> Batch:
         labels_N = torch.arange(size) % 2
-        # Exactly half of Q has each sign, so that a batch is an unbiased picture of Q.
+        # Exactly half of Q has each sign, so that the mean over a batch has no noise from the signs.
         sign_N = torch.where(torch.arange(size) % 4 == 1, 1.0, -1.0)
         order = torch.randperm(size, generator=generator)
         images = (labels_N * sign_N)[:, None, None, None] * square
@@ -108,7 +118,7 @@ def squares_sampler(image_size: int, square_size: int) -> Callable[[int, torch.G
 
 
 def centred_square(image_size: int, square_size: int) -> Float[Tensor, "1 S S"]:
-    """A black image with a square of ones in its middle."""
+    """Return a black image with a square of ones in its middle; both sides in pixels."""
     image = torch.zeros(1, image_size, image_size)
     start = (image_size - square_size) // 2
     image[:, start : start + square_size, start : start + square_size] = 1.0
@@ -116,7 +126,7 @@ def centred_square(image_size: int, square_size: int) -> Float[Tensor, "1 S S"]:
 
 
 def true_squares_distance(image_size: int, square_size: int) -> float:
-    """W1(P, Q) from its definition, the least mean cost over all couplings.
+    """Return W1(P, Q) from its definition, the least mean cost over all couplings.
 
     P is one point, so there is one coupling, `P x Q`: the mean of `||0 - q||_2` over the two images of Q.
     """
@@ -126,7 +136,13 @@ def true_squares_distance(image_size: int, square_size: int) -> float:
 
 
 def learned_squares_distance(network: LipschitzNetwork, image_size: int, square_size: int) -> float:
-    """`E_P f - E_Q f` over the whole support, in float64; a lower bound of W1 for any 1-Lipschitz f."""
+    """Return `E_P f - E_Q f` over the whole support, in float64; a lower bound of W1 for any 1-Lipschitz f.
+
+    Args:
+        network: f, with one output.
+        image_size: side of the images, in pixels.
+        square_size: side of the square, in pixels.
+    """
     square = centred_square(image_size, square_size).double()
     images = torch.stack([torch.zeros_like(square), square, -square])
     with torch.no_grad():

@@ -20,9 +20,9 @@ from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import FrameType
 
-from service.artefact.proving import Provers
+from service.artefact.pool import VerifierPool
 from service.errors import KeptError, LipcertError, SettingsError
-from service.processes.serving import serve_as
+from service.processes.serving import run_server
 from service.runtime.cpus import usable_cpus
 
 _log = logging.getLogger("service")
@@ -98,11 +98,11 @@ def _serve(_: argparse.Namespace) -> int:
     # Nothing loaded at start becomes garbage; collection would take a sixth of the time to ready.
     gc.disable()
     try:
-        # The provers start first and load their libraries while this process loads its own: hence the late imports.
-        with Provers(usable_cpus()) as provers:
+        # The verifiers start first and load their libraries while this process loads its own: hence the late imports.
+        with VerifierPool(usable_cpus()) as pool:
             from service.settings import read_settings
 
-            return serve_as(read_settings(), provers)
+            return run_server(read_settings(), pool)
     except BaseException:
         # Code in C or Rust turns the handler's SystemExit into an error of its language.
         if stopped:

@@ -26,7 +26,8 @@
       │   └─ TargetIsPredictedClassError
       ├─ BusyError                       the request is valid, and the server has no capacity for it now
       │   ├─ OverloadedError
-      │   └─ DeadlineError
+      │   ├─ DeadlineError
+      │   └─ DeviceLostError             the GPU has failed for good; the server ends and is started again
       ├─ ArtefactError                   a file of an artefact is missing, damaged or cannot be proved
       ├─ ProviderError                   the requested execution provider is not available
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
@@ -217,6 +218,13 @@ class DeadlineError(BusyError):
             f"no answer within {deadline_s:g} s; retry when the server is less busy, or with a longer `Prefer: "
             "wait=SECONDS` (the operator can raise LIPCERT_DEADLINE_S)"
         )
+
+
+class DeviceLostError(BusyError):
+    """The GPU has failed for good while the server ran; the process answers nothing more and ends."""
+
+    def __init__(self) -> None:
+        super().__init__("the GPU of this server was lost and the server is about to restart; send the request again")
 
 
 class ArtefactError(LipcertError):

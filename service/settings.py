@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,14 +18,25 @@ from service.errors import SettingsError
 PREFIX = "LIPCERT_"
 _MOST_WORKERS = 8
 PILLOW_PIXEL_LIMIT = 89_478_485
-"""Pillow refuses or warns above this on its own; a higher limit of ours would not be honoured."""
+"""Pixels above which Pillow itself warns or refuses, so that no higher limit would be honoured."""
+_SERVICE_LINK = re.compile(
+    r"LIPCERT_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+
+_log = logging.getLogger(__name__)
 
 
 class Settings(BaseSettings):
-    """What whoever runs the server can choose; field `x` is the variable `LIPCERT_X`."""
+    """Choices of the operator; field `x` is the variable `LIPCERT_X`, and an empty variable counts as unset."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
     )
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
@@ -39,8 +52,8 @@ class Settings(BaseSettings):
     """Name of the model that answers when a request names none."""
 
     provider: Literal["auto", "cpu", "cuda"] = "auto"
-    """Execution provider: `auto` takes CUDA where it is, else the CPU; `cuda` without CUDA is a start-up
-    error."""
+    """Execution provider: `auto` takes CUDA where it works, else warns and takes the CPU; `cuda` ends the start where
+    CUDA does not work."""
 
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 1024 * 1024
     """Largest request body, in bytes; enforced while the body arrives."""
@@ -65,7 +78,10 @@ class Settings(BaseSettings):
     """Threads inside one inference; 0 shares the CPUs among the workers: 1 on up to 8 CPUs."""
 
     forward_batch: Annotated[int, Field(ge=0, le=65536)] = 0
-    """Most images that share one pass of the network; 0 takes 32 on a CPU and 256 on a GPU. Memory goes with it."""
+    """Most images that share one forward pass; 0 takes 32 on a CPU and 256 on a GPU. Memory grows with it."""
+
+    gpu_memory_bytes: Annotated[int, Field(ge=0)] = 0
+    """Most GPU memory for weights and results of one graph, in bytes; a model has two graphs. 0 sets no limit."""
 
     max_delay_ms: Annotated[float, Field(ge=0.0, le=10_000.0, allow_inf_nan=False)] = 0.0
     """How long a request waits for others to share its pass; 0 takes what is waiting and never waits when idle."""
@@ -86,7 +102,7 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True)
 class Threads:
-    """How the CPUs are shared: `processes * workers * inference` threads compute at the same time."""
+    """Shares of the CPUs: `processes * workers * inference` threads compute at the same time."""
 
     processes: int
     workers: int
@@ -96,15 +112,15 @@ class Threads:
 
     @property
     def run_before_fork(self) -> bool:
-        """Whether a network may run before the processes are there: threads of the runtime, which its first pass
-        starts, would be missing in them."""
+        """Whether a network may run before the fork: the runtime starts its threads in the first forward pass, and a
+        fork would lose them."""
         return self.processes == 1 or self.inference == 1
 
 
 def threads_of(settings: Settings, cpus: int) -> Threads:
-    """What the settings say, or as many threads as there are CPUs.
+    """Return the numbers of the settings, or shares of the CPUs.
 
-    Workers with one thread each come first: two of them, each with a batch of its own, answer more images than one
+    Workers with one thread each come first: two of them, each with its own batch, answer more images than one
     inference on two threads. They share one interpreter, so beyond some number threads inside an inference pay more.
     """
     processes = settings.processes or cpus
@@ -114,33 +130,51 @@ def threads_of(settings: Settings, cpus: int) -> Threads:
 
 
 def variable_names() -> list[str]:
-    """Every `LIPCERT_*` variable that the server knows, sorted."""
+    """Return every `LIPCERT_*` variable that the server knows, sorted."""
     return sorted(PREFIX + name.upper() for name in Settings.model_fields)
 
 
 def read_settings() -> Settings:
-    """Read the settings from the environment of the process.
+    """Return the settings in the environment of the process.
 
-    pydantic-settings drops a variable that it does not know, so a misspelt limit would silently keep its
-    default; here it is refused.
+    pydantic-settings drops a variable that it does not know, so a misspelt limit would silently leave the default;
+    here it is refused. The variables that Kubernetes sets in every pod beside a service whose name starts with
+    `lipcert` are ignored with a warning, also `LIPCERT_PORT` where it is the address of that service.
 
     Raises:
-        SettingsError: a `LIPCERT_*` variable is unknown or has an invalid value; one line says which and
-        what is
-            expected.
+        SettingsError: a `LIPCERT_*` variable is unknown or has an invalid value; one line names it and the valid
+            values.
     """
+    given = {name for name in os.environ if name.upper().startswith(PREFIX)}
+    links = {name for name in given if _is_service_link(name.upper(), os.environ[name])}
     known = variable_names()
-    unknown = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    unknown = sorted(name for name in given - links if name.upper() not in known)
     if unknown:
         raise SettingsError("; ".join(_unknown(name, known) for name in unknown))
+    replaced: dict[str, Any] = {}
+    if links:
+        _log.warning(
+            "ignored: %s, which Kubernetes sets for a service of that name; enableServiceLinks: false in the pod "
+            "leaves them out",
+            ", ".join(sorted(links)),
+        )
+        if any(name.upper() == f"{PREFIX}PORT" for name in links):
+            replaced = {"port": Settings.model_fields["port"].default}
     try:
-        return Settings()
+        return Settings(**replaced)
     except ValidationError as error:
         raise SettingsError("; ".join(_invalid(fault["loc"], fault["msg"]) for fault in error.errors())) from None
 
 
+def _is_service_link(name: str, value: str) -> bool:
+    """Return whether Kubernetes sets this variable for a service (its documentation: "Environment variables")."""
+    if _SERVICE_LINK.fullmatch(name):
+        return True
+    return name.endswith("_PORT") and _SERVICE_ADDRESS.match(value) is not None
+
+
 def _unknown(name: str, known: list[str]) -> str:
-    # Without the prefix, which they all share and which would make everything look alike.
+    # Without the prefix, which makes all names look alike.
     suffixes = {variable.removeprefix(PREFIX): variable for variable in known}
     nearest = difflib.get_close_matches(name.upper().removeprefix(PREFIX), suffixes, n=1)
     advice = f"did you mean {suffixes[nearest[0]]}?" if nearest else f"known are: {', '.join(known)}"
@@ -150,8 +184,4 @@ def _unknown(name: str, known: list[str]) -> str:
 def _invalid(location: tuple[int | str, ...], reason: str) -> str:
     name = PREFIX + str(location[0]).upper()
     value = next((os.environ[key] for key in os.environ if key.upper() == name), "")
-    line = f"{name}={value!r} is not valid: {reason}"
-    if value.startswith("tcp://"):
-        # A Kubernetes service called `lipcert` makes the cluster set LIPCERT_PORT to an address.
-        line += " (set by Kubernetes for a service of that name: use enableServiceLinks: false in the pod)"
-    return line
+    return f"{name}={value!r} is not valid: {reason}"

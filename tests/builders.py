@@ -16,7 +16,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service.artefact.card import Artefact, Card, InputShape, write_artefact
+from service.artefact.card import Card, InputShape, write_artefact, write_card
+from service.artefact.files import MODEL_FILE, TRANSPORT_FILE, digest
+from service.artefact.findings import Findings
 from service.inference.classifier import Classifier
 
 OPSET = 18
@@ -86,9 +88,19 @@ def card_for(graphs: Graphs, name: str = "test") -> Card:
     )
 
 
-def write(folder: Path, graphs: Graphs, name: str = "test") -> Artefact:
+def write(folder: Path, graphs: Graphs, name: str = "test") -> Findings:
     """Write the artefact of `graphs` to `folder`."""
     return write_artefact(folder, card_for(graphs, name), graphs.model, graphs.transport)
+
+
+def write_unverified(folder: Path, graphs: Graphs, name: str = "test") -> None:
+    """Write an artefact whose card is about `graphs`, whatever they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {MODEL_FILE: graphs.model, TRANSPORT_FILE: graphs.transport}
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+    digests = {file: digest(content) for file, content in contents.items()}
+    write_card(folder, card_for(graphs, name).model_copy(update={"graphs": digests}))
 
 
 def _orthogonal(random: np.random.Generator, rows: int, columns: int) -> np.ndarray:

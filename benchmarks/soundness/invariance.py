@@ -9,7 +9,8 @@ import numpy as np
 import onnxruntime
 
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
-from service.runtime import engine, provider
+from service.runtime import provider
+from service.runtime.session import DISABLED_OPTIMIZERS, session_options
 
 BATCHES = (1, 2, 3, 7, 16, 64, 256)
 THREADS = (1, 2, 3, 4)
@@ -56,7 +57,7 @@ def vary(model_bytes: bytes, image_NCHW: np.ndarray, rewriting: bool) -> Variati
     Args:
         model_bytes: a graph that can be certified.
         image_NCHW: the images; batches are filled up with them, starting at another one each time.
-        rewriting: leave on the optimisers that `service/runtime/engine.py` switches off, which fold one layer into the
+        rewriting: leave on the optimisers that `service/runtime/session.py` switches off, which fold one layer into the
             weights of another: what the runtime does by default.
     """
     certificate = certify(model_bytes)
@@ -102,13 +103,13 @@ def lost_radius(certificate: Certificate, logits_NK: np.ndarray) -> tuple[float,
 
 def _session(model_bytes: bytes, threads: int, level: object, rewriting: bool) -> onnxruntime.InferenceSession:
     # The server's own options, but for what is varied.
-    options = engine._session_options(threads)
+    options = session_options(threads)
     options.graph_optimization_level = level  # type: ignore[assignment]
     return onnxruntime.InferenceSession(
         model_bytes,
         sess_options=options,
         providers=[provider.CPU],
-        disabled_optimizers=[] if rewriting else engine._DISABLED_OPTIMIZERS,
+        disabled_optimizers=[] if rewriting else DISABLED_OPTIMIZERS,
     )
 
 

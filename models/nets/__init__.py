@@ -1,1 +1,1 @@
-"""TODO."""
+"""1-Lipschitz networks: layers with a known constant that write themselves as ONNX nodes, and their assembly."""

@@ -1,4 +1,7 @@
-"""Assembling layers to a network with a known constant: a body, and a head with one row for each logit."""
+"""Networks with a known Lipschitz constant: a body, and a head with one row for each logit.
+
+Axes: N batch, C channels, H height, W width, D features, K logits.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,11 @@ class LipschitzNetwork(nn.Module):
         return self.head.weight().shape[0]
 
     def forward(self, image_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        """Logits of a batch of images."""
+        """Return the logits of a batch of images."""
         return self.head(self.body(image_NCHW))
 
     def fold(self) -> LipschitzNetwork:
-        """The network that is served, in float64 with weights exact in float32."""
+        """Return the network that is served, in float64 with weights exact in float32."""
         return LipschitzNetwork(
             self.input_shape,
             self.body.fold(),
@@ -45,9 +48,9 @@ class LipschitzNetwork(nn.Module):
         )
 
     def declared_margin_bounds_KK(self) -> Float[Tensor, "K K"]:
-        """Constants of `f_i - f_j` by construction: body constant times `||w_i - w_j||`.
+        """Return the constants of `f_i - f_j` by construction: the body's constant times `||w_i - w_j||`.
 
-        Used by losses and progress bars. The bound that is served is proved from the exported bytes instead.
+        Losses and the figures of a training use them. The bound that is served is proved from the exported bytes.
         For one output f the classes are `(f, -f)`: a 2 x 2 matrix with `2 ||w||` off the diagonal.
         """
         weight_KD = self.head.weight()
@@ -58,7 +61,7 @@ class LipschitzNetwork(nn.Module):
 
 
 def both_logits(logits_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N K2"]:
-    """Write a single output f as the two logits `(f, -f)`; more outputs are returned as they are."""
+    """Return a single output f as the two logits `(f, -f)`, more outputs as they are."""
     return torch.cat([logits_NK, -logits_NK], dim=1) if logits_NK.shape[1] == 1 else logits_NK
 
 
@@ -70,7 +73,15 @@ def dense_network(
     activation: Literal["groupsort2", "fullsort"] = "groupsort2",
     parametrisation: Parametrisation = "cayley",
 ) -> LipschitzNetwork:
-    """Flatten, then for each width an orthogonal dense layer and a sort; at the end a head of unit rows."""
+    """Return a network that flattens, then has an orthogonal dense layer and a sort for each width, and a `UnitHead`.
+
+    Args:
+        input_shape: (C, H, W) of an image.
+        widths: features of each dense layer.
+        outputs: K logits, or 1 for two classes.
+        activation: the sort after each layer.
+        parametrisation: of the orthogonal matrices.
+    """
     C, H, W = input_shape
     layers: list[Layer] = [Flatten()]
     features = C * H * W
@@ -91,10 +102,18 @@ def convolutional_network(
     activation: Literal["groupsort2", "fullsort"] = "groupsort2",
     parametrisation: Parametrisation = "cayley",
 ) -> LipschitzNetwork:
-    """Stages of `SpaceToDepth` and orthogonal convolutions, then the pool over all pixels, dense layers and the head.
+    """Return stages of `SpaceToDepth` and orthogonal convolutions, a pool over all pixels, then a `dense_network`.
 
-    Raises:
-        ValueError: an image cannot be cut into the windows of a stage.
+    An image must consist of whole windows of each stage (`models.recipes.Network.multiple`).
+
+    Args:
+        input_shape: (C, H, W) of an image.
+        stem: the stages; GroupSort2 follows each convolution.
+        pool: reduction of each channel after the stages.
+        widths: features of each dense layer.
+        outputs: K logits, or 1 for two classes.
+        activation: the sort after each dense layer.
+        parametrisation: of the orthogonal matrices.
     """
     features, height, width = input_shape
     layers: list[Layer] = []

@@ -1,6 +1,6 @@
-"""A small builder of ONNX graphs: every node is written on purpose, none is traced.
+"""A small builder of ONNX graphs, in which every node is written explicitly instead of traced.
 
-The builder keeps what the two graphs of an artefact need and no more: float64 values with a dynamic batch
+The builder has only the features that the two graphs of an artefact need: float64 values with a dynamic batch
 axis, weights stored as float32 and cast to float64 (half the bytes, still exact numbers to the certifier),
 names that depend on the order of calls only, so that the same network gives the same bytes.
 
@@ -32,7 +32,7 @@ class Value:
 
     @property
     def size(self) -> int:
-        """Number of elements of one image's tensor."""
+        """Number of elements for one image."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
@@ -69,23 +69,37 @@ class GraphBuilder:
         return double
 
     def float64(self, array: Float64[np.ndarray, ...]) -> str:
-        """Store a float64 constant (biases, masks, means)."""
+        """Store a float64 constant (biases, masks, means) and return its name."""
         return self._constant(np.asarray(array, dtype=np.float64), "constant")[0]
 
     def int64(self, array: Int64[np.ndarray, ...] | Sequence[int]) -> str:
-        """Store an int64 constant (axes, shapes, indices)."""
+        """Store an int64 constant (axes, shapes, indices) and return its name."""
         return self._constant(np.asarray(array, dtype=np.int64), "index")[0]
 
     def node(
         self, op: str, inputs: Sequence[Value | str], shape: Sequence[int], **attributes: int | Sequence[int]
     ) -> Value:
-        """Add a node with one output of the given shape (batch axis left out)."""
+        """Add a node with one output and return it.
+
+        Args:
+            op: ONNX operator.
+            inputs: values, or names of constants.
+            shape: of the output, without the batch axis.
+            attributes: of the operator.
+        """
         return self.nodes(op, inputs, [shape], **attributes)[0]
 
     def nodes(
         self, op: str, inputs: Sequence[Value | str], shapes: Sequence[Sequence[int]], **attributes: int | Sequence[int]
     ) -> list[Value]:
-        """Add a node with one output for each of the shapes."""
+        """Add a node with several outputs and return them.
+
+        Args:
+            op: ONNX operator.
+            inputs: values, or names of constants.
+            shapes: one for each output, without the batch axis.
+            attributes: of the operator.
+        """
         name = self._fresh(op.lower())
         names = [name] if len(shapes) == 1 else [f"{name}_{i}" for i in range(len(shapes))]
         sources = [i.name if isinstance(i, Value) else i for i in inputs]
@@ -93,7 +107,8 @@ class GraphBuilder:
         return [Value(n, tuple(s)) for n, s in zip(names, shapes, strict=True)]
 
     def reshape(self, x: Value, shape: Sequence[int]) -> Value:
-        """`N x x.shape -> N x shape`; 0 copies the batch axis."""
+        """Reshape `N x x.shape` to `N x shape`."""
+        # 0 copies the batch axis.
         return self.node("Reshape", [x, self.int64([0, *shape])], shape)
 
     def transpose(self, x: Value, axes: Sequence[int]) -> Value:

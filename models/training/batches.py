@@ -1,4 +1,7 @@
-"""TODO: models/training/batches.py."""
+"""Batches of a training as pure functions of seed, epoch and step, so that a resumed run sees the same ones.
+
+Axes: N images, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from models.training.errors import TrainingError
 CPU = torch.device("cpu")
 
 Batch = tuple[Float[Tensor, "N C H W"], Int[Tensor, " N"]]
+"""Images and their labels (class numbers)."""
 
 
 class BatchSource(Protocol):
-    """Where batches come from: a pure function of epoch and step."""
+    """Source of the batches of a run."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -29,12 +33,18 @@ class BatchSource(Protocol):
         ...
 
     def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """The batch of a step, on a device; equal arguments give equal batches."""
+        """Return the batch of a step; equal arguments give equal batches.
+
+        Args:
+            epoch: counted from 0.
+            step: within the epoch, counted from 0.
+            device: of the tensors.
+        """
         ...
 
 
 def generator_for(seed: int, *stream: int) -> torch.Generator:
-    """An independent generator for each `(seed, *stream)`, by mixing the numbers as SplitMix64 does."""
+    """Return an independent generator for each `(seed, *stream)`; the numbers are mixed as in SplitMix64."""
     state = 0
     for number in (seed, *stream):
         state = (state + number + 0x9E3779B97F4A7C15) % 2**64
@@ -51,10 +61,13 @@ class ImageBatches:
         data: the images.
         batch_size: images in a batch.
         seed: of order and augmentation.
-        augmentation: None for the images as they are.
-        class_weights: how often an image of each class counts, in the mean over an epoch; None for once each. Counted
-            are appearances, not factors of the loss: in the mean that is the same for every loss that is a mean over
-            images, it also balances the class means of the KR term, and no single image makes a huge step.
+        augmentation: random map of each image; default: the images as they are.
+        class_weights: mean number of appearances in an epoch of an image of each class; default: 1. Appearances
+            rather than factors of the loss: in the mean both are equal for every loss that is a mean over images, but
+            appearances also balance the class means of the KR term, and no single image makes a huge step.
+
+    Raises:
+        TrainingError: the images do not fill one batch.
     """
 
     def __init__(
@@ -80,9 +93,15 @@ class ImageBatches:
         return len(self._data) // self._batch_size
 
     def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """Images as float32 in [0, 1], and their labels; augmented on the device."""
+        """Return images as float32 in [0, 1], augmented on the device, and their labels.
+
+        Args:
+            epoch: counted from 0; decides the order.
+            step: within the epoch, counted from 0.
+            device: of the tensors.
+        """
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._new_order(generator_for(self._seed, 0, epoch)))
+            self._order = (epoch, self._shuffled(generator_for(self._seed, 0, epoch)))
         chosen = self._order[1][step * self._batch_size : (step + 1) * self._batch_size]
         part = self._data.at(chosen)
         part = LabelledImages(part.images_NCHW.to(device), part.labels_N.to(device))
@@ -91,7 +110,7 @@ class ImageBatches:
             images = augment(images, self._augmentation, generator_for(self._seed, 1, epoch, step))
         return images, part.labels_N
 
-    def _new_order(self, generator: torch.Generator) -> Tensor:
+    def _shuffled(self, generator: torch.Generator) -> Tensor:
         n = len(self._data)
         if self._class_weights is None:
             return torch.randperm(n, generator=generator)
@@ -102,7 +121,7 @@ class ImageBatches:
             some = members[torch.randperm(len(members), generator=generator)[:rest]]
             drawn += [members.repeat(whole), some]
         order = torch.cat(drawn)
-        # The rounding of each class may have left a few too many or too few.
+        # The rounding of each class may leave a few images too many or too few.
         order = order[torch.randperm(len(order), generator=generator)]
         return torch.cat([order, order])[:n]
 
@@ -112,12 +131,18 @@ class SampledBatches:
     """Batches drawn from a distribution."""
 
     sample: Callable[[int, torch.Generator], Batch]
-    """`(size, generator) -> batch`."""
+    """`(number of images, generator) -> batch`."""
     batch_size: int
     steps_per_epoch: int
     seed: int
 
     def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
-        """A fresh sample for each step."""
+        """Return a fresh sample for each step.
+
+        Args:
+            epoch: counted from 0.
+            step: within the epoch, counted from 0.
+            device: of the tensors.
+        """
         images, labels = self.sample(self.batch_size, generator_for(self.seed, 2, epoch, step))
         return images.to(device), labels.to(device)

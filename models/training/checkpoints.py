@@ -1,36 +1,126 @@
-"""TODO: models/training/checkpoints.py."""
+"""Checkpoints of a run: two files in one folder, each written atomically, and refused if they belong to another run."""
 
 from __future__ import annotations
 
-import contextlib
-import os
+import errno
+import json
+import logging
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from models.training.errors import CheckpointError, TrainingError
+from service.artefact.files import write_atomically
 
-def write_whole(state: Mapping[str, Any], temporary: Path, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+log = logging.getLogger(__name__)
 
 
-def differences_between(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+    """JSON-like description of the run; `last.pt` with another one is not resumed."""
+
+    @property
+    def last(self) -> Path:
+        """File of the newest state."""
+        return self.folder / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """File of the state after the epoch with the best figures."""
+        return self.folder / "best.pt"
+
+    def refuse_too_full_a_disk(self, network: torch.nn.Module) -> None:
+        """Refuse a disk without room for the checkpoints, and remove temporary files of a killed run.
+
+        Raises:
+            CheckpointError: less is free than all checkpoints need.
+        """
+        for file in (self.last, self.best):
+            for temporary in self.folder.glob(f".{file.name}.*"):
+                temporary.unlink(missing_ok=True)
+        folder = next(place for place in (self.folder, *self.folder.parents) if place.exists())
+        # Weights, their average and at most two moments; last, best and the one that is being written.
+        needed = 3 * 4 * sum(parameter.nbytes for parameter in network.parameters())
+        needed -= sum(file.stat().st_size for file in self.folder.glob("*.pt"))
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"the disk of {folder} has {free / 1e6:.0f} MB left, checkpoints need {needed / 1e6:.0f} MB: make "
+                "room, or name another folder with --out"
+            )
+
+    def refuse_earlier_run(self) -> None:
+        """Refuse a folder with a checkpoint, which a new run would overwrite.
+
+        Raises:
+            TrainingError: `last.pt` exists.
+        """
+        if self.last.exists():
+            raise TrainingError(
+                f"{self.last} holds an earlier run: add --resume to continue it, choose another --out, or delete it"
+            )
+
+    def save(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint atomically; on a full disk `best.pt` is deleted to make room for `last.pt`.
+
+        Raises:
+            CheckpointError: the file cannot be written; the older checkpoint is unchanged.
+        """
+        content = {"identity": json.dumps(self.identity, sort_keys=True), **state}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda file: torch.save(content, file))
+        except (OSError, RuntimeError) as error:
+            # torch's writer raises a RuntimeError in the context of the file's error.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full and path == self.last and self.best.exists():
+                log.warning("%s cannot be written (%s): best.pt is deleted to make room for it", path, cause)
+                self.best.unlink()
+                self.save(path, state)
+                return
+            older = f"{self.last} is the one before" if self.last.exists() else "no earlier one exists"
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be written ({cause}), {older}; make room or repair the folder"
+            ) from error
+
+    def load(self, device: torch.device) -> dict[str, Any]:
+        """Return the state in `last.pt`, its tensors on `device`.
+
+        Raises:
+            TrainingError: `last.pt` is missing or damaged, or belongs to another run.
+        """
+        path = self.last
+        if not path.is_file():
+            raise TrainingError(f"nothing to resume: {path} does not exist; run without --resume to start")
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
+            raise TrainingError(f"{path} cannot be read ({error}): delete it and start again") from error
+        changes = _changes(json.loads(state["identity"]), json.loads(json.dumps(self.identity)))
+        if changes:
+            raise TrainingError(
+                f"{path} belongs to another run ({'; '.join(changes)}): "
+                "repeat the settings of that run, or choose another --out"
+            )
+        return state
+
+
+def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List every field that differs, nested fields with dots, with both values."""
     found: list[str] = []
     for key in sorted({*saved, *wanted}):
         old, new = saved.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences_between(old, new, f"{prefix}{key}.")
+            found += _changes(old, new, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key} was {old!r}, now {new!r}")
     return found

@@ -1,10 +1,10 @@
-"""TODO: models/training/errors.py."""
+"""Errors that end a training; each message says what to do."""
 
 from __future__ import annotations
 
 
 class TrainingError(Exception):
-    """Training cannot start or go on; the message says what to do."""
+    """Training cannot start or continue."""
 
 
 class CheckpointError(TrainingError):
@@ -16,4 +16,4 @@ class NonFiniteError(TrainingError):
 
 
 class Interrupted(Exception):
-    """Training was stopped by the user; its state is in the checkpoint named in the message."""
+    """The user stopped the training; its state is in the checkpoint named in the message."""

@@ -1,4 +1,4 @@
-"""TODO: models/training/objective.py."""
+"""The loss of a recipe as a function of network, logits and labels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from models.recipes import Loss
 from models.training import losses
 
 Objective = Callable[[LipschitzNetwork, Tensor, Tensor], Tensor]
-"""`(network, logits_NK, labels_N) -> loss`, of a whole batch."""
+"""`(network, logits_NK, labels_N) -> loss` of a whole batch."""
 
 
 def objective_of(loss: Loss) -> Objective:
-    """The function of `models.training.losses` that a recipe asks for, with its parameters; it can be pickled."""
+    """Return the function of `models.training.losses` that a recipe names, with its parameters; it can be pickled."""
     return partial(_loss_of, loss)
 
 

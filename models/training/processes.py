@@ -1,7 +1,7 @@
 """Training in several processes, one for each device; the calling process waits for them and listens to signals.
 
-The processes get what they need as bytes and leave what they found in a file, an error as well: so the caller sees the
-errors of a training in one process, and nothing goes through shared memory, of which containers have little.
+Each process gets its job as bytes; the first leaves the result or the error in a file. So the caller sees the same
+errors as from a training in one process, and nothing goes through shared memory, of which containers have little.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What each process gets."""
+class _Job:
+    """Content of the bytes that each process gets."""
 
     network: LipschitzNetwork
     run: Run
@@ -48,30 +48,30 @@ class _Order:
 
 
 def fit_on(network: LipschitzNetwork, run: Run, *, devices: int, threads: int | None, resume: bool) -> Trained:
-    """As `models.training.loop.fit`, in so many processes; the network comes back on the CPU.
+    """Train as `models.training.loop.fit` does, in several processes; the network is returned on the CPU.
 
     Args:
         network: with its initial weights.
         run: can be pickled.
-        devices: number of processes, and of GPUs where `run.device` is one.
-        threads: CPU threads of each process; None shares the processors out.
-        resume: go on from `last.pt`, of whatever number of processes.
+        devices: number of processes, and of GPUs if `run.device` is one.
+        threads: CPU threads of each process; default: the processors are shared out.
+        resume: continue from `last.pt`, written by any number of processes.
 
     Raises:
         TrainingError, NonFiniteError, Interrupted: as `fit`.
-        TrainingError: there are not so many GPUs, or a process ended; the checkpoints are whole.
+        TrainingError: there are fewer GPUs, or a process ended; the checkpoints are complete.
         KeyboardInterrupt: a second signal came before the first was obeyed.
     """
     if run.device.type == "cuda" and devices > torch.cuda.device_count():
         raise TrainingError(f"--devices {devices}: torch sees {torch.cuda.device_count()} CUDA devices")
     if devices == 1:
         return fit(network, run, resume=resume)
-    order = _Order(network.cpu(), run, resume, threads, logging.getLogger().level, os.getpid())
+    job = _Job(network.cpu(), run, resume, threads, logging.getLogger().level, os.getpid())
     if sys.platform == "linux":
         # All processes are on this machine, whatever its name resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder, _signals_left_in(Path(folder)) as received:
-        failure = _launch(fabric_for(run, devices), pickle.dumps(order), Path(folder))
+        failure = _launch(fabric_for(run, devices), pickle.dumps(job), Path(folder))
         outcome_file = Path(folder) / "outcome"
         if outcome_file.exists():
             outcome = pickle.loads(outcome_file.read_bytes())
@@ -82,22 +82,23 @@ def fit_on(network: LipschitzNetwork, run: Run, *, devices: int, threads: int | 
     if len(received) > 1:
         raise KeyboardInterrupt
     last = run.checkpoints / "last.pt"
-    kept = f"{last} is whole: run the same command with --resume to go on" if last.exists() else "nothing was saved yet"
+    saved = f"{last} is complete: run the same command with --resume to continue"
     log.error("%s", failure)
     reason = str(failure).strip().splitlines()[-1]
-    raise TrainingError(f"a process of the training ended ({reason}); {kept}") from failure
+    raise TrainingError(
+        f"a process of the training ended ({reason}); {saved if last.exists() else 'nothing was saved yet'}"
+    ) from failure
 
 
-def _launch(fabric: Fabric, order: bytes, folder: Path) -> ProcessException | None:
-    """Run the processes to their end, from a thread that takes no signals; they inherit that."""
-
-    # Starting the first process starts a tracker, and that lets the signals through again.
+def _launch(fabric: Fabric, job: bytes, folder: Path) -> ProcessException | None:
+    """Run the processes to their end, from a thread that takes no signals; they inherit its signal mask."""
+    # The resource tracker unblocks signals when it starts, with the first process at the latest.
     resource_tracker.ensure_running()
-    # Fabric leaves the port in the environment, where the next training would find it taken.
+    # Fabric leaves its port in the environment; the next training would find that port in use.
     port = os.environ.get("MASTER_PORT")
     try:
         with ThreadPoolExecutor(1, initializer=_take_no_signals) as thread:
-            thread.submit(fabric.launch, partial(_train_one_share, order=order, folder=folder)).result()
+            thread.submit(fabric.launch, partial(_train_in_process, job=job, folder=folder)).result()
     except ProcessException as error:
         return error
     finally:
@@ -110,10 +111,10 @@ def _take_no_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-def _train_one_share(fabric: Fabric, order: bytes, folder: Path) -> None:
+def _train_in_process(fabric: Fabric, job: bytes, folder: Path) -> None:
     _take_no_signals()
-    given = pickle.loads(order)
-    assert isinstance(given, _Order)
+    given = pickle.loads(job)
+    assert isinstance(given, _Job)
     (folder / f"{os.getpid()}.pid").touch()
     log_to_stderr(given.log_level)
     if given.threads is not None:
@@ -137,7 +138,11 @@ def _train_one_share(fabric: Fabric, order: bytes, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _signals_left_in(folder: Path) -> Generator[list[int]]:
-    """The first SIGINT or SIGTERM leaves a file that asks all processes to stop; the second ends them."""
+    """Ask all processes to stop on the first SIGINT or SIGTERM, by a file in `folder`; end them on the second.
+
+    Yields:
+        Numbers of the signals received.
+    """
     received: list[int] = []
 
     def pass_on(number: int, _previous: Any) -> None:

@@ -1,4 +1,4 @@
-"""TODO: models/training/signals.py."""
+"""SIGINT and SIGTERM as requests to stop after the current step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def on_stop_signals(handle: Callable[[int, Any], None]) -> Generator[None]:
-    """Call `handle(number, previous handler)` on SIGINT and SIGTERM; at the end the previous handlers are back."""
+    """Call `handle(number, previous handler)` on SIGINT and SIGTERM; restore the previous handlers at the end."""
     previous: dict[int, Any] = {}
 
     def call(number: int, _frame: object) -> None:
@@ -23,7 +23,7 @@ def on_stop_signals(handle: Callable[[int, Any], None]) -> Generator[None]:
             # A shell lets its background jobs ignore Ctrl-C, which is meant for the one in the foreground.
             if signal.getsignal(number) != signal.SIG_IGN:
                 previous[number] = signal.signal(number, call)
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # not the main thread, which alone can handle signals
         previous.clear()
     try:
         yield
@@ -33,8 +33,12 @@ def on_stop_signals(handle: Callable[[int, Any], None]) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def watched_stop_signals() -> Generator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that no step is cut in half; a second acts at once."""
+def deferred_stop_signals() -> Generator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag, so that no step is cut in half; a second acts at once.
+
+    Yields:
+        Whether a signal came.
+    """
     received: list[int] = []
 
     def remember(number: int, previous: Any) -> None:

@@ -25,6 +25,7 @@ from service.inference.loading import load_classifiers
 from service.metrics import Metrics
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
+from service.runtime.session import GpuLimits
 from service.settings import Settings, Threads, threads_of
 
 _DESCRIPTION = """
@@ -116,7 +117,7 @@ def limits_of(settings: Settings, threads: Threads, classifiers: Mapping[str, Cl
     on_gpu = any(classifier.provider == CUDA for classifier in classifiers.values())
     return Limits(
         workers=threads.workers,
-        forward_batch=settings.forward_batch or (256 if on_gpu else 32),
+        forward_batch=settings.forward_batch or (GpuLimits().batch if on_gpu else 32),
         max_delay_s=settings.max_delay_ms / 1000.0,
         max_requests=-(-settings.max_requests // threads.processes),
         max_bytes=-(-settings.max_waiting_bytes // threads.processes),

@@ -46,6 +46,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.DeviceLostError: HTTPStatus.SERVICE_UNAVAILABLE,
         # These stop the server at start. In an answer, a graph file has changed since, or a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,

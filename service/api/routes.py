@@ -121,11 +121,12 @@ def _add_operations(router: APIRouter, service: Service) -> None:
         tags=["operations"],
         summary="Readiness",
         response_model=HealthAnswer,
-        responses={503: {"model": HealthAnswer, "description": "No default model is loaded."}},
+        responses={503: {"model": HealthAnswer, "description": "No default model is loaded, or the GPU was lost."}},
     )
     async def ready() -> Response:
         """Whether the default model is proved, loaded and has run once."""
-        is_ready = service.settings.default_model in service.classifiers
+        is_lost = any(classifier.is_lost for classifier in service.classifiers.values())
+        is_ready = service.settings.default_model in service.classifiers and not is_lost
         return _json(HealthAnswer(status="ready" if is_ready else "not ready"), status=200 if is_ready else 503)
 
     @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=PlainTextResponse)

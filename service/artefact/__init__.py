@@ -1,1 +1,1 @@
-"""TODO."""
+"""Artefacts: files, card, and their verification before they are served."""

@@ -1,27 +1,23 @@
-"""The artefact: the contract between the trainer that writes it and the server that proves and serves it.
+"""The card of an artefact: contract between the trainer that writes the artefact and the server that verifies it.
 
-A folder with three files: `model.onnx` (image -> logits), `transport.onnx` (image, margin weights -> logits,
-gradient) and `card.json` (`Card`: what it is, what made it, what was measured). The card names the sha256 of
-both graphs; the bound itself is never read from it: it is derived from the bytes of `model.onnx`.
+An artefact is a folder with three files: `model.onnx` (image -> logits), `transport.onnx` (image, margin weights ->
+logits, gradient) and `card.json` (`Card`: identity, origin, measurements). The card names the sha256 of both graphs; it
+does not state the bound, which is derived from the bytes of `model.onnx`.
 
-Digest, certificate and session speak about the same bytes: a file is read once for all of them, or read again and
-compared with the digest that was proved.
+Digest, certificate and session are about the same bytes: a file is read once for all of them, or read again and
+compared with the digest that was verified.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from service.artefact.files import write_atomically
-from service.artefact.graphs import GRAPH_FILES, MODEL_FILE, TRANSPORT_FILE, Findings, digest, read_file
-from service.certificate import Certificate
+from service.artefact.files import CARD_FILE, MODEL_FILE, TRANSPORT_FILE, digest, read_file, write_atomically
+from service.artefact.findings import Findings
 from service.errors import ArtefactError
-
-CARD_FILE = "card.json"
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -56,12 +52,12 @@ class CertifiedAccuracy(_Contract):
 
 
 class Card(_Contract):
-    """What an artefact is, what made it, and what was measured on it."""
+    """Identity, origin and measurements of an artefact."""
 
     format: Literal[1] = 1
     """Version of this contract."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """The name by which requests ask for the model; it stands in URLs."""
+    """Name of the model in requests and URLs."""
     labels: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2)
     """Label of each class, in class order."""
     input: InputShape
@@ -72,7 +68,7 @@ class Card(_Contract):
     loss: dict[str, Any] = Field(default_factory=dict)
     """Loss and its parameters."""
     recipe: dict[str, Any] = Field(default_factory=dict)
-    """The recipe that the trainer ran, in full."""
+    """Recipe of the training, in full."""
     seed: int | None = None
     code_version: str | None = None
     """Commit of the code that trained it."""
@@ -94,28 +90,12 @@ class Card(_Contract):
         return self
 
 
-@dataclass(frozen=True)
-class Artefact:
-    """One artefact whose digests, graphs and certificate have been checked against each other."""
-
-    folder: Path
-    card: Card
-    model_bytes: bytes
-    transport_bytes: bytes
-    certificate: Certificate
-
-    @property
-    def digest(self) -> str:
-        """`sha256:<hex>` of `model_bytes`, the bytes the certificate is about."""
-        return digest(self.model_bytes)
-
-
 def artefact_folders(models: Path, first: str) -> list[Path]:
-    """The folders of artefacts in a folder of models, by name; those whose names start with `.` or `_` are none.
+    """Return the folders of artefacts in a folder of models, by name, without those that start with `.` or `_`.
 
     Args:
         models: the folder of models.
-        first: the name of the folder that comes before all others.
+        first: name of the folder that comes before all others.
 
     Raises:
         ArtefactError: there is no such folder, or nothing is in it.
@@ -134,20 +114,6 @@ def artefact_folders(models: Path, first: str) -> list[Path]:
     return folders
 
 
-def read_artefact(folder: Path) -> Artefact:
-    """Read, check and prove the artefact in `folder`.
-
-    Raises:
-        ArtefactError: a file is missing, cannot be read, does not match its digest, contradicts the card, or
-            has no proved bound. The message names the file, the reason and what to do.
-    """
-    card = read_card(folder)
-    model_bytes, transport_bytes = (read_file(folder / file) for file in GRAPH_FILES)
-    for file, content in ((MODEL_FILE, model_bytes), (TRANSPORT_FILE, transport_bytes)):
-        _check_digest(folder / file, card, digest(content))
-    return _prove(folder, card, model_bytes, transport_bytes)
-
-
 def read_card(folder: Path) -> Card:
     """Read `card.json` alone, without looking at the graphs.
 
@@ -164,23 +130,33 @@ def read_card(folder: Path) -> Card:
         raise ArtefactError(path, f"not a valid card ({faults}). Correct it, or export the artefact again.") from error
 
 
-def write_artefact(folder: Path, card: Card, model_bytes: bytes, transport_bytes: bytes) -> Artefact:
-    """Write an artefact that `read_artefact` accepts, or nothing.
+def write_artefact(folder: Path, card: Card, model_bytes: bytes, transport_bytes: bytes) -> Findings:
+    """Write an artefact that the server accepts, or nothing; return the findings of its verification.
 
-    The digests in the card are computed here. Everything that the server would check at its start is checked
-    before the first byte is written; each file appears at once or not at all, and the card comes last.
+    The digests in the card are computed here. Everything that the server checks at its start is checked before the
+    first byte is written; each file appears at once or not at all, and the card comes last.
+
+    Args:
+        folder: of the artefact; created if it is missing.
+        card: without digests.
+        model_bytes: content of `model.onnx`.
+        transport_bytes: content of `transport.onnx`.
 
     Raises:
-        ArtefactError: the graphs have no proved bound or contradict the card.
+        ArtefactError: the graphs have no proved bound, cannot be run, do not agree, or contradict the card.
     """
-    graphs = {MODEL_FILE: digest(model_bytes), TRANSPORT_FILE: digest(transport_bytes)}
-    card = card.model_copy(update={"graphs": graphs})
-    artefact = _prove(folder, card, model_bytes, transport_bytes)
+    # Imported here: a server verifies in other processes and loads nothing for it.
+    from service.artefact.verification import verify_graphs
+
+    digests = {MODEL_FILE: digest(model_bytes), TRANSPORT_FILE: digest(transport_bytes)}
+    card = card.model_copy(update={"graphs": digests})
+    findings = Findings(digests, verify_graphs(folder, model_bytes, transport_bytes))
+    check_card(folder, card, findings)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MODEL_FILE, lambda file: file.write(model_bytes))
     write_atomically(folder / TRANSPORT_FILE, lambda file: file.write(transport_bytes))
     write_card(folder, card)
-    return artefact
+    return findings
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -189,17 +165,35 @@ def write_card(folder: Path, card: Card) -> None:
     write_atomically(folder / CARD_FILE, lambda file: file.write(content))
 
 
-def check_findings(folder: Path, card: Card, findings: Findings) -> Certificate:
-    """What is proved about the model in `folder`, if the findings are about the graphs that its card names.
+def check_card(folder: Path, card: Card, findings: Findings) -> None:
+    """Refuse a card that is not about the verified graphs, and graphs with a fault.
+
+    Args:
+        folder: of the artefact, for messages.
+        card: as in the folder.
+        findings: about the graphs in the folder.
 
     Raises:
-        ArtefactError: something is wrong with a graph, or the card is about another one.
+        ArtefactError: the card names other digests, another shape of images or another number of classes, or the
+            findings report a fault.
     """
     for file, found in findings.digests.items():
         _check_digest(folder / file, card, found)
-    certificate = findings.proof()
-    _check_face(folder / MODEL_FILE, card, certificate)
-    return certificate
+    certificate = findings.facts().certificate
+    path = folder / MODEL_FILE
+    if tuple(certificate.input_shape) != card.input.shape:
+        raise ArtefactError(
+            path,
+            f"the graph takes images of shape {tuple(certificate.input_shape)}, but the card states "
+            f"{card.input.shape} (channels, height, width). Correct `input` in the card, or export again.",
+        )
+    n_classes = certificate.margin_bounds_KK.shape[0]
+    if n_classes != len(card.labels):
+        raise ArtefactError(
+            path,
+            f"the graph distinguishes {n_classes} classes, but the card has {len(card.labels)} labels. "
+            "Give one label per class (two for a model with one output), in class order.",
+        )
 
 
 def _check_digest(path: Path, card: Card, found: str) -> None:
@@ -213,29 +207,4 @@ def _check_digest(path: Path, card: Card, found: str) -> None:
             path,
             f"the card states the digest {stated}, the file has {found}. "
             "The copy is damaged or mixes two artefacts; copy it again.",
-        )
-
-
-def _prove(folder: Path, card: Card, model_bytes: bytes, transport_bytes: bytes) -> Artefact:
-    # Imported here: a server proves in processes of their own and loads nothing for it.
-    from service.artefact.verification import prove
-
-    certificate = prove(folder, model_bytes, transport_bytes)
-    _check_face(folder / MODEL_FILE, card, certificate)
-    return Artefact(folder, card, model_bytes, transport_bytes, certificate)
-
-
-def _check_face(path: Path, card: Card, certificate: Certificate) -> None:
-    if tuple(certificate.input_shape) != card.input.shape:
-        raise ArtefactError(
-            path,
-            f"the graph takes images of shape {tuple(certificate.input_shape)}, but the card states "
-            f"{card.input.shape} (channels, height, width). Correct `input` in the card, or export again.",
-        )
-    n_classes = certificate.margin_bounds_KK.shape[0]
-    if n_classes != len(card.labels):
-        raise ArtefactError(
-            path,
-            f"the graph distinguishes {n_classes} classes, but the card has {len(card.labels)} labels. "
-            "Give one label per class (two for a model with one output), in class order.",
         )

@@ -1,11 +1,9 @@
-"""Reading of ONNX bytes: a checked list of nodes and constants.
+"""ONNX bytes -> a checked list of nodes with their constants folded.
 
-Everything that can be read in two ways is refused here: several inputs or outputs, other operator domains, external
-weights, functions, number formats without an error analysis. All reasons are collected before anything is raised.
+What cannot be read unambiguously is refused here: several inputs or outputs, other operator domains, external weights,
+functions, number formats without an error analysis. All reasons are collected before anything is raised.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +12,6 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from service.certificate.limits import fits, size_error
 from service.certificate.rounding import FLOAT32, FLOAT64, Precision
 from service.certificate.statement import UnsupportedGraphError
 
@@ -37,7 +34,7 @@ class Node:
     """One operator of the graph, attributes decoded to Python values."""
 
     label: str
-    """Operator, and the node's name or first output: its name in messages."""
+    """Operator, and the node's name or first output: how messages name it."""
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -47,12 +44,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX model as the analysis reads it."""
+    """What the certifier needs of an ONNX model."""
 
     input_names: tuple[str, ...]
     """One, unless `refusals` says otherwise."""
     input_shape: tuple[int, ...]
-    """Without the batch axis, e.g. `(C, H, W)`; empty where the image cannot be analysed."""
+    """Without the batch axis, e.g. `(C, H, W)`."""
     batch: int
     """The batch size of the graph's input; `PROBE_BATCH` where it is free."""
     precision: Precision
@@ -60,7 +57,7 @@ class Graph:
     initializers: dict[str, NDArray[np.generic]]
     nodes: tuple[Node, ...]
     refusals: tuple[str, ...]
-    """Obstacles to a proof that are known already; the operators are still visited, so that all obstacles are named."""
+    """What stands in the way of a proof already, so that the operators are still looked at before all is said."""
 
 
 def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | None:
@@ -81,7 +78,7 @@ def _attribute(attribute: onnx.AttributeProto) -> object:
 
 
 def _attributes(label: str, proto: onnx.NodeProto, reasons: list[str]) -> dict[str, object]:
-    """Return the attributes by name; those that cannot be read are added to `reasons`."""
+    """By name; what cannot be read is added to `reasons`."""
     found: dict[str, object] = {}
     for attribute in proto.attribute:
         try:
@@ -99,38 +96,11 @@ def _type_name(data_type: int) -> str:
 
 
 def read_graph(model_bytes: bytes) -> Graph:
-    """Return the graph of an ONNX model, checked.
+    """Parse and check an ONNX model.
 
     Raises:
-        UnsupportedGraphError: not an ONNX model. All other obstacles are in `Graph.refusals`.
+        UnsupportedGraphError: not an ONNX model. Everything else that stands in the way is in `Graph.refusals`.
     """
-    model = _parsed(model_bytes)
-    graph = model.graph
-    reasons = _refused_features(model)
-    initializers = _initializers(graph, reasons)
-    inputs = [value for value in graph.input if value.name not in initializers]
-    if len(inputs) < len(graph.input):
-        reasons.append("an initializer is also a graph input, so that a caller could replace the weight")
-    input_shape, batch, precision = (), PROBE_BATCH, FLOAT64
-    if len(inputs) != 1:
-        reasons.append(f"{len(inputs)} inputs; the certifier needs exactly one, the image")
-    else:
-        input_shape, batch, precision = _image(inputs[0], reasons)
-    if len(graph.output) != 1:
-        reasons.append(f"{len(graph.output)} outputs; the certifier needs exactly one, the logits")
-    return Graph(
-        input_names=tuple(value.name for value in inputs),
-        input_shape=input_shape,
-        batch=batch,
-        precision=precision,
-        output_name=graph.output[0].name if graph.output else "",
-        initializers=initializers,
-        nodes=_nodes(graph.node, reasons),
-        refusals=tuple(reasons),
-    )
-
-
-def _parsed(model_bytes: bytes) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(model_bytes)
         # Before the checker, which would look for the files.
@@ -147,11 +117,7 @@ def _parsed(model_bytes: bytes) -> onnx.ModelProto:
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedGraphError([f"not a valid ONNX model: {first_line}"]) from error
-    return model
 
-
-def _refused_features(model: onnx.ModelProto) -> list[str]:
-    """Return why the model as a whole is refused: its opsets, functions, sparse weights."""
     reasons: list[str] = []
     opsets = [imported.version for imported in model.opset_import if imported.domain in ("", "ai.onnx")]
     opset = opsets[-1] if opsets else 0
@@ -160,14 +126,12 @@ def _refused_features(model: onnx.ModelProto) -> list[str]:
     if opset not in _OPSETS:
         reasons.append(f"opset {opset}: the rules are proved for opsets {_OPSETS.start} to {_OPSETS.stop - 1}")
     if model.functions:
-        reasons.append("the model defines its own functions; inline them before the export")
-    if model.graph.sparse_initializer:
+        reasons.append("the model defines functions of its own; inline them before the export")
+
+    graph = model.graph
+    if graph.sparse_initializer:
         reasons.append("sparse initializers; store them dense")
-    return reasons
-
-
-def _initializers(graph: onnx.GraphProto, reasons: list[str]) -> dict[str, NDArray[np.generic]]:
-    found: dict[str, NDArray[np.generic]] = {}
+    initializers: dict[str, NDArray[np.generic]] = {}
     for tensor in graph.initializer:
         try:
             array = numpy_helper.to_array(tensor)
@@ -177,31 +141,35 @@ def _initializers(graph: onnx.GraphProto, reasons: list[str]) -> dict[str, NDArr
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             reasons.append(f"weight {tensor.name!r} holds NaN or infinity")
             continue
-        found[tensor.name] = array
-    return found
+        initializers[tensor.name] = array
 
+    inputs = [value for value in graph.input if value.name not in initializers]
+    if len(inputs) < len(graph.input):
+        reasons.append("an initializer is also a graph input, so that a caller could replace the weight")
+    input_shape, batch, precision = (), PROBE_BATCH, FLOAT64
+    if len(inputs) != 1:
+        reasons.append(f"{len(inputs)} inputs; the certifier needs exactly one, the image")
+    else:
+        input_name = inputs[0].name
+        tensor_type = inputs[0].type.tensor_type
+        element = tensor_type.elem_type
+        dimensions = [_dimension(dimension) for dimension in tensor_type.shape.dim]
+        if element in PRECISIONS:
+            precision = PRECISIONS[element]
+        else:
+            why = _WHY_NOT.get(element, "the certifier has an error analysis for float64 and float32 only")
+            reasons.append(f"input {input_name!r} is {_type_name(element)}: {why}")
+        if len(dimensions) < 2 or any(size is None for size in dimensions[1:]):
+            reasons.append(f"input {input_name!r} needs a fixed shape after the batch axis, found {dimensions}")
+        else:
+            input_shape = tuple(size for size in dimensions[1:] if size is not None)
+            batch = dimensions[0] or PROBE_BATCH
+    if len(graph.output) != 1:
+        reasons.append(f"{len(graph.output)} outputs; the certifier needs exactly one, the logits")
+    output_name = graph.output[0].name if graph.output else ""
 
-def _image(value: onnx.ValueInfoProto, reasons: list[str]) -> tuple[tuple[int, ...], int, Precision]:
-    """Return shape (empty where it is refused), batch size and format of the input."""
-    tensor_type = value.type.tensor_type
-    element = tensor_type.elem_type
-    batch, *shape = [_dimension(dimension) for dimension in tensor_type.shape.dim] or [None]
-    if element not in PRECISIONS:
-        why = _WHY_NOT.get(element, "the certifier has an error analysis for float64 and float32 only")
-        reasons.append(f"input {value.name!r} is {_type_name(element)}: {why}")
-    sizes = tuple(size for size in shape if size is not None)
-    if not sizes or len(sizes) < len(shape):
-        reasons.append(f"input {value.name!r} needs a fixed shape after the batch axis, found {[batch, *shape]}")
-        sizes = ()
-    elif not fits(*sizes):
-        reasons.append(f"input {value.name!r}: image {size_error(math.prod(sizes))}")
-        sizes = ()
-    return sizes, batch or PROBE_BATCH, PRECISIONS.get(element, FLOAT64)
-
-
-def _nodes(protos: Sequence[onnx.NodeProto], reasons: list[str]) -> tuple[Node, ...]:
     nodes: list[Node] = []
-    for proto in protos:
+    for proto in graph.node:
         label = f"{proto.op_type} {proto.name or (proto.output[0] if proto.output else '')!r}"
         standard = proto.domain in ("", "ai.onnx")
         nodes.append(
@@ -214,4 +182,5 @@ def _nodes(protos: Sequence[onnx.NodeProto], reasons: list[str]) -> tuple[Node, 
                 proto=proto,
             )
         )
-    return tuple(nodes)
+    names = tuple(value.name for value in inputs)
+    return Graph(names, input_shape, batch, precision, output_name, initializers, tuple(nodes), tuple(reasons))

@@ -1,8 +1,6 @@
-"""Consecutive linear steps of images multiplied out as convolution kernels.
+"""TODO: service/certificate/kernels.py."""
 
-An image is `sum M_h h + constant` over the nonlinear images `h` before it, each `M_h` a convolution. What was rounded
-in multiplying out is bounded beside each `M_h`: its `deviation`.
-"""
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -10,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.certificate.convolutions import absolute_convolution_bound, convolution_cost
+from service.certificate.convolutions import (
+    absolute_convolution_bound,
+    convolution_cost,
+)
 from service.certificate.rounding import FLOAT64, SMALLEST_NORMAL, add_up, gamma_up, mul_up
-from service.certificate.values import Convolution, Identity, LinearStep, Source, View, identity_of
+from service.certificate.values import Convolution, View
 
 Array = NDArray[np.float64]
 _LARGEST_KERNEL = 1 << 23
@@ -21,7 +22,7 @@ _LARGEST_KERNEL = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """The part of an image that is a convolution of one nonlinear image."""
+    """Part of an image tensor that is a convolution of one nonlinear image."""
 
     base: View
     convolution: Convolution
@@ -30,13 +31,12 @@ class Kernel:
 
     @property
     def cost(self) -> float:
-        """Multiply-adds for a proof of its norm, approximately."""
         made = self.convolution
         return convolution_cost(made.kernel, self.base.shape[1:], made.strides, made.groups)
 
 
 def identity_convolution(shape: tuple[int, ...], factor: float = 1.0) -> Convolution:
-    """Return the multiplication of an image `C x *n` by a number."""
+    """The multiplication of an image `C x *n` by a number."""
     channels, *size = shape
     kernel = np.full((channels, 1, *[1] * len(size)), factor)
     return Convolution(kernel, (1,) * len(size), (0,) * len(size), channels)
@@ -54,7 +54,7 @@ def _is_identity(convolution: Convolution) -> bool:
 
 
 def _in_groups(kernel: Array, groups: int, fewer: int) -> Array:
-    """Return the kernel of the same convolution written with fewer groups; `fewer` divides `groups`."""
+    """The kernel of the same convolution written with fewer groups; `fewer` divides `groups`."""
     if groups == fewer:
         return kernel
     together = groups // fewer
@@ -67,72 +67,19 @@ def _in_groups(kernel: Array, groups: int, fewer: int) -> Array:
     return spread
 
 
-class Kernels:
-    """The linear maps of one graph as kernels; each is multiplied out once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Source, Source | None], dict[Identity, Kernel] | None] = {}
-
-    def of(self, view: View, base: Source | None = None) -> dict[Identity, Kernel] | None:
-        """Return the maps from the nonlinear images before `view`, or from `base` where it is met.
-
-        Null where one of them is no convolution, or too large.
-        """
-        source = view.source
-        if len(view.shape) not in (2, 3):
-            return None
-        if source.step is None or source is base:
-            if (view.index < 0).any():
-                return None
-            return {identity_of(view): Kernel(view, identity_convolution(view.shape), 0.0)}
-        if not view.whole:
-            return None
-        key = (source, base)
-        if key not in self._known:
-            self._known[key] = self.through(source.step, source.center.shape, base)
-        return self._known[key]
-
-    def through(
-        self, step: LinearStep, shape: tuple[int, ...], base: Source | None = None
-    ) -> dict[Identity, Kernel] | None:
-        """Return the maps of the result of a step.
-
-        Args:
-            step: the last step.
-            shape: of its result.
-            base: tensor to stop at; default: the nonlinear ones.
-        """
-        if step.convolutions is None:
-            return None
-        result: dict[Identity, Kernel] = {}
-        for view, outer in zip(step.operands, step.convolutions, strict=True):
-            inner = self.of(view, base)
-            if inner is None:
-                return None
-            for key, kernel in inner.items():
-                made = compose_kernels(outer, kernel, view.shape[1:], shape[1:], step.terms)
-                if made is not None and key in result:
-                    made = add_kernels(result[key], made)
-                if made is None:
-                    return None
-                result[key] = made
-        return result
-
-
-def compose_kernels(
+def composed_kernel(
     outer: Convolution, inner: Kernel, middle: tuple[int, ...], after: tuple[int, ...], roundings: int
 ) -> Kernel | None:
-    """Return `outer` of `inner` as one convolution; null where the border of the image between them is in the way.
+    """`outer` of `inner` as one convolution; None where the border of the image between them is in the way.
 
     Args:
-        outer: the second step.
-        inner: the first step.
+        outer, inner: the steps.
         middle: size of the image between them.
         after: size of the result.
-        roundings: of the numbers of `outer`, so far.
+        roundings: that the numbers of `outer` carry already.
     """
     if _is_identity(outer) and after == middle and roundings <= 2:
-        # With zeros behind the image it would cut off the results of `inner` there.
+        # With zeros behind the image it would cut off what `inner` has there.
         return inner
     first, base_size = inner.convolution, inner.base.shape[1:]
     axes = range(len(middle))
@@ -187,8 +134,8 @@ def compose_kernels(
     return Kernel(inner.base, made, deviation)
 
 
-def add_kernels(left: Kernel, right: Kernel) -> Kernel | None:
-    """Return the sum of two convolutions of one image; null where their results differ in size or spacing."""
+def added(left: Kernel, right: Kernel) -> Kernel | None:
+    """The sum of two convolutions of one image."""
     one, other = left.convolution, right.convolution
     if one.strides != other.strides or one.kernel.shape[0] != other.kernel.shape[0]:
         return None

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from service.artefact.card import Card, check_findings, read_artefact, read_card
-from service.artefact.graphs import MODEL_FILE, TRANSPORT_FILE, Findings, check_agreement, load_engine, read_again
+from service.artefact.card import Card, check_card, read_card
+from service.artefact.engines import lazy_engines
+from service.artefact.findings import Findings
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
 from service.errors import (
     ChannelsError,
@@ -29,8 +30,9 @@ from service.errors import (
 )
 from service.inference.counterfactual import Counterfactual, Differentiable, find_counterfactuals
 from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
-from service.runtime.engine import Engine, LaterEngine, Runs
-from service.runtime.provider import Provider, resolve_provider
+from service.runtime.engine import Runs
+from service.runtime.provider import Provider, Resolved, load_on
+from service.runtime.session import GpuLimits
 from service.shapes import Float64
 
 _log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class Classifier:
     """(D, A, B)."""
 
     def __init__(self, card: Card, digest: str, certificate: Certificate, model: Runs, transport: Runs) -> None:
-        """Use `load` or `proved`, which check all of this against each other."""
+        """Use `load` or `from_findings`, which check the arguments against each other."""
         self.card = card
         self.name = card.name
         self.digest = digest
@@ -97,58 +99,57 @@ class Classifier:
 
     @classmethod
     def load(cls, folder: Path, provider: Provider, threads: int) -> Classifier:
-        """Read, prove and load the artefact in `folder`.
+        """Verify and load the artefact in `folder`, exactly as the server does, and run it once.
 
         Args:
             folder: holds `model.onnx`, `transport.onnx` and `card.json`.
-            provider: `auto` takes CUDA where there is one.
+            provider: `auto` takes CUDA where it is available.
             threads: threads inside one operator, at least 1.
 
         Raises:
             ArtefactError: a file is missing, damaged, without proof, or cannot be run.
-            ProviderError: the provider cannot be had.
+            ProviderError: the provider is not available, or the GPU does not run the graphs.
         """
-        artefact = read_artefact(folder)
-        resolved = resolve_provider(provider)
-        model = load_engine(folder / MODEL_FILE, artefact.model_bytes, resolved, threads)
-        transport = load_engine(folder / TRANSPORT_FILE, artefact.transport_bytes, resolved, threads)
-        check_agreement(folder, model, transport, artefact.certificate)
-        return cls(artefact.card, artefact.digest, artefact.certificate, model, transport)
+        # Imported here: a server verifies in other processes and loads nothing for it.
+        from service.artefact.verification import verify
+
+        findings = verify(folder)
+
+        def load(resolved: Resolved) -> Classifier:
+            classifier = cls.from_findings(folder, findings, resolved, threads)
+            classifier.warm_up()
+            return classifier
+
+        return load_on(provider, load)
 
     @classmethod
-    def proved(cls, folder: Path, findings: Findings, provider: Literal["cpu", "cuda"], threads: int) -> Classifier:
-        """The artefact in `folder`, of which everything that has to be found out is known already.
+    def from_findings(
+        cls, folder: Path, findings: Findings, provider: Resolved, threads: int, limits: GpuLimits | None = None
+    ) -> Classifier:
+        """Return the classifier of a verified artefact.
 
-        On the CPU each graph is loaded when it is first run, from the bytes that the findings are about: a file that
-        has changed by then is an `ArtefactError`. On a GPU both are loaded now.
+        Each graph is loaded when it is first run, from the bytes that the findings are about: a file that has changed
+        by then is an `ArtefactError`, and a GPU that does not run it a `ProviderError`.
 
         Args:
             folder: as in `load`.
-            findings: of this run of the server, see `service.artefact.verification`.
-            provider: the one that will run the graphs.
+            findings: of this run of the program, see `service.artefact.verification`.
+            provider: of `resolve_provider`.
             threads: as in `load`.
+            limits: of each graph on a GPU.
 
         Raises:
-            ArtefactError: as `load`.
-            ProviderError: the provider cannot be had.
+            ArtefactError: the findings report a fault, or the card is not about these graphs.
         """
         card = read_card(folder)
-        certificate = check_findings(folder, card, findings)
+        check_card(folder, card, findings)
+        model, transport = lazy_engines(folder, findings, provider, threads, limits)
+        return cls(card, findings.digest, findings.facts().certificate, model, transport)
 
-        def load_of(file: str) -> Callable[[], Engine]:
-            path = folder / file
-            read = read_again(path, findings.digests[file])
-            return lambda: load_engine(path, read(), provider, threads)
-
-        load_model, load_transport = load_of(MODEL_FILE), load_of(TRANSPORT_FILE)
-        model: Runs
-        transport: Runs
-        if findings.run and provider == "cpu":
-            model, transport = LaterEngine(load_model), LaterEngine(load_transport)
-        else:
-            model, transport = load_model(), load_transport()
-            check_agreement(folder, model, transport, certificate)
-        return cls(card, findings.digests[MODEL_FILE], certificate, model, transport)
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device that runs a graph has failed for good."""
+        return self._model.is_lost or self._transport.is_lost
 
     def warm_up(self) -> None:
         """Load both graphs and run them once, so that a request finds memory and caches in place."""

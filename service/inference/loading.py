@@ -1,40 +1,47 @@
-"""TODO: service/inference/loading.py."""
+"""Loading of all artefacts that a server serves."""
 
 from __future__ import annotations
 
 from service.artefact.card import artefact_folders
-from service.artefact.proving import Provers
+from service.artefact.pool import VerifierPool
 from service.errors import ArtefactError, SettingsError
 from service.inference.classifier import Classifier
 from service.runtime.cpus import usable_cpus
-from service.runtime.provider import resolve_provider
+from service.runtime.provider import Resolved, load_on
+from service.runtime.session import GpuLimits
 from service.settings import Settings, threads_of
 
 
-def load_classifiers(settings: Settings, provers: Provers | None = None) -> dict[str, Classifier]:
-    """Load every artefact in `settings.models`, by name, each proved by this run of the server.
+def load_classifiers(settings: Settings, pool: VerifierPool | None = None) -> dict[str, Classifier]:
+    """Return a classifier for every artefact in `settings.models`, by name, each verified by this run of the server.
+
+    The default model is loaded and has run once, unless that would start threads before a fork; the graphs of the
+    others are loaded when they are first run.
 
     Args:
         settings: see `service.settings`.
-        provers: at work on the folders of `settings.models`; new ones if absent.
+        pool: verifies the folders of `settings.models`; default: a new one.
 
     Raises:
         ArtefactError: the folder cannot be read or holds no artefact, or a file of one is missing, damaged or without
             proof.
-        ProviderError: the provider cannot be had.
+        ProviderError: the provider is not available, or the GPU does not run the default model.
         SettingsError: there is no model of the default name.
     """
-    # The default model first: it warms up while others are still being proved.
-    folders = artefact_folders(settings.models, settings.default_model)
-    if provers is None:
-        with Provers(usable_cpus()) as new:
-            new.start(folders, settings.provider)
+    if pool is None:
+        with VerifierPool(usable_cpus()) as new:
+            new.start(artefact_folders(settings.models, settings.default_model))
             return load_classifiers(settings, new)
-    provider = resolve_provider(settings.provider)
+    return load_on(settings.provider, lambda provider: _load_all(settings, pool, provider))
+
+
+def _load_all(settings: Settings, pool: VerifierPool, provider: Resolved) -> dict[str, Classifier]:
     threads = threads_of(settings, usable_cpus())
+    limits = GpuLimits(settings.forward_batch or GpuLimits().batch, settings.gpu_memory_bytes)
     classifiers: dict[str, Classifier] = {}
-    for folder in folders:
-        classifier = Classifier.proved(folder, provers.findings(folder), provider, threads.inference)
+    # The default model first: it warms up while others are still being verified.
+    for folder in artefact_folders(settings.models, settings.default_model):
+        classifier = Classifier.from_findings(folder, pool.findings(folder), provider, threads.inference, limits)
         if classifier.name in classifiers:
             raise ArtefactError(
                 folder / "card.json", f"the name {classifier.name!r} is taken by another artefact; change one"

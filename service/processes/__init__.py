@@ -1,1 +1,1 @@
-"""TODO."""
+"""Server processes: start, fork, signals, end."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""ONNX Runtime: which device runs a graph, with which session options, and how its failures are told apart."""

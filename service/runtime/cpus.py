@@ -1,4 +1,4 @@
-"""The CPUs that this process may use: fewer than the machine has, in a container or under an affinity mask."""
+"""Number of CPUs that this process may use: fewer than the machine has, in a container or under an affinity mask."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cpus(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
-    """CPUs of the affinity mask, or the quota of the control group where that is less; at least 1.
+    """Return the CPUs of the affinity mask, or the quota of the control group where it is lower; at least 1.
 
     A quota of 1.5 CPUs gives 1: two threads would be stopped for a quarter of every period.
 
     Args:
-        cgroups: where the control groups are mounted.
-        membership: names the group of this process.
+        cgroups: mount point of the control groups.
+        membership: file that names the control group of this process.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _groups(cgroups, membership) if (quota := _quota(folder)) is not None]
@@ -24,14 +24,14 @@ def usable_cpus(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int
 
 
 def _groups(cgroups: Path, membership: Path) -> list[Path]:
-    """The folder of this process's group in either version, and those above it: each of them may have a quota."""
+    """Return the folders of this process's control group and of its ancestors: each may have a quota."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
         return []
     folders: list[Path] = []
     for line in lines:
-        # `0::/path` is version 2; `3:cpu,cpuacct:/path` is version 1, each controller with a mount of its own.
+        # `0::/path` is version 2; `3:cpu,cpuacct:/path` is version 1, where each controller has its own mount.
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -43,7 +43,7 @@ def _groups(cgroups: Path, membership: Path) -> list[Path]:
 
 
 def _quota(folder: Path) -> float | None:
-    """CPUs that the group may use on average; None without a limit."""
+    """Return the average number of CPUs that the group may use; null without a limit."""
     try:
         quota, period = (folder / "cpu.max").read_text().split()
     except (OSError, ValueError):

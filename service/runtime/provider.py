@@ -1,22 +1,25 @@
-"""TODO: service/runtime/provider.py."""
+"""Execution provider: chosen once for all graphs of the process."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import onnxruntime
 
 from service.errors import ProviderError
+from service.runtime import driver
 
 Provider = Literal["auto", "cpu", "cuda"]
+Resolved = Literal["cpu", "cuda"]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+_Loaded = TypeVar("_Loaded")
 
 _log = logging.getLogger(__name__)
-# Whoever sets these asks NVIDIA's libraries for products in narrower formats, whatever a program asks for.
+# A 1 in these variables makes NVIDIA's libraries multiply in narrower formats, whatever the program asks for.
 _CUDA_ENVIRONMENT = {
     "NVIDIA_TF32_OVERRIDE": "0",
     "CUBLAS_EMULATE_SINGLE_PRECISION": "0",
@@ -24,11 +27,11 @@ _CUDA_ENVIRONMENT = {
 }
 
 
-def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
-    """Choose the provider once, before a graph is loaded; `auto` logs why it does not take CUDA.
+def resolve_provider(provider: Provider) -> Resolved:
+    """Return the provider to load graphs with; where `auto` cannot take CUDA, a warning says why.
 
     Raises:
-        ProviderError: `cuda` was asked for; the message says what is missing.
+        ProviderError: `cuda` is not available; the message says what is missing.
     """
     if provider == "cpu":
         return "cpu"
@@ -39,29 +42,33 @@ def resolve_provider(provider: Provider) -> Literal["cpu", "cuda"]:
         onnxruntime.preload_dlls()
         return "cuda"
     if provider == "cuda":
-        raise ProviderError(f"LIPCERT_PROVIDER=cuda cannot be had: {missing} Or set LIPCERT_PROVIDER=auto or cpu.")
-    _log.info("serving on the CPU: %s", missing)
+        raise ProviderError(f"LIPCERT_PROVIDER=cuda is not available: {missing} Or set LIPCERT_PROVIDER=auto or cpu.")
+    _log.warning("serving on the CPU: %s", missing)
     return "cpu"
 
 
-def missing_for_cuda() -> str | None:
-    """What keeps this process from using CUDA, as a sentence with its cure; None if nothing is known to.
+def load_on(provider: Provider, load: Callable[[Resolved], _Loaded]) -> _Loaded:
+    """Return `load` of the resolved provider; where a GPU fails in it, `auto` warns and loads on the CPU.
 
-    Asks the driver itself: a failed attempt of the runtime would be reported on stderr by native code.
+    Args:
+        provider: the setting.
+        load: loads graphs and runs them once.
+
+    Raises:
+        ProviderError: `cuda` is not available, or the GPU does not run the graphs.
     """
+    resolved = resolve_provider(provider)
+    try:
+        return load(resolved)
+    except ProviderError as error:
+        if provider != "auto" or resolved == "cpu":
+            raise
+        _log.warning("serving on the CPU: %s", error)
+        return load("cpu")
+
+
+def missing_for_cuda() -> str | None:
+    """Return why CUDA is not available in this process, as a sentence with its cure; null where it is."""
     if CUDA not in onnxruntime.get_available_providers():
         return "the installed ONNX Runtime has no CUDA provider; install the `gpu` extra instead of `cpu`."
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return (
-            "the NVIDIA driver library libcuda.so.1 cannot be loaded; install the driver, and in a container "
-            "start it with the GPU (docker run --gpus all)."
-        )
-    status = driver.cuInit(0)
-    if status != 0:
-        return f"the NVIDIA driver does not start (cuInit returned {status}); check it with nvidia-smi."
-    count = ctypes.c_int(0)
-    if driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        return "the NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi."
-    return None
+    return driver.obstacle()

@@ -25,8 +25,8 @@ from models.nets.layers.sorting import GroupSort2
 from models.nets.networks import LipschitzNetwork, convolutional_network, dense_network
 from models.nets.onnx_graph import IR_VERSION, OPSET, GraphBuilder, Value
 from models.recipes import Stage
-from service.artefact.card import read_artefact
 from service.certificate import UnsupportedGraphError
+from service.inference.classifier import Classifier
 
 LABELS = ["zero", "one", "two"]
 
@@ -156,8 +156,7 @@ def test_certifier_proves_the_declared_constant_of_what_is_exported(network: Lip
 
 def test_artefact_can_be_read_by_the_server_and_says_what_made_it(tmp_path: Path) -> None:
     measured = write(small_network(), tmp_path / "small")
-    artefact = read_artefact(tmp_path / "small")
-    card = artefact.card
+    card = Classifier.load(tmp_path / "small", "cpu", threads=1).card
     assert (card.name, card.labels, card.seed) == ("small", LABELS, 7)
     assert card.input.shape == (1, 4, 4)
     assert card.accuracy == measured.accuracy
@@ -257,7 +256,7 @@ def test_refused_export_leaves_the_older_artefact_as_it_was(tmp_path: Path) -> N
 def test_declared_normalisation_is_exported(tmp_path: Path) -> None:
     body = Chain([Normalize([0.2], [0.5]), Flatten(), OrthogonalDense(16, 8), GroupSort2()])
     write(LipschitzNetwork((1, 4, 4), body, UnitHead(8, 3)), tmp_path / "small", lipschitz_constant=2.0)
-    assert read_artefact(tmp_path / "small").certificate.margin_bounds_KK.max() > 2.0
+    assert Classifier.load(tmp_path / "small", "cpu", threads=1).certificate.margin_bounds_KK.max() > 2.0
 
 
 def test_outside_git_the_code_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,9 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("run", "count"),
-    # The model and the transport graph once; the exporter's comparison runs both, its measurement the model.
-    [(evaluate, 2), (export_again, 3), (build_for_a_test, 2)],
+    # A verification runs both graphs, and so does a classifier; the exporter compares both, measures the model, and
+    # verifies before it writes.
+    [(evaluate, 4), (export_again, 5), (build_for_a_test, 6)],
 )
 def test_session_options_are_those_of_the_server(
     tmp_path: Path,

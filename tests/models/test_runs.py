@@ -202,7 +202,7 @@ def test_many_classes_of_colour_images_with_few_of_one_are_weighted(
     assert card.input.shape == (3, 12, 18)
     assert card.data["class_weights"] == {"a": 40 / 72, "b": 40 / 24, "c": 40 / 24}
     assert card.recipe["schedule"]["batch_size"] == 10
-    assert "40 images: schedule.batch_size is 10 in place of 16" in caplog.text
+    assert "40 images: schedule.batch_size is 10 instead of 16" in caplog.text
     classifier = Classifier.load(tmp_path / "out" / "small", "cpu", 1)
     image = to_unit(decode_image((data / "a" / "1.jpg").read_bytes(), 10**6))[None]
     assert classifier.predict(image, resize=True)[0].logits_K.shape == (3,)
@@ -222,7 +222,7 @@ def test_weights_are_asked_for_or_follow_the_counts() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("image_size=13", "the images are 13 x 13, and the stages of network.stem"),
+        ("image_size=13", "the images are 13 x 13, but the stages of network.stem"),
         ("validation_images=79", "validation_images=79 and train_images=all need 81 images at least"),
         ("train_images=81", "need 81 images at least, the training set has 80"),
         ('classes=["low","middle"]', "has no class middle"),
@@ -230,7 +230,7 @@ def test_weights_are_asked_for_or_follow_the_counts() -> None:
         ("schedule.batch_size=80", "steps are too few"),
     ],
 )
-def test_what_cannot_end_well_is_refused_before_training(
+def test_training_that_must_fail_is_refused_before_its_first_step(
     folder: Path, tmp_path: Path, change: str, message: str
 ) -> None:
     epochs = ["schedule.epochs=1", "train_images=2"] if change.startswith("schedule") else []

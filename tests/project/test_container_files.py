@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.runtime.driver import CUDA_VERSION
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +90,16 @@ def test_image_states_port_entry_and_labels(target: str) -> None:
 def test_image_reports_to_nobody(target: str) -> None:
     variables = " ".join(arguments for name, arguments in lineage(target) if name == "ENV").split()
     assert "ORT_DISABLE_TELEMETRY=1" in variables
+
+
+def test_gpu_image_starts_on_no_driver_that_is_too_old_for_its_libraries() -> None:
+    required = f"NVIDIA_REQUIRE_CUDA=cuda>={CUDA_VERSION // 1000}.{CUDA_VERSION % 1000 // 10}"
+    variables = {
+        target: " ".join(arguments for name, arguments in lineage(target) if name == "ENV").split()
+        for target in ("cpu", "gpu")
+    }
+    assert required in variables["gpu"]
+    assert not any("NVIDIA" in variable for variable in variables["cpu"])
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])

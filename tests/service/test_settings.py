@@ -72,7 +72,7 @@ def test_a_variable_like_no_other_is_refused_with_the_known_names(monkeypatch: p
         ("LIPCERT_PROCESSES", "-1"),
         ("LIPCERT_PROCESSES", "257"),
         ("LIPCERT_LOG_LEVEL", "loud"),
-        ("LIPCERT_DEFAULT_MODEL", ""),
+        ("LIPCERT_GPU_MEMORY_BYTES", "-1"),
     ],
 )
 def test_an_invalid_value_is_refused_in_one_line_that_names_variable_and_value(
@@ -85,9 +85,72 @@ def test_an_invalid_value_is_refused_in_one_line_that_names_variable_and_value(
     assert "\n" not in str(caught.value)
 
 
-def test_the_address_that_kubernetes_sets_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIPCERT_PORT", "tcp://10.0.0.1:80")
-    with pytest.raises(SettingsError, match="enableServiceLinks"):
+@pytest.mark.parametrize("name", variable_names())
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    expected = Settings()
+    monkeypatch.setenv(name, "")
+    assert read_settings() == expected
+
+
+def test_an_empty_variable_that_is_no_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIPCERT_THREAD", "")
+    with pytest.raises(SettingsError, match="did you mean LIPCERT_THREADS"):
+        read_settings()
+
+
+def service_links(service: str, protocol: str = "tcp") -> dict[str, str]:
+    """Variables of Kubernetes for a service of this name with two ports, `http` and 9000."""
+    upper = protocol.upper()
+    ports = {
+        f"{service}_PORT_{port}_{upper}{suffix}": value
+        for port in (8000, 9000)
+        for suffix, value in (
+            ("", f"{protocol}://10.96.0.7:{port}"),
+            ("_PROTO", protocol),
+            ("_PORT", str(port)),
+            ("_ADDR", "10.96.0.7"),
+        )
+    }
+    return {
+        f"{service}_SERVICE_HOST": "10.96.0.7",
+        f"{service}_SERVICE_PORT": "8000",
+        f"{service}_SERVICE_PORT_HTTP": "8000",
+        f"{service}_PORT": f"{protocol}://10.96.0.7:8000",
+        **ports,
+    }
+
+
+@pytest.mark.parametrize("service", ["LIPCERT", "LIPCERT_GPU", "LIPCERT_2"])
+@pytest.mark.parametrize("protocol", ["tcp", "udp", "sctp"])
+def test_variables_that_kubernetes_sets_for_a_service_are_ignored_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, service: str, protocol: str
+) -> None:
+    links, expected = service_links(service, protocol), Settings(threads=3)
+    for name, value in links.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LIPCERT_THREADS", "3")
+    assert read_settings() == expected
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "enableServiceLinks: false" in record.getMessage()
+    assert all(name in record.getMessage() for name in links)
+
+
+def test_a_port_that_was_chosen_stays_beside_the_variables_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (service_links("LIPCERT") | {"LIPCERT_PORT": "9001"}).items():
+        monkeypatch.setenv(name, value)
+    assert read_settings().port == 9001
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("LIPCERT_SERVICE", "x"), ("LIPCERT_PORT_8000", "1"), ("LIPCERT_GPU_PORT", "80"), ("LIPCERT_HOST_TCP", "tcp")],
+)
+def test_a_variable_that_only_looks_like_one_of_kubernetes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name} is not a setting"):
         read_settings()
 
 

@@ -1,4 +1,4 @@
-"""TODO: models/nets/layers/base.py."""
+"""The interface of all layers, and their composition."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.nets.onnx_graph import GraphBuilder, Value
 
 Pullback = Callable[[Value], Value]
+"""Emits the adjoint nodes: from the cotangent of a layer's value to that of its input."""
 
 
 class Layer(nn.Module):
@@ -21,7 +22,11 @@ class Layer(nn.Module):
     lipschitz_constant: float = 1.0
 
     def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
-        """Evaluate the layer on a batch."""
+        """Evaluate the layer on a batch.
+
+        Raises:
+            NotImplementedError: by this base class.
+        """
         raise NotImplementedError
 
     def fold(self) -> Layer:
@@ -31,7 +36,10 @@ class Layer(nn.Module):
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
         """Write the forward nodes; the returned pullback writes the adjoint nodes when called.
 
-        Layers with weights are emitted as folded: what is written is what `fold()` evaluates.
+        Layers with weights are emitted as folded: the nodes compute the same function as `fold()`.
+
+        Raises:
+            NotImplementedError: by this base class.
         """
         raise NotImplementedError
 
@@ -48,17 +56,17 @@ class Chain(Layer):
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
-        """The composition."""
+        """Evaluate the layers in order."""
         for layer in self.layers:
             x = layer(x)
         return x
 
     def fold(self) -> Chain:
-        """The chain of the folded layers."""
+        """Return the chain of the folded layers."""
         return Chain([layer.fold() for layer in self._layers()])
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Forward in order; the adjoint in reverse order."""
+        """Write the layers in order, their adjoints in reverse order."""
         pullbacks: list[Pullback] = []
         for layer in self._layers():
             x, pullback = layer.emit(graph, x)
@@ -72,9 +80,11 @@ class Chain(Layer):
         return x, reverse
 
 
-def exact_in_float32(weight: Tensor) -> Tensor:
+def rounded_to_float32(weight: Tensor) -> Tensor:
+    """Return a weight rounded to float32, held in float64."""
     return weight.float().double()
 
 
-def as_numpy(tensor: Tensor) -> np.ndarray:
+def float64_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as a float64 array on the CPU."""
     return tensor.detach().cpu().double().numpy()

@@ -1,4 +1,4 @@
-"""TODO: models/nets/layers/convolution.py."""
+"""Orthogonal convolutions: shift the channels, then mix them by an orthogonal matrix."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.nets.layers.base import Chain, Layer, Pullback, as_numpy
+from models.nets.layers.base import Chain, Layer, Pullback, float64_array
 from models.nets.layers.linear import OrthogonalMatrix
 from models.nets.onnx_graph import GraphBuilder, Value
 from models.recipes import Parametrisation
 
 
 class Shift2d(Layer):
-    """Move each group of channels by one offset of a k x k neighbourhood; what enters the image is zero.
+    """Move each group of channels by one offset of a k x k neighbourhood; zeros enter at the border.
 
     Channel c belongs to group `c mod k^2`. For k = 3 the offsets are -1, 0, 1 in each direction, for k = 2
     they are -1, 0. Constant: 1, a permutation of the pixels followed by a mask. It is emitted as just that
-    (Gather, Mul), which any certifier bounds without looking at groups.
+    (Gather, Mul), which a certifier can bound without knowing the groups.
     """
 
     def __init__(self, kernel_size: Literal[2, 3] = 3) -> None:
@@ -31,11 +31,11 @@ class Shift2d(Layer):
         self.offsets = [(dy, dx) for dy in range(-1, kernel_size - 1) for dx in range(-1, kernel_size - 1)]
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
-        """`y[n, c, i, j] = x[n, c, i - dy_c, j - dx_c]`, zero outside."""
+        """Return `y[n, c, i, j] = x[n, c, i - dy_c, j - dx_c]`, zero outside."""
         return _Shift.apply(x, self.offsets)
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Circular shift (Gather by a permutation) and a 0/1 mask; the adjoint masks and permutes back."""
+        """Write a circular shift (Gather by a permutation) and a 0/1 mask; the adjoint masks and permutes back."""
         source, mask = self._permutation(x.shape)
         inverse = np.argsort(source)
         mask_name = graph.float64(mask)
@@ -65,7 +65,7 @@ class Shift2d(Layer):
 
 
 class _Shift(torch.autograd.Function):
-    """The adjoint moves back, so that neither direction touches an element more than once."""
+    """Shift with its adjoint, a shift back, so that neither direction touches an element more than once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -100,15 +100,15 @@ class ChannelAffine(Layer):
         self.register_buffer("bias_O", bias_O)
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N O H W"]:
-        """The 1 x 1 convolution."""
+        """Return the 1 x 1 convolution."""
         return _mix_channels(x, self.weight_OC, self.bias_O)
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """MatMul on `N x C x P`, since ONNX Runtime's CPU provider has no float64 Conv."""
+        """Write MatMul on `N x C x P`, since ONNX Runtime's CPU provider has no float64 Conv."""
         C, H, W = x.shape
         out = self.bias_O.shape[0]
-        weight = as_numpy(self.weight_OC)
-        bias = graph.float64(as_numpy(self.bias_O)[:, None])
+        weight = float64_array(self.weight_OC)
+        bias = graph.float64(float64_array(self.bias_O)[:, None])
         mixed = graph.node("MatMul", [graph.weight(weight), graph.reshape(x, [C, H * W])], [out, H * W])
         y = graph.reshape(graph.node("Add", [mixed, bias], mixed.shape), [out, H, W])
 
@@ -123,9 +123,9 @@ class ChannelAffine(Layer):
 class OrthogonalConv2d(Layer):
     """Zero-padded k x k convolution of norm at most 1: shift channel groups, mix them orthogonally.
 
-    It is one factor of the block-orthogonal convolutions BCOP (Li et al., Preventing gradient attenuation in
+    The layer is one factor of the block-orthogonal convolutions BCOP (Li et al., Preventing gradient attenuation in
     Lipschitz constrained convolutional networks, NeurIPS 2019) and the shift-and-mix of LipNeXt. Constant: 1
-    (shift 1, orthogonal mixing 1); only what the shift pushes over the border is lost.
+    (shift 1, orthogonal mixing 1); the norm is lost only where the shift pushes pixels over the border.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class OrthogonalConv2d(Layer):
         return _mix_channels(self.shift(x), self.matrix(), self.bias_O)
 
     def fold(self) -> Chain:
-        """Shift and mixing as layers of their own."""
+        """Return shift and mixing as two layers."""
         return Chain([self.shift.fold(), ChannelAffine(self.matrix.fold(), self.bias_O.detach().double())])
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """The nodes of `Shift2d`, then those of `ChannelAffine`."""
+        """Write the nodes of `Shift2d`, then those of `ChannelAffine`."""
         return self.fold().emit(graph, x)
 
 

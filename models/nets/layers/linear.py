@@ -1,16 +1,6 @@
-"""Layers whose Lipschitz constant in the Euclidean norm is known, and their ONNX nodes.
+"""Orthogonal matrices, and dense layers with them.
 
-Each layer states its constant in `lipschitz_constant`; all are 1 except `Normalize`, and a composition has at
-most the product. That is the claim of the trainer; the proof is made from the exported bytes by
-`service.certificate`.
-
-A layer emits itself once, as a pair: the forward value and its pullback, the function that emits the adjoint
-(the vector-Jacobian product) of that value. So `model.onnx` and `transport.onnx` come from the same lines.
-
-Weights are trained in float32 through a parametrisation. `fold()` gives the layer that is served: the
-parametrisation evaluated in float64, rounded to float32, held in float64.
-
-Axes: N batch, C channels, H height, W width (A, B after pooling), D features, K classes, P pixels (H * W), O outputs.
+Axes: N batch, D features, O outputs, K classes.
 """
 
 from __future__ import annotations
@@ -22,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.nets.layers.base import Layer, Pullback, as_numpy, exact_in_float32
+from models.nets.layers.base import Layer, Pullback, float64_array, rounded_to_float32
 from models.nets.onnx_graph import GraphBuilder, Value
 from models.recipes import Parametrisation
 
@@ -62,8 +52,8 @@ def newton_schulz(near_OD: Float[Tensor, "O D"], iterations: int) -> Float[Tenso
 class OrthogonalMatrix(nn.Module):
     """A trainable O x D matrix with orthonormal rows or columns, whichever are fewer.
 
-    `cayley` keeps an unconstrained parameter and applies the Cayley transform in every forward pass. `stiefel`
-    keeps the parameter itself orthogonal, which is up to `models.training.optimisers.StiefelMuon`.
+    `cayley`: the parameter is unconstrained, and every forward pass applies the Cayley transform. `stiefel`: the
+    parameter itself is orthogonal; `models.training.optimisers.StiefelMuon` must train it.
     """
 
     def __init__(self, out_features: int, in_features: int, parametrisation: Parametrisation = "cayley") -> None:
@@ -73,20 +63,20 @@ class OrthogonalMatrix(nn.Module):
         nn.init.orthogonal_(self.raw)
 
     def forward(self) -> Float[Tensor, "O D"]:
-        """The matrix in the precision of the parameter, under autocast too: products in bfloat16 are not orthogonal."""
+        """Return the matrix in the precision of the parameter, under autocast too: in bfloat16 it is not orthogonal."""
         if self.parametrisation == "stiefel":
             return self.raw
         with torch.autocast(self.raw.device.type, enabled=False):
             return cayley(self.raw)
 
     def fold(self) -> Float[Tensor, "O D"]:
-        """The matrix evaluated in float64, rounded to float32, held in float64."""
+        """Return the matrix evaluated in float64, rounded to float32, held in float64."""
         raw = self.raw.detach().double()
-        return exact_in_float32(cayley(raw) if self.parametrisation == "cayley" else newton_schulz(raw, 4))
+        return rounded_to_float32(cayley(raw) if self.parametrisation == "cayley" else newton_schulz(raw, 4))
 
 
 def stiefel_matrices(network: nn.Module) -> list[OrthogonalMatrix]:
-    """The matrices whose parameter itself is orthogonal and must be kept so by its optimiser."""
+    """Return the matrices whose parameter itself is orthogonal, which their optimiser must preserve."""
     return [m for m in network.modules() if isinstance(m, OrthogonalMatrix) and m.parametrisation == "stiefel"]
 
 
@@ -108,17 +98,17 @@ class Affine(Layer):
         self.register_buffer("bias_O", bias_O)
 
     def weight(self) -> Float[Tensor, "O D"]:
-        """The matrix W."""
+        """Return the matrix W."""
         return self.weight_OD
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
-        """`W x + b`."""
+        """Return `W x + b`."""
         return F.linear(x, self.weight_OD, self.bias_O)
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """One Gemm; the adjoint is `g -> g W`."""
-        W = graph.weight(as_numpy(self.weight_OD))
-        y = graph.node("Gemm", [x, W, graph.float64(as_numpy(self.bias_O))], [self.bias_O.shape[0]], transB=1)
+        """Write one Gemm; the adjoint is `g -> g W`."""
+        W = graph.weight(float64_array(self.weight_OD))
+        y = graph.node("Gemm", [x, W, graph.float64(float64_array(self.bias_O))], [self.bias_O.shape[0]], transB=1)
         return y, lambda g: graph.node("MatMul", [g, W], x.shape)
 
 
@@ -131,19 +121,19 @@ class OrthogonalDense(Layer):
         self.bias_O = nn.Parameter(torch.zeros(out_features))
 
     def weight(self) -> Float[Tensor, "O D"]:
-        """The orthogonal matrix."""
+        """Return the orthogonal matrix."""
         return self.matrix()
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
-        """`W x + b`."""
+        """Return `W x + b`."""
         return F.linear(x, self.matrix(), self.bias_O)
 
     def fold(self) -> Affine:
-        """The same map with its matrix evaluated."""
+        """Return the same map with its matrix evaluated."""
         return Affine(self.matrix.fold(), self.bias_O.detach().double())
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """As `Affine`."""
+        """Write the nodes of the folded layer."""
         return self.fold().emit(graph, x)
 
 
@@ -160,17 +150,17 @@ class UnitHead(Layer):
         self.bias_K = nn.Parameter(torch.zeros(classes))
 
     def weight(self) -> Float[Tensor, "K D"]:
-        """The rows divided by their norms."""
+        """Return the rows divided by their norms."""
         return F.normalize(self.raw, dim=1)
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
-        """`W x + b`."""
+        """Return `W x + b`."""
         return F.linear(x, self.weight(), self.bias_K)
 
     def fold(self) -> Affine:
-        """The same map with its rows normalised."""
-        return Affine(exact_in_float32(F.normalize(self.raw.detach().double(), dim=1)), self.bias_K.detach().double())
+        """Return the same map with its rows normalised."""
+        return Affine(rounded_to_float32(F.normalize(self.raw.detach().double(), dim=1)), self.bias_K.detach().double())
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """As `Affine`."""
+        """Write the nodes of the folded layer."""
         return self.fold().emit(graph, x)

@@ -1,4 +1,4 @@
-"""TODO: models/nets/layers/pooling.py."""
+"""Pooling: norm, maximum or scaled average of windows or of whole channels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.nets.layers.base import Layer, Pullback
-from models.nets.layers.reshaping import windows_of
+from models.nets.layers.reshaping import windowed_shape
 from models.nets.onnx_graph import GraphBuilder, Value
 
 
@@ -22,33 +22,33 @@ class L2Pool2d(Layer):
         self.kernel_size = kernel_size
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C A B"]:
-        """`sqrt(sum of squares)`; the gradient at an all-zero window is taken as zero.
+        """Return `sqrt(sum of squares)`; the gradient at an all-zero window is taken as zero.
 
         Raises:
-            ValueError: H or W is not a multiple of k (an incomplete window would be dropped).
+            ValueError: H or W is not a multiple of k (an incomplete window would be lost).
         """
-        windows = x.reshape(x.shape[0], *windows_of(tuple(x.shape[1:]), self.kernel_size))
+        windows = x.reshape(x.shape[0], *windowed_shape(tuple(x.shape[1:]), self.kernel_size))
         return torch.linalg.vector_norm(windows, dim=(3, 5))
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Reshape, ReduceL2; the adjoint is `g x / norm`."""
-        C, h, k, w, _ = windows_of(x.shape, self.kernel_size)
+        """Write Reshape, ReduceL2; the adjoint is `g x / norm`."""
+        C, h, k, w, _ = windowed_shape(x.shape, self.kernel_size)
         y, to_windows = _emit_norm(graph, graph.reshape(x, [C, h, k, w, k]), [3, 5])
         return y, lambda g: graph.reshape(to_windows(g), x.shape)
 
 
 class GlobalMaxPool2d(Layer):
-    """Largest value of each channel, wherever it is. Constant: 1 (a maximum moves no further than what it is taken of).
+    """Largest value of each channel. Constant: 1 (`|max x - max y| <= max |x - y| <= ||x - y||`).
 
-    As a detector: one place where a feature is strong is enough.
+    It detects a feature that is strong at one place, wherever that is.
     """
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C 1 1"]:
-        """`max` over the pixels; at a tie the gradient goes to one of the largest."""
+        """Return the maximum over the pixels; at a tie the gradient goes to one of the largest."""
         return x.flatten(2).max(dim=2).values[:, :, None, None]
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Reshape, ReduceMax; the adjoint gives all to the first of the largest."""
+        """Write Reshape, ReduceMax; the adjoint gives all to the first of the largest."""
         C, H, W = x.shape
         pixels = graph.reshape(x, [C, H * W])
         y = graph.node("ReduceMax", [pixels, graph.int64([2])], [C, 1], keepdims=1)
@@ -66,11 +66,11 @@ class GlobalL2Pool2d(Layer):
     """Euclidean norm of each channel. Constant: 1 (triangle inequality)."""
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C 1 1"]:
-        """`sqrt(sum of squares)`; the gradient at an all-zero channel is taken as zero."""
+        """Return `sqrt(sum of squares)`; the gradient at an all-zero channel is taken as zero."""
         return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Reshape, ReduceL2; the adjoint is `g x / norm`."""
+        """Write Reshape, ReduceL2; the adjoint is `g x / norm`."""
         C, H, W = x.shape
         y, to_pixels = _emit_norm(graph, graph.reshape(x, [C, H * W]), [2])
         return graph.reshape(y, [C, 1, 1]), lambda g: graph.reshape(to_pixels(graph.reshape(g, [C])), x.shape)
@@ -87,17 +87,17 @@ class ScaledAvgPool2d(Layer):
         self.kernel_size = kernel_size
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C A B"]:
-        """`sum / k`.
+        """Return `sum / k`.
 
         Raises:
             ValueError: H or W is not a multiple of k.
         """
-        windows = x.reshape(x.shape[0], *windows_of(tuple(x.shape[1:]), self.kernel_size))
+        windows = x.reshape(x.shape[0], *windowed_shape(tuple(x.shape[1:]), self.kernel_size))
         return windows.sum(dim=(3, 5)) / self.kernel_size
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Reshape, ReduceSum, Div; the adjoint spreads `g / k` over the window."""
-        C, h, k, w, _ = windows_of(x.shape, self.kernel_size)
+        """Write Reshape, ReduceSum, Div; the adjoint spreads `g / k` over the window."""
+        C, h, k, w, _ = windowed_shape(x.shape, self.kernel_size)
         windows = graph.reshape(x, [C, h, k, w, k])
         divisor = graph.float64(np.array(float(k)))
         total = graph.node("ReduceSum", [windows, graph.int64([3, 5])], [C, h, w], keepdims=0)
@@ -112,7 +112,7 @@ class ScaledAvgPool2d(Layer):
 
 
 def _emit_norm(graph: GraphBuilder, x: Value, axes: Sequence[int]) -> tuple[Value, Pullback]:
-    """Euclidean norm over `axes` (which count the batch axis), and its adjoint `g x / norm`, 0 where the norm is."""
+    """Write the Euclidean norm over `axes` (which count the batch axis); the adjoint is `g x / norm`, 0 at norm 0."""
     pooled = [size for axis, size in enumerate(x.shape, 1) if axis not in axes]
     spread = [1 if axis in axes else size for axis, size in enumerate(x.shape, 1)]
     y = graph.node("ReduceL2", [x, graph.int64(list(axes))], pooled, keepdims=0)

@@ -1,4 +1,4 @@
-"""TODO: models/nets/layers/sorting.py."""
+"""Activations that sort, and so preserve the norm of gradients."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ class GroupSort2(Layer):
     """
 
     def forward(self, x: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C ..."]:
-        """`concat(max(a, b), min(a, b))` for the halves a, b of axis 1."""
+        """Return `concat(max(a, b), min(a, b))` for the halves a, b of axis 1.
+
+        Raises:
+            ValueError: the number of channels is odd.
+        """
         _require_even(x.shape[1])
         return _Sort.apply(x)
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Split, Max, Min, Concat; the adjoint undoes the permutation with Where."""
+        """Write Split, Max, Min, Concat; the adjoint undoes the permutation with Where."""
         _require_even(x.shape[0])
         half = (x.shape[0] // 2, *x.shape[1:])
         split = graph.int64([half[0], half[0]])
@@ -44,7 +48,7 @@ class GroupSort2(Layer):
 
 
 class _Sort(torch.autograd.Function):
-    """Autograd would go through both halves twice, and split the gradient of a tie."""
+    """Sort of two halves with its adjoint: autograd would read both halves twice, and split the gradient of a tie."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -63,11 +67,11 @@ class FullSort(Layer):
     """Sort all features of `N x D` in descending order. Constant: 1 (a permutation of the coordinates)."""
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        """Descending order, the order of ONNX TopK."""
+        """Return the features in descending order, the order of ONNX TopK."""
         return torch.sort(x, dim=1, descending=True).values
 
     def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """TopK of all; the adjoint scatters the cotangent to where the values came from."""
+        """Write TopK of all features; the adjoint scatters the cotangent to the places of the values."""
         y, order = graph.nodes("TopK", [x, graph.int64([x.shape[0]])], [x.shape, x.shape], axis=1, largest=1, sorted=1)
         # Every place is written once, so the data that ScatterElements starts from does not matter.
         return y, lambda g: graph.node("ScatterElements", [g, order, g], x.shape, axis=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,14 +88,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[LipschitzNetwork,
     """Two processes, not interrupted: the network and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp("two")
     return by_two(bar_run(folder, all_at_once)), folder
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Ctrl-C reaches the tests, also where a shell started them in the background and lets them ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_two_processes_train_the_network_of_one(trained: tuple[LipschitzNetwork, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A file is replaced as a whole or not at all."""
+"""A file is replaced as a whole or not at all, and read a second time only as it was verified."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import IO
 
 import pytest
 
-from service.artefact.files import write_atomically
+from service.artefact.files import digest, read_verified, write_atomically
+from service.errors import ArtefactError
 
 
 def test_content_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -42,3 +43,16 @@ def test_write_that_ends_half_way_leaves_the_old_file_alone(tmp_path: Path, erro
 def test_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "card.json", lambda file: file.write(b""))
+
+
+def test_a_file_that_has_changed_since_it_was_verified_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"graph")
+    verified = digest(b"graph")
+    assert read_verified(path, verified) == b"graph"
+    path.write_bytes(b"other")
+    with pytest.raises(ArtefactError, match=f"digest {digest(b'other')}; when the server started, it was {verified}"):
+        read_verified(path, verified)
+    path.unlink()
+    with pytest.raises(ArtefactError, match="missing"):
+        read_verified(path, verified)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Graphs, dense, linear, load, random_groupsort, write
+from builders import Graphs, dense, linear, load, random_groupsort, write, write_unverified
 from exact_preprocessing import exact_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.artefact.verification import find_out
+from service.artefact.verification import verify
 from service.errors import (
     ArtefactError,
     ChannelsError,
@@ -321,7 +320,7 @@ def test_cuda_without_cuda_does_not_load(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_transport_graph_of_another_network_is_refused(tmp_path: Path) -> None:
     ours, other = random_groupsort(0), random_groupsort(1)
-    write(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
+    write_unverified(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
     with pytest.raises(ArtefactError, match="another network") as caught:
         Classifier.load(tmp_path, "cpu", threads=1)
     assert caught.value.file.name == "transport.onnx"
@@ -330,7 +329,7 @@ def test_transport_graph_of_another_network_is_refused(tmp_path: Path) -> None:
 def test_transport_graph_of_another_image_size_is_refused(tmp_path: Path) -> None:
     ours = random_groupsort(0)
     other = dense([], (np.eye(3, 9), np.zeros(3)), (1, 3, 3))
-    write(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
+    write_unverified(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
     with pytest.raises(ArtefactError, match="cannot be run"):
         Classifier.load(tmp_path, "cpu", threads=1)
 
@@ -340,7 +339,7 @@ def test_a_file_that_changed_since_it_was_proved_is_not_run(tmp_path: Path, file
     artefact = write(tmp_path, random_groupsort(0))
     content = (tmp_path / file).read_bytes()
     image = images(0, 1, (1, 4, 4))
-    classifier = Classifier.proved(tmp_path, find_out(tmp_path, "cpu"), "cpu", threads=1)
+    classifier = Classifier.from_findings(tmp_path, verify(tmp_path), "cpu", threads=1)
 
     def use() -> None:
         classifier.counterfactual(image, classifier.predict(image), [None])
@@ -364,7 +363,7 @@ def test_a_file_that_changed_since_it_was_proved_is_not_run(tmp_path: Path, file
 def test_what_is_loaded_later_answers_as_what_is_loaded_now(tmp_path: Path) -> None:
     write(tmp_path, random_groupsort(0))
     now = Classifier.load(tmp_path, "cpu", threads=1)
-    later = Classifier.proved(tmp_path, find_out(tmp_path, "cpu"), "cpu", threads=1)
+    later = Classifier.from_findings(tmp_path, verify(tmp_path), "cpu", threads=1)
     for one, other in zip(now.predict(images(1, 5, (1, 4, 4))), later.predict(images(1, 5, (1, 4, 4))), strict=True):
         np.testing.assert_array_equal(one.logits_K, other.logits_K)
         assert one.radius == other.radius
@@ -372,23 +371,11 @@ def test_what_is_loaded_later_answers_as_what_is_loaded_now(tmp_path: Path) -> N
     np.testing.assert_array_equal(now.certificate.margin_bounds_KK, later.certificate.margin_bounds_KK)
 
 
-def test_graphs_that_were_not_run_yet_are_run_before_anything_is_served(tmp_path: Path) -> None:
-    ours, other = random_groupsort(0), random_groupsort(1)
-    write(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
-    findings = find_out(tmp_path, "cpu")
-    assert findings.fault is not None
-    assert "another network" in findings.fault[1]
-    certificate = load(ours).certificate
-    unseen = replace(findings, certificate=certificate, fault=None)
-    with pytest.raises(ArtefactError, match="another network"):
-        Classifier.proved(tmp_path, unseen, "cpu", threads=1)
-
-
 def test_findings_about_other_graphs_than_the_card_names_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "one", random_groupsort(0))
     write(tmp_path / "two", random_groupsort(1))
     with pytest.raises(ArtefactError, match="digest"):
-        Classifier.proved(tmp_path / "one", find_out(tmp_path / "two", "cpu"), "cpu", threads=1)
+        Classifier.from_findings(tmp_path / "one", verify(tmp_path / "two"), "cpu", threads=1)
 
 
 ZOO = Path(__file__).resolve().parents[3] / "models" / "zoo"
@@ -403,9 +390,9 @@ def test_cuda_gives_the_classes_radii_and_logits_of_the_cpu(tmp_path: Path, name
     if name == "random":
         folder = tmp_path
         write(folder, random_groupsort(0))
-    findings = find_out(folder, "cpu")
-    cpu = Classifier.proved(folder, findings, "cpu", threads=1)
-    cuda = Classifier.proved(folder, findings, resolve_provider("cuda"), threads=1)
+    findings = verify(folder)
+    cpu = Classifier.from_findings(folder, findings, "cpu", threads=1)
+    cuda = Classifier.from_findings(folder, findings, resolve_provider("cuda"), threads=1)
     assert cuda.provider == "CUDAExecutionProvider"
     for n in (1, 3, 300):
         batch = images(n, n, cpu.input_shape)

@@ -417,7 +417,7 @@ def test_where_there_can_be_one_process_several_are_refused_and_0_is_1(
         monkeypatch.setattr(provider, "missing_for_cuda", lambda: None)
     else:
         monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(SettingsError, match=r"LIPCERT_PROCESSES=2 is not to be had: .*; set LIPCERT_PROCESSES=1"):
+    with pytest.raises(SettingsError, match=r"LIPCERT_PROCESSES=2 is not available: .*; set LIPCERT_PROCESSES=1"):
         serving._with_processes(Settings(processes=2))
     assert serving._with_processes(Settings(processes=1)).processes == 1
     assert serving._with_processes(Settings(processes=0)).processes == 1

@@ -1,4 +1,4 @@
-"""The artefact contract: what is written is read back, and nothing else is accepted."""
+"""The contract of an artefact: a written artefact is accepted, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from builders import card_for, linear, random_groupsort, write
 from onnx import TensorProto, helper
 from pydantic import ValidationError
 
-from service.artefact import card as artefact
-from service.artefact.card import Card, digest, read_artefact, write_artefact, write_card
+from service.artefact.card import Card, check_card, read_card, write_artefact, write_card
+from service.artefact.files import digest
+from service.artefact.verification import verify
 from service.errors import ArtefactError
 
 
@@ -27,14 +28,26 @@ def _edit_card(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    written = write(tmp_path / "test", random_groupsort(0))
-    read = read_artefact(tmp_path / "test")
-    assert read.card == written.card
-    assert read.model_bytes == written.model_bytes
-    assert read.transport_bytes == written.transport_bytes
-    assert read.digest == digest((tmp_path / "test" / "model.onnx").read_bytes())
-    np.testing.assert_array_equal(read.certificate.margin_bounds_KK, written.certificate.margin_bounds_KK)
+def accept(folder: Path) -> None:
+    """Check an artefact as the server does."""
+    findings = verify(folder)
+    check_card(folder, read_card(folder), findings)
+
+
+def test_a_written_artefact_is_accepted_with_the_findings_of_its_writer(tmp_path: Path) -> None:
+    graphs = random_groupsort(0)
+    written = write(tmp_path / "test", graphs)
+    accept(tmp_path / "test")
+    found = verify(tmp_path / "test")
+    assert (
+        found.digests
+        == written.digests
+        == {"model.onnx": digest(graphs.model), "transport.onnx": digest(graphs.transport)}
+    )
+    assert found.digest == digest((tmp_path / "test" / "model.onnx").read_bytes())
+    np.testing.assert_array_equal(
+        found.facts().certificate.margin_bounds_KK, written.facts().certificate.margin_bounds_KK
+    )
 
 
 def test_writing_leaves_no_other_file_behind(folder: Path) -> None:
@@ -50,7 +63,7 @@ def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", counting)
-    read_artefact(folder)
+    accept(folder)
     assert sorted(reads) == ["card.json", "model.onnx", "transport.onnx"]
 
 
@@ -58,7 +71,7 @@ def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_missing_file_is_named(folder: Path, file: str) -> None:
     (folder / file).unlink()
     with pytest.raises(ArtefactError, match="missing") as caught:
-        read_artefact(folder)
+        accept(folder)
     assert caught.value.file == folder / file
 
 
@@ -68,7 +81,7 @@ def test_one_changed_bit_is_noticed(folder: Path, file: str) -> None:
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content)
     with pytest.raises(ArtefactError, match="digest") as caught:
-        read_artefact(folder)
+        accept(folder)
     assert caught.value.file == folder / file
 
 
@@ -76,13 +89,13 @@ def test_one_changed_bit_is_noticed(folder: Path, file: str) -> None:
 def test_corrupt_card_is_refused(folder: Path, content: bytes) -> None:
     (folder / "card.json").write_bytes(content)
     with pytest.raises(ArtefactError, match="not a valid card"):
-        read_artefact(folder)
+        accept(folder)
 
 
 def test_unknown_card_field_is_named(folder: Path) -> None:
     _edit_card(folder, certified_acuracy=[])
     with pytest.raises(ArtefactError, match="certified_acuracy"):
-        read_artefact(folder)
+        accept(folder)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +112,7 @@ def test_unknown_card_field_is_named(folder: Path) -> None:
 def test_card_that_contradicts_the_graphs_is_refused(folder: Path, change: dict[str, object], complaint: str) -> None:
     _edit_card(folder, **change)
     with pytest.raises(ArtefactError, match=complaint):
-        read_artefact(folder)
+        accept(folder)
 
 
 def test_graph_without_a_proof_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -135,9 +148,16 @@ def test_write_that_fails_half_way_leaves_the_old_file(folder: Path, monkeypatch
 
     monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(OSError, match="disk full"):
-        write_card(folder, artefact.read_card(folder).model_copy(update={"accuracy": 0.5}))
+        write_card(folder, read_card(folder).model_copy(update={"accuracy": 0.5}))
     assert (folder / "card.json").read_bytes() == before
     assert len(list(folder.iterdir())) == 3
+
+
+def test_graphs_of_two_networks_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    graphs, other = random_groupsort(0), random_groupsort(1)
+    with pytest.raises(ArtefactError, match="another network"):
+        write_artefact(tmp_path / "test", card_for(graphs), graphs.model, other.transport)
+    assert not (tmp_path / "test").exists()
 
 
 def test_card_is_frozen_and_refuses_shares_above_one() -> None:

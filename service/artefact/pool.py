@@ -1,8 +1,8 @@
-"""Proofs made in short-lived processes beside the server: it never holds what a proof takes, neither the libraries nor
-the memory, and loads itself in the meantime.
+"""Pool of short-lived processes that verify artefacts beside the server: the server holds neither the libraries nor the
+memory of a proof, and loads itself in the meantime.
 
-The processes run `service.artefact.verification` and end when they are done, when they are told to, or with this
-process, whatever becomes of it.
+The processes run `service.artefact.verification`. They end when they are done, when they are told to, or with the
+server, even if it is killed.
 """
 
 from __future__ import annotations
@@ -22,36 +22,34 @@ from typing import TYPE_CHECKING, BinaryIO, Self
 from service.errors import ArtefactError
 
 if TYPE_CHECKING:
-    # At run time these come with what was found: this module is there before anything large is loaded.
-    from service.artefact.graphs import Findings
-    from service.runtime.provider import Provider
+    # At run time this module comes with the first findings: the pool starts before anything large is loaded.
+    from service.artefact.findings import Findings
 
 _MOST_PROCESSES = 4
 _ENVIRONMENT = {
-    # The processes are as many as the CPUs already, and threads that wait by spinning would take them from each other.
+    # There is a process for each CPU already, and threads that wait by spinning would take the CPUs from each other.
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
-    # Proofs allocate and free matrices all the time; memory that went back to the system each time would have to be
-    # cleared each time, a fifth of the whole work.
+    # A proof allocates and frees matrices all the time; clearing memory that the system has taken back in between would
+    # be a fifth of the whole work.
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "1000000000",
 }
 _GRACE_S = 5.0
 
 
-class Provers:
-    """Processes that find out about graphs; leaving the `with` ends those that are left."""
+class VerifierPool:
+    """Processes that verify artefacts; leaving the `with` ends those that still run."""
 
     def __init__(self, cpus: int) -> None:
-        """Start a process, which loads what it needs and waits; where there can be none, this one does its work.
+        """Start a process, which loads its libraries and waits; where no process can start, this one does its work.
 
         Args:
-            cpus: how many CPUs there are to use.
+            cpus: number of CPUs to use.
         """
         self._results: list[BinaryIO] = []
         self._result_of: dict[Path, BinaryIO] = {}
-        self._found: dict[Path, Findings] = {}
-        self._provider: Provider = "cpu"
+        self._findings: dict[Path, Findings] = {}
         self._process: subprocess.Popen[bytes] | None = None
         descriptors: list[int] = []
         try:
@@ -69,14 +67,12 @@ class Provers:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def start(self, folders: Sequence[Path], provider: Provider) -> None:
-        """Share the work out: the largest goes first, each to whoever has the least.
+    def start(self, folders: Sequence[Path]) -> None:
+        """Share the work out: the largest artefact first, each to the process with the least work.
 
         Args:
-            folders: with the graphs of an artefact each; of its share, each process takes them in this order.
-            provider: what the server is asked for.
+            folders: one artefact each; a process verifies those of its share in this order.
         """
-        self._provider = provider
         if self._process is None or self._process.stdin is None:
             return
         shares: list[list[Path]] = [[] for _ in self._results[: len(folders)]]
@@ -87,23 +83,23 @@ class Provers:
             self._result_of[folder] = self._results[least]
         for folder in folders:
             shares[self._results.index(self._result_of[folder])].append(folder)
-        # One that ended already is noticed when its results are missed.
+        # A process that has ended is noticed when its results are missing.
         with contextlib.suppress(BrokenPipeError):
-            pickle.dump((provider, shares), self._process.stdin)
+            pickle.dump(shares, self._process.stdin)
             self._process.stdin.flush()
 
     def findings(self, folder: Path) -> Findings:
-        """What was found out about a folder of `start`; waits for it.
+        """Return the findings about a folder of `start`; waits for them.
 
         Raises:
             ArtefactError: the process ended before it could tell.
         """
         result = self._result_of.get(folder)
         if result is None:
-            from service.artefact.verification import find_out
+            from service.artefact.verification import verify
 
-            return find_out(folder, self._provider)
-        while folder not in self._found:
+            return verify(folder)
+        while folder not in self._findings:
             try:
                 about, findings = pickle.load(result)
             except (EOFError, pickle.UnpicklingError):
@@ -112,18 +108,18 @@ class Provers:
                     "the process that proves the model ended before it was done; if it wrote nothing above this line, "
                     "it was killed, most often because the memory is too small.",
                 ) from None
-            self._found[about] = findings
-        return self._found[folder]
+            self._findings[about] = findings
+        return self._findings[folder]
 
     def close(self) -> None:
         """End all processes and wait until they have ended."""
         if self._process is not None:
             if not self._result_of:
-                # Alone, and perhaps still loading, when it would not notice anything else.
+                # A process without work may still be loading, when it would not notice the end of the pipe.
                 self._process.kill()
             if self._process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
-                    # All of them end when this pipe does.
+                    # All processes end when this pipe does.
                     self._process.stdin.close()
             try:
                 self._process.wait(_GRACE_S)
@@ -146,22 +142,22 @@ class Provers:
 
 
 def _start(results: Sequence[int]) -> subprocess.Popen[bytes]:
-    # The modules of this process, however it came by them.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from service.artefact.proving import main; main({list(results)})"
+    # The same modules as in this process, wherever it found them.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from service.artefact.pool import main; main({list(results)})"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         # The system closes this pipe when this process ends in any way.
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         pass_fds=results,
-        # Whoever presses Ctrl-C means the server, which ends these processes.
+        # Ctrl-C is meant for the server, which ends these processes.
         process_group=0,
         env={**os.environ, **_ENVIRONMENT},
     )
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the model: proofs take about as long as the weights are many."""
+    """Return the bytes of the model: a proof takes about as long as the model has weights."""
     try:
         return (folder / "model.onnx").stat().st_size
     except OSError:
@@ -169,22 +165,22 @@ def _size(folder: Path) -> int:
 
 
 def main(results: Sequence[int]) -> None:
-    """Find out about the folders that stdin names and write what was found into pipes, one for each share of the work.
+    """Verify the folders that stdin names and write the findings into pipes, one for each share of the work.
 
-    One process loads what is needed and becomes as many as there are shares. All of them end with the process that
-    started them, whatever becomes of that.
+    One process loads the libraries and forks into as many as there are shares. All of them end with the process that
+    started them, even if that is killed.
 
     Args:
         results: descriptors of the pipes.
     """
-    from service.artefact.verification import find_out
+    from service.artefact.verification import verify
 
     others: list[int] = []
     status = 1
     try:
-        provider, shares = pickle.load(sys.stdin.buffer)
+        shares = pickle.load(sys.stdin.buffer)
         mine = 0
-        # Nothing here has started a thread yet, which a fork would lose.
+        # No thread has started yet; a fork would lose it.
         for share in range(1, len(shares)):
             other = os.fork()
             if other == 0:
@@ -192,13 +188,13 @@ def main(results: Sequence[int]) -> None:
                 break
             others.append(other)
         threading.Thread(target=_end_with_parent, args=(others,), daemon=True).start()
-        # A pipe ends when its writer ends: nobody else may hold it open.
+        # A pipe ends when its writer ends: no other process may hold it open.
         for share, descriptor in enumerate(results):
             if share != mine:
                 os.close(descriptor)
         with os.fdopen(results[mine], "wb") as pipe:
             for folder in shares[mine]:
-                pickle.dump((folder, find_out(folder, provider)), pipe)
+                pickle.dump((folder, verify(folder)), pipe)
                 pipe.flush()
         status = 0
     except (BrokenPipeError, EOFError):
@@ -217,9 +213,9 @@ def _end_with_parent(others: Sequence[int]) -> None:
 
 
 def _end(others: Sequence[int], status: int) -> None:
-    """Ends without taking everything down piece by piece, after `others`, so that nobody else has to look for them."""
+    """End without tearing down libraries, after `others`, so that nobody else has to wait for them."""
     for other in others:
-        # Whichever of two threads comes first.
+        # Two threads may come here; one of them has waited already.
         with contextlib.suppress(ChildProcessError):
             os.waitpid(other, 0)
     os._exit(status)
