@@ -1,4 +1,4 @@
-"""`python -m service audit`: an archived answer, derived a second time in exact and ball arithmetic.
+"""`lipcert audit`: an archived answer, derived a second time in exact and ball arithmetic.
 
 Shares no numeric code with the server, only the decoding of image files. See docs/audit.md.
 """
