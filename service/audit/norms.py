@@ -22,7 +22,7 @@ LARGEST_MATRIX = 8_000_000
 """Largest number of entries of one matrix."""
 
 # Blocks with at most this number of entries are looked up before they are bounded.
-_CACHED_BLOCK = 2048
+_CACHED_BLOCK = 200_000
 # Relative enlargements of the guess of the squared norm: the first that the factorisation accepts is taken.
 _SLACKS = tuple(2.0**-bits for bits in (51, 50, 49, 48, 47, 46, 44, 42, 40, 38, 36, 33, 30, 26, 22, 18, 14, 10, 5))
 # Enlargements below this one rarely succeed for matrices of more than `_SMALL` rows.
