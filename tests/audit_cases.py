@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from conftest import Client
+from client import Client
 from flint import arb, ctx, fmpq
 from onnx import helper
 

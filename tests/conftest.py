@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import builders
-import httpx
 import hypothesis
 import numpy as np
 import pytest
-from fastapi import FastAPI
+from client import HEIGHT, LIMITS, WIDTH, Client
 
 from service.api.app import create_app
 from service.inference.classifier import Classifier
@@ -21,9 +20,6 @@ from service.settings import Settings
 # No timed unit tests: a busy machine is no defect.
 hypothesis.settings.register_profile("lipcert", deadline=None)
 hypothesis.settings.load_profile("lipcert")
-
-HEIGHT, WIDTH = 4, 5
-LIMITS = {"max_body_bytes": 20_000, "max_pixels": 2_000, "max_batch": 4}
 
 
 @pytest.fixture(scope="session")
@@ -50,32 +46,6 @@ def zoo(linear_weights: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 def classifiers(zoo: Path) -> Mapping[str, Classifier]:
     """The loaded artefacts of `zoo`."""
     return {folder.name: Classifier.load(folder, "cpu", 1) for folder in zoo.iterdir()}
-
-
-class Client:
-    """Requests to an ASGI application inside this process, one at a time."""
-
-    def __init__(self, app: FastAPI, runner: asyncio.Runner) -> None:
-        self.app = app
-        self._runner = runner
-
-    def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        """As `httpx.request`; an exception of the application becomes the answer that a client would see."""
-
-        async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-                return await http.request(method, path, **arguments)
-
-        return self._runner.run(send())
-
-    def get(self, path: str, **arguments: Any) -> httpx.Response:
-        """GET."""
-        return self.request("GET", path, **arguments)
-
-    def post(self, path: str, **arguments: Any) -> httpx.Response:
-        """POST."""
-        return self.request("POST", path, **arguments)
 
 
 @pytest.fixture(scope="session")

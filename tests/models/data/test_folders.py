@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Client
+from client import Client
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

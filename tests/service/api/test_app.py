@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import HEIGHT, WIDTH, Client
+from client import HEIGHT, WIDTH, Client
 from encoding import encode, npy
 from PIL import Image
 

@@ -13,7 +13,7 @@ import builders
 import httpx
 import numpy as np
 import pytest
-from conftest import HEIGHT, LIMITS, WIDTH, Client
+from client import HEIGHT, LIMITS, WIDTH, Client
 from encoding import encode, npy
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo

@@ -12,7 +12,7 @@ from typing import Any
 import builders
 import numpy as np
 import pytest
-from conftest import Client
+from client import Client
 from PIL import Image
 
 from service.api.app import create_app

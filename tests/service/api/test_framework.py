@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from conftest import HEIGHT, WIDTH, Client
+from client import HEIGHT, WIDTH, Client
 from encoding import npy
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.routing import APIRoute, iter_route_contexts

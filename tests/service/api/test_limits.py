@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import HEIGHT, WIDTH
+from client import HEIGHT, WIDTH
 from encoding import encode, npy
 from fastapi import FastAPI
 

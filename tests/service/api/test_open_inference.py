@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HEIGHT, WIDTH, Client
+from client import HEIGHT, WIDTH, Client
 from encoding import npy
 
 from service import __version__

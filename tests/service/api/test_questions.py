@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import HEIGHT, WIDTH, Client
+from client import HEIGHT, WIDTH, Client
 from encoding import encode, npy
 from hypothesis import given
 from hypothesis import strategies as st

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from audit_cases import Archived, Json, archive
-from conftest import Client
+from client import Client
 from encoding import encode
 
 from service.api.schema import radius_in_grey_levels

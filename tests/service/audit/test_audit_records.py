@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit_cases import Archived, Json, archive
-from conftest import Client
+from client import Client
 from encoding import encode, npy
 
 from service.__main__ import main

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 from audit_cases import Archived, append_operators, archive
-from conftest import Client
+from client import Client
 from encoding import encode, npy
 
 from service.__main__ import main
