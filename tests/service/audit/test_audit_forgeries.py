@@ -16,7 +16,7 @@ from audit_cases import Archived, Json, archive
 from client import Client
 from encoding import encode
 
-from service.api.schema import radius_in_grey_levels
+from service.api.answers import radius_in_grey_levels
 from service.artefact.card import digest
 from service.audit import Conclusion, audit
 from service.errors import KeptError
