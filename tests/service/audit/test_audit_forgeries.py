@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from fractions import Fraction
 from math import inf, nextafter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from audit_cases import Archived, Json, archive
 from client import Client
 from encoding import encode
 
-from service.api.answers import radius_in_grey_levels
 from service.artefact.card import digest
 from service.audit import Conclusion, audit
 from service.errors import KeptError
@@ -65,7 +65,9 @@ def larger_radius(answer: Json) -> None:
     i, j = answer["class_id"], terms["runner_up"]["class_id"]
     margin = answer["logits"][i] - answer["logits"][j] - 4 * terms["logit_error"]
     terms["radius"] = nextafter(nextafter(margin / terms["lipschitz_bound"], 0.0), 0.0)
-    terms["radius_255"] = radius_in_grey_levels(terms["radius"])
+    product = terms["radius"] * 255
+    exact = Fraction(terms["radius"]) * 255
+    terms["radius_255"] = product if Fraction(product) <= exact else nextafter(product, 0.0)
 
 
 def the_original(answer: Json) -> None:
