@@ -389,12 +389,13 @@ def _pad(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> Ar
     x, pads = operands[0], np.array(operands[1])
     axes = operands[3] if len(operands) > 3 else range(x.ndim)
     mode = attributes.get("mode", b"constant").decode()
+    fill = np.ravel(operands[2])[0] if len(operands) > 2 and operands[2] is not None else numbers.number(0.0)
     for position, axis in enumerate(axes):
         n = x.shape[axis]
         places = np.arange(-int(pads[position]), n + int(pads[position + len(axes)]))
         if mode == "constant":
-            zeros = np.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]))
-            x = np.concatenate([x, numbers.convert(zeros)], axis=axis)
+            frame = np.full((*x.shape[:axis], 1, *x.shape[axis + 1 :]), fill, dtype=x.dtype)
+            x = np.concatenate([x, frame], axis=axis)
             places = np.where((places < 0) | (places >= n), n, places)
         elif mode == "edge":
             places = np.clip(places, 0, n - 1)
@@ -404,6 +405,15 @@ def _pad(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> Ar
             places = np.where(places < 0, -places, np.where(places >= n, 2 * (n - 1) - places, places))
         x = np.take(x, places, axis=axis)
     return x
+
+
+def _concat(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> Array:
+    """Constants of one image stand beside each of the N images."""
+    axis = attributes["axis"] % operands[0].ndim
+    if axis > 0:
+        images = max(len(x) for x in operands)
+        operands = [np.broadcast_to(x, (images, *x.shape[1:])) for x in operands]
+    return np.concatenate(operands, axis=axis)
 
 
 def _reshape(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> Array:
@@ -602,7 +612,7 @@ OPERATORS.update(
         "Cast": _elementwise(lambda numbers, x, a: x),
         "Celu": _elementwise(_celu),
         "Clip": _simple(lambda numbers, i, a: _clipped(numbers, *i, *[None] * (3 - len(i)))),
-        "Concat": _simple(lambda numbers, i, a: np.concatenate(i, axis=a["axis"])),
+        "Concat": _simple(_concat),
         "Conv": _simple(_conv),
         "ConvTranspose": _simple(_conv_transpose),
         "DepthToSpace": _simple(_depth_to_space),

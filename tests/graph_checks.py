@@ -19,8 +19,7 @@ from flint import arb, fmpq
 from onnx import helper, numpy_helper
 from random_graphs import Graph
 
-from service.certificate import Certificate, UnsupportedGraphError, certify
-from service.certificate import joint as joint_module
+from service.certificate import Certificate, UnsupportedGraphError, certify, matrices
 from service.runtime.engine import Engine
 from service.runtime.fixed_batches import GraphError
 
@@ -35,12 +34,12 @@ _CONVOLUTIONS = frozenset(["Conv", "ConvTranspose", "AveragePool"])
 @contextmanager
 def kernels_only() -> Iterator[None]:
     """The certifier as it is for tensors too large for matrices: joint maps are convolution kernels, or none."""
-    before = joint_module._LARGEST_MATRIX
-    joint_module._LARGEST_MATRIX = 0
+    before = matrices._LARGEST_MATRIX
+    matrices._LARGEST_MATRIX = 0
     try:
         yield
     finally:
-        joint_module._LARGEST_MATRIX = before
+        matrices._LARGEST_MATRIX = before
 
 
 @dataclass(frozen=True)
@@ -344,6 +343,13 @@ def _computed(program: Program, graph: Graph, pixels_NX: np.ndarray, names: Sequ
     element = onnx.TensorProto.DOUBLE if graph.dtype is np.float64 else onnx.TensorProto.FLOAT
     made.graph.output.extend(helper.make_tensor_value_info(name, element, None) for name in outputs[1:])
     # With every tensor an output, nothing is fused: the logits come from the graph as it is served.
-    logits = Engine(graph.model, "cpu", 1).run(["logits"], {"image": image_NX})
-    inside = Engine(made.SerializeToString(), "cpu", 1).run(outputs[1:], {"image": image_NX}) if outputs[1:] else []
+    logits = run(graph, ["logits"], image_NX)
+    inside = run(replace(graph, model=made.SerializeToString()), outputs[1:], image_NX) if outputs[1:] else []
     return dict(zip(outputs, [*logits, *inside], strict=True))
+
+
+def run(graph: Graph, names: Sequence[str], images_NX: np.ndarray) -> list[np.ndarray]:
+    """Tensors of a graph by ONNX Runtime, as the service runs it, in batches of a size that the graph takes."""
+    engine, n = Engine(graph.model, "cpu", 1), graph.batch or len(images_NX)
+    parts = [engine.run(list(names), {"image": images_NX[k : k + n]}) for k in range(0, len(images_NX), n)]
+    return [np.concatenate(rows) for rows in zip(*parts, strict=True)]

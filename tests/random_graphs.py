@@ -107,6 +107,8 @@ class Graph:
     shape: Shape
     dtype: type
     operators: tuple[str, ...]
+    batch: int | None = None
+    """Images in a batch, where the graph runs with that number alone."""
 
     def __repr__(self) -> str:
         model = onnx.load_model_from_string(self.model)
@@ -125,6 +127,7 @@ class Maker(GraphBuilder):
         super().__init__(np.random.default_rng(0), dtype, opset=19)
         self._choices = choices
         self.made: list[Named] = []
+        self.batch: int | None = None
 
     def integer(self, low: int, high: int) -> int:
         return self._choices.integer(low, max(low, high))
@@ -709,6 +712,27 @@ def move(g: Maker, x: str, shape: Shape) -> Named:
     raise AssertionError(kind)
 
 
+def framed(g: Maker, x: str, shape: Shape) -> Named:
+    """Constants beside a tensor: a frame of any value, or constants stacked with it; zeros and huge ones among them."""
+    axis = g.integer(0, len(shape) - 1)
+    if g.flag():
+        low, high = g.integers(len(shape), 0, 1), g.integers(len(shape), 0, 2)
+        value = g.scalar(g.pick([0.5, 1 / 3, -1.0, 0.0, 1e6]))
+        padded = g.one("Pad", x, g.numbers(0, *low, 0, *high), value)
+        return padded, tuple(n + p + q for n, p, q in zip(shape, low, high, strict=True))
+    own = (*shape[:axis], g.integer(1, 2), *shape[axis + 1 :])
+    constants = [g.constant(g.offsets(1, *own)), g.constant(np.zeros((1, *own)))]
+    operands = [x, g.pick(constants)]
+    if g.flag():
+        operands.reverse()
+    if g.rarely():
+        operands.append(g.pick([x, *constants]))
+    # ONNX stacks no constant beside several images.
+    g.batch = 1
+    length = sum(shape[axis] if operand == x else own[axis] for operand in operands)
+    return g.one("Concat", *operands, axis=axis + 1), (*shape[:axis], length, *shape[axis + 1 :])
+
+
 def blocks(g: Maker, x: str, shape: Shape) -> Named:
     """SpaceToDepth and DepthToSpace."""
     x, (n,) = g.flat(x, shape)
@@ -913,14 +937,17 @@ STEPS: dict[str, Step] = {
     for step in (
         *(dense, with_constant, number, conv, same_conv, periodic_conv, conv_transpose, pool, batch_normalization),
         *(im2col, activation, pointwise, along_axis, sort, pairs, parts, reduce, centre, roots, strange_squares, move),
-        *(blocks,),
+        *(framed, blocks),
         *(resize, residual, square_dense, branches, cancelling, gradient_step, gradient_step_of_convolutions),
         *(two_convolutions, overflowing, log_probabilities),
     )
 }
 FREQUENT = (*STEPS, "dense", "conv", "conv", "move", "move", "move", "activation", "parts", "pairs", "residual")
 
-ARITHMETIC = ("dense", "with_constant", "conv", "conv_transpose", "pool", "batch_normalization", "activation", "roots")
+ARITHMETIC = (
+    *("dense", "with_constant", "conv", "conv_transpose", "pool", "batch_normalization", "activation", "roots"),
+    "framed",
+)
 JOINT = (
     *(
         "residual",
@@ -958,7 +985,8 @@ def make_graph(choices: Choices, dtype: type, steps: Sequence[str] = FREQUENT, m
     elif head == 2:
         x = g.one("LogSoftmax", x, axis=1)
     operators = tuple(node.op_type for node in g.nodes)
-    return Graph(g.model(image, x, shape[0]), image, dtype, operators)
+    model = g.model(image, x, shape[0], batch=g.batch or "N")
+    return Graph(model, image, dtype, operators, g.batch)
 
 
 @st.composite

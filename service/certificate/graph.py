@@ -1,9 +1,11 @@
-"""ONNX bytes -> a checked list of nodes with their constants folded.
+"""Reading of ONNX bytes: a checked list of nodes and constants.
 
-What cannot be read unambiguously is refused here: several inputs or outputs, other operator domains, external weights,
-functions, number formats without an error analysis. All reasons are collected before anything is raised.
+Everything that can be read in two ways is refused here: several inputs or outputs, other operator domains, external
+weights, functions, number formats without an error analysis. All reasons are collected before anything is raised.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from service.certificate.limits import fits, size_error
 from service.certificate.rounding import FLOAT32, FLOAT64, Precision
 from service.certificate.statement import UnsupportedGraphError
 
@@ -34,7 +37,7 @@ class Node:
     """One operator of the graph, attributes decoded to Python values."""
 
     label: str
-    """Operator, and the node's name or first output: how messages name it."""
+    """Operator, and the node's name or first output: its name in messages."""
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -44,12 +47,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """What the certifier needs of an ONNX model."""
+    """An ONNX model as the analysis reads it."""
 
     input_names: tuple[str, ...]
     """One, unless `refusals` says otherwise."""
     input_shape: tuple[int, ...]
-    """Without the batch axis, e.g. `(C, H, W)`."""
+    """Without the batch axis, e.g. `(C, H, W)`; empty where the image cannot be analysed."""
     batch: int
     """The batch size of the graph's input; `PROBE_BATCH` where it is free."""
     precision: Precision
@@ -57,7 +60,7 @@ class Graph:
     initializers: dict[str, NDArray[np.generic]]
     nodes: tuple[Node, ...]
     refusals: tuple[str, ...]
-    """What stands in the way of a proof already, so that the operators are still looked at before all is said."""
+    """Obstacles to a proof that are known already; the operators are still visited, so that all obstacles are named."""
 
 
 def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | None:
@@ -78,7 +81,7 @@ def _attribute(attribute: onnx.AttributeProto) -> object:
 
 
 def _attributes(label: str, proto: onnx.NodeProto, reasons: list[str]) -> dict[str, object]:
-    """By name; what cannot be read is added to `reasons`."""
+    """Return the attributes by name; those that cannot be read are added to `reasons`."""
     found: dict[str, object] = {}
     for attribute in proto.attribute:
         try:
@@ -96,11 +99,38 @@ def _type_name(data_type: int) -> str:
 
 
 def read_graph(model_bytes: bytes) -> Graph:
-    """Parse and check an ONNX model.
+    """Return the graph of an ONNX model, checked.
 
     Raises:
-        UnsupportedGraphError: not an ONNX model. Everything else that stands in the way is in `Graph.refusals`.
+        UnsupportedGraphError: not an ONNX model. All other obstacles are in `Graph.refusals`.
     """
+    model = _parsed(model_bytes)
+    graph = model.graph
+    reasons = _refused_features(model)
+    initializers = _initializers(graph, reasons)
+    inputs = [value for value in graph.input if value.name not in initializers]
+    if len(inputs) < len(graph.input):
+        reasons.append("an initializer is also a graph input, so that a caller could replace the weight")
+    input_shape, batch, precision = (), PROBE_BATCH, FLOAT64
+    if len(inputs) != 1:
+        reasons.append(f"{len(inputs)} inputs; the certifier needs exactly one, the image")
+    else:
+        input_shape, batch, precision = _image(inputs[0], reasons)
+    if len(graph.output) != 1:
+        reasons.append(f"{len(graph.output)} outputs; the certifier needs exactly one, the logits")
+    return Graph(
+        input_names=tuple(value.name for value in inputs),
+        input_shape=input_shape,
+        batch=batch,
+        precision=precision,
+        output_name=graph.output[0].name if graph.output else "",
+        initializers=initializers,
+        nodes=_nodes(graph.node, reasons),
+        refusals=tuple(reasons),
+    )
+
+
+def _parsed(model_bytes: bytes) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(model_bytes)
         # Before the checker, which would look for the files.
@@ -117,7 +147,11 @@ def read_graph(model_bytes: bytes) -> Graph:
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedGraphError([f"not a valid ONNX model: {first_line}"]) from error
+    return model
 
+
+def _refused_features(model: onnx.ModelProto) -> list[str]:
+    """Return why the model as a whole is refused: its opsets, functions, sparse weights."""
     reasons: list[str] = []
     opsets = [imported.version for imported in model.opset_import if imported.domain in ("", "ai.onnx")]
     opset = opsets[-1] if opsets else 0
@@ -126,12 +160,14 @@ def read_graph(model_bytes: bytes) -> Graph:
     if opset not in _OPSETS:
         reasons.append(f"opset {opset}: the rules are proved for opsets {_OPSETS.start} to {_OPSETS.stop - 1}")
     if model.functions:
-        reasons.append("the model defines functions of its own; inline them before the export")
-
-    graph = model.graph
-    if graph.sparse_initializer:
+        reasons.append("the model defines its own functions; inline them before the export")
+    if model.graph.sparse_initializer:
         reasons.append("sparse initializers; store them dense")
-    initializers: dict[str, NDArray[np.generic]] = {}
+    return reasons
+
+
+def _initializers(graph: onnx.GraphProto, reasons: list[str]) -> dict[str, NDArray[np.generic]]:
+    found: dict[str, NDArray[np.generic]] = {}
     for tensor in graph.initializer:
         try:
             array = numpy_helper.to_array(tensor)
@@ -141,35 +177,31 @@ def read_graph(model_bytes: bytes) -> Graph:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             reasons.append(f"weight {tensor.name!r} holds NaN or infinity")
             continue
-        initializers[tensor.name] = array
+        found[tensor.name] = array
+    return found
 
-    inputs = [value for value in graph.input if value.name not in initializers]
-    if len(inputs) < len(graph.input):
-        reasons.append("an initializer is also a graph input, so that a caller could replace the weight")
-    input_shape, batch, precision = (), PROBE_BATCH, FLOAT64
-    if len(inputs) != 1:
-        reasons.append(f"{len(inputs)} inputs; the certifier needs exactly one, the image")
-    else:
-        input_name = inputs[0].name
-        tensor_type = inputs[0].type.tensor_type
-        element = tensor_type.elem_type
-        dimensions = [_dimension(dimension) for dimension in tensor_type.shape.dim]
-        if element in PRECISIONS:
-            precision = PRECISIONS[element]
-        else:
-            why = _WHY_NOT.get(element, "the certifier has an error analysis for float64 and float32 only")
-            reasons.append(f"input {input_name!r} is {_type_name(element)}: {why}")
-        if len(dimensions) < 2 or any(size is None for size in dimensions[1:]):
-            reasons.append(f"input {input_name!r} needs a fixed shape after the batch axis, found {dimensions}")
-        else:
-            input_shape = tuple(size for size in dimensions[1:] if size is not None)
-            batch = dimensions[0] or PROBE_BATCH
-    if len(graph.output) != 1:
-        reasons.append(f"{len(graph.output)} outputs; the certifier needs exactly one, the logits")
-    output_name = graph.output[0].name if graph.output else ""
 
+def _image(value: onnx.ValueInfoProto, reasons: list[str]) -> tuple[tuple[int, ...], int, Precision]:
+    """Return shape (empty where it is refused), batch size and format of the input."""
+    tensor_type = value.type.tensor_type
+    element = tensor_type.elem_type
+    batch, *shape = [_dimension(dimension) for dimension in tensor_type.shape.dim] or [None]
+    if element not in PRECISIONS:
+        why = _WHY_NOT.get(element, "the certifier has an error analysis for float64 and float32 only")
+        reasons.append(f"input {value.name!r} is {_type_name(element)}: {why}")
+    sizes = tuple(size for size in shape if size is not None)
+    if not sizes or len(sizes) < len(shape):
+        reasons.append(f"input {value.name!r} needs a fixed shape after the batch axis, found {[batch, *shape]}")
+        sizes = ()
+    elif not fits(*sizes):
+        reasons.append(f"input {value.name!r}: image {size_error(math.prod(sizes))}")
+        sizes = ()
+    return sizes, batch or PROBE_BATCH, PRECISIONS.get(element, FLOAT64)
+
+
+def _nodes(protos: Sequence[onnx.NodeProto], reasons: list[str]) -> tuple[Node, ...]:
     nodes: list[Node] = []
-    for proto in graph.node:
+    for proto in protos:
         label = f"{proto.op_type} {proto.name or (proto.output[0] if proto.output else '')!r}"
         standard = proto.domain in ("", "ai.onnx")
         nodes.append(
@@ -182,5 +214,4 @@ def read_graph(model_bytes: bytes) -> Graph:
                 proto=proto,
             )
         )
-    names = tuple(value.name for value in inputs)
-    return Graph(names, input_shape, batch, precision, output_name, initializers, tuple(nodes), tuple(reasons))
+    return tuple(nodes)

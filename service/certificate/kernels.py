@@ -1,6 +1,8 @@
-"""TODO: service/certificate/kernels.py."""
+"""Consecutive linear steps of images multiplied out as convolution kernels.
 
-from __future__ import annotations
+An image is `sum M_h h + constant` over the nonlinear images `h` before it, each `M_h` a convolution. What was rounded
+in multiplying out is bounded beside each `M_h`: its `deviation`.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.certificate.convolutions import (
-    absolute_convolution_bound,
-    convolution_cost,
-)
+from service.certificate.convolutions import absolute_convolution_bound, convolution_cost
 from service.certificate.rounding import FLOAT64, SMALLEST_NORMAL, add_up, gamma_up, mul_up
-from service.certificate.values import Convolution, View
+from service.certificate.values import Convolution, Identity, LinearStep, Source, View, identity_of
 
 Array = NDArray[np.float64]
 _LARGEST_KERNEL = 1 << 23
@@ -22,7 +21,7 @@ _LARGEST_KERNEL = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """Part of an image tensor that is a convolution of one nonlinear image."""
+    """The part of an image that is a convolution of one nonlinear image."""
 
     base: View
     convolution: Convolution
@@ -31,12 +30,13 @@ class Kernel:
 
     @property
     def cost(self) -> float:
+        """Multiply-adds for a proof of its norm, approximately."""
         made = self.convolution
         return convolution_cost(made.kernel, self.base.shape[1:], made.strides, made.groups)
 
 
 def identity_convolution(shape: tuple[int, ...], factor: float = 1.0) -> Convolution:
-    """The multiplication of an image `C x *n` by a number."""
+    """Return the multiplication of an image `C x *n` by a number."""
     channels, *size = shape
     kernel = np.full((channels, 1, *[1] * len(size)), factor)
     return Convolution(kernel, (1,) * len(size), (0,) * len(size), channels)
@@ -54,7 +54,7 @@ def _is_identity(convolution: Convolution) -> bool:
 
 
 def _in_groups(kernel: Array, groups: int, fewer: int) -> Array:
-    """The kernel of the same convolution written with fewer groups; `fewer` divides `groups`."""
+    """Return the kernel of the same convolution written with fewer groups; `fewer` divides `groups`."""
     if groups == fewer:
         return kernel
     together = groups // fewer
@@ -67,19 +67,72 @@ def _in_groups(kernel: Array, groups: int, fewer: int) -> Array:
     return spread
 
 
-def composed_kernel(
+class Kernels:
+    """The linear maps of one graph as kernels; each is multiplied out once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Source, Source | None], dict[Identity, Kernel] | None] = {}
+
+    def of(self, view: View, base: Source | None = None) -> dict[Identity, Kernel] | None:
+        """Return the maps from the nonlinear images before `view`, or from `base` where it is met.
+
+        Null where one of them is no convolution, or too large.
+        """
+        source = view.source
+        if len(view.shape) not in (2, 3):
+            return None
+        if source.step is None or source is base:
+            if (view.index < 0).any():
+                return None
+            return {identity_of(view): Kernel(view, identity_convolution(view.shape), 0.0)}
+        if not view.whole:
+            return None
+        key = (source, base)
+        if key not in self._known:
+            self._known[key] = self.through(source.step, source.center.shape, base)
+        return self._known[key]
+
+    def through(
+        self, step: LinearStep, shape: tuple[int, ...], base: Source | None = None
+    ) -> dict[Identity, Kernel] | None:
+        """Return the maps of the result of a step.
+
+        Args:
+            step: the last step.
+            shape: of its result.
+            base: tensor to stop at; default: the nonlinear ones.
+        """
+        if step.convolutions is None:
+            return None
+        result: dict[Identity, Kernel] = {}
+        for view, outer in zip(step.operands, step.convolutions, strict=True):
+            inner = self.of(view, base)
+            if inner is None:
+                return None
+            for key, kernel in inner.items():
+                made = compose_kernels(outer, kernel, view.shape[1:], shape[1:], step.terms)
+                if made is not None and key in result:
+                    made = add_kernels(result[key], made)
+                if made is None:
+                    return None
+                result[key] = made
+        return result
+
+
+def compose_kernels(
     outer: Convolution, inner: Kernel, middle: tuple[int, ...], after: tuple[int, ...], roundings: int
 ) -> Kernel | None:
-    """`outer` of `inner` as one convolution; None where the border of the image between them is in the way.
+    """Return `outer` of `inner` as one convolution; null where the border of the image between them is in the way.
 
     Args:
-        outer, inner: the steps.
+        outer: the second step.
+        inner: the first step.
         middle: size of the image between them.
         after: size of the result.
-        roundings: that the numbers of `outer` carry already.
+        roundings: of the numbers of `outer`, so far.
     """
     if _is_identity(outer) and after == middle and roundings <= 2:
-        # With zeros behind the image it would cut off what `inner` has there.
+        # With zeros behind the image it would cut off the results of `inner` there.
         return inner
     first, base_size = inner.convolution, inner.base.shape[1:]
     axes = range(len(middle))
@@ -134,8 +187,8 @@ def composed_kernel(
     return Kernel(inner.base, made, deviation)
 
 
-def added(left: Kernel, right: Kernel) -> Kernel | None:
-    """The sum of two convolutions of one image."""
+def add_kernels(left: Kernel, right: Kernel) -> Kernel | None:
+    """Return the sum of two convolutions of one image; null where their results differ in size or spacing."""
     one, other = left.convolution, right.convolution
     if one.strides != other.strides or one.kernel.shape[0] != other.kernel.shape[0]:
         return None

@@ -8,11 +8,13 @@ Shapes leave the batch axis out: a rule that would mix images is refused.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.certificate.facts import Facts
+from service.certificate.limits import fits
 from service.certificate.norms import pairwise_distance_bounds
 from service.certificate.rounding import add_up, mul_up, norm_up, sqrt_up
 
@@ -67,7 +69,9 @@ class LinearStep:
     """Whether it is the mean over the last axis of its operand."""
     negates: bool = False
     product: bool = False
-    """Whether it is a matrix product: runtimes start its sums from what is added to the result."""
+    """Whether it is a matrix product: runtimes start its sums from the addend of the addition that follows."""
+    widest: int = 0
+    """Elements of the largest array that `apply` makes for one image, beside operands and result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +145,19 @@ def seen_whole(source: Source) -> View:
     return View(source, np.arange(source.center.size).reshape(source.center.shape))
 
 
+def affine_of(view: View) -> Affine | None:
+    """Return a flat view as linear forms; null where they are not known, or too large."""
+    inner = view.source.affine
+    if (
+        inner is None
+        or len(view.shape) != 1
+        or (view.index < 0).any()
+        or not fits(view.index.size, inner.rows.shape[1])
+    ):
+        return None
+    return replace(inner, rows=inner.rows[view.index])
+
+
 def stand_in(shape: tuple[int, ...]) -> View:
     """A tensor of which only the positions count."""
     return seen_whole(Source(np.zeros(shape), 0.0, 0.0, 0.0))
@@ -197,6 +214,19 @@ class Unknown:
 Value = View | Squares | Constant | Unknown
 
 
+def elements_of(value: Value) -> int:
+    """Return how many numbers the analysis holds of a value."""
+    match value:
+        case View():
+            return value.index.size
+        case Squares():
+            return sum(term.positions.size for term in value.terms)
+        case Constant():
+            return value.array.size
+        case Unknown():
+            return 0
+
+
 @dataclass(frozen=True)
 class Part:
     """The positive part `max(x, 0)` of a tensor x, or its negative part `max(-x, 0)`.
@@ -216,22 +246,6 @@ def identity_of(view: View) -> Identity:
     return view.source, view.shape, view.index.tobytes()
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Bounds of several views taken together as one vector."""
-
-    lipschitz: float
-    error: float
-    norm: float
-    """Bound of the L2 norm of the exact value."""
-    largest: float
-    """Bound of the largest component, of the exact and the computed value."""
-
-    def scaled(self, factor: float) -> "Facts":
-        """After a map that expands nothing by more than `factor`."""
-        return Facts(*(mul_up(factor, bound) for bound in (self.lipschitz, self.error, self.norm, self.largest)))
-
-
 @dataclass
 class Domain:
     """The box [0, 1]^d of valid images."""
@@ -246,33 +260,31 @@ class Domain:
         self.radius = mul_up(0.5, sqrt_up(float(self.size)))
 
     def joint(self, *views: View) -> Facts:
-        """Bounds of the stacked vector of `views`.
+        """Return the bounds of the stacked vector of `views`.
 
         Views of one source count together: an element that is used `m` times contributes `m` times its square, so that
         disjoint parts of one tensor cost no more than the tensor itself. Different sources add in squares.
         """
         if len(views) == 1:
             if views[0] not in self._known:
-                self._known[views[0]] = self._together([views[0]]) or Facts(0.0, 0.0, 0.0, 0.0)
+                self._known[views[0]] = self._stacked(views)
             return self._known[views[0]]
+        return self._stacked(views)
+
+    def _stacked(self, views: Sequence[View]) -> Facts:
         together: dict[object, list[View]] = {}
         for view in views:
             part = view.source.part
             together.setdefault(view.source if part is None else part.of, []).append(view)
         groups = [facts for group in together.values() if (facts := self._together(group)) is not None]
-        if not groups:
-            return Facts(0.0, 0.0, 0.0, 0.0)
-        if len(groups) == 1:
-            return groups[0]
-        return Facts(
-            lipschitz=norm_up(np.array([facts.lipschitz for facts in groups])),
-            error=norm_up(np.array([facts.error for facts in groups])),
-            norm=norm_up(np.array([facts.norm for facts in groups])),
-            largest=max(facts.largest for facts in groups),
-        )
+        facts = Facts.stacked(groups) if groups else Facts(0.0, 0.0, norm=0.0, largest=0.0)
+        return replace(facts, error_max=max(view.source.error_max for view in views))
 
     def _together(self, group: list[View]) -> Facts | None:
-        """Views of one source, or of the positive and negative part of one tensor, whose elements count apart."""
+        """Bounds of views of one source, or of the positive and negative part of one tensor (elements count apart).
+
+        Null where the views hold the constant 0 alone.
+        """
         used: list[NDArray[np.int64]] = []
         centers: list[NDArray[np.float64]] = []
         for view in group:
@@ -293,6 +305,7 @@ class Domain:
         return Facts(
             lipschitz=mul_up(repetition, lipschitz),
             error=mul_up(repetition, error),
+            error_max=error_max,
             norm=add_up(norm_up(center), mul_up(repetition, add_up(error, swing))),
             # The computed value strays from the exact one by at most error_max, and so does the centre's.
             largest=add_up(float(np.max(np.abs(center))), mul_up(2.0, error_max), swing),

@@ -1,8 +1,6 @@
-"""Rules of operators that work on images: convolution, pooling, batch normalisation. Notation as in `rules`."""
+"""Rules of convolutions, transposed ones, and batch normalisation. Notation as in `table`."""
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +12,12 @@ from service.certificate.convolutions import (
     dilated,
     transposed_convolve,
 )
+from service.certificate.facts import LocalError
 from service.certificate.graph import Node
+from service.certificate.limits import fits
 from service.certificate.norms import row_norms_up, spectral_norm_bound
 from service.certificate.rounding import SMALLEST_NORMAL, add_up, div_up, down, mul_up, norm_up, sqrt_up
+from service.certificate.rules.linear import LinearMap, diagonal_step, linear_result
 from service.certificate.rules.operands import (
     Array,
     Operands,
@@ -26,54 +27,29 @@ from service.certificate.rules.operands import (
     float_attribute,
     float_operand,
     int_attribute,
+    integers_attribute,
+    limit_size,
     optional_operand,
 )
-from service.certificate.rules.table import Context, diagonal_step, linear_result, rule
+from service.certificate.rules.table import Context, rule
+from service.certificate.rules.windows import Windows, explicit_pads, read_windows
 from service.certificate.values import Convolution, Value, View
 
-Number = TypeVar("Number", bound=np.generic)
-
-
-def numbers_of(node: Node, name: str, default: Sequence[int]) -> list[int]:
-    value = node.attributes.get(name, list(default))
-    if not isinstance(value, (list, tuple)):
-        raise Refusal(f"attribute {name} must be a list of integers")
-    numbers = [int(number) for number in value]  # type: ignore[reportUnknownArgumentType]
-    if len(numbers) != len(default):
-        raise Refusal(f"attribute {name} has {len(numbers)} entries, expected {len(default)}")
-    return numbers
-
-
-def pads_of(node: Node, size: Sequence[int], extent: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Zeros before and after each spatial axis; `auto_pad` as ONNX defines it."""
-    mode = node.attributes.get("auto_pad", "NOTSET")
-    if mode == "NOTSET":
-        pads = numbers_of(node, "pads", [0] * (2 * len(size)))
-        if min(pads, default=0) < 0:
-            raise Refusal("negative pads; use Slice")
-        return list(zip(pads[: len(size)], pads[len(size) :], strict=True))
-    if mode == "VALID":
-        return [(0, 0)] * len(size)
-    if mode not in ("SAME_UPPER", "SAME_LOWER"):
-        raise Refusal(f"auto_pad {mode!r} has no proved rule")
-    found: list[tuple[int, int]] = []
-    for n, k, s in zip(size, extent, strides, strict=True):
-        total = max((-(-n // s) - 1) * s + k - n, 0)
-        small, large = total // 2, total - total // 2
-        found.append((small, large) if mode == "SAME_UPPER" else (large, small))
-    return found
+_CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+_CIRCULAR = "Circular convolution: the largest norm of its symbol on the torus of the image itself."
+_PATCHES = "Kernel as a matrix W on patches, an element in at most m of them: ||W||_2 sqrt(m)."
 
 
 def _kernel(node: Node, weight: Array) -> Array:
     if weight.ndim not in (3, 4):
         raise Refusal(f"a kernel with {weight.ndim - 2} spatial axes; the rule covers 1 and 2")
-    if numbers_of(node, "kernel_shape", weight.shape[2:]) != list(weight.shape[2:]):
+    if integers_attribute(node, "kernel_shape", weight.shape[2:]) != list(weight.shape[2:]):
         raise Refusal("kernel_shape is not the shape of the weight")
     return weight
 
 
 def _bias(inputs: Operands, channels: int, axes: int) -> Array:
-    """One number for each channel, with the axes of an image."""
+    """Return one number for each channel, with the axes of an image."""
     value = optional_operand(inputs, 2)
     bias = float_operand(value, "the bias") if value is not None else np.zeros(channels)
     if bias.shape != (channels,):
@@ -81,54 +57,44 @@ def _bias(inputs: Operands, channels: int, axes: int) -> Array:
     return bias.reshape(-1, *[1] * axes)
 
 
-_CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
-
-
 @rule("Conv", attributes=_CONV_ATTRIBUTES)
 def conv(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Zero-padded convolution: at most the largest norm of its symbol on a torus of n + k - 1 points."""
+    """Zero-padded convolution: at most the largest norm of its symbol on a torus of n + k - 1 points.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: the kernel does not fit the image.
+    """
     view = data_operand(inputs[0])
     kernel = _kernel(node, float_operand(inputs[1], "the weight"))
     axes = kernel.ndim - 2
     groups = int_attribute(node, "group", 1)
     if len(view.shape) != axes + 1 or view.shape[0] != kernel.shape[1] * groups or kernel.shape[0] % groups:
         raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
-    size = view.shape[1:]
-    strides, dilations = numbers_of(node, "strides", [1] * axes), numbers_of(node, "dilations", [1] * axes)
-    extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilations, strict=True)]
-    pads = pads_of(node, size, extent, strides)
-    if any(n + low + high < k for n, (low, high), k in zip(size, pads, extent, strict=True)):
-        raise Refusal("the kernel is larger than the padded image")
+    windows = read_windows(node, view.shape[1:], kernel.shape[2:])
+    strides, dilations, pads = windows.strides, windows.dilations, windows.pads
+    padded = (view.shape[0], *windows.padded)
+    limit_size(padded, (len(kernel), *windows.after), (*kernel.shape[:2], *windows.whole_strides))
 
     def apply(stack: Array) -> Array:
         return convolve(np.pad(stack, [(0, 0), (0, 0), *pads]), kernel, strides, dilations, groups)
 
-    convolution = Convolution(dilated(kernel, dilations), tuple(strides), tuple(low for low, _ in pads), groups)
-    norm = context.joint.convolution_norm(convolution, size)
-    row_norm = float(np.max(row_norms_up(kernel.reshape(len(kernel), -1))))
-    spread = absolute_convolution_bound(kernel, groups)
-    terms = math.prod(kernel.shape[1:])
-    return [
-        linear_result(
-            context,
-            view,
-            apply,
-            _bias(inputs, len(kernel), axes),
-            norm=norm,
-            spread=spread,
-            row_norm=row_norm,
-            terms=terms,
-            convolution=convolution,
-            others=[
-                (math.inf if np.any(pads) else _circular_bound(context, view, convolution), _CIRCULAR),
-                (_patch_bound(view, kernel, strides, dilations, groups, pads), _PATCHES),
-            ],
-        )
+    convolution = Convolution(dilated(kernel, dilations), strides, tuple(low for low, _ in pads), groups)
+    linear = LinearMap(
+        apply,
+        norm=context.joint.convolution_norm(convolution, windows.size),
+        spread=absolute_convolution_bound(kernel, groups),
+        row_norm=float(np.max(row_norms_up(kernel.reshape(len(kernel), -1)))),
+        terms=math.prod(kernel.shape[1:]),
+        convolution=convolution,
+        widest=math.prod(padded),
+    )
+    others = [
+        (math.inf if np.any(pads) else _circular_bound(context, view, convolution), _CIRCULAR),
+        (_patch_bound(view, kernel, windows, groups), _PATCHES),
     ]
-
-
-_CIRCULAR = "Circular convolution: the largest norm of its symbol on the torus of the image itself."
-_PATCHES = "Kernel as a matrix W on patches, an element in at most m of them: ||W||_2 sqrt(m)."
+    return [linear_result(context, view, linear, _bias(inputs, len(kernel), axes), others=others)]
 
 
 def _circular_bound(context: Context, view: View, convolution: Convolution) -> float:
@@ -149,36 +115,34 @@ def _circular_bound(context: Context, view: View, convolution: Convolution) -> f
     return mul_up(norm, context.domain.joint(core).lipschitz)
 
 
-def _patch_bound(
-    view: View,
-    kernel: Array,
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    groups: int,
-    pads: Sequence[tuple[int, int]],
-) -> float:
+def _patch_bound(view: View, kernel: Array, windows: Windows, groups: int) -> float:
     """`||W|| sqrt(m) L`, W the kernel as a matrix on patches, where an element stands in at most m patches.
 
     Only for a tensor that repeats its elements: otherwise the symbol tells more.
     """
-    if view.repetition <= 1:
+    if view.repetition <= 1 or not fits(len(view.index), *windows.after, *windows.kernel):
         return math.inf
-    padded = np.pad(view.index, [(0, 0), *pads], constant_values=-1)
-    patches = windows_of(padded, kernel.shape[2:], strides, dilations)
+    patches = windows.of(np.pad(view.index, [(0, 0), *windows.pads], constant_values=-1))
     times = np.bincount(patches[patches >= 0]).max(initial=0)
     norm = max(spectral_norm_bound(part.reshape(len(part), -1)) for part in np.split(kernel, groups))
     return mul_up(norm, sqrt_up(float(times)), view.source.lipschitz)
 
 
 def _period(index: NDArray[np.int64], axis: int) -> int:
-    """The smallest p for which the array repeats itself after p steps along `axis`; its length if it never does."""
+    """Return the smallest p for which the array repeats itself after p steps along `axis`; else its length."""
     moved = np.moveaxis(index, axis, 0)
     return next((p for p in range(1, len(moved)) if np.array_equal(moved[p:], moved[:-p])), len(moved))
 
 
 @rule("ConvTranspose", attributes=(*_CONV_ATTRIBUTES, "output_padding"))
 def conv_transpose(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """The adjoint of a zero-padded convolution (some results cut off): the same norm bound."""
+    """The adjoint of a zero-padded convolution (some results cut off): the same norm bound.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: the kernel does not fit the image, or an attribute has no proved rule.
+    """
     view = data_operand(inputs[0])
     kernel = _kernel(node, float_operand(inputs[1], "the weight"))
     axes = kernel.ndim - 2
@@ -187,62 +151,49 @@ def conv_transpose(context: Context, node: Node, inputs: Operands) -> list[Value
         raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
     if node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise Refusal("auto_pad, which runtimes read in two ways; give the pads as numbers")
-    strides, dilations = numbers_of(node, "strides", [1] * axes), numbers_of(node, "dilations", [1] * axes)
-    extra = numbers_of(node, "output_padding", [0] * axes)
-    pads = pads_of(node, view.shape[1:], [1] * axes, strides)
+    strides = integers_attribute(node, "strides", [1] * axes)
+    dilations = integers_attribute(node, "dilations", [1] * axes)
+    extra = integers_attribute(node, "output_padding", [0] * axes)
+    pads = explicit_pads(node, axes) if node.attributes.get("auto_pad", "NOTSET") == "NOTSET" else [(0, 0)] * axes
     # As the adjoint of the convolution of an image as large as the full result.
     whole = [
         (n - 1) * s + (k - 1) * d + 1 + more
         for n, k, s, d, more in zip(view.shape[1:], kernel.shape[2:], strides, dilations, extra, strict=True)
     ]
+    windows = Windows(tuple(whole), kernel.shape[2:], tuple(strides), tuple(dilations), tuple(pads))
+    channels = kernel.shape[1] * groups
+    limit_size((channels, *whole), (*kernel.shape[:2], *windows.whole_strides))
     if any(n - low - high < 1 for n, (low, high) in zip(whole, pads, strict=True)):
         raise Refusal("nothing is left of the tensor")
-    kept = tuple(slice(low, n - high) for n, (low, high) in zip(whole, pads, strict=True))
+    inside = tuple(slice(low, n - high) for n, (low, high) in zip(whole, pads, strict=True))
 
     def apply(stack: Array) -> Array:
         full = transposed_convolve(stack, kernel, strides, dilations, groups)
-        return np.pad(full, [(0, 0), (0, 0), *((0, more) for more in extra)])[(slice(None), slice(None), *kept)]
+        return np.pad(full, [(0, 0), (0, 0), *((0, more) for more in extra)])[(slice(None), slice(None), *inside)]
 
     adjoint = Convolution(dilated(kernel, dilations), tuple(strides), tuple(low for low, _ in pads), groups)
-    norm = context.joint.convolution_norm(adjoint, whole)
-    channels = kernel.shape[1] * groups
     per_output = np.swapaxes(kernel.reshape(groups, -1, *kernel.shape[1:]), 1, 2).reshape(channels, -1)
-    row_norm = float(np.max(row_norms_up(per_output)))
-    spread = absolute_convolution_bound(kernel, groups)
-    bias, terms = _bias(inputs, channels, axes), per_output.shape[1]
-    return [
-        linear_result(
-            context,
-            view,
-            apply,
-            bias,
-            norm=norm,
-            spread=spread,
-            row_norm=row_norm,
-            terms=terms,
-            adjoint=adjoint,
-        )
-    ]
-
-
-def windows_of(
-    values: NDArray[Number], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
-) -> NDArray[Number]:
-    """`... x *out x window` of a padded `... x *S` array."""
-    axes = len(kernel)
-    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    if any(n < k for n, k in zip(values.shape[-axes:], extent, strict=True)):
-        raise Refusal("the window is larger than the padded image")
-    windows = np.lib.stride_tricks.sliding_window_view(values, extent, axis=tuple(range(-axes, 0)))
-    picks = tuple(slice(None, None, stride) for stride in strides)
-    taps = tuple(slice(None, None, dilation) for dilation in dilations)
-    chosen = windows[(..., *picks, *taps)]
-    return chosen.reshape(*chosen.shape[:-axes], -1)
+    linear = LinearMap(
+        apply,
+        norm=context.joint.convolution_norm(adjoint, whole),
+        spread=absolute_convolution_bound(kernel, groups),
+        row_norm=float(np.max(row_norms_up(per_output))),
+        terms=per_output.shape[1],
+        adjoint=adjoint,
+        widest=channels * math.prod(whole),
+    )
+    return [linear_result(context, view, linear, _bias(inputs, channels, axes))]
 
 
 @rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))
 def batch_normalization(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """In inference form a diagonal map per channel: its norm is the largest |scale| / sqrt(variance + epsilon)."""
+    """In inference form a diagonal map per channel: its norm is the largest |scale| / sqrt(variance + epsilon).
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: it is a training form, its parameters do not fit, or its factors may underflow.
+    """
     view = data_operand(inputs[0])
     if flag_attribute(node, "training_mode", 0) or len(node.outputs) > 1:
         raise Refusal("its training form mixes the images of a batch")
@@ -259,8 +210,8 @@ def batch_normalization(context: Context, node: Node, inputs: Operands) -> list[
         raise Refusal("a factor underflows")
     # A runtime may divide the centred image by the deviation before it scales it.
     deviation = down(math.sqrt(float(np.min(variance + epsilon))) * (1.0 - 2.0**-50))
-    context.no_overflow(div_up(add_up(context.domain.joint(view).largest, float(np.max(np.abs(mean)))), deviation))
-    facts = context.domain.joint(view)
+    facts, mean_peak = context.domain.joint(view), float(np.max(np.abs(mean)))
+    context.no_overflow(div_up(add_up(facts.largest, mean_peak), deviation))
     column = (-1, *[1] * (len(view.shape) - 1))
     factors = np.broadcast_to((scale / np.sqrt(variance + epsilon)).reshape(column), view.shape)
     center = (view.center - mean.reshape(column)) * factors + bias.reshape(column)
@@ -268,20 +219,12 @@ def batch_normalization(context: Context, node: Node, inputs: Operands) -> list[
     # f x, f mean and b, each of relative size 1.
     constant = factor * np.abs(mean) + np.abs(bias)
     constant_norm = norm_up(np.broadcast_to(constant.reshape(column), center.shape))
-    gamma = context.gamma(10)
+    reach = add_up(mul_up(peak, facts.largest), mul_up(2.0, float(np.max(constant))))
+    context.no_overflow(reach)
+    rounding = LocalError.relative(
+        context.gamma(10), norm=add_up(mul_up(peak, facts.computed_norm), constant_norm), largest=reach
+    )
     # The factor may underflow, too.
-    reach = add_up(1.0, peak, facts.largest, float(np.max(np.abs(mean))))
-    tiny = mul_up(16.0, context.precision.smallest_normal, reach)
-    context.no_overflow(add_up(mul_up(peak, facts.largest), mul_up(2.0, float(np.max(constant)))))
-    error = add_up(
-        mul_up(peak, facts.error),
-        mul_up(gamma, add_up(mul_up(peak, add_up(facts.norm, facts.error)), constant_norm)),
-        mul_up(tiny, sqrt_up(float(center.size))),
-    )
-    error_max = add_up(
-        mul_up(peak, view.source.error_max),
-        mul_up(gamma, add_up(mul_up(peak, facts.largest), mul_up(2.0, float(np.max(constant))))),
-        tiny,
-    )
-    step = diagonal_step(view, factors, peak)
-    return [context.source(center, mul_up(peak, facts.lipschitz), error, error_max, step=step)]
+    tiny = mul_up(16.0, context.precision.smallest_normal, add_up(1.0, peak, facts.largest, mean_peak))
+    result = facts.mapped(peak, peak).plus(rounding, LocalError.of_each(tiny, center.size))
+    return [context.source(center, result, step=diagonal_step(view, factors, peak))]

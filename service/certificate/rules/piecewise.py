@@ -1,14 +1,13 @@
-"""TODO: service/certificate/rules/piecewise.py."""
-
-from __future__ import annotations
+"""Rules of piecewise linear activations, maxima and sorts: 1-Lipschitz and exact, mostly. Notation as in `table`."""
 
 import math
 from dataclasses import replace
 
 import numpy as np
 
+from service.certificate.facts import LocalError
 from service.certificate.graph import Node
-from service.certificate.rounding import add_up
+from service.certificate.rules.linear import scaling_step
 from service.certificate.rules.operands import (
     Operands,
     Refusal,
@@ -22,61 +21,55 @@ from service.certificate.rules.operands import (
     integer_operand,
     optional_operand,
 )
-from service.certificate.rules.table import (
-    Context,
-    rounding_of,
-    rule,
-    scaling_step,
-)
-from service.certificate.values import (
-    Part,
-    Slopes,
-    Source,
-    Unknown,
-    Value,
-    View,
-    identity_of,
-)
+from service.certificate.rules.table import Context, rule
+from service.certificate.values import Part, Slopes, Unknown, Value, View, identity_of
 
 
-def sorted_pair(context: Context, left: View, right: View) -> Source:
-    """`(a, b) -> (max(a, b), min(a, b))`, elementwise: 1-Lipschitz as one map, and exact.
+def sorted_pair(context: Context, left: View, right: View) -> tuple[View, View]:
+    """Return `max(a, b)` and `min(a, b)`, elementwise: 1-Lipschitz as one map, and exact.
 
-    Both of its halves, however the graph computes them, are views of this one source, so that their concatenation
-    costs what the pair costs, not sqrt(2) of it.
+    Both are views of one source, in whatever order a graph computes them, so that their concatenation costs as much as
+    the pair, not sqrt(2) of it.
+
+    Args:
+        context: of this analysis.
+        left: a.
+        right: b, of the same shape.
     """
     key = frozenset({identity_of(left), identity_of(right)})
     if key not in context.sorted_pairs:
-        facts = context.domain.joint(left, right)
         center = np.stack([np.maximum(left.center, right.center), np.minimum(left.center, right.center)])
-        error_max = max(left.source.error_max, right.source.error_max)
-        context.sorted_pairs[key] = context.source(center, facts.lipschitz, facts.error, error_max).source
-    return context.sorted_pairs[key]
-
-
-def half_of(source: Source, which: int) -> View:
-    size = source.center[0].size
-    return View(source, np.arange(which * size, (which + 1) * size).reshape(source.center.shape[1:]))
+        context.sorted_pairs[key] = context.source(center, context.domain.joint(left, right)).source
+    source = context.sorted_pairs[key]
+    larger, smaller = np.split(np.arange(source.center.size), 2)
+    return View(source, larger.reshape(left.shape)), View(source, smaller.reshape(left.shape))
 
 
 @rule("Max", "Min")
 def max_min(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Sorting a pair never expands (rearrangement inequality); max and min are its two halves. Exact."""
+    """Sorting a pair never expands (rearrangement inequality); max and min are its two halves. Exact.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: the tensors have different shapes.
+    """
     if len(inputs) != 2:
         return [_largest_of_many(context, node, inputs)]
     left, right = inputs[0], inputs[1]
+    largest = node.operator == "Max"
     if isinstance(left, View) and isinstance(right, View):
         if left.shape != right.shape:
             raise Refusal(f"tensors of shapes {left.shape} and {right.shape}; the rule covers equal shapes")
         if identity_of(left) == identity_of(right):
             return [left]
-        return [half_of(sorted_pair(context, left, right), 0 if node.operator == "Max" else 1)]
+        larger, smaller = sorted_pair(context, left, right)
+        return [larger if largest else smaller]
     view = data_operand(left if isinstance(left, View) else right)
     constant = float_operand(right if isinstance(left, View) else left, "the other operand")
     constant, view = broadcast_constant(constant, view)
-    clip = np.maximum if node.operator == "Max" else np.minimum
-    facts = context.domain.joint(view)
-    return [context.source(clip(view.center, constant), facts.lipschitz, facts.error, view.source.error_max)]
+    clipped = np.maximum(view.center, constant) if largest else np.minimum(view.center, constant)
+    return [context.source(clipped, context.domain.joint(view))]
 
 
 def _largest_of_many(context: Context, node: Node, inputs: Operands) -> View:
@@ -92,87 +85,113 @@ def _largest_of_many(context: Context, node: Node, inputs: Operands) -> View:
                 raise Refusal("a constant larger than the tensors")
             stack.append(constant)
     center = np.max(stack, axis=0) if node.operator == "Max" else np.min(stack, axis=0)
-    facts = context.domain.joint(*views)
-    return context.source(center, facts.lipschitz, facts.error, max(view.source.error_max for view in views))
+    return context.source(center, context.domain.joint(*views))
 
 
 @rule("TopK", attributes=("axis", "largest", "sorted"))
 def top_k(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Sorting never expands (rearrangement inequality), nor does keeping the first k of the result. Exact."""
+    """Sorting never expands (rearrangement inequality), nor does keeping the first k of the result. Exact.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: the order is left open.
+    """
     view = data_operand(inputs[0])
     (k,) = integer_operand(inputs[1], "k")
     axis = image_axis(int_attribute(node, "axis", -1), view)
     if not flag_attribute(node, "sorted", 1):
         raise Refusal("sorted=0 leaves the order open")
-    facts = context.domain.joint(view)
     ordered = np.sort(view.center, axis=axis)
     if flag_attribute(node, "largest", 1):
         ordered = np.flip(ordered, axis=axis)
-    kept = np.take(ordered, np.arange(k), axis=axis)
-    values = context.source(kept, facts.lipschitz, facts.error, view.source.error_max)
+    first = np.take(ordered, np.arange(k), axis=axis)
+    values = context.source(first, context.domain.joint(view))
     return [values, Unknown("the indices of a sort jump and have no Lipschitz constant")]
 
 
 @rule("Relu")
 def relu(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Positive part: 1-Lipschitz, and exact; together with the negative part of the same tensor, too."""
+    """Positive part: 1-Lipschitz, and exact; together with the negative part of the same tensor, too.
+
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
-    facts = context.domain.joint(view)
     of, negative = view, False
     step = view.source.step
     if step is not None and step.negates and (view.index >= 0).all():
         of, negative = step.operands[0].rearranged(step.operands[0].index.ravel()[view.index]), True
-    return [
-        context.source(
-            np.maximum(view.center, 0.0),
-            facts.lipschitz,
-            facts.error,
-            view.source.error_max,
-            slopes=Slopes(view, 0.0, 1.0),
-            part=Part(identity_of(of), negative),
-        )
-    ]
+    slopes, part = Slopes(view, 0.0, 1.0), Part(identity_of(of), negative)
+    return [context.source(np.maximum(view.center, 0.0), context.domain.joint(view), slopes=slopes, part=part)]
 
 
 @rule("Abs")
 def absolute(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Elementwise of slope at most 1: 1-Lipschitz, and exact."""
-    view = data_operand(inputs[0])
-    facts = context.domain.joint(view)
-    return [context.source(np.abs(view.center), facts.lipschitz, facts.error, view.source.error_max)]
+    """Elementwise of slope at most 1: 1-Lipschitz, and exact.
 
-
-@rule("LeakyRelu", attributes=("alpha",))
-def leaky_relu(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Elementwise of slopes 1 and alpha: max(1, |alpha|)-Lipschitz; one rounding of the negative side."""
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
-    alpha = float_attribute(node, "alpha", 0.01)
-    factor = max(1.0, abs(alpha))
-    facts = context.domain.joint(view)
-    scaled = facts.scaled(factor)
-    context.no_overflow(scaled.largest)
-    rounding, _ = rounding_of(context, scaled, view.index.size)
-    center = np.where(view.center >= 0.0, view.center, alpha * view.center)
-    slopes = Slopes(view, min(alpha, 1.0), factor)
-    return [context.source(center, scaled.lipschitz, add_up(scaled.error, rounding), slopes=slopes)]
+    return [context.source(np.abs(view.center), context.domain.joint(view))]
 
 
 @rule("Neg")
 def negate(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Change of sign: an isometry, and exact."""
+    """Change of sign: an isometry, and exact.
+
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
-    facts = context.domain.joint(view)
     step = replace(scaling_step(view, -1.0), negates=True)
-    return [context.source(-view.center, facts.lipschitz, facts.error, view.source.error_max, step=step)]
+    return [context.source(-view.center, context.domain.joint(view), step=step)]
 
 
 @rule("Clip")
 def clip(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Projection on an interval: 1-Lipschitz, and exact."""
+    """Projection on an interval: 1-Lipschitz, and exact.
+
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
     low_value, high_value = optional_operand(inputs, 1), optional_operand(inputs, 2)
     low = float(float_operand(low_value, "the lower limit").reshape(())) if low_value is not None else -math.inf
     high = float(float_operand(high_value, "the upper limit").reshape(())) if high_value is not None else math.inf
-    facts = context.domain.joint(view)
-    center = np.minimum(np.maximum(view.center, low), high)
-    return [context.source(center, facts.lipschitz, facts.error, view.source.error_max)]
+    return [context.source(np.minimum(np.maximum(view.center, low), high), context.domain.joint(view))]
+
+
+@rule("LeakyRelu", attributes=("alpha",))
+def leaky_relu(context: Context, node: Node, inputs: Operands) -> list[Value]:
+    """Elementwise of slopes 1 and alpha: max(1, |alpha|)-Lipschitz; one rounding of the negative side.
+
+    Args: see `Rule`.
+    """
+    view = data_operand(inputs[0])
+    alpha = float_attribute(node, "alpha", 0.01)
+    factor = max(1.0, abs(alpha))
+    scaled = context.domain.joint(view).scaled(factor)
+    context.no_overflow(scaled.largest)
+    rounding = LocalError(context.one_rounding(scaled, view.index.size).l2)
+    center = np.where(view.center >= 0.0, view.center, alpha * view.center)
+    return [context.source(center, scaled.plus(rounding), slopes=Slopes(view, min(alpha, 1.0), factor))]
+
+
+@rule("PRelu")
+def prelu(context: Context, node: Node, inputs: Operands) -> list[Value]:
+    """Elementwise of slopes 1 and c, c constant: max(1, |c|)-Lipschitz; one rounding of the negative side.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: the slopes broadcast the tensor to another shape.
+    """
+    view = data_operand(inputs[0])
+    below, spread = broadcast_constant(float_operand(inputs[1], "the slope"), view)
+    if spread.shape != view.shape:
+        raise Refusal(f"a slope that broadcasts the tensor {view.shape} to {spread.shape}")
+    factor = max(1.0, float(np.max(np.abs(below), initial=0.0)))
+    scaled = context.domain.joint(view).scaled(factor)
+    context.no_overflow(scaled.largest)
+    rounding = context.one_rounding(scaled, view.index.size)
+    center = np.where(view.center >= 0.0, view.center, below * view.center)
+    slopes = Slopes(view, min(1.0, float(np.min(below, initial=1.0))), factor)
+    return [context.source(center, scaled.plus(rounding), slopes=slopes)]

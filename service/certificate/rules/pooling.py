@@ -1,66 +1,50 @@
-"""TODO: service/certificate/rules/pooling.py."""
-
-from __future__ import annotations
+"""Rules of pools: maxima and means of windows, and of whole channels. Notation as in `table`."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.certificate.convolutions import (
-    convolution_norm_bound,
-    dilated,
-)
+from service.certificate.convolutions import convolution_norm_bound, dilated
 from service.certificate.graph import Node
 from service.certificate.rounding import div_up, mul_up, sqrt_up
-from service.certificate.rules.convolution import numbers_of, pads_of, windows_of
+from service.certificate.rules.linear import LinearMap, linear_result, mean_norm
 from service.certificate.rules.operands import (
     Array,
     Operands,
     Refusal,
     data_operand,
     flag_attribute,
+    integers_attribute,
+    limit_size,
 )
-from service.certificate.rules.table import Context, linear_result, rule
+from service.certificate.rules.table import Context, rule
+from service.certificate.rules.windows import Windows, read_windows
 from service.certificate.values import Convolution, Value
 
-
-def _coverage(
-    size: Sequence[int],
-    pads: Sequence[tuple[int, int]],
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-) -> NDArray[np.int64]:
-    """Indices into the image (one channel) of each window, -1 for padding: `*out x window`."""
-    positions = np.arange(math.prod(size)).reshape(1, *size)
-    return windows_of(np.pad(positions, [(0, 0), *pads], constant_values=-1), kernel, strides, dilations)[0]
+POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
 
 
-def _pool_geometry(node: Node, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:
+def _read_pool(node: Node, shape: tuple[int, ...]) -> Windows:
+    """Return the windows of a pool of an image `C x *S`; refuse more of them than fit into an array."""
     axes = len(shape) - 1
     if axes not in (1, 2):
         raise Refusal(f"{axes} spatial axes; the rule covers 1 and 2")
     if flag_attribute(node, "ceil_mode", 0):
         raise Refusal("ceil_mode=1 has no proved rule")
-    kernel = numbers_of(node, "kernel_shape", [0] * axes)
-    strides, dilations = numbers_of(node, "strides", [1] * axes), numbers_of(node, "dilations", [1] * axes)
+    kernel = integers_attribute(node, "kernel_shape", [0] * axes)
+    windows = read_windows(node, shape[1:], kernel)
     if node.attributes.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
-        apart = any((-(-n // s) - 1) * s + k < n for n, k, s in zip(shape[1:], kernel, strides, strict=True))
-        if apart or set(dilations) != {1}:
+        apart = any((-(-n // s) - 1) * s + k < n for n, k, s in zip(shape[1:], kernel, windows.strides, strict=True))
+        if apart or set(windows.dilations) != {1}:
             raise Refusal("auto_pad of windows with gaps, which runtimes read in two ways; give the pads as numbers")
-    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    return kernel, strides, dilations, pads_of(node, shape[1:], extent, strides)
-
-
-POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+    limit_size((shape[0], *windows.padded), (shape[0], *windows.after, *kernel), (shape[0], *windows.whole_strides))
+    return windows
 
 
 def pool_windows(node: Node, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], Array]:
-    """Positions `C x *out x window` in a flattened `C x *S` image, -1 for padding, and the divisors of their means."""
-    kernel, strides, dilations, pads = _pool_geometry(node, shape)
-    one = _coverage(shape[1:], pads, kernel, strides, dilations)
+    """Return positions `C x *out x taps` in a flattened `C x *S` image, -1 for padding, and the divisors of means."""
+    one = _read_pool(node, shape).positions()
     offsets = np.arange(shape[0]).reshape(-1, *[1] * one.ndim) * math.prod(shape[1:])
     divisors = _divisors(node, one >= 0)
     return np.where(one >= 0, one + offsets, -1), np.broadcast_to(divisors, (shape[0], *divisors.shape))
@@ -77,95 +61,86 @@ def _divisors(node: Node, inside: NDArray[np.bool_]) -> Array:
 
 @rule("MaxPool", attributes=(*POOL_ATTRIBUTES, "storage_order"))
 def max_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Maxima of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows (1 if they are disjoint). Exact."""
+    """Maxima of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows (1 if they are disjoint). Exact.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: the indices are asked for, or a window holds padding only.
+    """
     if len(node.outputs) > 1:
         raise Refusal("the indices of a maximum jump and have no Lipschitz constant")
     view = data_operand(inputs[0])
-    kernel, strides, dilations, pads = _pool_geometry(node, view.shape)
-    padded = np.pad(view.center, [(0, 0), *pads], constant_values=-np.inf)
-    center = windows_of(padded, kernel, strides, dilations).max(axis=-1)
+    windows = _read_pool(node, view.shape)
+    padded = np.pad(view.center, [(0, 0), *windows.pads], constant_values=-np.inf)
+    center = windows.of(padded).max(axis=-1)
     if not np.isfinite(center).all():
         raise Refusal("a window holds padding only")
-    used = _coverage(view.shape[1:], pads, kernel, strides, dilations).ravel()
+    used = windows.positions().ravel()
     times = float(np.bincount(used[used >= 0]).max())
-    facts = context.domain.joint(view)
-    factor = sqrt_up(times)
-    return [context.source(center, mul_up(factor, facts.lipschitz), mul_up(factor, facts.error), view.source.error_max)]
+    return [context.source(center, context.domain.joint(view).mapped(sqrt_up(times), 1.0))]
 
 
 @rule("AveragePool", attributes=(*POOL_ATTRIBUTES, "count_include_pad"))
 def average_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Means of windows: sqrt(largest row sum * largest column sum) of its weights (Schur's test)."""
+    """Means of windows: sqrt(largest row sum * largest column sum) of its weights (Schur's test).
+
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
-    kernel, strides, dilations, pads = _pool_geometry(node, view.shape)
-    indices = _coverage(view.shape[1:], pads, kernel, strides, dilations)
+    windows = _read_pool(node, view.shape)
+    indices = windows.positions()
     inside = indices >= 0
-    n = math.prod(kernel)
+    n = math.prod(windows.kernel)
     divisors = _divisors(node, inside)
     # The sum, before it is divided.
     context.no_overflow(mul_up(float(n), context.domain.joint(view).largest))
 
     def apply(stack: Array) -> Array:
-        padded = np.pad(stack, [(0, 0), (0, 0), *pads])
-        return windows_of(padded, kernel, strides, dilations).sum(axis=-1) / divisors
+        return windows.of(np.pad(stack, [(0, 0), (0, 0), *windows.pads])).sum(axis=-1) / divisors
 
     shares = np.broadcast_to((1.0 / divisors)[..., None], inside.shape)[inside]
     columns = np.bincount(indices[inside], weights=shares)
     # Row sums are at most 1; a column is a sum of at most n quotients, each rounded once.
     column = mul_up(float(columns.max()), 1.0 + 4.0 * (n + 2) * 2.0**-53)
-    norm = spread = sqrt_up(column)
-    row_norm = div_up(1.0, math.sqrt(float(divisors.min()))) * (1.0 + 2.0**-50)
+    spread = norm = sqrt_up(column)
     convolution = None
     if (divisors == n).all():
         # The same weights everywhere: a convolution of each channel with ones, divided by n.
-        weights = dilated(np.ones((view.shape[0], 1, *kernel)), dilations)
-        alone = convolution_norm_bound(weights[:1], view.shape[1:], strides, [1] * len(kernel), 1)
+        weights = dilated(np.ones((view.shape[0], 1, *windows.kernel)), windows.dilations)
+        alone = convolution_norm_bound(weights[:1], windows.size, windows.strides, [1] * len(windows.size), 1)
         norm = min(norm, div_up(alone, float(n)))
-        offsets = tuple(low for low, _ in pads)
-        convolution = Convolution(weights / n, tuple(strides), offsets, view.shape[0])
-    return [
-        linear_result(
-            context,
-            view,
-            apply,
-            None,
-            norm=norm,
-            spread=spread,
-            row_norm=row_norm,
-            terms=n + 1,
-            convolution=convolution,
-        )
-    ]
+        offsets = tuple(low for low, _ in windows.pads)
+        convolution = Convolution(weights / n, windows.strides, offsets, view.shape[0])
+    mean = LinearMap(
+        apply,
+        norm=norm,
+        spread=spread,
+        row_norm=div_up(1.0, math.sqrt(float(divisors.min()))) * (1.0 + 2.0**-50),
+        terms=n + 1,
+        convolution=convolution,
+        widest=view.shape[0] * max(math.prod(windows.padded), n * math.prod(windows.after)),
+    )
+    return [linear_result(context, view, mean)]
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool")
 def global_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Over a whole channel of n pixels: the mean has norm 1 / sqrt(n), the maximum is 1-Lipschitz and exact."""
+    """Over a whole channel of n pixels: the mean has norm 1 / sqrt(n), the maximum is 1-Lipschitz and exact.
+
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
-    flat = view.center.reshape(view.shape[0], -1)
+    channels = view.rearranged(view.index.reshape(view.shape[0], -1))
     shape = (view.shape[0], *[1] * (len(view.shape) - 1))
     if node.operator == "GlobalMaxPool":
-        facts = context.domain.joint(view)
-        return [context.source(flat.max(axis=1).reshape(shape), facts.lipschitz, facts.error, view.source.error_max)]
-    n = flat.shape[1]
+        return [context.source(channels.center.max(axis=1).reshape(shape), context.domain.joint(view))]
+    n = channels.shape[1]
     context.no_overflow(mul_up(float(n), context.domain.joint(view).largest))
-    norm = div_up(sqrt_up(float(n)), float(n)) if n > 1 else 1.0
-    channels = view.rearranged(view.index.reshape(flat.shape))
+    norm = mean_norm(n)
 
     def apply(stack: Array) -> Array:
         return stack.mean(axis=2).reshape(-1, *shape)
 
-    return [
-        linear_result(
-            context,
-            channels,
-            apply,
-            None,
-            norm=norm,
-            spread=norm,
-            row_norm=norm,
-            terms=n + 1,
-            tight=True,
-            mean=True,
-        )
-    ]
+    mean = LinearMap(apply, norm=norm, spread=norm, row_norm=norm, terms=n + 1, tight=True, mean=True)
+    return [linear_result(context, channels, mean)]

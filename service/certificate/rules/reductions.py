@@ -1,13 +1,13 @@
-"""TODO: service/certificate/rules/reductions.py."""
-
-from __future__ import annotations
+"""Rules of reductions: sums, means, norms and maxima over groups of axes. Notation as in `table`."""
 
 from dataclasses import replace
 
 import numpy as np
 
+from service.certificate.facts import LocalError
 from service.certificate.graph import Node
-from service.certificate.rounding import add_up, div_up, mul_up, sqrt_up
+from service.certificate.rounding import mul_up, sqrt_up
+from service.certificate.rules.linear import LinearMap, linear_result, mean_norm
 from service.certificate.rules.operands import (
     Array,
     Operands,
@@ -18,20 +18,15 @@ from service.certificate.rules.operands import (
     integer_operand,
     optional_operand,
 )
-from service.certificate.rules.piecewise import absolute, half_of, sorted_pair
-from service.certificate.rules.table import (
-    Context,
-    linear_result,
-    rule,
-)
-from service.certificate.values import (
-    Value,
-    View,
-)
+from service.certificate.rules.piecewise import absolute, sorted_pair
+from service.certificate.rules.table import Context, rule
+from service.certificate.values import Value, View
+
+_REDUCE_ATTRIBUTES = ("axes", "keepdims", "noop_with_empty_axes")
 
 
 def _reduced_axes(node: Node, inputs: Operands, view: View) -> tuple[tuple[int, ...], bool]:
-    """Axes (of the image's own shape) and whether they are kept."""
+    """Return the axes (of the image's own shape), and whether they stay with length 1."""
     axes_value = optional_operand(inputs, 1)
     attribute = node.attributes.get("axes")
     if axes_value is not None:
@@ -47,55 +42,66 @@ def _reduced_axes(node: Node, inputs: Operands, view: View) -> tuple[tuple[int, 
 
 
 def grouped_axes(node: Node, inputs: Operands, view: View) -> tuple[View, tuple[int, ...], bool]:
-    """The view with the axes that the node reduces moved to the end and made one; these axes; whether to keep them."""
+    """Return the view with all reduced axes as one last axis, these axes, and whether they stay with length 1.
+
+    Args:
+        node: the reduction.
+        inputs: its operands; the second one names the axes.
+        view: the first operand.
+    """
     axes, keep = _reduced_axes(node, inputs, view)
-    kept = [axis for axis in range(len(view.shape)) if axis not in axes]
-    moved = np.transpose(view.index, kept + list(axes))
-    return view.rearranged(moved.reshape([view.shape[axis] for axis in kept] + [-1])), axes, keep
+    others = [axis for axis in range(len(view.shape)) if axis not in axes]
+    moved = np.transpose(view.index, others + list(axes))
+    return view.rearranged(moved.reshape([view.shape[axis] for axis in others] + [-1])), axes, keep
 
 
 def with_axes(view: View, axes: tuple[int, ...], keep: bool) -> View:
+    """Return a reduced view as ONNX shapes it.
+
+    Args:
+        view: the result without the reduced axes.
+        axes: the reduced axes.
+        keep: whether they stay with length 1.
+    """
     return view.rearranged(np.expand_dims(view.index, axes)) if keep else view
-
-
-_REDUCE_ATTRIBUTES = ("axes", "keepdims", "noop_with_empty_axes")
 
 
 @rule("ReduceSum", "ReduceMean", attributes=_REDUCE_ATTRIBUTES)
 def reduce_linear(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Sum over disjoint groups of n: norm sqrt(n) (Cauchy-Schwarz); the mean: 1 / sqrt(n)."""
+    """Sum over disjoint groups of n: norm sqrt(n) (Cauchy-Schwarz); the mean: 1 / sqrt(n).
+
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
     grouped, axes, keep = grouped_axes(node, inputs, view)
     n = grouped.shape[-1]
-    facts = context.domain.joint(grouped)
     mean = node.operator == "ReduceMean"
-    root = sqrt_up(float(n))
-    # 1 / sqrt(n) rounded up: 1 over a lower bound of the root.
-    norm = (div_up(root, float(n)) if n > 1 else 1.0) if mean else root
-    context.no_overflow(mul_up(float(n), facts.largest))
+    norm = mean_norm(n) if mean else sqrt_up(float(n))
+    context.no_overflow(mul_up(float(n), context.domain.joint(grouped).largest))
 
     def apply(stack: Array) -> Array:
         return np.asarray(stack.mean(axis=-1) if mean else stack.sum(axis=-1))
 
-    result = linear_result(
-        context, grouped, apply, None, norm=norm, spread=norm, row_norm=norm, terms=n + 1, tight=True, mean=mean
-    )
-    return [with_axes(result, axes, keep)]
-
-
-# --- nonlinear operators that never expand ----------------------------------------------------------------------------
+    total = LinearMap(apply, norm=norm, spread=norm, row_norm=norm, terms=n + 1, tight=True, mean=mean)
+    return [with_axes(linear_result(context, grouped, total), axes, keep)]
 
 
 @rule("ReduceL1", attributes=_REDUCE_ATTRIBUTES)
 def reduce_l1(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Sum of absolute values of disjoint groups of n: sqrt(n) (Cauchy-Schwarz)."""
+    """Sum of absolute values of disjoint groups of n: sqrt(n) (Cauchy-Schwarz).
+
+    Args: see `Rule`.
+    """
     (positive,) = absolute(context, node, inputs[:1])
     return reduce_linear(context, replace(node, operator="ReduceSum"), [positive, *inputs[1:]])
 
 
 @rule("ReduceL2", attributes=_REDUCE_ATTRIBUTES)
 def reduce_l2(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """L2 norm of disjoint groups: 1-Lipschitz (reverse triangle inequality in each group)."""
+    """L2 norm of disjoint groups: 1-Lipschitz (reverse triangle inequality in each group).
+
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
     grouped, axes, keep = grouped_axes(node, inputs, view)
     n = grouped.shape[-1]
@@ -104,20 +110,23 @@ def reduce_l2(context: Context, node: Node, inputs: Operands) -> list[Value]:
     center = np.sqrt(np.square(grouped.center).sum(axis=-1))
     # A relative gamma_{n+2} (squares, sum, root); squares that underflow shift the root by at most sqrt(n tiny).
     tiny = sqrt_up(mul_up(2.0 * (n + 1), context.precision.smallest_normal))
-    rounding = mul_up(context.gamma(n + 2), add_up(facts.norm, facts.error))
-    error = add_up(facts.error, rounding, mul_up(tiny, sqrt_up(float(center.size))))
-    return [with_axes(context.source(center, facts.lipschitz, error), axes, keep)]
+    rounding = LocalError(mul_up(context.gamma(n + 2), facts.computed_norm))
+    underflow = LocalError.of_each(tiny, center.size)
+    return [with_axes(context.source(center, facts.plus(rounding, underflow)), axes, keep)]
 
 
 @rule("ReduceMax", "ReduceMin", attributes=_REDUCE_ATTRIBUTES)
 def reduce_max(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Largest (smallest) of disjoint groups: 1-Lipschitz, and exact; of pairs: half of the sorted pair."""
+    """Largest (smallest) of disjoint groups: 1-Lipschitz, and exact; of pairs: half of the sorted pair.
+
+    Args: see `Rule`.
+    """
     view = data_operand(inputs[0])
     grouped, axes, keep = grouped_axes(node, inputs, view)
     largest = node.operator == "ReduceMax"
     if grouped.shape[-1] == 2:
         left, right = (grouped.rearranged(grouped.index[..., half]) for half in (0, 1))
-        return [with_axes(half_of(sorted_pair(context, left, right), 0 if largest else 1), axes, keep)]
-    facts = context.domain.joint(grouped)
+        larger, smaller = sorted_pair(context, left, right)
+        return [with_axes(larger if largest else smaller, axes, keep)]
     center = grouped.center.max(axis=-1) if largest else grouped.center.min(axis=-1)
-    return [with_axes(context.source(center, facts.lipschitz, facts.error, view.source.error_max), axes, keep)]
+    return [with_axes(context.source(center, context.domain.joint(grouped)), axes, keep)]

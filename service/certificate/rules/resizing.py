@@ -1,4 +1,4 @@
-"""Rules of operators that resample images. Notation as in `rules`.
+"""Rules of operators that resample images. Notation as in `table`.
 
 Resize maps each output position to a coordinate of the input, a rational number. Runtimes compute it in float32 (or
 better) by the formula of the ONNX specification, one rounding to nearest for each operation: exactly where every
@@ -12,9 +12,11 @@ from fractions import Fraction
 
 import numpy as np
 
+from service.certificate.facts import LocalError
 from service.certificate.graph import Node
 from service.certificate.norms import spectral_norm_bound
 from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up, up
+from service.certificate.rules.linear import LinearMap, linear_result
 from service.certificate.rules.operands import (
     Array,
     Operands,
@@ -23,12 +25,15 @@ from service.certificate.rules.operands import (
     flag_attribute,
     float_operand,
     integer_operand,
+    limit_size,
 )
-from service.certificate.rules.table import Context, linear_result, rule
+from service.certificate.rules.table import Context, rule
 from service.certificate.values import Constant, Value, View
 
 _HALF = Fraction(1, 2)
 _COORDINATE_MODES = ("asymmetric", "half_pixel", "pytorch_half_pixel", "align_corners")
+_LONGEST_AXIS = 1 << 16
+"""Pixels along a resampled axis: each has its coordinate as a fraction."""
 _NEAREST_MODES = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 
 
@@ -37,8 +42,9 @@ class _Axis:
     """How one axis is resampled."""
 
     size: int
+    """Pixels of the input."""
     coordinates: tuple[Fraction, ...]
-    """Where in the input each output position lies; not yet clamped to `[0, size - 1]`."""
+    """Of each output pixel in the input; not yet clamped to `[0, size - 1]`."""
     errors: tuple[Fraction, ...]
     """Bounds of computed minus exact coordinate; 0 where float32 computes it exactly."""
 
@@ -58,7 +64,13 @@ class _Axis:
     ),
 )
 def resize(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Nearest: a rearrangement (a pixel used m times counts sqrt(m)). Linear: a product of one matrix for each axis."""
+    """Nearest: a rearrangement (a pixel used m times counts sqrt(m)). Linear: a product of one matrix for each axis.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: a mode or attribute has no proved rule, or float32 may round a coordinate to another pixel.
+    """
     image, *_ = inputs
     if image is None:
         raise Refusal("it has no input")
@@ -73,12 +85,13 @@ def resize(context: Context, node: Node, inputs: Operands) -> list[Value]:
     how = node.attributes.get("coordinate_transformation_mode", "half_pixel")
     if how not in _COORDINATE_MODES:
         raise Refusal(f"coordinate_transformation_mode {how!r}; the rule covers {', '.join(_COORDINATE_MODES)}")
-    resampled = {
-        axis: _axis(view.shape[axis], scale, size, str(how))
-        for axis, (scale, size) in _targets(context, node, inputs, view).items()
-    }
+    targets = _targets(context, node, inputs, view)
+    # Axes are resampled one after the other, the others as long as they are or will be.
+    longest = [max(n, targets[axis][1]) if axis in targets else n for axis, n in enumerate(view.shape)]
+    limit_size(longest, *((size, view.shape[axis]) for axis, (_, size) in targets.items()))
+    resampled = {axis: _axis(view.shape[axis], scale, size, str(how)) for axis, (scale, size) in targets.items()}
     if mode == "linear":
-        return [_linear(context, view, resampled)]
+        return [_linear(context, view, resampled, math.prod(longest))]
     rounding = node.attributes.get("nearest_mode", "round_prefer_floor")
     if rounding not in _NEAREST_MODES:
         raise Refusal(f"nearest_mode {rounding!r} is unknown")
@@ -89,7 +102,7 @@ def resize(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 def _targets(context: Context, node: Node, inputs: Operands, view: View) -> dict[int, tuple[Fraction, int]]:
-    """Scale and new size of every spatial axis (of the image's own shape) that does not stay as it is."""
+    """Return scale and new size of every spatial axis (of the image's own shape) that does not stay as it is."""
     rank = len(view.shape) + 1
     given = node.attributes.get("axes")
     axes = [int(axis) % rank for axis in given] if isinstance(given, (list, tuple)) else list(range(rank))  # type: ignore[reportUnknownVariableType]
@@ -116,6 +129,7 @@ def _targets(context: Context, node: Node, inputs: Operands, view: View) -> dict
                 raise Refusal("sizes depend on the batch size")
             if size < 1:
                 raise Refusal(f"a size of {size}")
+            _limit_axis(size)
             found[axis] = (Fraction(size, view.shape[axis - 1]), size)
     for axis in (0, 1):
         if axis in found and found[axis][0] != 1:
@@ -124,15 +138,21 @@ def _targets(context: Context, node: Node, inputs: Operands, view: View) -> dict
 
 
 def _operand(inputs: Operands, position: int) -> Value | None:
-    """An optional operand; exporters give the ones that they leave out as empty tensors."""
+    """Return an optional operand, or null; exporters write one that is left out as an empty tensor."""
     value = inputs[position] if position < len(inputs) else None
     return None if isinstance(value, Constant) and value.array.size == 0 else value
+
+
+def _limit_axis(size: int) -> None:
+    if size > _LONGEST_AXIS:
+        raise Refusal(f"too large to analyse: {size} pixels along an axis, at most {_LONGEST_AXIS}")
 
 
 def _scaled_size(length: int, scale: Fraction) -> int:
     if scale <= 0:
         raise Refusal(f"a scale of {float(scale)}")
     size = math.floor(length * scale)
+    _limit_axis(size)
     if size != math.floor(float(np.float32(length) * np.float32(float(scale)))) or size < 1:
         raise Refusal(f"{length} pixels scaled by {float(scale)!r} may round to another size; give sizes")
     if size == length and scale != 1:
@@ -193,8 +213,8 @@ def _nearest(axis: _Axis, mode: str) -> list[int]:
     return picked
 
 
-def _linear(context: Context, view: View, resampled: dict[int, _Axis]) -> View:
-    """`y = (M_1 x M_2 x ...) x`: norm `||M_1|| ||M_2|| ...`; weights are at least 0 and sum to 1.
+def _linear(context: Context, view: View, resampled: dict[int, _Axis], widest: int) -> View:
+    """Return `y = (M_1 x M_2 x ...) x`: norm `||M_1|| ||M_2|| ...`; weights are at least 0 and sum to 1.
 
     A coordinate off by `d` moves the two weights of one axis by `2 d` in sum, and rounding them by `2 u` more; so does
     each product of weights by `u`. A result moves by that sum times the largest pixel.
@@ -227,19 +247,19 @@ def _linear(context: Context, view: View, resampled: dict[int, _Axis]) -> View:
         return stack
 
     # Factors of a product: one weight for each axis, a pixel; then the sum. Zero weights add nothing.
-    terms = 2**count + 2 * count
-    result = linear_result(context, view, apply, None, norm=norm, spread=norm, row_norm=1.0, terms=terms, tight=True)
+    linear = LinearMap(
+        apply, norm=norm, spread=norm, row_norm=1.0, terms=2**count + 2 * count, tight=True, widest=widest
+    )
+    result = linear_result(context, view, linear)
     if moved == 0.0:
         return result
-    source = result.source
-    of_one = mul_up(moved, context.domain.joint(view).largest)
-    error = add_up(source.error, mul_up(of_one, sqrt_up(float(source.center.size))))
-    error_max = add_up(source.error_max, of_one)
-    return context.source(source.center, source.lipschitz, error, error_max, step=source.step)
+    source, facts = result.source, context.domain.joint(result)
+    displaced = LocalError.of_each(mul_up(moved, context.domain.joint(view).largest), source.center.size)
+    return context.source(source.center, facts.plus(displaced), step=source.step)
 
 
 def _interpolation(axis: _Axis) -> tuple[Array, int]:
-    """The matrix of one axis, and the bits behind the point of its weights (25 where that is not all of them)."""
+    """Return the matrix of one axis, and the bits behind the point of its weights (25 where they are rounded)."""
     matrix = np.zeros((len(axis.coordinates), axis.size))
     bits = 25 if any(axis.errors) else 0
     for row, x in zip(matrix, axis.coordinates, strict=True):

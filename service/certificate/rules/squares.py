@@ -1,8 +1,8 @@
 """Roots of sums of squares, as exporters write them out.
 
 A square has no Lipschitz constant, but the L2 norms behind it have: L2 pooling exported as Pow, AveragePool, Mul
-and Pow; `sqrt(a x^2 + b y^2 + c)` of a residual; a smooth absolute value. The value of such a node is kept as what it
-is, a sum of squares with non-negative weights, until its root is taken. Notation as in `rules`.
+and Pow; `sqrt(a x^2 + b y^2 + c)` of a residual; a smooth absolute value. The value of such a node stays a sum of
+squares with non-negative weights until its root is taken. Notation as in `table`.
 
 Theorem. `r_p = sqrt(c_p + sum_k w_pk x_k^2)` is the norm of the vector of all `sqrt(w_pk) x_k` and `sqrt(c_p)`, so that
 `|r_p(x) - r_p(x')| <= sqrt(sum_k w_pk (x_k - x'_k)^2)` (reverse triangle inequality), and
@@ -10,26 +10,35 @@ Theorem. `r_p = sqrt(c_p + sum_k w_pk x_k^2)` is the norm of the vector of all `
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.certificate.facts import Facts, LocalError
 from service.certificate.graph import Node
 from service.certificate.rounding import FLOAT64, add_up, gamma_up, mul_up, norm_up, sqrt_up
-from service.certificate.rules.operands import Array, Operands, Refusal, data_operand, float_operand, int_attribute
+from service.certificate.rules.operands import (
+    Array,
+    Operands,
+    Refusal,
+    constant_of_one_image,
+    data_operand,
+    float_operand,
+    int_attribute,
+    limit_size,
+)
 from service.certificate.rules.pooling import POOL_ATTRIBUTES, pool_windows
 from service.certificate.rules.reductions import grouped_axes, with_axes
-from service.certificate.rules.table import RULES, Context, RuleEntry, rule
+from service.certificate.rules.table import RULES, Context, Rule, RuleEntry, rule
 from service.certificate.values import Constant, Squares, SquareTerm, Value, View, identity_of, stand_in
 
 _ROUNDINGS_OF_POW = 16
 """A runtime's `pow`, for the exponents 2 and 1/2, is taken to be as accurate as this many roundings."""
 
 
-def squares_of(context: Context, view: View, roundings: int) -> Squares:
-    """`x * x` of each element."""
+def _squared(context: Context, view: View, roundings: int) -> Squares:
+    """Return `x * x` of each element, computed with some roundings."""
     facts = context.domain.joint(view)
     largest = mul_up(facts.largest, facts.largest)
     context.no_overflow(largest)
@@ -41,63 +50,88 @@ def squares_of(context: Context, view: View, roundings: int) -> Squares:
 
 @rule("Pow")
 def power(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """A square, on its way to a root: see the root for the theorem."""
+    """A square, on its way to a root: see the root for the theorem.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: the exponent is neither 1 nor 2.
+    """
     view = data_operand(inputs[0])
     exponent = _one_number(inputs[1], "the exponent", len(view.shape))
     if exponent == 1.0:
         return [view]
     if exponent != 2.0:
         raise Refusal(f"a power of {exponent} has no Lipschitz constant; 2 is read, and 1/2 of a sum of squares")
-    return [squares_of(context, view, _ROUNDINGS_OF_POW)]
+    return [_squared(context, view, _ROUNDINGS_OF_POW)]
 
 
 @rule("ReduceSumSquare", attributes=("axes", "keepdims", "noop_with_empty_axes"))
 def reduce_sum_square(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """A sum of squares, on its way to a root: see the root for the theorem."""
-    return _reduced(context, node, [squares_of(context, data_operand(inputs[0]), 1), *inputs[1:]], mean=False)
+    """A sum of squares, on its way to a root: see the root for the theorem.
+
+    Args: see `Rule`.
+    """
+    return _reduced(context, node, [_squared(context, data_operand(inputs[0]), 1), *inputs[1:]], mean=False)
 
 
 @rule("Sqrt")
 def square_root(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Only the root of a sum of squares has a Lipschitz constant."""
+    """Only the root of a sum of squares has a Lipschitz constant.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: always; sums of squares have their own rule.
+    """
     data_operand(inputs[0])
     raise Refusal("the root of a value that is no sum of squares has no Lipschitz constant")
 
 
 @rule("Sign")
 def sign(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Only as a factor of the sum of squares that it is the sign of."""
+    """Only as a factor of the sum of squares that it is the sign of.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: always; sums of squares have their own rule.
+    """
     data_operand(inputs[0])
     raise Refusal("a sign jumps and has no Lipschitz constant")
 
 
 @rule("LpPool", attributes=(*POOL_ATTRIBUTES, "p"))
 def lp_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """L2 norms of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows."""
+    """L2 norms of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows.
+
+    Args: see `Rule`.
+
+    Raises:
+        Refusal: p is not 2.
+    """
     if int_attribute(node, "p", 2) != 2:
         raise Refusal("p other than 2 has no proved rule")
-    squares = squares_of(context, data_operand(inputs[0]), _ROUNDINGS_OF_POW)
+    squares = _squared(context, data_operand(inputs[0]), _ROUNDINGS_OF_POW)
     windows, _ = pool_windows(node, squares.constant.shape)
     return [_root(context, _gathered(context, squares, windows, np.ones(windows.shape[:-1])), _ROUNDINGS_OF_POW)]
 
 
-# --- what may follow a square -----------------------------------------------------------------------------------------
-
-SquaresRule = Callable[[Context, Node, Operands], list[Value]]
+# --- operators between a square and its root --------------------------------------------------------------------------
 
 
 def entry_for(node: Node, inputs: Operands) -> RuleEntry | None:
-    """The rule of a node that makes squares of its operands or has a sum of squares among them; else None."""
+    """Return the rule of a node that squares its operand or has a sum of squares among its operands; else null."""
     if any(isinstance(value, Squares) for value in inputs):
         return _entry(node.operator, _SQUARES_RULES.get(node.operator, _refuse))
     if node.operator == "Mul" and len(inputs) == 2:
         left, right = inputs
         if isinstance(left, View) and isinstance(right, View) and identity_of(left) == identity_of(right):
-            return _entry("Mul", lambda context, node, inputs: [squares_of(context, left, 1)])
+            return _entry("Mul", lambda context, node, inputs: [_squared(context, left, 1)])
     return None
 
 
-def _entry(operator: str, apply: SquaresRule) -> RuleEntry:
+def _entry(operator: str, apply: Rule) -> RuleEntry:
     known = RULES.get(operator)
     theorem = (apply.__doc__ or "A sum of squares, on its way to a root.").strip().splitlines()[0]
     return RuleEntry(apply, known.attributes if known is not None else frozenset(), theorem)
@@ -108,25 +142,25 @@ def _refuse(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 def _rearrange(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """What the operator does to the positions of a tensor, done to the sums of squares."""
-    squares = _squares(inputs[0])
+    """Sums of squares, rearranged as the operator rearranges the positions of a tensor."""
+    squares = _sum_of_squares(inputs[0])
     moved = RULES[node.operator].apply(context, node, [stand_in(squares.constant.shape), *inputs[1:]])
     return [_rearranged(squares, view.index) for view in moved if isinstance(view, View)]
 
 
-def _squares(value: Value | None) -> Squares:
+def _sum_of_squares(value: Value | None) -> Squares:
     if not isinstance(value, Squares):
-        raise Refusal("a square is combined with what is none")
+        raise Refusal("a square is combined with a value that is no square")
     if value.sign_of is not None:
         raise Refusal("the sign of a sum of squares jumps; it is read only where it multiplies that same sum")
     return value
 
 
-def _one_number(value: Value | None, what: str, rank: int) -> float:
-    """A constant that broadcasts to a tensor of `rank` axes beside the batch and adds none to it."""
-    array = float_operand(value, what)
+def _one_number(value: Value | None, name: str, rank: int) -> float:
+    """Return a constant that broadcasts to a tensor of `rank` axes beside the batch and adds none to it."""
+    array = float_operand(value, name)
     if array.size != 1 or array.ndim > rank + 1:
-        raise Refusal(f"{what} must be one number")
+        raise Refusal(f"{name} must be one number")
     return float(array.item())
 
 
@@ -143,8 +177,16 @@ def _rearranged(squares: Squares, index: NDArray[np.int64]) -> Squares:
 
 
 def _gathered(context: Context, squares: Squares, windows: NDArray[np.int64], weights: Array) -> Squares:
-    """Weighted sums of elements: of `windows` (`*out x n` positions, -1 for none), each times its weight."""
+    """Return weighted sums of elements.
+
+    Args:
+        context: of this analysis.
+        squares: the elements.
+        windows: the positions of each sum, `*out x n`; -1 adds nothing.
+        weights: of each sum, `*out`.
+    """
     n = windows.shape[-1]
+    limit_size(*((*windows.shape, term.positions.shape[-1]) for term in squares.terms))
     there = windows >= 0
     picked = np.where(there, windows, 0)
     terms: list[SquareTerm] = []
@@ -172,12 +214,8 @@ def _gathered(context: Context, squares: Squares, windows: NDArray[np.int64], we
 def _scaled(context: Context, squares: Squares, factor: Array) -> Squares:
     if not (factor > 0.0).all():
         raise Refusal("a sum of squares times a number that is not positive")
-    if factor.ndim == squares.constant.ndim + 1 and factor.shape[0] != 1:
-        raise Refusal("a constant has its own batch axis")
     try:
-        factor = np.broadcast_to(
-            factor[0] if factor.ndim == squares.constant.ndim + 1 else factor, squares.constant.shape
-        )
+        factor = np.broadcast_to(constant_of_one_image(factor, squares.constant.ndim), squares.constant.shape)
     except ValueError as error:
         raise Refusal("a factor that does not fit the squares") from error
     peak = float(np.max(factor))
@@ -198,7 +236,7 @@ def _scaled(context: Context, squares: Squares, factor: Array) -> Squares:
 
 
 def _no_underflow(squares: Squares, factor: Array) -> None:
-    """Raises Refusal if a weight could underflow here: one that is lost would be taken for 0."""
+    """Refuse weights that could underflow here: one that is lost would be taken for 0."""
     smallest = min(float(np.min(term.weights[term.weights > 0.0], initial=1.0)) for term in squares.terms)
     if smallest * float(np.min(factor, initial=1.0)) < 2.0**-1000:
         raise Refusal("the weights of its squares underflow")
@@ -213,21 +251,21 @@ def _multiply(context: Context, node: Node, inputs: Operands) -> list[Value]:
             return [one.sign_of]
     if isinstance(left, Constant):
         left, right = right, left
-    return [_scaled(context, _squares(left), float_operand(right, "the factor"))]
+    return [_scaled(context, _sum_of_squares(left), float_operand(right, "the factor"))]
 
 
 def _divide(context: Context, node: Node, inputs: Operands) -> list[Value]:
     divisor = float_operand(inputs[1], "the divisor")
     if not (divisor > 0.0).all():
         raise Refusal("a sum of squares divided by a number that is not positive")
-    return [_scaled(context, _squares(inputs[0]), 1.0 / divisor)]
+    return [_scaled(context, _sum_of_squares(inputs[0]), 1.0 / divisor)]
 
 
 def _add(context: Context, node: Node, inputs: Operands) -> list[Value]:
     left, right = inputs
     if isinstance(left, Constant):
         left, right = right, left
-    squares = _squares(left)
+    squares = _sum_of_squares(left)
     shape = squares.constant.shape
     if isinstance(right, Constant):
         offset = _one_number(right, "the addend", len(shape))
@@ -237,7 +275,7 @@ def _add(context: Context, node: Node, inputs: Operands) -> list[Value]:
         terms, roundings, underflow = squares.terms, squares.roundings, squares.underflow
         largest = add_up(squares.largest, offset)
     else:
-        other = _squares(right)
+        other = _sum_of_squares(right)
         if other.constant.shape != shape:
             raise Refusal("sums of squares of different shapes")
         added = other.constant
@@ -251,17 +289,17 @@ def _add(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 def _same(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """What leaves a number that is not negative as it is."""
-    return [_squares(inputs[0])]
+    """The identity on numbers that are not negative."""
+    return [_sum_of_squares(inputs[0])]
 
 
 def _sign(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    squares = _squares(inputs[0])
+    squares = _sum_of_squares(inputs[0])
     return [replace(squares, sign_of=squares)]
 
 
 def _reduced(context: Context, node: Node, inputs: Operands, mean: bool) -> list[Value]:
-    squares = _squares(inputs[0])
+    squares = _sum_of_squares(inputs[0])
     positions = stand_in(squares.constant.shape)
     grouped, axes, keep = grouped_axes(node, [positions, *inputs[1:]], positions)
     n = grouped.shape[-1]
@@ -278,7 +316,7 @@ def _reduced_sum(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 def _average(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    squares = _squares(inputs[0])
+    squares = _sum_of_squares(inputs[0])
     if node.operator == "GlobalAveragePool":
         channels = squares.constant.shape[0]
         windows = np.arange(squares.constant.size).reshape(channels, *[1] * (squares.constant.ndim - 1), -1)
@@ -290,7 +328,7 @@ def _average(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 def _take_root(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """L2 norms: sqrt(the largest sum of weights on one element) times the bound (reverse triangle inequality)."""
-    squares = _squares(inputs[0])
+    squares = _sum_of_squares(inputs[0])
     if node.operator != "Pow":
         return [_root(context, squares, 1)]
     if _one_number(inputs[1], "the exponent", squares.constant.ndim) != 0.5:
@@ -301,7 +339,8 @@ def _take_root(context: Context, node: Node, inputs: Operands) -> list[Value]:
 def _root(context: Context, squares: Squares, roundings: int) -> View:
     # The weights are stored with a few roundings of float64 each.
     stored = add_up(1.0, gamma_up(2 * squares.roundings + 8, FLOAT64.unit_roundoff))
-    lipschitz, error = [], []
+    lipschitz: list[float] = []
+    errors: list[float] = []
     value = squares.constant.copy()
     summands = 1
     for term in squares.terms:
@@ -312,21 +351,21 @@ def _root(context: Context, squares: Squares, roundings: int) -> View:
         columns = np.bincount(elements[seen], weights=term.weights[seen])
         column = mul_up(float(np.max(columns, initial=0.0)), add_up(stored, gamma_up(uses + 2)))
         lipschitz.append(mul_up(sqrt_up(column), source.lipschitz))
-        error.append(mul_up(sqrt_up(column), source.error))
+        errors.append(mul_up(sqrt_up(column), source.error))
         value += (term.weights * np.square(np.where(seen, source.center.ravel()[elements], 0.0))).sum(axis=-1)
         summands += term.positions.shape[-1]
     center = np.sqrt(value)
-    bound = norm_up(np.array(lipschitz))
-    spread = norm_up(np.array(error))
-    swing = mul_up(bound, context.domain.radius)
+    facts = Facts(lipschitz=norm_up(np.array(lipschitz)), error=norm_up(np.array(errors)))
+    swing = mul_up(facts.lipschitz, context.domain.radius)
     gamma = context.gamma(squares.roundings + summands + roundings + 4)
-    size = add_up(norm_up(center), mul_up(2.0, spread), swing)
+    size = add_up(norm_up(center), mul_up(2.0, facts.error), swing)
     tiny = mul_up(4.0, sqrt_up(add_up(squares.underflow, context.precision.smallest_normal)))
-    total = add_up(spread, mul_up(2.0, gamma, size), mul_up(tiny, math.sqrt(float(center.size)) + 1.0))
-    return context.source(center, bound, total)
+    rounding = LocalError(mul_up(2.0, gamma, size))
+    underflow = LocalError(mul_up(tiny, math.sqrt(float(center.size)) + 1.0))
+    return context.source(center, facts.plus(rounding, underflow))
 
 
-_SQUARES_RULES: dict[str, SquaresRule] = {
+_SQUARES_RULES: dict[str, Rule] = {
     "Abs": _same,
     "Add": _add,
     "AveragePool": _average,
@@ -341,3 +380,4 @@ _SQUARES_RULES: dict[str, SquaresRule] = {
     "Sqrt": _take_root,
     **dict.fromkeys(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"), _rearrange),
 }
+"""Operators that may follow a square."""

@@ -10,9 +10,9 @@ from service.certificate.convolutions import (
     absolute_convolution_bound,
     convolution_norm_bound,
     convolve,
-    torus_norm_bound,
     transposed_convolve,
 )
+from service.certificate.torus import torus_norm_bound
 
 
 @st.composite

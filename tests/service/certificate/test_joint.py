@@ -8,8 +8,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from random_graphs import GraphBuilder
 
-from service.certificate import Certificate, certify
-from service.certificate import joint as joint_module
+from service.certificate import Certificate, certify, matrices
 
 Build = Callable[[GraphBuilder, str], str]
 
@@ -116,7 +115,7 @@ def test_branches_of_several_nonlinear_tensors_add_up() -> None:
 
 
 def test_a_matrix_that_is_too_large_is_left_to_the_product_of_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_module, "_LARGEST_MATRIX", 30)
+    monkeypatch.setattr(matrices, "_LARGEST_MATRIX", 30)
     weight = -0.9 * np.eye(6)
     build: Build = lambda b, x: b.one("Add", x, b.one("MatMul", x, b.constant(weight)))  # noqa: E731
     assert certify(model(build, (6,), 6)).lipschitz_bound == pytest.approx(1.9, rel=1e-6)
@@ -127,7 +126,7 @@ def test_a_matrix_that_is_too_large_is_left_to_the_product_of_norms(monkeypatch:
 
 def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for images whose matrices would be too large."""
-    monkeypatch.setattr(joint_module, "_LARGEST_MATRIX", 1)
+    monkeypatch.setattr(matrices, "_LARGEST_MATRIX", 1)
 
 
 def conv(b: GraphBuilder, x: str, kernel: np.ndarray, pad: int | None = None, **attributes: object) -> str:

@@ -16,35 +16,41 @@ from exact_matrices import exceeds_norm
 from graph_checks import Bounds, error_findings, lipschitz_findings, runnable
 from random_graphs import Graph, seeded_graph
 
-from service.certificate import analysis, convolutions, folding, joint, kernels, norms, rounding, values
+from service.certificate import (
+    analysis,
+    convolutions,
+    descent,
+    facts,
+    joint,
+    kernels,
+    matrices,
+    norms,
+    rounding,
+    torus,
+    values,
+)
 from service.certificate.rules import (
     activations,
     arithmetic,
     convolution,
+    linear,
     operands,
     piecewise,
     pooling,
     rearrangements,
     reductions,
     resizing,
+    selections,
     squares,
     table,
+    windows,
 )
 
 RULES = (
-    activations,
-    arithmetic,
-    convolution,
-    operands,
-    piecewise,
-    pooling,
-    rearrangements,
-    reductions,
-    resizing,
-    squares,
-    table,
+    *(activations, arithmetic, convolution, linear, operands, piecewise, pooling, rearrangements, reductions),
+    *(resizing, selections, squares, table, windows),
 )
-MODULES = (analysis, convolutions, folding, joint, kernels, norms, values, *RULES)
+MODULES = (analysis, convolutions, descent, facts, joint, kernels, matrices, norms, torus, values, *RULES)
 Patch = pytest.MonkeyPatch
 
 
@@ -94,11 +100,10 @@ def circular_of_the_image(kernel: np.ndarray, torus: Any, window: Any = None) ->
 convolutions_torus = convolutions.torus_norm_bound
 certified = analysis._certificate
 image = analysis._image
-composed = kernels.composed_kernel
+composed = kernels.compose_kernels
 gradient_step = joint.Joint.gradient_step
 period = convolution._period
 activated = activations._activated
-window_terms = convolutions._window_correction
 mul_up = rounding.mul_up
 
 
@@ -107,8 +112,7 @@ def without_error(*arguments: Any) -> Any:
 
 
 def exact_image(context: Any, graph: Any) -> Any:
-    view = image(context, graph)
-    return context.source(view.center, 1.0, 0.0, error_max=0.0)
+    return context.source(image(context, graph).center, facts.Facts(lipschitz=1.0, error=0.0))
 
 
 def zero_wins(*factors: float) -> float:
@@ -128,7 +132,7 @@ def without_deviation(compose: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kernels_without_deviation(patch: Patch) -> None:
-    for name in ("composed_kernel", "added"):
+    for name in ("compose_kernels", "add_kernels"):
         everywhere(patch, name, without_deviation(getattr(kernels, name)))
 
 
@@ -136,8 +140,8 @@ def negative_weights(patch: Patch) -> None:
     def fitted(first: np.ndarray, last: np.ndarray) -> np.ndarray:
         return (first * last).sum(axis=0) / np.maximum((first * first).sum(axis=0), 1e-9)
 
-    patch.setattr(joint, "_least_squares", fitted)
-    patch.setattr(joint, "np", Numpy(sqrt=lambda v: np.sqrt(np.abs(v)), max=lambda v, **_: np.max(np.abs(v))))
+    patch.setattr(descent, "_least_squares", fitted)
+    patch.setattr(descent, "np", Numpy(sqrt=lambda v: np.sqrt(np.abs(v)), max=lambda v, **_: np.max(np.abs(v))))
 
 
 def any_mean_centres(left: Any, right: Any) -> bool:
@@ -164,6 +168,7 @@ class Mutant:
         return self.name
 
 
+SLOPED = (piecewise, activations)
 SPATIAL = ("conv", "same_conv", "periodic_conv")
 MUTANTS = [
     Mutant(
@@ -208,7 +213,7 @@ MUTANTS = [
     Mutant(
         0,
         "a window's correction of any sign",
-        lambda p: p.setattr(convolutions.math, "cos", lambda angle: 0.0),
+        lambda p: p.setattr(torus.math, "cos", lambda angle: 0.0),
         SPATIAL,
     ),
     Mutant(0, "dilations forgotten", lambda p: everywhere(p, "dilated", lambda kernel, dilations: kernel), ("conv",)),
@@ -231,7 +236,7 @@ MUTANTS = [
     Mutant(
         0,
         "rounding of single operations dropped",
-        lambda p: everywhere(p, "rounding_of", lambda *arguments: (0.0, 0.0)),
+        lambda p: p.setattr(table.Context, "one_rounding", lambda *arguments: facts.LocalError(0.0, 0.0)),
         ("with_constant",),
         of_errors=True,
     ),
@@ -267,14 +272,14 @@ MUTANTS = [
     Mutant(
         0,
         "different tensors count as one",
-        lambda p: p.setattr(values, "norm_up", lambda v: float(np.max(v))),
+        lambda p: p.setattr(facts, "norm_up", lambda v: float(np.max(v))),
         ("parts", "branches"),
         3,
     ),
     Mutant(
         0,
         "the larger of two branches",
-        lambda p: p.setattr(arithmetic, "add_up", lambda *terms: max(terms)),
+        lambda p: p.setattr(facts, "add_up", lambda *terms: max(terms)),
         ("residual", "branches"),
         2,
     ),
@@ -294,20 +299,20 @@ MUTANTS = [
     Mutant(
         0,
         "deviation of multiplied matrices dropped",
-        lambda p: p.setattr(joint, "gamma_up", lambda n: 0.0),
+        lambda p: p.setattr(matrices, "gamma_up", lambda n: 0.0),
         ("cancelling",),
     ),
     Mutant(
         0,
         "borders between convolutions forgotten",
-        lambda p: p.setattr(joint, "all", lambda _: True, raising=False),
+        lambda p: p.setattr(kernels, "all", lambda _: True, raising=False),
         SPATIAL,
         2,
     ),
     Mutant(
         24,
         "identities that pad",
-        lambda p: everywhere(p, "composed_kernel", borders_forgotten),
+        lambda p: everywhere(p, "compose_kernels", borders_forgotten),
         ("two_convolutions",),
     ),
     Mutant(
@@ -321,33 +326,54 @@ MUTANTS = [
     Mutant(
         0,
         "gradient step of almost that form",
-        lambda p: p.setattr(joint, "_distance_up", lambda left, right: 0.0),
+        lambda p: p.setattr(descent, "_distance_up", lambda left, right: 0.0),
         ("gradient_step",),
     ),
     Mutant(
         0,
         "gradient step of almost that form, of convolutions",
-        lambda p: p.setattr(joint, "absolute_convolution_bound", lambda kernel, groups: 0.0),
+        lambda p: p.setattr(descent, "absolute_convolution_bound", lambda kernel, groups: 0.0),
         ("gradient_step_of_convolutions",),
     ),
     Mutant(0, "gradient step with negative weights", negative_weights, ("gradient_step",)),
     Mutant(
         115,
         "gradient step of falling activations",
-        lambda p: everywhere(p, "Slopes", lambda of, low, high: values.Slopes(of, 0.0, high), arithmetic, activations),
+        lambda p: everywhere(p, "Slopes", lambda of, low, high: values.Slopes(of, 0.0, high), *SLOPED),
         ("gradient_step",),
     ),
     Mutant(
         0,
         "gradient step of steep activations",
-        lambda p: everywhere(p, "Slopes", lambda of, low, high: values.Slopes(of, low, 1.0), arithmetic, activations),
+        lambda p: everywhere(p, "Slopes", lambda of, low, high: values.Slopes(of, low, 1.0), *SLOPED),
         ("gradient_step",),
     ),
     Mutant(
         0,
         "positive and negative parts without their sign",
-        lambda p: p.setattr(arithmetic, "Part", parts_in_turn()),
+        lambda p: p.setattr(piecewise, "Part", parts_in_turn()),
         ("parts",),
+    ),
+    Mutant(
+        0,
+        "a frame without its value",
+        lambda p: p.setattr(selections, "np", Numpy(where=lambda mask, inside, outside: outside)),
+        ("framed",),
+        of_errors=True,
+    ),
+    Mutant(
+        0,
+        "constants beside a tensor taken for zeros",
+        lambda p: p.setattr(selections, "_constant_part", lambda value, rank: 0.0 * value.array[0]),
+        ("framed",),
+        of_errors=True,
+    ),
+    Mutant(
+        0,
+        "constants beside a tensor that count as a part of it",
+        lambda p: p.setattr(selections, "np", Numpy(zeros=lambda shape, **_: np.ones(shape))),
+        ("framed", "dense", "cancelling", "residual"),
+        4,
     ),
     Mutant(0, "any mean centres", lambda p: p.setattr(arithmetic, "_centres", any_mean_centres), ("centre",)),
     Mutant(
@@ -356,11 +382,16 @@ MUTANTS = [
         lambda p: p.setattr(squares, "np", Numpy(max=lambda v, **_: np.mean(v))),
         ("roots",),
     ),
-    Mutant(0, "signs of squares", lambda p: p.setattr(squares, "_squares", lambda value: value), ("strange_squares",)),
+    Mutant(
+        0,
+        "signs of squares",
+        lambda p: p.setattr(squares, "_sum_of_squares", lambda value: value),
+        ("strange_squares",),
+    ),
     Mutant(
         0,
         "overlapping windows counted once",
-        lambda p: p.setattr(convolution, "sqrt_up", lambda value: min(value, 1.0)),
+        lambda p: p.setattr(pooling, "sqrt_up", lambda value: min(value, 1.0)),
         ("pool",),
     ),
     Mutant(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 from exact_graphs import BALLS, FLOATS, RATIONALS, Program, exact_logits
-from graph_checks import Bounds, error_findings, lipschitz_findings, runnable
+from graph_checks import Bounds, error_findings, lipschitz_findings, run, runnable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
@@ -18,7 +18,6 @@ from random_graphs import ARITHMETIC, FREQUENT, JOINT, REARRANGED, STEPS, Graph,
 
 from service.certificate import UnsupportedGraphError, certify
 from service.certificate.rules.table import RULES
-from service.runtime.engine import Engine
 
 NEVER_CERTIFIED = {
     "Sqrt": "of what is no sum of squares: refused; of sums of squares it is made",
@@ -105,7 +104,7 @@ def test_the_exact_evaluations_agree_with_each_other_and_with_the_runtime(seed: 
     if bounds is not None:
         # The search is in float64, where a graph with huge weights is not well conditioned.
         off = max(bounds.logit_error, 1e-9 * float(np.abs(approximate).max()))
-        computed = Engine(graph.model, "cpu", 1).run(["logits"], {"image": image})[0]
+        (computed,) = run(graph, ["logits"], image)
         for a, b, c in zip(approximate.ravel(), balls.ravel(), computed.ravel(), strict=True):
             assert abs(float(b) - a) <= off
             assert abs(float(b) - c) <= off
