@@ -31,7 +31,7 @@ _PAUSE_S = 0.2
 def count_calls() -> list[tuple[str, str]]:
     """Return file and qualified name of every call inside `service/` for one request, in order."""
     from service.api.app import create_app
-    from service.api.openapi import SAMPLE_DIGIT
+    from service.api.examples import SAMPLE_DIGIT
     from service.settings import Settings
 
     calls: list[tuple[str, str]] = []
