@@ -1,6 +1,6 @@
-"""What can be proved about an ONNX classifier: Lipschitz bounds, rounding error, certified radius.
+"""The mathematics of a certificate: Lipschitz bounds, rounding errors and radii of ONNX classifiers.
 
-numpy and onnx only; imports nothing else of this project.
+It needs numpy and onnx alone; of this project it imports only how shapes are written.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`certify` comes with the rules and with onnx, which a process that proves nothing does not load."""
+    """Return `certify`, imported on its first use: a process that proves nothing loads neither the rules nor onnx."""
     if name != "certify":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from service.certificate.analysis import certify

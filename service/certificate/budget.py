@@ -1,4 +1,4 @@
-"""What the joint bounds of one graph may cost, in multiply-adds: no clock, so that bounds are the same everywhere."""
+"""Costs of the joint bounds of one graph, in multiply-adds: no clock, so that bounds are the same everywhere."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Budget:
     left: float = _ALL_PROOFS
 
     def affords(self, cost: float, limit: float = math.inf) -> bool:
-        """Spend `cost` and return true, unless it is more than `limit` or than what is left."""
+        """Spend `cost` and return true; return false where it exceeds `limit` or the rest of the budget."""
         if cost > min(limit, self.left):
             return False
         self.left -= cost

@@ -5,7 +5,7 @@ everywhere the Jacobian is `I - N^T S D N` with a diagonal `0 <= D <= h`, symmet
 `[1 - h ||sqrt(S) N||^2, 1]`; so the bound is `max(1, h ||sqrt(S) N||^2 - 1)`. (Steps of gradient descent on a
 convex potential: Meunier et al., *A dynamical system perspective for Lipschitz neural networks*, ICML 2022;
 Araujo et al., *A unified algebraic perspective on Lipschitz neural networks*, ICLR 2023.) A step `x + sign g(x)` is
-compared with that form: S is fitted, and what `-sign g` differs by counts by its norm.
+compared with that form: S is fitted, and the difference of `-sign g` from the form counts by its norm.
 
 Axes: N elements of x, H of the activation.
 """
@@ -148,7 +148,7 @@ def _step_bound(highest_slope: float, scaled: float, stray: float) -> float:
     Args:
         highest_slope: h.
         scaled: bound of `||sqrt(S) N||`.
-        stray: bound of what g differs by from the form, times the norm of N.
+        stray: bound of the difference of g from the form, times the norm of N.
     """
     excess = add_up(mul_up(highest_slope, scaled, scaled), -1.0)
     return add_up(max(1.0, excess), mul_up(highest_slope, stray))

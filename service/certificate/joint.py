@@ -1,6 +1,6 @@
 """Lipschitz bounds of consecutive linear steps taken as one map.
 
-A product of norms, and a sum over branches, lose what matrices multiplied out do not: `I + W` of a residual, an im2col
+A product of norms, and a sum over branches, are larger than the norm of the product: `I + W` of a residual, an im2col
 that repeats elements before it weighs them, a normalisation behind a convolution. The linear steps since the last
 nonlinear tensor `h` are multiplied out, as a matrix where that is small and as a convolution kernel where all of them
 are convolutions; with several such `h` the value is `sum M_h h + constant`, and its bound `sum ||M_h|| L_h`. Maps that

@@ -27,7 +27,7 @@ _GUESS_FACTORS = (1.0 + 2.0**-40, 1.0 + 2.0**-30, 1.0 + 2.0**-20, 1.0 + 2.0**-16
 
 
 def spectral_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
-    """Upper bound of the largest singular value, within about 1e-9 of it for ordinary matrices.
+    """Return an upper bound of the largest singular value, within about 1e-9 of it for ordinary matrices.
 
     Theorem (after Rump, *Verification of positive definiteness*, BIT 46, 2006). Let `G` be the Gram matrix `W^T W` as
     computed, of the smaller side n, and `s` any number. If a floating-point Cholesky factorisation of
@@ -66,8 +66,8 @@ def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> fl
     gram = tall_MN.T @ tall_MN
     guess = _largest_eigenvalue_guess(gram)
     diagonal = np.diagonal(gram).copy()
-    # The lower triangle alone is meant, and alone is read: what is factorised is exactly symmetric. In place, because
-    # fresh memory costs as much as the arithmetic.
+    # Only the lower triangle is read: the factorised matrix is exactly symmetric. In place, because fresh memory costs
+    # as much as the arithmetic.
     difference = np.negative(gram, out=gram)
     gram_error = add_up(mul_up(gamma_up(n_rows), frobenius, frobenius), mul_up(4.0 * n_rows * n, SMALLEST_NORMAL))
     gamma = gamma_up(n + 1)
@@ -89,7 +89,7 @@ def _cholesky_bound(tall_MN: Float64[np.ndarray, "M N"], frobenius: float) -> fl
 
 
 def _largest_eigenvalue_guess(gram_NN: Float64[np.ndarray, "N N"]) -> float:
-    """The largest eigenvalue in a Krylov space: never above the largest of the matrix, and close to it."""
+    """Return the largest eigenvalue in a Krylov space: an estimate from below of the largest of the matrix."""
     n = gram_NN.shape[0]
     basis = np.zeros((min(n, _KRYLOV_STEPS), n))
     # Deterministic, and no eigenvector of anything in practice: multiples of the golden angle.
@@ -108,7 +108,7 @@ def _largest_eigenvalue_guess(gram_NN: Float64[np.ndarray, "N N"]) -> float:
 
 
 def absolute_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
-    """Upper bound of the spectral norm of the matrix of absolute values: the factor of rounding errors in `W x`.
+    """Return an upper bound of the spectral norm of the absolute values: the factor of rounding errors in `W x`.
 
     The smaller of the Frobenius norm and `sqrt(||W||_1 ||W||_inf)` (Schur's test): both see only absolute
     values.
@@ -123,7 +123,7 @@ def absolute_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
 
 
 def row_norms_up(matrix_MN: Float64[np.ndarray, "M N"]) -> Float64[np.ndarray, " M"]:
-    """Upper bounds of the Euclidean norms of the rows.
+    """Return upper bounds of the Euclidean norms of the rows.
 
     Each row is scaled by a power of two, so that its squares neither overflow nor lose more than `SMALLEST_NORMAL`.
     """
@@ -140,7 +140,7 @@ def row_norms_up(matrix_MN: Float64[np.ndarray, "M N"]) -> Float64[np.ndarray, "
 
 
 def pairwise_distance_bounds(rows_KN: Float64[np.ndarray, "K N"]) -> Float64[np.ndarray, "K K"]:
-    """Upper bounds of `||w_i - w_j||` for all pairs of rows; zero on the diagonal."""
+    """Return upper bounds of `||w_i - w_j||` for all pairs of rows; zero on the diagonal."""
     n_rows = rows_KN.shape[0]
     bounds_KK = np.zeros((n_rows, n_rows))
     for i in range(1, n_rows):

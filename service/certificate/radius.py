@@ -27,7 +27,7 @@ class Radii:
 
 
 def two_class_logits(logits_N1: Float64[np.ndarray, "N 1"]) -> Float64[np.ndarray, "N 2"]:
-    """The logits `(f, -f)` of a binary model with the single output `f`: class 0 is `f > 0`. Exact."""
+    """Return the logits `(f, -f)` of a binary model with the single output `f`: class 0 is `f > 0`. Exact."""
     return np.concatenate([logits_N1, -logits_N1], axis=1)
 
 
@@ -36,7 +36,7 @@ def certified_radius(
     margin_bounds_KK: Float64[np.ndarray, "K K"],
     logit_error: float,
 ) -> Radii:
-    """`min over j != i of (f_i - f_j - 4 E) / K_ij`, rounded down, never below 0.
+    """Return `min over j != i of (f_i - f_j - 4 E) / K_ij`, rounded down, never below 0.
 
     Theorem. Let `K_ij` bound the L2 Lipschitz constant of the exact `f_i - f_j`, and `E` bound
     `|computed logit - exact logit|` for every valid image. If the computed logits at `x` give class `i` and

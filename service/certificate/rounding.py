@@ -33,17 +33,17 @@ FLOAT32 = Precision("float32", 2.0**-24, float(np.finfo(np.float32).tiny), float
 
 
 def up(value: float) -> float:
-    """The next float64 above `value`: an upper bound of any result that rounded to `value`."""
+    """Return the next float64 above `value`: an upper bound of any result that rounded to `value`."""
     return math.nextafter(value, math.inf)
 
 
 def down(value: float) -> float:
-    """The next float64 below `value`."""
+    """Return the next float64 below `value`."""
     return math.nextafter(value, -math.inf)
 
 
 def add_up(*terms: float) -> float:
-    """Upper bound of the sum of `terms` (any signs)."""
+    """Return an upper bound of the sum of `terms` (any signs)."""
     total = 0.0
     for term in terms:
         total = up(total + term)
@@ -51,9 +51,12 @@ def add_up(*terms: float) -> float:
 
 
 def mul_up(*factors: float) -> float:
-    """Upper bound of the product of non-negative `factors`. An exact 0 or 1 costs nothing.
+    """Return an upper bound of the product of `factors`. An exact 0 or 1 costs nothing.
 
-    An infinite factor stands for a bound that is not known: not even 0 makes one of it.
+    An infinite factor stands for an unknown bound: the product is unknown, too, even if another factor is 0.
+
+    Raises:
+        ValueError: a factor is negative.
     """
     if math.inf in factors:
         return math.inf
@@ -71,20 +74,20 @@ def mul_up(*factors: float) -> float:
 
 
 def div_up(numerator: float, denominator: float) -> float:
-    """Upper bound of `numerator / denominator` for a non-negative numerator and a positive denominator."""
+    """Return an upper bound of `numerator / denominator`, the numerator not negative, the denominator positive."""
     return up(numerator / denominator)
 
 
 def sqrt_up(value: float) -> float:
-    """Upper bound of the square root; exact for 0 and 1."""
+    """Return an upper bound of the square root; exact for 0 and 1."""
     return value if value in (0.0, 1.0) else up(math.sqrt(value))
 
 
 def gamma_up(n: int, unit_roundoff: float = FLOAT64.unit_roundoff) -> float:
-    """Upper bound of `gamma_n = n u / (1 - n u)` (Higham 2002, lemma 3.1).
+    """Return an upper bound of `gamma_n = n u / (1 - n u)` (Higham 2002, lemma 3.1).
 
     Raises:
-        ValueError: `n u >= 1/2`, where the bound says nothing useful.
+        ValueError: `n u >= 1/2`, where the bound is useless.
     """
     nu = up(n * unit_roundoff)
     if nu >= 0.5:
@@ -93,12 +96,12 @@ def gamma_up(n: int, unit_roundoff: float = FLOAT64.unit_roundoff) -> float:
 
 
 def sum_up(values: NDArray[np.float64]) -> float:
-    """Upper bound of the sum of non-negative `values` of any shape."""
+    """Return an upper bound of the sum of non-negative `values` of any shape."""
     return mul_up(up(float(np.sum(values))), add_up(1.0, gamma_up(max(1, 2 * values.size))))
 
 
 def norm_up(values: NDArray[np.float64]) -> float:
-    """Upper bound of the Euclidean norm of all entries of `values` (Frobenius norm of a matrix).
+    """Return an upper bound of the Euclidean norm of all entries of `values` (Frobenius norm of a matrix).
 
     Scaled by a power of two, so that squares neither overflow nor lose more than `SMALLEST_NORMAL` each.
     """

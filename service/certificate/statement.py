@@ -1,4 +1,4 @@
-"""What is proved about a classifier, or why nothing is: plain data, which needs no ONNX library."""
+"""The certificate of a classifier, or the reasons for its refusal: plain data, which needs no ONNX library."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ class UnsupportedGraphError(Exception):
     """No bound can be proved for this graph.
 
     Attributes:
-        reasons: every node (or input, output, weight) that stands in the way, with why, one line each.
+        reasons: one line for each obstacle; it names the node (or input, output, weight).
     """
 
     def __init__(self, reasons: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ class UnsupportedGraphError(Exception):
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What the analysis proved up to one node."""
+    """Bounds that are proved up to one node."""
 
     node: str
     """Operator and name."""
@@ -32,11 +32,12 @@ class NodeReport:
     error: float
     """Bound of the L2 norm of computed minus exact output."""
     theorem: str
+    """First line of the theorem that gave the bound."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is proved about one classifier for every image in [0, 1]^d.
+    """Bounds of one classifier for every image in [0, 1]^d.
 
     Axes: K classes; a graph with one output counts as two, see `two_class_logits`.
     """
@@ -56,7 +57,7 @@ class Certificate:
     nodes: tuple[NodeReport, ...]
 
     def after_preprocessing(self, norm: float, error_l2: float) -> "Certificate":
-        """The certificate of this classifier behind a map of L2 Lipschitz bound `norm`.
+        """Return the certificate of this classifier behind a map of L2 Lipschitz bound `norm`.
 
         Args:
             norm: proved bound of the preprocessing, from the image that was sent to the graph's input.

@@ -1,8 +1,8 @@
-"""What the analysis knows of a tensor.
+"""Tensors as the analysis knows them.
 
 A `Source` is the result of one operator that computes. Operators that only move elements (Reshape, Transpose, Slice,
 Split, Gather, Concat, Pad...) make a `View`: an array of positions in a source. So the Lipschitz bound of any
-rearrangement is exact bookkeeping: that of the source times the square root of how often one element is used at most.
+rearrangement is exact bookkeeping: that of the source times the square root of the most uses of one element.
 
 Shapes leave the batch axis out: a rule that would mix images is refused.
 """
@@ -27,7 +27,7 @@ class Affine:
     lipschitz: float
 
     def margin_bounds(self) -> NDArray[np.float64]:
-        """`K_ij >= L ||w_i - w_j||`: the margin `f_i - f_j` is the linear form `w_i - w_j` of `h` (Cauchy-Schwarz)."""
+        """Return `K_ij >= L ||w_i - w_j||`: `f_i - f_j` is the linear form `w_i - w_j` of `h` (Cauchy-Schwarz)."""
         distances = pairwise_distance_bounds(self.rows)
         return np.where(distances > 0.0, np.nextafter(distances * self.lipschitz, np.inf), 0.0)
 
@@ -46,7 +46,7 @@ class Convolution:
 
 @dataclass(frozen=True, eq=False)
 class LinearStep:
-    """How a source is a linear map of views, plus a constant: what joint bounds are made of."""
+    """A source as a linear map of views, plus a constant: joint bounds are made of such steps."""
 
     operands: tuple["View", ...]
     apply: Callable[[Sequence[NDArray[np.float64]]], NDArray[np.float64]]
@@ -58,7 +58,7 @@ class LinearStep:
     terms: int
     """Products in the sum that makes one element."""
     scalar: bool = False
-    """Whether it is the multiplication by a number: nothing can be gained by looking at it with what comes before."""
+    """Whether it is the multiplication by a number: a joint bound with the steps before it gains nothing."""
     tight: bool = False
     """Whether `norm` is as good as the map taken alone allows."""
     convolutions: tuple[Convolution, ...] | None = None
@@ -76,7 +76,7 @@ class LinearStep:
 
 @dataclass(frozen=True, eq=False)
 class Slopes:
-    """How a source is an elementwise function of a view."""
+    """A source as an elementwise function of a view."""
 
     of: "View"
     low: float
@@ -101,11 +101,11 @@ class Source:
     """Bound of the largest component of computed minus exact."""
     affine: Affine | None = None
     step: LinearStep | None = None
-    """None where it is not a linear map of what comes before, or not known to be one."""
+    """The source as a linear map of tensors before it, where it is known to be one."""
     slopes: Slopes | None = None
-    """Where it is an elementwise function of what comes before."""
+    """The source as an elementwise function of a tensor before it, where it is one."""
     part: "Part | None" = None
-    """Where it is the positive or the negative part of another tensor."""
+    """The tensor of which the source is the positive or the negative part, where it is one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class View:
 
     @property
     def repetition(self) -> int:
-        """How often the element of the source that is used most is used."""
+        """The most uses of one element of the source."""
         used = self.index[self.index >= 0]
         return int(np.bincount(used).max()) if used.size else 0
 
@@ -135,13 +135,13 @@ class View:
         return np.where(self.index >= 0, self.source.center.ravel()[self.index], 0.0)
 
     def rearranged(self, index: NDArray[np.int64]) -> "View":
-        """The same source, seen through other positions of any shape."""
+        """Return the same source, seen through other positions of any shape."""
         # np.ascontiguousarray would give an index without axes one.
         return View(self.source, np.array(index, dtype=np.int64, order="C"))
 
 
 def seen_whole(source: Source) -> View:
-    """A source as it stands."""
+    """Return a source as it stands."""
     return View(source, np.arange(source.center.size).reshape(source.center.shape))
 
 
@@ -159,7 +159,7 @@ def affine_of(view: View) -> Affine | None:
 
 
 def stand_in(shape: tuple[int, ...]) -> View:
-    """A tensor of which only the positions count."""
+    """Return a tensor of which only the positions count."""
     return seen_whole(Source(np.zeros(shape), 0.0, 0.0, 0.0))
 
 
@@ -180,7 +180,7 @@ class Squares:
 
     terms: tuple[SquareTerm, ...]
     constant: NDArray[np.float64]
-    """What is added to each sum; not negative."""
+    """Added to each sum; not negative."""
     largest: float
     """Bound of the largest element."""
     roundings: int
@@ -197,18 +197,18 @@ class Constant:
 
     array: NDArray[np.generic]
     depends_on_batch: bool = False
-    """Integers among which the batch size stands, as `PROBE_BATCH`: of use as a shape only.
+    """Whether it holds integers with the batch size, as `PROBE_BATCH`, among them: a shape.
 
-    Every other entry is the same for all batch sizes: such a constant is only ever picked from, never computed with.
+    Every other entry is the same for all batch sizes: entries are picked from such a constant, never computed with.
     """
 
 
 @dataclass(frozen=True, eq=False)
 class Unknown:
-    """The output of a refused node, or one without a Lipschitz constant (the indices of a sort)."""
+    """The output of a refused node, or an output without a Lipschitz constant (the indices of a sort)."""
 
     reason: str
-    """Empty when the refusal is on record already."""
+    """Empty where the refusal is on record already."""
 
 
 Value = View | Squares | Constant | Unknown
@@ -243,6 +243,7 @@ Identity = tuple[Source, tuple[int, ...], bytes]
 
 
 def identity_of(view: View) -> Identity:
+    """Return the identity of the tensor that a view holds."""
     return view.source, view.shape, view.index.tobytes()
 
 

@@ -144,7 +144,7 @@ def unsqueeze(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 @rule("Split", attributes=("axis", "num_outputs"))
 def split(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    """Disjoint parts of one tensor: together they cost what it costs.
+    """Disjoint parts of one tensor: together they cost as much as the tensor.
 
     Args: see `Rule`.
 

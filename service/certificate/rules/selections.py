@@ -133,7 +133,7 @@ def slice_(context: Context, node: Node, inputs: Operands) -> list[Value]:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         position = image_axis(axis, view)
         length = index.shape[position]
-        # ONNX counts a negative end past the front once; numpy's slice needs None there.
+        # ONNX counts a negative end past the front once; numpy would count it again.
         stop = (None if end < -length else end) if step <= 0 else min(end, length)
         index = index[(slice(None),) * position + (slice(start, stop, step),)]
     if index.size == 0:

@@ -138,7 +138,7 @@ def _entry(operator: str, apply: Rule) -> RuleEntry:
 
 
 def _refuse(context: Context, node: Node, inputs: Operands) -> list[Value]:
-    raise Refusal("a square has no Lipschitz constant, and this operator is none of those that lead to its root")
+    raise Refusal("a square has no Lipschitz constant, and this operator does not lead to its root")
 
 
 def _rearrange(context: Context, node: Node, inputs: Operands) -> list[Value]:
@@ -157,7 +157,7 @@ def _sum_of_squares(value: Value | None) -> Squares:
 
 
 def _one_number(value: Value | None, name: str, rank: int) -> float:
-    """Return a constant that broadcasts to a tensor of `rank` axes beside the batch and adds none to it."""
+    """Return a constant that broadcasts to a tensor of `rank` axes beside the batch without a further axis."""
     array = float_operand(value, name)
     if array.size != 1 or array.ndim > rank + 1:
         raise Refusal(f"{name} must be one number")

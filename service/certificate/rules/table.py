@@ -134,7 +134,7 @@ Rule = Callable[[Context, Node, Operands], list[Value]]
 Args:
     context: of this analysis.
     node: the node; its attributes are those that the rule was registered with.
-    inputs: its operands, none of them unknown and not all of them constant.
+    inputs: its operands; all of them are known, and one at least is not constant.
 
 Raises:
     Refusal: the node has no proved bound; the message says why.
