@@ -4,7 +4,8 @@
 `python -m service audit ANSWER.json IMAGE --model ARTEFACT`: audit an archived answer, see docs/audit.md.
 
 Exit status: 0 stopped on request, or the answer holds; 1 a model, the provider or the port is not available, or the
-answer does not hold; 2 a setting, the command or a file to be audited is not valid; 3 the audit is undecided.
+answer does not hold; 2 a setting, the command or a file to be audited is not valid; 3 the audit is undecided; 70 the
+GPU was lost while serving.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     """Folder whose sub-folders are the artefacts to serve."""
 
     default_model: Annotated[str, Field(min_length=1)] = "mnist"
-    """Name of the model that answers when a request names none."""
+    """Name of the model that answers a request without a model name."""
 
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     """Execution provider: `auto` takes CUDA where it works, else warns and takes the CPU; `cuda` ends the start where
@@ -59,20 +59,20 @@ class Settings(BaseSettings):
     """Largest request body, in bytes; enforced while the body arrives."""
 
     max_pixels: Annotated[int, Field(ge=1, le=PILLOW_PIXEL_LIMIT)] = 2 * 1024 * 1024
-    """Most pixels (of all images of a request) that are decoded; a counterfactual takes some 120 bytes for each of
-    their channels."""
+    """Most pixels that are decoded, of all images of a request; a counterfactual takes some 120 bytes for each pixel
+    and channel."""
 
     max_batch: Annotated[int, Field(ge=1)] = 256
     """Most images in one `/predict/batch`."""
 
     processes: Annotated[int, Field(ge=0, le=256)] = 1
     """Processes that serve side by side, on CPUs alone; 0 takes one for each CPU that the server may use. Several
-    answer more requests of small networks, since Python runs one thread of a process at a time; the default model is
-    in memory once for all."""
+    answer more requests of small networks, because each has its own GIL; the default model is in memory once for
+    all."""
 
     workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Threads of a process that decode, compute and answer, side by side; 0 shares the CPUs among the processes, 8 for
-    each at most."""
+    """Threads of a process that decode, compute and answer side by side; 0 shares the CPUs among the processes, at most
+    8 for each."""
 
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads inside one inference; 0 shares the CPUs among the workers: 1 on up to 8 CPUs."""
@@ -84,17 +84,17 @@ class Settings(BaseSettings):
     """Most GPU memory for weights and results of one graph, in bytes; a model has two graphs. 0 sets no limit."""
 
     max_delay_ms: Annotated[float, Field(ge=0.0, le=10_000.0, allow_inf_nan=False)] = 0.0
-    """How long a request waits for others to share its pass; 0 takes what is waiting and never waits when idle."""
+    """Milliseconds that a request waits for others to share its forward pass; 0 adds no delay."""
 
     max_requests: Annotated[int, Field(ge=1)] = 1024
-    """Most requests that are read, wait or are computed at the same time, shared among the processes; more get status
+    """Most requests that are read, queued or computed at the same time, shared among the processes; more get status
     503."""
 
     max_waiting_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
-    """The same for the bytes of their bodies."""
+    """Most bytes in the bodies of these requests, shared among the processes; more get status 503."""
 
     deadline_s: Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)] = 30.0
-    """Seconds after which a request that has no answer gets status 503; `Prefer: wait=SECONDS` asks for less."""
+    """Seconds after which a request without an answer gets status 503; `Prefer: wait=SECONDS` asks for less."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""

@@ -1,18 +1,18 @@
-"""Several server processes on one port: each has an interpreter of its own, and the memory that was filled before they
-started - the models above all - is there once for all of them.
+"""Several server processes on one port: each has its own interpreter and GIL, and all share the memory that was filled
+before the fork, above all the models.
 
 ::
 
-    parent: settings, proofs, models, sockets ──┬──► process 1: socket 1, event loop, workers
-    (then waits, and replaces what ends)        ├──► process 2: socket 2, ...
-                                                └──► ...
+    parent: settings, verification, models, sockets ──┬──► process 1: socket 1, event loop, workers
+    (then waits, and replaces a process that ends)    ├──► process 2: socket 2, ...
+                                                      └──► ...
 
-Each process has a listening socket of its own; the system gives each new connection to one of them (`SO_REUSEPORT`).
-The parent keeps all sockets open, so that a connection that waits for a process which ends is taken by the one that
-replaces it. The processes end when the parent does, whatever becomes of it.
+Each process listens on its own socket; the system gives each new connection to one of them (`SO_REUSEPORT`). The parent
+keeps all sockets open, so that a connection in the backlog of a process that ends is accepted by its replacement. The
+processes end with the parent, even if it is killed.
 
-No signal handler of the parent raises, since that could happen anywhere, in the middle of ending the others as well:
-a signal is a byte in a pipe that the parent waits for.
+No signal handler of the parent raises, because a signal can arrive anywhere, also while the parent ends the others: a
+signal is a byte in a pipe that the parent waits for.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# A process that ended sooner is not replaced at once: what ended it would most likely end the next one, too.
+# A process that ended sooner is not replaced at once: its replacement would most likely end, too.
 _SHORT_S = 1.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of this address, which does not listen yet.
+    """Return a socket that is bound to an address and does not listen yet.
 
     Args:
         host: name or address of an interface.
         port: TCP port; 0 lets the system choose.
 
     Raises:
-        PortError: the address cannot be had; another server listens there, even if that would share it.
+        PortError: the address is not available, also where another server listens there and would share it.
     """
     with contextlib.ExitStack() as unless_bound:
         try:
@@ -65,23 +65,23 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(first: socket.socket, count: int, backlog: int) -> list[socket.socket]:
-    """Sockets that listen on one address, one for each process.
+    """Return sockets that listen on one address, one for each process.
 
     Args:
-        first: of `bind`; it is one of them, and stays the caller's to close where this fails.
-        count: at least 1; more than one needs Linux.
-        backlog: connections of each that wait.
+        first: of `bind`; the first of the result. On failure it is still the caller's to close.
+        count: number of sockets; at least 1, and more than one needs Linux.
+        backlog: pending connections of each socket.
 
     Raises:
-        PortError: another server has come to listen there since `bind`.
+        PortError: another server listens there since `bind`.
     """
     listeners = [first]
     with contextlib.ExitStack() as unless_all_listen:
         try:
             first.listen(backlog)
             if count > 1:
-                # Only now, when `first` has the address to itself: two servers that start side by side would otherwise
-                # share it without a word.
+                # Only now that `first` has the address to itself: two servers that start side by side would otherwise
+                # share it silently.
                 first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             for _ in range(count - 1):
                 listener = unless_all_listen.enter_context(socket.socket(first.family, first.type, first.proto))
@@ -105,19 +105,19 @@ def serve_in_processes(
 ) -> None:
     """Run `serve` in a process for each socket and replace those that end, until SIGTERM or SIGINT; then end them all.
 
-    Called by the main thread. Those signals do nothing any more afterwards: what is left to do is to leave.
+    Called by the main thread. Both signals are ignored afterwards: the caller only has to exit.
 
     Args:
-        listeners: of `listen`. They are closed at the end.
-        serve: serves one of them until SIGTERM and gives the exit status.
-        ended: told the process id of each that ended.
-        grace_s: seconds that the processes have to end, once they are told to.
+        listeners: of `listen`; closed at the end.
+        serve: serves on one socket until SIGTERM and returns the exit status.
+        ended: called with the process id of each process that has ended.
+        grace_s: seconds from SIGTERM to SIGKILL of a process.
     """
-    # Not for the sake of `bind`, which a server of one process needs, too.
+    # Imported here: a server of one process needs `bind`, and not this.
     import multiprocessing
     from multiprocessing.connection import wait
 
-    # No thread may run here: it would be missing in the processes, with the locks it held.
+    # No thread may run here: a fork would lose it, and leave the locks that it held.
     context = multiprocessing.get_context("fork")
     lifeline, held = os.pipe()
     stopping, stop = os.pipe()
@@ -125,7 +125,7 @@ def serve_in_processes(
     running: dict[int, BaseProcess] = {}
     started_s: dict[int, float] = {}
     due_s = dict.fromkeys(range(len(listeners)), 0.0)
-    """When the processes shall start that do not run."""
+    """Start times of the processes that do not run, on the monotonic clock."""
 
     def run(number: int) -> None:
         signal.set_wakeup_fd(-1)
@@ -143,7 +143,7 @@ def serve_in_processes(
     def start(number: int) -> None:
         process = context.Process(target=run, args=(number,), name=f"server-{number}")
         started_s[number] = time.monotonic()
-        # Until the new process has handlers of its own, a signal to it would be taken for one to this process.
+        # Before the new process has its own handlers, a signal to it would reach the pipe of this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
             process.start()
@@ -186,7 +186,7 @@ def serve_in_processes(
 
 
 def _end_all(processes: Sequence[BaseProcess], listeners: Sequence[socket.socket], grace_s: float) -> None:
-    # First of all: what nobody will take is refused and does not wait.
+    # First: connections that no process will accept are refused and do not wait.
     for listener in listeners:
         listener.close()
     for process in processes:
@@ -211,7 +211,7 @@ def _how(process: BaseProcess) -> str:
 
 
 def _end_with_parent(lifeline: int, grace_s: float) -> None:
-    # The parent never writes: reading ends when it does.
+    # The parent never writes, so reading ends when the parent does.
     os.read(lifeline, 1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_s)
@@ -219,7 +219,7 @@ def _end_with_parent(lifeline: int, grace_s: float) -> None:
 
 
 def _end_once(signal_number: int, frame: FrameType | None) -> None:
-    # Ctrl-C reaches this process and the parent, which then tells it again: that would cut short what it does to end.
+    # Ctrl-C reaches this process and the parent, which sends SIGTERM: a second signal would cut the shutdown short.
     del signal_number, frame
     for stop_signal in _STOPS:
         signal.signal(stop_signal, _do_nothing)
@@ -227,5 +227,5 @@ def _end_once(signal_number: int, frame: FrameType | None) -> None:
 
 
 def _do_nothing(signal_number: int, frame: FrameType | None) -> None:
-    # In place of SIG_IGN: of a signal that has come already, Python would complain.
+    # Instead of SIG_IGN, with which Python would report an error for a signal that is already pending.
     del signal_number, frame

@@ -31,7 +31,7 @@ def resolve_provider(provider: Provider) -> Resolved:
     """Return the provider to load graphs with; where `auto` cannot take CUDA, a warning says why.
 
     Raises:
-        ProviderError: `cuda` is not available; the message says what is missing.
+        ProviderError: `cuda` is not available; the message names the missing part.
     """
     if provider == "cpu":
         return "cpu"
@@ -43,7 +43,7 @@ def resolve_provider(provider: Provider) -> Resolved:
         return "cuda"
     if provider == "cuda":
         raise ProviderError(f"LIPCERT_PROVIDER=cuda is not available: {missing} Or set LIPCERT_PROVIDER=auto or cpu.")
-    _log.warning("serving on the CPU: %s", missing)
+    _log.warning("serving on the CPU: %s Or set LIPCERT_PROVIDER=cpu.", missing)
     return "cpu"
 
 

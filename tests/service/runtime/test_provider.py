@@ -28,7 +28,7 @@ def test_auto_falls_back_to_the_cpu_and_warns_why(
 ) -> None:
     monkeypatch.setattr(provider, "missing_for_cuda", lambda: "no driver; install one.")
     assert resolve_provider("auto") == "cpu"
-    assert warnings_of(caplog) == ["serving on the CPU: no driver; install one."]
+    assert warnings_of(caplog) == ["serving on the CPU: no driver; install one. Or set LIPCERT_PROVIDER=cpu."]
 
 
 def test_cuda_without_a_cuda_build_is_an_error_that_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
