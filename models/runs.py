@@ -71,7 +71,7 @@ def run_recipe(
     """Train a recipe, write the results to `out / recipe.name` and return a summary for the terminal.
 
     Args:
-        recipe: of the training.
+        recipe: with all overrides applied.
         data: folder of the data set.
         out: folder of results and checkpoints.
         resume: continue from the last checkpoint.

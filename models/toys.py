@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -17,10 +16,6 @@ from torch import Tensor
 
 from models.nets.networks import LipschitzNetwork
 from models.training.batches import Batch
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 
 MOONS_SHAPE = (1, 1, 2)
 """A point of the plane as an image of two pixels."""
@@ -65,6 +60,9 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
         batch: points and labels of `two_moons`.
         folder: of the plots; created if missing.
     """
+    # Loaded here: no other training needs matplotlib, and it takes a second.
+    from matplotlib.figure import Figure
+
     folder.mkdir(parents=True, exist_ok=True)
     points, labels = batch
     x_N, y_N = points[:, 0, 0, 0].numpy(), points[:, 0, 0, 1].numpy()
@@ -75,17 +73,18 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
         level_HW = network(grid).reshape(GRID, GRID).numpy()
 
     levels_path, transport_path = folder / "levels.png", folder / "transport.png"
-    figure, axes = plt.subplots(figsize=(7, 4.6))
+    figure = Figure(figsize=(7, 4.6))
+    axes = figure.subplots()
     lines = axes.contour(axis_x, axis_y, level_HW, levels=15, cmap="coolwarm_r", linewidths=0.8)
     axes.contour(axis_x, axis_y, level_HW, levels=[0.0], colors="black", linewidths=2)
     axes.scatter(x_N, y_N, s=5, c=colours)
     axes.set(title="Level lines of f (black: f = 0)", aspect="equal")
     figure.colorbar(lines)
     figure.savefig(levels_path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
     value_N, gradient = potential_and_gradient(network, points)
-    figure, axes = plt.subplots(figsize=(7, 4.6))
+    figure = Figure(figsize=(7, 4.6))
+    axes = figure.subplots()
     axes.contour(axis_x, axis_y, level_HW, levels=[0.0], colors="black", linewidths=1)
     axes.scatter(x_N, y_N, s=8, c=colours)
     for t, marker in ((1, "."), (2, "x")):
@@ -95,7 +94,6 @@ def plot_moons(network: LipschitzNetwork, batch: Batch, folder: Path) -> tuple[P
             axes.plot(*zip(start, end, strict=True), color=colour, linewidth=0.3, alpha=0.5)
     axes.set(title="x - t f(x) grad f(x): dots t = 1, crosses t = 2", aspect="equal")
     figure.savefig(transport_path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
     return levels_path, transport_path
 
 

@@ -1,4 +1,4 @@
-"""Reading of files that TensorBoard shows."""
+"""Reader of TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def masked(record: bytes) -> bytes:
 
 
 def events_in(folder: Path) -> list[Event]:
-    """All records, in the order of the files: length, its checksum, the event, its checksum."""
+    """Return the events of all files, in order; a record is length, its checksum, the event, its checksum."""
     events: list[Event] = []
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
@@ -30,7 +30,7 @@ def events_in(folder: Path) -> list[Event]:
 
 
 def points(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """What TensorBoard shows: a start removes what stands at its step and beyond."""
+    """Return the points of a curve that TensorBoard shows: a start removes those at its step and beyond."""
     shown: list[tuple[int, float]] = []
     for event in events_in(folder):
         if event.HasField("session_log") and event.session_log.status == SessionLog.START:

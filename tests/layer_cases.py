@@ -1,4 +1,4 @@
-"""One layer of each kind, with the shape that it takes: what every layer must satisfy is tested on all of them."""
+"""One layer of each kind with its input shape, for the tests that every layer must pass."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ each_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAY
 
 
 def trained(layer: Layer) -> Layer:
-    """The layer with parameters as training might leave them, far from their initial values."""
+    """Move the parameters far from their initial values, as training might; return the layer."""
     with torch.no_grad():
         for module in layer.modules():
             if isinstance(module, OrthogonalMatrix) and module.parametrisation == "stiefel":

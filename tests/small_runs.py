@@ -46,7 +46,7 @@ def small_run(folder: Path, *, ema_decay: float | None = None, precision: Any = 
 
 
 def interrupt_after(run: Run, steps: int, how: str) -> Run:
-    """The same run, cut at the given step by an exception or by a signal."""
+    """Return the same run, ended at a step by an exception or by a signal."""
     taken = 0
 
     def objective(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

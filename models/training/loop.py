@@ -79,13 +79,13 @@ class Trained:
 
 
 def fabric_for(run: Run, devices: int = 1) -> Fabric:
-    """Return the Fabric that carries a run: its device, one process for each of `devices`, and its precision."""
+    """Return the Fabric of a run: its device and precision, and one process for each of `devices`."""
     return Fabric(
         accelerator=run.device.type,
         devices=devices,
         strategy="auto" if devices == 1 else DDPStrategy(start_method="spawn"),
         precision=run.schedule.precision,
-        # Otherwise the variables of a batch system would decide how many processes there are.
+        # Otherwise the variables of a batch system would decide the number of processes.
         plugins=[LightningEnvironment()],
     )
 
@@ -208,7 +208,7 @@ class _Session:
         self.progress.finish_step(value, self._count(logits.detach(), labels), len(labels), rates)
 
     def finish_epoch(self) -> None:
-        """Score the epoch and write its checkpoints; a disk that is full ends nothing.
+        """Score the epoch and write its checkpoints; a full disk does not end the training.
 
         Raises:
             NonFiniteError: a weight is not finite; no checkpoint is written.

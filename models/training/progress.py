@@ -55,7 +55,7 @@ class Progress:
         return self.epoch * self.steps_per_epoch + self.step
 
     def seconds(self) -> float:
-        """Return the wall time of training, of resumed parts together."""
+        """Return the wall time of training, summed over resumed parts."""
         return self._seconds_before + time.monotonic() - self._started_at
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Progress:
             return
         if curves is not None and self.steps_taken < self.total_steps:
             self._curves = Curves(curves, self.steps_taken)
-        # `disable` as it is hides the bar where the output is not a terminal; the log has one line an epoch. Without
+        # tqdm itself disables the bar where the output is not a terminal; the log has one line an epoch. Without
         # smoothing the time left follows from the mean over all steps: the end of an epoch takes time beside its steps.
         bar = tqdm(
             total=self.total_steps, initial=self.steps_taken, unit="step", leave=False, disable=None, smoothing=0

@@ -21,7 +21,7 @@ from models.nets.networks import LipschitzNetwork, both_logits
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy and, for each epsilon, the share of images that are right with a radius above it."""
+    """Accuracy and, for each epsilon, the share of images classified right with a radius above it."""
 
     accuracy: float
     certified: Mapping[float, float]
@@ -93,7 +93,7 @@ class RunningScores:
 
 
 def correct_within(
-    logits_NK: Float[Tensor, "N K"],
+    logits_NK: Float[Tensor, "N outputs"],
     labels_N: Int[Tensor, " N"],
     margin_bounds_KK: Float[Tensor, "K K"],
     epsilon: float,
@@ -112,7 +112,7 @@ def correct_within(
 
 
 def count_correct_within(
-    logits_NK: Float[Tensor, "N K"],
+    logits_NK: Float[Tensor, "N outputs"],
     labels_N: Int[Tensor, " N"],
     margin_bounds_KK: Float[Tensor, "K K"],
     epsilons: Sequence[float],

@@ -1,4 +1,4 @@
-"""Recipes are frozen data; an override fits or is refused. The small oracles come out right."""
+"""Recipes are frozen data; an override fits or is refused. The toy problems reach their known answers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""From a folder of images to an artefact that the service serves; what cannot end well is refused at the start."""
+"""From a folder of images to an artefact that the service serves; a training that must fail is refused at its start."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = [
 
 
 def write_folder(folder: Path, classes: dict[str, int], *, colour: bool = False, seed: int = 0) -> Path:
-    """Bright bars whose place says the class, 13 x 18 pixels, in PNG and JPEG."""
+    """Write images of 13 x 18 pixels with a bright bar whose place decides the class, as PNG and JPEG."""
     random = np.random.default_rng(seed)
     for k, (label, count) in enumerate(classes.items()):
         (folder / label).mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_artefact_of_a_folder_is_served_on_its_files(folder: Path, out: Path) ->
     assert right >= 18
 
 
-def test_card_says_which_images_and_what_was_done_to_them(out: Path) -> None:
+def test_card_states_the_images_and_their_preprocessing(out: Path) -> None:
     card = read_card(out / "small")
     assert (card.data["dataset"], card.data["name"], card.data["source"]) == ("image-folder", "bars", "drawn")
     assert card.licence == card.data["licence"] == "CC0-1.0"
@@ -141,7 +141,7 @@ def test_every_recipe_can_be_given_to_other_processes(tmp_path: Path, monkeypatc
     given: list[tuple[Run, int, int | None]] = []
 
     class Enough(Exception):
-        """The rest is the business of `models.training.processes`."""
+        """Ends the command where `models.training.processes` would start."""
 
     def fit_on(network: LipschitzNetwork, run: Run, *, devices: int, threads: int | None, resume: bool) -> Trained:
         given.append((pickle.loads(pickle.dumps(run)), devices, threads))
@@ -250,7 +250,7 @@ def test_folder_for_results_that_cannot_be_written_is_refused_first(folder: Path
     assert "--out" in text
 
 
-def test_full_disk_at_the_export_keeps_what_was_trained(
+def test_full_disk_at_the_export_loses_no_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object, **settings: object) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
-    """Ctrl-C reaches the tests, also where a shell started them in the background and lets them ignore it."""
+    """Let Ctrl-C reach the tests, also in background jobs of a shell, which ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

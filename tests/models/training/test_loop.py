@@ -31,7 +31,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     run = small_run(tmp_path / "cut", **options)
     with pytest.raises(Interrupted, match=r"epoch 2 after step 2.*--resume"):
         fit(small_network(parametrisation), interrupt_after(run, STEPS + 2, "signal"))
-    torch.manual_seed(99)  # what the new process starts with must not matter
+    torch.manual_seed(99)  # the random state of the new process must not matter
     resumed = fit(dense_network((1, 6, 6), (12, 8), 3, parametrisation=parametrisation), run, resume=True).network  # type: ignore[arg-type]
     assert_equal_networks(whole, resumed)
 
@@ -72,8 +72,8 @@ def test_mixed_precision_rounds_in_the_body_alone_and_learns_the_same(tmp_path: 
         trained.append(fit(small_network(parametrisation), replace(run, objective=objective)).network)
     exact, mixed = seen[0], seen[len(seen) // 2]
     assert all(logits.dtype == torch.float32 for logits in seen)
-    assert 0 < (exact - mixed).abs().max() < 0.02  # bfloat16 was in it, once or twice
-    assert not torch.equal(mixed, mixed.bfloat16().float())  # and not in the head
+    assert 0 < (exact - mixed).abs().max() < 0.02  # bfloat16 rounded the body
+    assert not torch.equal(mixed, mixed.bfloat16().float())  # but not the head
     for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
         assert one.dtype == other.dtype == torch.float32
         assert (one - other).abs().max() < 0.05
@@ -150,7 +150,7 @@ def test_full_disk_during_training_loses_nothing(
     assert "No space left on device" in caplog.text
     assert "training goes on without it" in caplog.text
     assert {path.name for path in run.checkpoints.iterdir()} == {"last.pt"}
-    # What was written before is whole: a new process goes on from it.
+    # The older checkpoint is whole: a new process continues from it.
     monkeypatch.setattr(torch, "save", really_save)
     assert_equal_networks(whole, fit(small_network(), run, resume=True).network)
 

@@ -1,4 +1,4 @@
-"""The losses are what their docstrings say, against loops over images and classes in plain Python."""
+"""The losses agree with the formulas of their docstrings, evaluated by loops in plain Python."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A step follows the manifold, and descent finds what is known to be the best orthogonal matrix."""
+"""A step follows the manifold, and descent finds the known best orthogonal matrix."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_projected_gradient_is_tangent_to_the_orthogonal_matrices(shape: tuple[i
     torch.manual_seed(0)
     W = random_orthogonal(shape)
     G = tangent(W, torch.randn(shape, dtype=torch.float64))
-    # Along a tangent G the Gram matrix stands still: d/dt (W + tG)(W + tG)^T = 0 at t = 0.
+    # Along a tangent G the Gram matrix is stationary: d/dt (W + tG)(W + tG)^T = 0 at t = 0.
     change = W @ G.T + G @ W.T if shape[0] <= shape[1] else W.T @ G + G.T @ W
     torch.testing.assert_close(change, torch.zeros_like(change), atol=1e-12, rtol=0)
 

@@ -22,9 +22,9 @@ from models.training.loop import Run, fit
 from models.training.processes import fit_on
 
 BATCH = 15
-"""Odd: two processes cannot have equal shares of it."""
+"""Odd, so that two processes have unequal shares."""
 STEPS = 4
-"""Of an epoch, of 70 images."""
+"""Steps of an epoch of 70 images."""
 
 
 def bar_network() -> LipschitzNetwork:
@@ -46,9 +46,9 @@ def bar_run(folder: Path, objective: Any) -> Run:
     )
 
 
-# What processes are given is found by its name.
+# Other processes import these functions by name.
 def all_at_once(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What a mean over shares would get wrong (class means), and what each process has (constants of the pairs)."""
+    """A loss that is not a mean over shares (class means), and that uses the network (constants of the pairs)."""
     radius = losses.hkr_margin_loss(
         logits, labels, alpha=5.0, min_margin=0.5, margin_bounds_KK=network.declared_margin_bounds_KK()
     )
@@ -62,7 +62,7 @@ def interrupted(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.T
     global steps_begun
     steps_begun += 1
     if steps_begun == STEPS + 2 and torch.distributed.get_rank() == 0:
-        # As Ctrl-C does: to everybody.
+        # Ctrl-C signals the whole process group.
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(0.5)
@@ -85,7 +85,7 @@ def by_two(run: Run, *, resume: bool = False) -> LipschitzNetwork:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[LipschitzNetwork, Path]:
-    """Two processes, not interrupted: the network and the folder of its checkpoints."""
+    """Return the network of an uninterrupted run in two processes, and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp("two")
     return by_two(bar_run(folder, all_at_once)), folder
 
@@ -97,7 +97,7 @@ def test_two_processes_train_the_network_of_one(trained: tuple[LipschitzNetwork,
     for name, value in expected.items():
         assert (value - found[name]).abs().max() < 1e-5, name
         assert (value - start[name]).abs().max() > 1e-3, name
-    # The same images counted, and held-out images scored, by both together.
+    # Both processes together counted the same images and scored the same held-out images.
     for file in ("last.pt", "best.pt"):
         one, two = (torch.load(place / file, weights_only=True) for place in (tmp_path, folder))
         assert (one["epoch"], one["best"]) == (two["epoch"], two["best"])
@@ -119,7 +119,7 @@ def test_signal_stops_all_processes_after_one_step_and_resuming_is_exact(
 @pytest.mark.parametrize(
     ("objective", "reason"), [(failing, "ValueError: out of the blue"), (dying, "SIGKILL|Connection closed")]
 )
-def test_process_that_fails_or_dies_is_one_error_that_says_what_is_kept(
+def test_process_that_fails_or_dies_is_one_error_that_names_the_checkpoint(
     tmp_path: Path, objective: Any, reason: str
 ) -> None:
     with pytest.raises(TrainingError, match=rf"a process of the training ended \(.*({reason}).*\); nothing was saved"):

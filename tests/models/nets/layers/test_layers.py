@@ -1,11 +1,8 @@
-"""Every layer keeps the constant that it states, against dense Jacobians and their singular values in float64."""
+"""Every layer satisfies its stated constant, against singular values of dense Jacobians in float64."""
 
 import itertools
-import math
 from collections.abc import Callable
-from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,16 +15,13 @@ from models.nets.layers.linear import OrthogonalDense, OrthogonalMatrix, UnitHea
 from models.nets.layers.pooling import L2Pool2d, ScaledAvgPool2d
 from models.nets.layers.reshaping import Normalize, SpaceToDepth
 from models.nets.layers.sorting import FullSort, GroupSort2
-from models.nets.networks import both_logits, convolutional_network, dense_network
-from models.nets.onnx_graph import GraphBuilder
-from models.recipes import Stage
 
 TOLERANCE = 1e-6
 """Relative excess that rounding of weights to float32 may cause."""
 
 
 def jacobian(layer: Layer, x: torch.Tensor) -> torch.Tensor:
-    """Dense Jacobian at one point (batch axis of size 1), as a matrix."""
+    """Return the dense Jacobian at one point (batch axis of size 1), as a matrix."""
     full = torch.autograd.functional.jacobian(layer, x)
     assert isinstance(full, torch.Tensor)
     return full.reshape(-1, x.numel())
@@ -166,32 +160,9 @@ def test_group_sort_refuses_an_odd_number_of_channels() -> None:
 
 
 @pytest.mark.parametrize("std", [[0.0], [1.0, 1.0]])
-def test_normalize_refuses_what_has_no_constant(std: list[float]) -> None:
+def test_normalize_without_a_constant_is_refused(std: list[float]) -> None:
     with pytest.raises(ValueError, match="std"):
         Normalize([0.0], std)
-
-
-def test_declared_margin_bounds_are_bounds_of_the_margins() -> None:
-    torch.manual_seed(9)
-    network = dense_network((1, 4, 4), (12, 8), 3).fold()
-    bounds = network.declared_margin_bounds_KK()
-    x = torch.randn(1, 1, 4, 4, dtype=torch.float64)
-    gradients = torch.autograd.functional.jacobian(network, x).reshape(3, -1)
-    for i, j in itertools.combinations(range(3), 2):
-        assert torch.linalg.vector_norm(gradients[i] - gradients[j]) <= bounds[i, j] * (1 + TOLERANCE)
-
-
-def test_one_output_counts_as_two_classes_with_twice_the_constant() -> None:
-    network = dense_network((1, 4, 4), (8,), 1)
-    expected = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
-    torch.testing.assert_close(network.declared_margin_bounds_KK(), expected, check_dtype=False)
-    assert both_logits(torch.tensor([[3.0]])).tolist() == [[3.0, -3.0]]
-
-
-def test_gradient_of_margin_bounds_is_finite_on_the_diagonal() -> None:
-    network = dense_network((1, 4, 4), (8,), 3)
-    network.declared_margin_bounds_KK().sum().backward()
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
 
 
 @each_layer
@@ -207,17 +178,3 @@ def test_cayley_stays_orthogonal_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         W = matrix()
     torch.testing.assert_close(W @ W.T, torch.eye(16), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("pool", ["none", "max", "l2"])
-def test_convolutional_network_is_one_lipschitz(pool: Literal["none", "max", "l2"]) -> None:
-    torch.manual_seed(10)
-    network = convolutional_network((1, 8, 8), [Stage(channels=8, blocks=2)] * 2, pool, (6,), 1).fold()
-    x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    gradient = torch.autograd.functional.jacobian(network, x)
-    assert math.sqrt(gradient.square().sum()) <= 1 + TOLERANCE
-
-
-def test_weights_that_are_not_exact_in_float32_are_not_emitted() -> None:
-    with pytest.raises(ValueError, match="fold"):
-        GraphBuilder("model").weight(np.array([[0.1]]))
