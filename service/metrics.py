@@ -1,4 +1,4 @@
-"""Counters for Prometheus: requests and their latency by route and status, predictions and abstentions by model."""
+"""Metrics for Prometheus: requests and latency by route and status, predictions and abstentions by model, batches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
 
 
 class Metrics:
-    """The counters of one application, in a registry of its own."""
+    """The metrics of one application, in a separate registry."""
 
     def __init__(self, shared: bool = False) -> None:
-        """Everything is 0.
+        """Start with all counters at 0.
 
         Args:
-            shared: add up the counters of all processes that were forked from this one. The variable
-                `PROMETHEUS_MULTIPROC_DIR` names their folder, and did so before `prometheus_client` was imported.
+            shared: whether to add up the counters of all processes that are forked from this one. Then the variable
+                `PROMETHEUS_MULTIPROC_DIR` must name their folder before `prometheus_client` is imported.
         """
         self._shared = shared
         self._registry = CollectorRegistry()
@@ -40,7 +40,7 @@ class Metrics:
             registry=self._registry,
         )
         self._by_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        """Counters that were looked up before; routes and defined methods are few."""
+        """Cache of look-ups; routes and known methods are few."""
         self._by_model: dict[str, tuple[Counter, Counter]] = {}
         self._predictions = Counter("lipcert_predictions", "Images classified.", ["model"], registry=self._registry)
         self._abstentions = Counter(
@@ -49,7 +49,13 @@ class Metrics:
             ["model"],
             registry=self._registry,
         )
-
+        self._models = Gauge(
+            "lipcert_model_info",
+            "Served models with their execution provider and digest; always 1.",
+            ["model", "provider", "digest"],
+            multiprocess_mode="livemax",
+            registry=self._registry,
+        )
         batch_images = Histogram(
             "lipcert_batch_images",
             "Images that shared one pass (prediction) or one search (counterfactual).",
@@ -65,8 +71,18 @@ class Metrics:
             registry=self._registry,
         )
 
+    def note_model(self, model: str, provider: str, digest: str) -> None:
+        """Note a served model.
+
+        Args:
+            model: its name.
+            provider: ONNX Runtime execution provider.
+            digest: `sha256:<hex>` of its graph.
+        """
+        self._models.labels(model, provider, digest).set(1)
+
     def count_predictions(self, model: str, certified: Iterable[bool]) -> None:
-        """Count the images that a model answered, and those whose answer certifies nothing."""
+        """Count the images that a model has answered, and the abstentions among them."""
         counters = self._by_model.get(model)
         if counters is None:
             counters = self._by_model[model] = (self._predictions.labels(model), self._abstentions.labels(model))
@@ -77,7 +93,14 @@ class Metrics:
             abstentions.inc(answers.count(False))
 
     def count_request(self, method: str, route: str, status: int, duration_s: float) -> None:
-        """Count one HTTP request; methods nobody defined share one label, so that clients cannot add labels."""
+        """Count one HTTP request.
+
+        Args:
+            method: unknown methods share one label, so that clients cannot add labels.
+            route: pattern of the path.
+            status: of the response.
+            duration_s: from the first byte of the request to the last byte of the response.
+        """
         key = (method, route, status)
         counters = self._by_request.get(key)
         if counters is None:
@@ -90,7 +113,7 @@ class Metrics:
         duration.observe(duration_s)
 
     def exposition(self) -> bytes:
-        """All counters in the text format of Prometheus."""
+        """Return all metrics in the text format of Prometheus."""
         if not self._shared:
             return generate_latest(self._registry)
         registry = CollectorRegistry()

@@ -65,6 +65,8 @@ def create_app(
     examples = None if default is None else make_examples(default)
     threads = threads_of(settings, usable_cpus())
     metrics = Metrics(shared=threads.processes > 1)
+    for classifier in classifiers.values():
+        metrics.note_model(classifier.name, classifier.provider, classifier.digest)
     batcher = Batcher(limits_of(settings, threads, classifiers), metrics)
     service = Service(settings, classifiers, examples, metrics, batcher)
 

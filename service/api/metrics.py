@@ -1,4 +1,4 @@
-"""TODO: service/api/metrics.py."""
+"""Middleware that counts every HTTP request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.metrics import Metrics
 
 
 class MetricsMiddleware:
-    """Counts every HTTP request; plain ASGI, so bodies stream through untouched."""
+    """Middleware that counts every HTTP request; plain ASGI, so bodies are streamed unchanged."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -21,7 +21,7 @@ class MetricsMiddleware:
             await self._app(scope, receive, send)
             return
         started_s = perf_counter()
-        status = 500  # unless an answer starts: an exception passes here before it becomes an answer
+        status = 500  # unless a response starts: an exception passes here before it becomes a response
 
         async def note_status(message: Message) -> None:
             nonlocal status
@@ -32,6 +32,6 @@ class MetricsMiddleware:
         try:
             await self._app(scope, receive, note_status)
         finally:
-            # The route is its pattern, /models/{name}: paths would let clients add labels without end.
+            # The route is its pattern, /models/{name}: with paths, clients could add labels without limit.
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.count_request(scope["method"], route, status, perf_counter() - started_s)

@@ -187,7 +187,7 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
         "outputs": [
             {"name": name, "datatype": datatype, "shape": shapes.get(name, [-1])} for name, datatype in _OUTPUTS.items()
         ],
-        "parameters": {"labels": list(classifier.labels)},
+        "parameters": {"labels": list(classifier.labels), "provider": classifier.provider},
     }
 
 

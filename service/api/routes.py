@@ -15,7 +15,7 @@ from service.api.answers import describe, describe_in_full
 from service.api.examples import STATIC
 from service.api.openapi import SAMPLES, problem_responses
 from service.api.predict import Service, image_endpoint
-from service.api.schema import BatchAnswer, HealthAnswer, ModelAnswer, ModelsAnswer, PredictAnswer
+from service.api.schema import BatchAnswer, LiveAnswer, ModelAnswer, ModelsAnswer, PredictAnswer, ReadyAnswer
 
 _PREDICT = """Classify one image, with a certified radius.
 
@@ -111,23 +111,26 @@ def _add_models(router: APIRouter, service: Service) -> None:
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:
-    @router.get("/health/live", tags=["operations"], summary="Liveness", response_model=HealthAnswer)
+    @router.get("/health/live", tags=["operations"], summary="Liveness", response_model=LiveAnswer)
     async def live() -> Response:
         """Whether the process responds."""
-        return _json(HealthAnswer(status="live"))
+        return _json(LiveAnswer())
 
     @router.get(
         "/health/ready",
         tags=["operations"],
         summary="Readiness",
-        response_model=HealthAnswer,
-        responses={503: {"model": HealthAnswer, "description": "No default model is loaded, or the GPU was lost."}},
+        response_model=ReadyAnswer,
+        responses={503: {"model": ReadyAnswer, "description": "No default model is loaded, or the GPU was lost."}},
     )
     async def ready() -> Response:
-        """Whether the default model is proved, loaded and has run once."""
+        """Whether the default model is proved, loaded and has run once, and the GPU responds."""
+        default = service.classifiers.get(service.settings.default_model)
         is_lost = any(classifier.is_lost for classifier in service.classifiers.values())
-        is_ready = service.settings.default_model in service.classifiers and not is_lost
-        return _json(HealthAnswer(status="ready" if is_ready else "not ready"), status=200 if is_ready else 503)
+        is_ready = default is not None and not is_lost
+        provider = None if default is None else default.provider
+        answer = ReadyAnswer(status="ready" if is_ready else "not ready", provider=provider)
+        return _json(answer, status=200 if is_ready else 503)
 
     @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:

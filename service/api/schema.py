@@ -214,10 +214,18 @@ class ModelAnswer(ModelSummary):
     """`card.json` of the artefact: data, loss, seed, accuracy, attacks, licence."""
 
 
-class HealthAnswer(_Wire):
-    """State of the server."""
+class LiveAnswer(_Wire):
+    """Liveness of the server."""
 
-    status: Literal["live", "ready", "not ready"]
+    status: Literal["live"] = "live"
+
+
+class ReadyAnswer(_Wire):
+    """Readiness of the server."""
+
+    status: Literal["ready", "not ready"]
+    provider: str | None
+    """ONNX Runtime execution provider of the default model; null where it is not loaded."""
 
 
 class Problem(BaseModel):

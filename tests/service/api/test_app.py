@@ -412,14 +412,14 @@ def test_one_model_is_shown_in_full(client: Client, classifiers: Mapping[str, Cl
 
 def test_health_is_live_and_ready(client: Client) -> None:
     assert client.get("/health/live").json() == {"status": "live"}
-    assert client.get("/health/ready").json() == {"status": "ready"}
+    assert client.get("/health/ready").json() == {"status": "ready", "provider": "CPUExecutionProvider"}
 
 
 def test_without_its_default_model_the_server_lives_and_is_not_ready(client: Client) -> None:
     empty = Client(create_app(Settings(default_model="grey"), {}), client._runner)
     assert empty.get("/health/live").status_code == 200
     response = empty.get("/health/ready")
-    assert (response.status_code, response.json()) == (503, {"status": "not ready"})
+    assert (response.status_code, response.json()) == (503, {"status": "not ready", "provider": None})
     assert empty.get("/openapi.json").status_code == 200
 
 
@@ -439,6 +439,15 @@ def test_metrics_count_requests_by_route_and_abstentions_by_model(
     assert "BREW" not in metrics
     assert 'lipcert_http_request_duration_seconds_bucket{le="0.005",method="POST",route="/predict"' in metrics
     assert 'lipcert_predictions_total{model="grey"} 1.0' in metrics
+
+
+def test_metrics_name_the_provider_and_the_digest_of_every_model(
+    client: Client, classifiers: Mapping[str, Classifier]
+) -> None:
+    metrics = client.get("/metrics").text
+    for name, classifier in classifiers.items():
+        labels = f'digest="{classifier.digest}",model="{name}",provider="CPUExecutionProvider"'
+        assert f"lipcert_model_info{{{labels}}} 1.0" in metrics
 
 
 def test_abstentions_are_counted(client: Client, classifiers: Mapping[str, Classifier]) -> None:

@@ -225,6 +225,7 @@ def test_whichever_process_is_asked_adds_up_the_counters_of_all(shared: Server) 
     for _, content in shared.ask_all("/metrics"):
         assert f'lipcert_predictions_total{{model="grey"}} {before + asked}'.encode() in content
         assert b"\nlipcert_waiting 0.0" in content
+        assert re.findall(rb'\nlipcert_model_info{.*model="grey".*} (\S+)', content) == [b"1.0"]
 
 
 def test_each_process_holds_its_own_socket_and_not_the_life_of_the_others(shared: Server) -> None:
