@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_CACHED = 1024
 _BUCKETS_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -26,29 +27,41 @@ class Metrics:
         self._registry = CollectorRegistry()
         if not shared:
             ProcessCollector(registry=self._registry)
-        self._requests = Counter(
+        requests = Counter(
             "lipcert_http_requests",
             "HTTP requests answered.",
             ["method", "route", "status"],
             registry=self._registry,
         )
-        self._duration_s = Histogram(
+        duration_s = Histogram(
             "lipcert_http_request_duration_seconds",
             "Seconds from the first byte of the request to the last byte of the answer.",
             ["method", "route", "status"],
             buckets=_BUCKETS_S,
             registry=self._registry,
         )
-        self._by_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        """Cache of look-ups; routes and known methods are few."""
-        self._by_model: dict[str, tuple[Counter, Counter]] = {}
-        self._predictions = Counter("lipcert_predictions", "Images classified.", ["model"], registry=self._registry)
-        self._abstentions = Counter(
+        predictions = Counter("lipcert_predictions", "Images classified.", ["model"], registry=self._registry)
+        abstentions = Counter(
             "lipcert_abstentions",
             "Images answered without a certified radius.",
             ["model"],
             registry=self._registry,
         )
+
+        @functools.lru_cache(_CACHED)
+        def requests_of(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+            # Unknown methods share one label, so that clients cannot add labels.
+            labels = (method if method in _METHODS else "other", route, str(status))
+            return requests.labels(*labels), duration_s.labels(*labels)
+
+        @functools.lru_cache(_CACHED)
+        def predictions_of(model: str) -> tuple[Counter, Counter]:
+            return predictions.labels(model), abstentions.labels(model)
+
+        self.requests_of = requests_of
+        """Requests and their duration in seconds, by method, pattern of the path, and status."""
+        self.predictions_of = predictions_of
+        """Images classified, and the abstentions among them, by model."""
         self._models = Gauge(
             "lipcert_model_info",
             "Served models with their execution provider and digest; always 1.",
@@ -80,37 +93,6 @@ class Metrics:
             digest: `sha256:<hex>` of its graph.
         """
         self._models.labels(model, provider, digest).set(1)
-
-    def count_predictions(self, model: str, certified: Iterable[bool]) -> None:
-        """Count the images that a model has answered, and the abstentions among them."""
-        counters = self._by_model.get(model)
-        if counters is None:
-            counters = self._by_model[model] = (self._predictions.labels(model), self._abstentions.labels(model))
-        answers = list(certified)
-        predictions, abstentions = counters
-        predictions.inc(len(answers))
-        if False in answers:
-            abstentions.inc(answers.count(False))
-
-    def count_request(self, method: str, route: str, status: int, duration_s: float) -> None:
-        """Count one HTTP request.
-
-        Args:
-            method: unknown methods share one label, so that clients cannot add labels.
-            route: pattern of the path.
-            status: of the response.
-            duration_s: from the first byte of the request to the last byte of the response.
-        """
-        key = (method, route, status)
-        counters = self._by_request.get(key)
-        if counters is None:
-            labels = (method if method in _METHODS else "other", route, str(status))
-            counters = (self._requests.labels(*labels), self._duration_s.labels(*labels))
-            if method in _METHODS:
-                self._by_request[key] = counters
-        count, duration = counters
-        count.inc()
-        duration.observe(duration_s)
 
     def exposition(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""

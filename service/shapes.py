@@ -1,7 +1,7 @@
-"""Array shapes in annotations: `Float64[np.ndarray, "N K"]`, in the words of jaxtyping.
+"""Array shapes in annotations, in the syntax of jaxtyping: `Float64[np.ndarray, "N K"]`.
 
-Tests load jaxtyping, which checks every call against them. A server does not check them, so it does not load it either:
-jaxtyping costs a tenth of a second, in each process.
+Tests load jaxtyping, which checks every call against the annotations. A server does not check them and does not load
+jaxtyping, whose import takes 0.1 s in each process.
 """
 
 import sys
@@ -12,7 +12,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 else:
 
     class _Array:
-        """Stands for any array type of any shape."""
+        """Any array type of any shape."""
 
         def __class_getitem__(cls, array_and_shape: tuple[type, str]) -> type:
             return array_and_shape[0]

@@ -30,7 +30,8 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
     classifier, epsilon = outcome.classifier, outcome.options.epsilon
     labels = classifier.labels
     shape = outcome.image_NCHW.shape[1:]
-    conversion = conversion_between(shape[0], classifier.input_shape[0])
+    to_shape = classifier.input_shape
+    conversion = None if shape[0] == to_shape[0] else conversion_between(shape[0], to_shape[0])
     return [
         {
             "model": classifier.name,
@@ -42,7 +43,7 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
                 "digest": image_digest(image_CHW),
                 "shape": shape,
                 "conversion": conversion,
-                "resized": shape[1:] != classifier.input_shape[1:],
+                "resized": shape[1:] != to_shape[1:],
             },
             "certificate": {
                 "norm": "l2",

@@ -16,7 +16,7 @@ from service.api.errors import add_error_handlers
 from service.api.examples import STATIC, make_examples
 from service.api.metrics import MetricsMiddleware
 from service.api.openapi import document
-from service.api.predict import Service
+from service.api.predict import Models, Service
 from service.api.routes import add_predictions, build_router
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
@@ -68,7 +68,7 @@ def create_app(
     for classifier in classifiers.values():
         metrics.note_model(classifier.name, classifier.provider, classifier.digest)
     batcher = Batcher(limits_of(settings, threads, classifiers), metrics)
-    service = Service(settings, classifiers, examples, metrics, batcher)
+    service = Service(settings, Models(classifiers), examples, metrics, batcher)
 
     app = FastAPI(
         title="lipcert",

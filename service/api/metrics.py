@@ -34,4 +34,6 @@ class MetricsMiddleware:
         finally:
             # The route is its pattern, /models/{name}: with paths, clients could add labels without limit.
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.count_request(scope["method"], route, status, perf_counter() - started_s)
+            requests, duration_s = self._metrics.requests_of(scope["method"], route, status)
+            requests.inc()
+            duration_s.observe(perf_counter() - started_s)

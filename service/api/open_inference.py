@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service import __version__
 from service.api.answers import in_columns
-from service.api.body import JSON, read_head
+from service.api.body import JSON, Head
 from service.api.openapi import problem_responses
 from service.api.parsing import parse_json, refuse_query
 from service.api.predict import Service
@@ -103,7 +103,6 @@ class InferAnswer(_Protocol):
 def build_router(service: Service) -> APIRouter:
     """Return the routes of the protocol, over one `Service`."""
     router = APIRouter(prefix=PREFIX, tags=["open inference protocol"])
-    settings = service.settings
 
     @router.get("", summary="Server metadata")
     async def server() -> dict[str, Any]:
@@ -115,16 +114,15 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("/health/ready", summary="Readiness of the server")
     async def server_ready() -> Response:
-        is_ready = settings.default_model in service.classifiers
-        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
+        return JSONResponse({"ready": service.is_ready}, status_code=200 if service.is_ready else 503)
 
     @router.get("/models/{name}", summary="Metadata of a model", responses=problem_responses(404))
     async def model_metadata(name: str) -> dict[str, Any]:
-        return _metadata(service.classifier(name))
+        return _metadata(service.models[name])
 
     @router.get("/models/{name}/ready", summary="Readiness of a model", responses=problem_responses(404))
     async def model_ready(name: str) -> dict[str, Any]:
-        return {"name": service.classifier(name).name, "ready": True}
+        return {"name": service.models[name].name, "ready": True}
 
     @router.post(
         "/models/{name}/infer",
@@ -139,10 +137,8 @@ def build_router(service: Service) -> APIRouter:
         },
     )
     async def infer(name: str, request: Request) -> Response:
-        head = read_head(request, [JSON])
         refuse_query(request.query_params.multi_items(), "`parameters`")
-        question = partial(_InferQuestion, service, service.classifier(name))
-        answer = await service.ask(request, head, question)
+        answer = await service.ask(request, [JSON], partial(_InferQuestion, service, service.models[name]))
         return Response(answer, media_type=JSON)
 
     return router
@@ -154,6 +150,7 @@ class _InferQuestion:
 
     service: Service
     classifier: Classifier
+    head: Head
     content: bytes
 
     def decode_at_once(self) -> None:
@@ -165,11 +162,10 @@ class _InferQuestion:
         return Decoded(self.classifier, images, self.request.parameters)
 
     def answer(self, outcome: Outcome[ImageOptions]) -> bytes:
-        classifier, certified = outcome.classifier, [prediction.certified for prediction in outcome.predictions]
-        self.service.metrics.count_predictions(classifier.name, certified)
+        self.service.count(outcome)
         answer = InferAnswer(
-            model_name=classifier.name,
-            model_version=classifier.digest,
+            model_name=outcome.classifier.name,
+            model_version=outcome.classifier.digest,
             id=self.request.id,
             outputs=_wanted(_outputs(outcome), self.request.outputs),
         )

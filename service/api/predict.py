@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from service.api.answers import in_records, in_words
 from service.api.body import BATCH_TYPES, FORM, JSON, NPY, PREDICT_TYPES, Head, read_body, read_head
+from service.api.encoded import ArrayBatch, EncodedBatch
 from service.api.examples import Examples
 from service.api.parsing import Query, parse_batch, parse_predict
 from service.api.schema import Options
@@ -37,40 +38,59 @@ _AT_ONCE_BYTES = 8 * 1024
 _AT_ONCE_PIXELS = 4096
 
 
+class Models(dict[str, Classifier]):
+    """The served models by name."""
+
+    def __missing__(self, name: str) -> Classifier:
+        """Raise `UnknownModelError`."""
+        raise UnknownModelError(name, self)
+
+
 @dataclass(frozen=True)
 class Service:
     """The state that the routes share."""
 
     settings: Settings
-    classifiers: Mapping[str, Classifier]
+    models: Models
     examples: Examples | None
     metrics: Metrics
     batcher: Batcher
 
-    def classifier(self, name: str | None) -> Classifier:
-        """Return the model of this name, or the default model; raise `UnknownModelError` if it is not served."""
-        chosen = self.settings.default_model if name is None else name
-        if chosen not in self.classifiers:
-            raise UnknownModelError(chosen, self.classifiers)
-        return self.classifiers[chosen]
+    @property
+    def is_ready(self) -> bool:
+        """Whether the default model is loaded and no GPU was lost."""
+        is_lost = any(classifier.is_lost for classifier in self.models.values())
+        return self.settings.default_model in self.models and not is_lost
 
-    async def ask(self, request: Request, head: Head, question_of: Callable[[bytes], Question[Result, Any]]) -> Result:
-        """Read the body of a request and return the answer of a worker, both before the deadline.
+    async def ask(
+        self, request: Request, accepted: Sequence[str], question_of: Callable[[Head, bytes], Question[Result, Any]]
+    ) -> Result:
+        """Read a request and return the answer of a worker, both before the deadline.
 
         Args:
             request: its body is still unread.
-            head: its headers.
-            question_of: from the body to the question.
+            accepted: media types of the body.
+            question_of: from headers and body to the question.
 
         Raises:
+            MediaTypeError: see `read_head`.
             BodyTooLargeError, EmptyBodyError: see `read_body`.
             OverloadedError, DeadlineError: see `Batcher`.
         """
+        head = read_head(request, accepted)
         limit = self.settings.max_body_bytes
         n_bytes = limit if head.length is None else min(limit, head.length)
         async with self.batcher.place(n_bytes, min(self.settings.deadline_s, head.wait_s)):
             content = await read_body(request, head, limit)
-            return await self.batcher.ask(question_of(content), len(content))
+            return await self.batcher.ask(question_of(head, content), len(content))
+
+    def count(self, outcome: Outcome[Any]) -> None:
+        """Count the images of an answer, and the abstentions among them."""
+        predictions, abstentions = self.metrics.predictions_of(outcome.classifier.name)
+        certified = [prediction.certified for prediction in outcome.predictions]
+        predictions.inc(len(certified))
+        if False in certified:
+            abstentions.inc(certified.count(False))
 
 
 class Reply(NamedTuple):
@@ -85,9 +105,9 @@ class ImageQuestion:
     """A request for one image, or (`is_batch`) several of one size."""
 
     service: Service
-    head: Head
     query: Query
     is_batch: bool
+    head: Head
     content: bytes
 
     def decode_at_once(self) -> Decoded[Options] | None:
@@ -104,22 +124,19 @@ class ImageQuestion:
         return self._decode(self.service.settings.max_pixels)
 
     def _decode(self, max_pixels: int) -> Decoded[Options]:
-        service = self.service
-        if self.is_batch:
-            options, images = parse_batch(self.head, self.query, self.content)
-            classifier = service.classifier(options.model)
-            max_batch = service.settings.max_batch
-            pixels_NCHW = images.decode(classifier.input_shape, max_pixels, max_batch, options.resize)
+        service, settings = self.service, self.service.settings
+        parse = parse_batch if self.is_batch else parse_predict
+        options, images = parse(self.head, self.query, self.content)
+        classifier = service.models[settings.default_model if options.model is None else options.model]
+        if isinstance(images, EncodedBatch | ArrayBatch):
+            pixels_NCHW = images.decode(classifier.input_shape, max_pixels, settings.max_batch, options.resize)
         else:
-            options, image = parse_predict(self.head, self.query, self.content)
-            classifier = service.classifier(options.model)
-            pixels_NCHW = image.decode(classifier.input_shape, max_pixels)[np.newaxis]
+            pixels_NCHW = images.decode(classifier.input_shape, max_pixels)[np.newaxis]
         return Decoded(classifier, pixels_NCHW, options)
 
     def answer(self, outcome: Outcome[Options]) -> Reply:
         """Return the answer as JSON, or as an npy array of records; see `service.api.answers`."""
-        certified = [prediction.certified for prediction in outcome.predictions]
-        self.service.metrics.count_predictions(outcome.classifier.name, certified)
+        self.service.count(outcome)
         if self.head.prefers_npy:
             file = io.BytesIO()
             np.save(file, in_records(outcome), allow_pickle=False)
@@ -135,10 +152,9 @@ def image_endpoint(service: Service, *, is_batch: bool) -> Callable[[Request], C
     accepted = BATCH_TYPES if is_batch else PREDICT_TYPES
 
     async def respond(request: Request) -> Response:
-        head = read_head(request, accepted)
         query_string: bytes = request.scope["query_string"]
         query = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True) if query_string else ()
-        reply = await service.ask(request, head, functools.partial(ImageQuestion, service, head, query, is_batch))
+        reply = await service.ask(request, accepted, functools.partial(ImageQuestion, service, query, is_batch))
         return Response(reply.content, media_type=reply.media_type)
 
     return respond

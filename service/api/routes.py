@@ -95,7 +95,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/models", tags=["models"], summary="All models", response_model=ModelsAnswer)
     async def list_models() -> Response:
         """The served models: labels, input, proved bound, digest, execution provider."""
-        models = [describe(classifier, default_model) for classifier in service.classifiers.values()]
+        models = [describe(classifier, default_model) for classifier in service.models.values()]
         return _json(ModelsAnswer(models=models))
 
     @router.get(
@@ -107,7 +107,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     )
     async def show_model(name: str) -> Response:
         """One model: its proved bounds, its execution provider and its card."""
-        return _json(describe_in_full(service.classifier(name), default_model))
+        return _json(describe_in_full(service.models[name], default_model))
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:
@@ -125,12 +125,10 @@ def _add_operations(router: APIRouter, service: Service) -> None:
     )
     async def ready() -> Response:
         """Whether the default model is proved, loaded and has run once, and the GPU responds."""
-        default = service.classifiers.get(service.settings.default_model)
-        is_lost = any(classifier.is_lost for classifier in service.classifiers.values())
-        is_ready = default is not None and not is_lost
+        default = service.models.get(service.settings.default_model)
         provider = None if default is None else default.provider
-        answer = ReadyAnswer(status="ready" if is_ready else "not ready", provider=provider)
-        return _json(answer, status=200 if is_ready else 503)
+        status = "ready" if service.is_ready else "not ready"
+        return _json(ReadyAnswer(status=status, provider=provider), status=200 if service.is_ready else 503)
 
     @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:

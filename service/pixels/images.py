@@ -62,8 +62,8 @@ def unit_images(pixels: Sequence[np.ndarray]) -> np.ndarray:
     if len(pixels) == 1:
         return to_unit(pixels[0]) if pixels[0].dtype == np.uint8 else pixels[0]
     if all(pixels_NCHW.dtype == np.uint8 for pixels_NCHW in pixels):
-        # numpy lets go of the GIL for each array of more than 500 values that it copies, and waits to have it again;
-        # joining bytes does not.
+        # numpy releases the GIL for each array of more than 500 values that it copies, and then waits for it; joining
+        # bytes does not.
         joined = b"".join([np.ascontiguousarray(pixels_NCHW).data for pixels_NCHW in pixels])
         return to_unit(np.frombuffer(joined, np.uint8).reshape(-1, *pixels[0].shape[1:]))
     return np.concatenate([to_unit(one) if one.dtype == np.uint8 else one for one in pixels])

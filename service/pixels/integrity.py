@@ -167,7 +167,7 @@ def check_gif(data: bytes) -> None:
         elif kind == 0x21:
             at += 2
         else:
-            # Between blocks, decoders pass over bytes that begin none.
+            # Between blocks, decoders skip bytes that do not begin a block.
             at += 1
             continue
         while data[at]:
@@ -180,7 +180,7 @@ def _colour_table_size(flags: int) -> int:
 
 
 def with_other_padding(data: bytes) -> bytes | None:
-    """Return a WebP file with another byte of padding behind its image data, or None if it has no such byte.
+    """Return a WebP file with another byte of padding behind its image data, if it has such a byte.
 
     RIFF pads a chunk of odd size with one byte. libwebp decodes that byte where the image data is too short: then the
     pixels of the two files differ.

@@ -1,21 +1,20 @@
-"""From the image that was sent to the one that the model takes: a linear map in exact rationals, with proved norm and
-rounding error.
+"""The map from the image that was sent to the model's input: linear, in exact rationals, with proved norm and rounding
+error.
 
-The radius is about the image that was *sent*, so what happens to its channels and its size is part of the certified
-map. The map is defined in rationals, so that anybody can rebuild it from this text alone:
+The radius refers to the image that was *sent*, so the conversion of its channels and size is part of the certified
+map. The map is defined in rationals, so that it can be rebuilt from this text alone:
 
 * **conversion** of the channels: RGB to grey is `299/1000 R + 587/1000 G + 114/1000 B` (luma of ITU-R BT.601); grey to
   RGB is three copies;
 * **resize** of each channel: `R_h x R_w^T` with the triangle filter (bilinear, widened where it shrinks) along each
   axis, see `triangle_filter`.
 
-Both act on different axes, so their order does not matter to the exact map, and the norm of the whole is the product
-of the norms (Kronecker product). Computed is the cheaper order: to grey before the resize, to RGB after it. At last
-every pixel is clipped to [0, 1]; the exact map has averages of pixels for values, so clipping leaves it alone, and
-moves no computed value away from an exact one.
+Both act on different axes, so the exact map does not depend on their order, and its norm is the product of their norms
+(Kronecker product). The computation uses the cheaper order: to grey before the resize, to RGB after it. Finally every
+pixel is clipped to [0, 1]; the values of the exact map are averages of pixels, so clipping does not change it, and
+moves no computed value away from the exact one.
 
-Axes: N batch, C channels, H and W of the image that was sent; D channels, A and B (height, width) of the one that the
-model takes.
+Axes: N batch, C channels, H and W of the image that was sent; D channels, A and B (height, width) of the model's input.
 """
 
 from __future__ import annotations
@@ -55,17 +54,17 @@ _NORMS: dict[Conversion | None, float] = {
 LONGEST_SIDE = 8192
 """Longest side that is resized, in pixels: the filters are dense, and a file of few bytes can declare any side."""
 
-# Shapes seen are the client's choice: the cache is bounded, and a filter of 28 x 8192 takes 2 MB.
+# Clients choose the shapes, so the cache is bounded; a filter of 28 x 8192 takes 2 MB.
 _CACHED_SHAPES = 32
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The map of images of one shape to those that the model takes, with what the certificate needs to know."""
+    """The map from images of one shape to the model's input, with the constants that the certificate needs."""
 
     conversion: Conversion | None
     rows_AH: Float64[np.ndarray, "A H"] | None
-    """Filter along the height, correctly rounded entries; None where the heights are equal."""
+    """Filter along the height, correctly rounded entries; absent where the heights are equal."""
     columns_BW: Float64[np.ndarray, "B W"] | None
     """Filter along the width."""
     norm: float
@@ -76,7 +75,7 @@ class Preprocessing:
     """Upper bound of the L2 distance between computed and exact result."""
 
     def __call__(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> Float64[np.ndarray, "N D A B"]:
-        """The images that the model takes, pixels in [0, 1] as those of `image_NCHW`."""
+        """Return the model's input, pixels in [0, 1] as those of `image_NCHW`."""
         pixels = image_NCHW
         if self.conversion == "rgb_to_grey":
             pixels = _RED * pixels[:, 0:1] + _GREEN * pixels[:, 1:2] + _BLUE * pixels[:, 2:3]
@@ -88,9 +87,9 @@ class Preprocessing:
         return np.repeat(pixels, 3, axis=1) if self.conversion == "grey_to_rgb" else pixels
 
     def adjoint(self, gradient_NDAB: Float64[np.ndarray, "N D A B"]) -> Float64[np.ndarray, "N C H W"]:
-        """The gradient with respect to the image that was sent, from that with respect to the result.
+        """Return the gradient with respect to the image that was sent, from the gradient with respect to the result.
 
-        Clipping acts on rounding errors only and is left out.
+        Clipping acts on rounding errors only and is omitted.
         """
         gradient = gradient_NDAB
         if self.conversion == "grey_to_rgb":
@@ -105,10 +104,10 @@ class Preprocessing:
 
 
 def conversion_between(sent_channels: int, model_channels: int) -> Conversion | None:
-    """What is done to the channels of an image; None where they are the model's.
+    """Return the conversion of the channels of an image, if it differs from the identity.
 
     Raises:
-        ValueError: neither equal nor 1 and 3.
+        ValueError: the numbers of channels are neither equal nor 1 and 3.
     """
     if sent_channels == model_channels:
         return None
@@ -121,11 +120,11 @@ def conversion_between(sent_channels: int, model_channels: int) -> Conversion | 
 
 @lru_cache(maxsize=_CACHED_SHAPES)
 def preprocessing_between(sent_CHW: Shape, model_DAB: Shape) -> Preprocessing:
-    """The map between images of two shapes, sides in pixels and at least 1.
+    """Return the map between images of two shapes, sides in pixels and at least 1.
 
     Raises:
-        ValueError: there is no conversion between these numbers of channels, or a side that has to be resized is longer
-            than `LONGEST_SIDE`.
+        ValueError: there is no conversion between these numbers of channels, or a side to resize is longer than
+            `LONGEST_SIDE`.
     """
     conversion = conversion_between(sent_CHW[0], model_DAB[0])
     (height, to_height), (width, to_width) = zip(sent_CHW[1:], model_DAB[1:], strict=True)
@@ -143,11 +142,13 @@ def preprocessing_between(sent_CHW: Shape, model_DAB: Shape) -> Preprocessing:
 
 
 def triangle_filter(n_in: int, n_out: int) -> Float64[np.ndarray, "n_out n_in"]:
-    """One-dimensional bilinear resampling, each entry the float64 nearest to the exact rational; read-only.
+    """Return the matrix of one-dimensional bilinear resampling, read-only.
+
+    Each entry is the float64 nearest to the exact rational.
 
     With `scale = n_in / n_out` and `width = max(scale, 1)`, the exact weight of input k for output j is
     `max(0, 1 - |(j + 1/2) scale - (k + 1/2)| / width)`, divided by the sum of its row: pixel centres lie at
-    half-integers, and where the image shrinks, the triangle is widened by the factor, so that every pixel counts
+    half-integers, and where the image shrinks, the triangle is widened by that factor, so that every pixel contributes
     (antialiasing).
 
     Multiplied by `2 max(n_in, n_out)`, the weight is the integer `max(0, 2 max(n_in, n_out) - |(2j + 1) n_in - (2k + 1)
@@ -168,10 +169,10 @@ def triangle_filter(n_in: int, n_out: int) -> Float64[np.ndarray, "n_out n_in"]:
 
 
 def _filter_norm(weights_MN: Float64[np.ndarray, "M N"] | None) -> float:
-    """Upper bound of the L2 norm of the exact filter whose rounded entries are `weights_MN`.
+    """Return an upper bound of the L2 norm of the exact filter whose rounded entries are `weights_MN`.
 
-    A correctly rounded entry is off by at most u times itself, and no entry is negative, so the difference of both
-    matrices has at most u times the norm of the rounded one.
+    The error of a correctly rounded entry is at most u times the entry, and no entry is negative, so the norm of the
+    difference of both matrices is at most u times the norm of the rounded one.
     """
     if weights_MN is None:
         return 1.0
@@ -183,12 +184,13 @@ def _pixel_error(
     rows_AH: Float64[np.ndarray, "A H"] | None,
     columns_BW: Float64[np.ndarray, "B W"] | None,
 ) -> float:
-    """Bound of the error of each pixel of the result, for any order of summation.
+    """Return a bound of the error of each pixel of the result, for any order of summation.
 
-    The exact pixel is a sum of non-negative products. Each of them is computed with at most n factors `1 + d`,
+    The exact pixel is a sum of non-negative products. Each product is computed with at most n factors `1 + d`,
     `|d| <= u`: one from the pixel v / 255 itself, one from each rounded coefficient, and n_k from a sum of n_k products
-    (Higham 2002, lemmas 3.1 and 3.3). So the computed pixel is off by at most `gamma_n` times the exact one, which is
-    at most 1. Each operation that underflows adds less than the smallest normal number, and later weights sum to 1.
+    (Higham 2002, lemmas 3.1 and 3.3). So the error of the computed pixel is at most `gamma_n` times the exact pixel,
+    which is at most 1. Each operation that underflows adds less than the smallest normal number, and the weights of
+    later operations sum to 1.
     """
     roundings, operations = 1, 1
     for terms in (
@@ -198,5 +200,5 @@ def _pixel_error(
     ):
         roundings += terms + 1 if terms else 0
         operations += 2 * terms
-    # Twice as many cover the rounding of the later weights.
+    # The factor 2 covers the rounding of the later weights.
     return add_up(gamma_up(roundings), mul_up(2.0 * operations, SMALLEST_NORMAL))

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from service.api.answers import in_records, in_words, radius_in_grey_levels
 from service.api.app import create_app
 from service.api.body import Head, prefers_npy
-from service.api.predict import ImageQuestion, Service
+from service.api.predict import ImageQuestion, Models, Service
 from service.api.schema import BatchAnswer, Options, PredictAnswer
 from service.errors import NotAnImageError
 from service.inference.admission import Limits
@@ -163,14 +163,14 @@ def outcome(classifier: Classifier, predictions: Sequence[Prediction], epsilon: 
 @pytest.fixture(scope="module")
 def service(classifiers: Mapping[str, Classifier]) -> Service:
     metrics = Metrics()
-    return Service(Settings(default_model="grey"), classifiers, None, metrics, Batcher(Limits(), metrics))
+    return Service(Settings(default_model="grey"), Models(classifiers), None, metrics, Batcher(Limits(), metrics))
 
 
 def question(
     service: Service, content: bytes = b"", media_type: str = "image/png", is_batch: bool = False
 ) -> ImageQuestion:
     head = Head(media_type, media_type, len(content), expects=False, wait_s=math.inf, prefers_npy=False)
-    return ImageQuestion(service, head, (), is_batch, content)
+    return ImageQuestion(service, (), is_batch, head, content)
 
 
 @given(computed(), st.booleans(), floats(0.0) | st.none())
@@ -180,7 +180,7 @@ def test_the_json_is_what_the_schema_itself_would_write(
     is_batch: bool,
     epsilon: float | None,
 ) -> None:
-    said = outcome(service.classifiers["grey"], predictions, epsilon)
+    said = outcome(service.models["grey"], predictions, epsilon)
     reply = question(service, is_batch=is_batch).answer(said)
     answers = [PredictAnswer.model_validate(one) for one in in_words(said)]
     whole = BatchAnswer(predictions=answers) if is_batch else answers[0]
