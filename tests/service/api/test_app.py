@@ -423,6 +423,27 @@ def test_without_its_default_model_the_server_lives_and_is_not_ready(client: Cli
     assert empty.get("/openapi.json").status_code == 200
 
 
+class Lost(Classifier):
+    """A classifier whose GPU has failed."""
+
+    is_lost = True
+
+    def __init__(self, real: Classifier) -> None:
+        self.__dict__.update(real.__dict__)
+
+
+@pytest.mark.parametrize(("path", "answer"), [("/health/ready", {"status": "not ready"}), ("/v2/health/ready", {})])
+def test_with_a_lost_gpu_the_server_lives_and_is_not_ready(
+    client: Client, classifiers: Mapping[str, Classifier], path: str, answer: dict[str, str]
+) -> None:
+    lost = {**classifiers, "colour": Lost(classifiers["colour"])}
+    app = Client(create_app(Settings(default_model="grey"), lost), client._runner)
+    assert app.get("/health/live").status_code == 200
+    response = app.get(path)
+    assert response.status_code == 503
+    assert answer.items() <= response.json().items()
+
+
 def test_metrics_count_requests_by_route_and_abstentions_by_model(
     client: Client, classifiers: Mapping[str, Classifier], grey_HW: np.ndarray
 ) -> None:
