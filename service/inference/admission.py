@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -33,9 +34,13 @@ class Limits:
 class Admission:
     """Places for requests in progress. It belongs to the event loop, apart from `close`."""
 
-    def __init__(self, limits: Limits) -> None:
-        """Start with every place free."""
+    def __init__(self, limits: Limits, abandoned: Callable[[], None] = lambda: None) -> None:
+        """Start with every place free.
+
+        `abandoned` is called whenever a request has been cancelled inside its place.
+        """
         self._limits = limits
+        self.abandoned = abandoned
         self._requests = 0
         self._bytes = 0
         self._places: set[Place] = set()
@@ -114,6 +119,8 @@ class Place:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is asyncio.CancelledError:
+            self.admission.abandoned()
         self.admission.leave(self)
         self._timer.cancel()
         # Another cancellation, from outside, goes on.

@@ -49,15 +49,14 @@ class Batcher:
         """
         if limits.workers < 1 or limits.forward_batch < 1:
             raise ValueError(f"a batcher needs 1 worker and batches of 1 image or more, got {limits}")
-        self._admission = Admission(limits)
-        self.place = self._admission.place
         self._queues = Queues(limits, metrics)
         self._workers = Workers(limits, self._queues, metrics)
-        self._arrived: list[Request[Any]] = []
+        self._admission = Admission(limits, self._queues.purge)
+        self.place = self._admission.place
         self._is_started = False
 
-    async def ask(self, question: Question[Answer, Any], n_bytes: int) -> Answer:
-        """Return the answer to a question, within the place of its request.
+    def ask(self, question: Question[Answer, Any], n_bytes: int) -> asyncio.Future[Answer]:
+        """Return the answer to a question, to be awaited within the place of its request.
 
         Args:
             question: the work to do.
@@ -68,18 +67,11 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         request = Request(question, n_bytes, loop, loop.create_future(), loop.time(), question.decode_at_once())
-        # Requests that arrived together go to the workers together, after the last of them.
-        self._arrived.append(request)
-        if len(self._arrived) == 1:
-            loop.call_soon(self._hand_over)
-        try:
-            return await request.future
-        except asyncio.CancelledError:
-            self._queues.forget(request)
-            raise
-        finally:
-            # Garbage is rarely collected: no error may hold itself, and with it a body, through this frame.
-            del request, question
+        self._queues.put(request)
+        if not self._is_started:
+            self._is_started = True
+            self._workers.start()
+        return request.future
 
     def close(self) -> None:
         """Let the workers finish the batches in progress, and end them; requests that wait get `BusyError`."""
@@ -91,10 +83,3 @@ class Batcher:
     def is_closed(self) -> bool:
         """Whether `close` was called."""
         return self._queues.is_closed
-
-    def _hand_over(self) -> None:
-        self._queues.put(self._arrived)
-        self._arrived.clear()
-        if not self._is_started:
-            self._is_started = True
-            self._workers.start()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import BusyError, InputError
-from service.inference.jobs import Request
+from service.inference.classifier import Prediction
+from service.inference.jobs import Chunk, Request
 from service.inference.outcome import Outcome
 from service.pixels.images import unit_images
 
 _SMALL_PIXELS = 256 * 1024
+# Guards `Request.left`, which several workers count down.
+_counting = threading.Lock()
 
 
 _Settled = tuple[Request[Any], Any, Exception | None]
@@ -26,6 +30,20 @@ class Deliveries:
     computed: list[Request[Any]] = field(default_factory=list[Request[Any]])
     """Requests whose results are complete."""
     _settled: list[_Settled] = field(default_factory=list[_Settled])
+
+    def store(self, chunks: Sequence[Chunk], predictions: Sequence[Prediction]) -> list[Chunk]:
+        """Hand the predictions of some chunks to their requests; return the chunks that were the last of theirs."""
+        last: list[Chunk] = []
+        offset = 0
+        for chunk in chunks:
+            request = chunk.request
+            request.predictions[chunk.start : chunk.start + chunk.count] = predictions[offset : offset + chunk.count]
+            offset += chunk.count
+            with _counting:
+                request.left -= 1
+                if request.left == 0:
+                    last.append(chunk)
+        return last
 
     def fail(self, request: Request[Any], error: Exception) -> None:
         """Answer a request with an error.

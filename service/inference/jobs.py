@@ -69,6 +69,11 @@ class Chunk:
     pixels: int
     """N H W."""
 
+    @property
+    def future(self) -> asyncio.Future[Any]:
+        """The answer to the request."""
+        return self.request.future
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch:

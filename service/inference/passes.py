@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from service.certificate import Radii
 from service.inference.admission import Limits
-from service.inference.classifier import Classifier, Prediction, View
+from service.inference.classifier import Classifier, View
 from service.inference.deliveries import Deliveries
 from service.inference.jobs import Chunk, Request
 from service.inference.outcome import Decoded, Outcome, Plan, check_predictions, explain
@@ -41,16 +40,15 @@ class Passes:
         self._predict_waiting = predict_waiting
         self._paces: dict[str, Pace] = {}
         """By digest of the model."""
-        self._counting = threading.Lock()
-        """Guards `Request.left`."""
 
-    def split(self, request: Request[Any], decoded: Decoded[Any]) -> list[Chunk]:
-        """Return the chunks of a decoded request: one, or as many as forward passes or idle workers.
+    def split(self, request: Request[Any], decoded: Decoded[Any], plan: Plan) -> list[Chunk]:
+        """Return the chunks of a decoded request: one, or one for each forward pass or idle worker.
 
-        Raises:
-            InputError: the model takes no images of this shape, or the options do not fit it.
+        Args:
+            request: not computed yet.
+            decoded: its images.
+            plan: how they are computed.
         """
-        plan = decoded.plan()
         count = len(decoded.pixels_NCHW)
         request.decoded = decoded
         request.predictions = [None] * count
@@ -110,7 +108,7 @@ class Passes:
         for chunk in chunks:
             chunk.request.images[chunk.start] = image_NCHW[offset : offset + chunk.count]
             offset += chunk.count
-        for chunk in self._store(chunks, predictions):
+        for chunk in deliveries.store(chunks, predictions):
             if chunk.plan.explains:
                 self._queue_search(chunk, deliveries)
             else:
@@ -142,7 +140,7 @@ class Passes:
             self._alone_or_fail(chunks, error, deliveries, self._search)
             return
         self._metrics.batch_images["counterfactual"].observe(len(predictions))
-        deliveries.computed += [chunk.request for chunk in self._store(chunks, predictions)]
+        deliveries.computed += [chunk.request for chunk in deliveries.store(chunks, predictions)]
 
     def _is_abandoned(self, chunks: Sequence[Chunk]) -> bool:
         return self._queues.is_closed or all(chunk.request.future.done() for chunk in chunks)
@@ -160,20 +158,6 @@ class Passes:
         _log.warning("a batch of %d requests failed and runs again one by one: %s", len(chunks), error)
         for chunk in chunks:
             run([chunk], deliveries)
-
-    def _store(self, chunks: Sequence[Chunk], predictions: Sequence[Prediction]) -> list[Chunk]:
-        """Hand predictions to the requests; return the chunks that were the last of theirs."""
-        last: list[Chunk] = []
-        offset = 0
-        for chunk in chunks:
-            request = chunk.request
-            request.predictions[chunk.start : chunk.start + chunk.count] = predictions[offset : offset + chunk.count]
-            offset += chunk.count
-            with self._counting:
-                request.left -= 1
-                if request.left == 0:
-                    last.append(chunk)
-        return last
 
     def _measure_pace(self, classifier: Classifier) -> Pace:
         with self._queues.occupied():

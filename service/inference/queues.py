@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, TypeVar
 
 from service.inference.admission import Limits
 from service.inference.jobs import Batch, Chunk, Request
@@ -25,6 +25,8 @@ _MOST_IN_A_ROW = 4
 # Limit of the images that wait for a search, in units of `max_pixels`.
 _WAITING_BATCHES = 16
 
+Entry = TypeVar("Entry", Request[Any], Chunk)
+
 
 class Queues:
     """Waiting requests and chunks; all methods may be called from any thread.
@@ -38,6 +40,8 @@ class Queues:
         self.is_closed = False
         self._limits = limits
         self._metrics = metrics
+        self._arrived: list[Request[Any]] = []
+        """Requests of this iteration of the event loop."""
         # The condition guards everything below, and wakes workers.
         self._condition = threading.Condition()
         self._requests: deque[Request[Any]] = deque()
@@ -61,18 +65,24 @@ class Queues:
         """Whether something waits to be predicted."""
         return bool(self._requests or self._chunks)
 
-    def put(self, requests: Sequence[Request[Any]]) -> None:
-        """Append requests that arrived together."""
+    def put(self, request: Request[Any]) -> None:
+        """Append a request, on its event loop; those that arrive together go to the workers after the last of them."""
+        self._arrived.append(request)
+        if len(self._arrived) == 1:
+            request.loop.call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
         with self._condition:
-            self._requests.extend(requests)
+            self._requests.extend(self._arrived)
             self._note()
             if self._is_worth_a_worker():
                 self._condition.notify()
+        self._arrived.clear()
 
     def put_back(self, requests: Sequence[Request[Any]]) -> None:
         """Return requests to the head of the queue."""
         with self._condition:
-            self._requests.extendleft(request for request in reversed(requests) if not request.future.done())
+            self._requests.extendleft(_awaited(requests)[::-1])
             self._note()
 
     def put_chunks(self, chunks: Sequence[Chunk]) -> None:
@@ -90,12 +100,12 @@ class Queues:
             if self._idle:
                 self._condition.notify(len(chunks))
 
-    def forget(self, request: Request[Any]) -> None:
-        """Drop an abandoned request: its place is free for others, so its bytes must not stay."""
+    def purge(self) -> None:
+        """Drop abandoned requests: their places are free for others, so their bytes must not stay."""
         with self._condition:
-            self._requests = deque(one for one in self._requests if one is not request)
-            self._chunks = deque(chunk for chunk in self._chunks if chunk.request is not request)
-            self._searches = deque(chunk for chunk in self._searches if chunk.request is not request)
+            self._requests = deque(_awaited(self._requests))
+            self._chunks = deque(_awaited(self._chunks))
+            self._searches = deque(_awaited(self._searches))
             self._note()
 
     def close(self) -> None:
@@ -225,6 +235,6 @@ class Queues:
         self._metrics.waiting.set(len(self._requests) + len(self._chunks) + len(self._searches))
 
 
-def _awaited(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Return the chunks whose request is not abandoned: `forget` may have been here before them."""
-    return [chunk for chunk in chunks if not chunk.request.future.done()]
+def _awaited(entries: Iterable[Entry]) -> list[Entry]:
+    """Return the entries that are not abandoned."""
+    return [entry for entry in entries if not entry.future.done()]
