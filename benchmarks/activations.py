@@ -22,17 +22,18 @@ from pathlib import Path
 
 import flint
 import numpy as np
-import onnxruntime
 from flint import arb
-from onnx import TensorProto, helper
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "ACTIVATIONS.md"
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from graph_builder import GraphBuilder  # noqa: E402
 
 from models.export import code_version, environment  # noqa: E402
 from service.certificate.rules.activations import FUNCTION_ERROR  # noqa: E402
+from service.runtime.engine import Engine  # noqa: E402
 
 UNIT = {np.float32: 2.0**-24, np.float64: 2.0**-53}
 BLOCK = 1 << 22
@@ -119,20 +120,12 @@ def activations() -> list[Activation]:
     return found
 
 
-def session(operator: str, dtype: type, **attributes: float) -> Function:
-    """ONNX Runtime's kernel of one operator, on the CPU."""
-    element = TensorProto.DOUBLE if dtype is np.float64 else TensorProto.FLOAT
-    graph = helper.make_graph(
-        [helper.make_node(operator, ["x"], ["y"], **attributes)],
-        "activation",
-        [helper.make_tensor_value_info("x", element, ["N", "M"])],
-        [helper.make_tensor_value_info("y", element, ["N", "M"])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    made = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda x_NM: made.run(None, {"x": x_NM})[0]
+def kernel_of(operator: str, dtype: type, **attributes: float) -> Function:
+    """Return ONNX Runtime's kernel of one operator, on the CPU, as the service runs it."""
+    g = GraphBuilder(dtype=dtype)
+    g.called(g.one(operator, "x", **attributes), "y")
+    engine = Engine(g.build({"x": ["M"]}, {"y": ["M"]}), "cpu", threads=1)
+    return lambda x_NM: engine.run(["y"], {"x": x_NM})[0]
 
 
 def float32_blocks(step: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -160,7 +153,7 @@ def in_float32(step: int) -> list[Row]:
     """The float32 kernels, elementwise."""
     rows = []
     for activation in activations():
-        kernel, row = session(activation.operator, np.float32, **activation.attributes), Row(activation.name)
+        kernel, row = kernel_of(activation.operator, np.float32, **activation.attributes), Row(activation.name)
         for x in float32_blocks(step, np.random.default_rng(0)):
             exact = activation.in_float64(x.astype(np.float64))
             row.see(x, kernel(x[None])[0], exact, UNIT[np.float32], activation.scale)
@@ -184,7 +177,7 @@ def in_float64(n: int) -> list[Row]:
     """The float64 kernels, elementwise."""
     x = float64_values(n, np.random.default_rng(1))
     return [
-        against_balls(Row(a.name), x, session(a.operator, np.float64)(x[None])[0], a.exact)
+        against_balls(Row(a.name), x, kernel_of(a.operator, np.float64)(x[None])[0], a.exact)
         for a in activations()
         if a.exact is not None
     ]
@@ -213,7 +206,7 @@ def along_an_axis(dtype: type, vectors: int) -> list[Row]:
     `u max(1, max |x|)` (LogSoftmax)."""
     rows = []
     for operator in ("Softmax", "LogSoftmax"):
-        kernel = session(operator, dtype)
+        kernel = kernel_of(operator, dtype)
         for n in (2, 10, 100, 1000):
             row, rng = Row(f"{operator} n={n}"), np.random.default_rng(n)
             for spread in (0.1, 1.0, 10.0, 100.0, 1000.0):

@@ -1,7 +1,7 @@
-"""Small models for tests, built with onnx.helper alone: their graphs, adjoints and artefacts.
+"""Small models for tests and benchmarks: their graphs, adjoints and artefacts.
 
-They share no code with the trainer's exporter, so that a test of the service does not lean on it. Weights are
-given as float64 and stored so. Axes: K logits, D = C H W pixels, M and N rows and columns of a hidden layer.
+They share no code with the trainer's exporter, on which a test of the service must not rely. Axes: K logits,
+D = C H W pixels, M and N rows and columns of a hidden layer.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from graph_builder import GraphBuilder
 
 from service.artefact.card import Card, InputShape, write_artefact, write_card
 from service.artefact.files import MODEL_FILE, TRANSPORT_FILE, digest
 from service.artefact.findings import Findings
 from service.inference.classifier import Classifier
 
-OPSET = 18
 Affine = tuple[np.ndarray, np.ndarray]
 
 
@@ -44,24 +43,61 @@ def dense(
     hidden: Sequence[Affine],
     head: Affine,
     shape: tuple[int, int, int],
+    dtype: type = np.float64,
+    operator: Literal["MatMul", "Gemm"] = "MatMul",
 ) -> Graphs:
-    """Affine layers `(W, b)`, each followed by GroupSort2 on its two halves, and an affine head."""
-    model = _Graph()
-    model.network(hidden, head)
-    transport = _Graph()
-    pullback = transport.network(hidden, head)
-    transport.node("Reshape", [pullback("margin_weights"), transport.constant(np.array([0, *shape]))], "gradient")
-    image = _info("image", shape)
-    n_outputs = len(head[1])
+    """Affine layers `(W, b)`, each followed by GroupSort2 on its two halves, and an affine head.
+
+    Args:
+        hidden: the layers before the head.
+        head: its rows are those of the logits.
+        shape: (C, H, W) of the image.
+        dtype: format of the graph; numbers are rounded to it.
+        operator: of the affine layers; MatMul is followed by Add.
+    """
+    model, transport = GraphBuilder(dtype=dtype), GraphBuilder(dtype=dtype)
+    _network(model, hidden, head, operator)
+    pullback = _network(transport, hidden, head, operator)
+    gradient = transport.one("Reshape", pullback("margin_weights"), transport.constant(np.array([0, *shape])))
+    transport.called(gradient, "gradient")
+    logits = (len(head[1]),)
     return Graphs(
-        model=model.build([image], [_info("logits", (n_outputs,))]),
-        transport=transport.build(
-            [image, _info("margin_weights", (n_outputs,))],
-            [_info("logits", (n_outputs,)), _info("gradient", shape)],
-        ),
+        model=model.build({"image": shape}, {"logits": logits}),
+        transport=transport.build({"image": shape, "margin_weights": logits}, {"logits": logits, "gradient": shape}),
         shape=shape,
-        n_outputs=n_outputs,
+        n_outputs=len(head[1]),
     )
+
+
+def _network(g: GraphBuilder, hidden: Sequence[Affine], head: Affine, operator: str) -> Callable[[str], str]:
+    """Add the forward nodes; the result adds the adjoint: weights of the logits -> gradient of the pixels."""
+
+    def affine(value: str, weight_MN: np.ndarray, bias_M: np.ndarray) -> str:
+        if operator == "Gemm":
+            return g.one("Gemm", value, g.constant(weight_MN), g.constant(bias_M), transB=1)
+        return g.one("Add", g.one("MatMul", value, g.constant(weight_MN.T)), g.constant(bias_M))
+
+    def halves(value: str, size: int) -> list[str]:
+        return g.add("Split", value, g.constant(np.array([size // 2, size - size // 2])), outputs=2, axis=1)
+
+    value = g.one("Flatten", "image", axis=1)
+    sorts: list[tuple[np.ndarray, str, str]] = []
+    for weight_MN, bias_M in hidden:
+        left, right = halves(affine(value, weight_MN, bias_M), len(bias_M))
+        sorts.append((weight_MN, left, right))
+        value = g.one("Concat", g.one("Max", left, right), g.one("Min", left, right), axis=1)
+    g.called(affine(value, *head), "logits")
+
+    def pullback(weights: str) -> str:
+        gradient = g.one("MatMul", weights, g.constant(head[0]))
+        for weight_MN, left, right in reversed(sorts):
+            in_order = g.one("GreaterOrEqual", left, right)
+            of_max, of_min = halves(gradient, len(weight_MN))
+            parts = [g.one("Where", in_order, of_max, of_min), g.one("Where", in_order, of_min, of_max)]
+            gradient = g.one("MatMul", g.one("Concat", *parts, axis=1), g.constant(weight_MN))
+        return gradient
+
+    return pullback
 
 
 def random_groupsort(
@@ -108,68 +144,8 @@ def _orthogonal(random: np.random.Generator, rows: int, columns: int) -> np.ndar
     return q if rows >= columns else q.T
 
 
-def _info(name: str, shape: Sequence[int]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["N", *shape])
-
-
-class _Graph:
-    def __init__(self) -> None:
-        self._nodes: list[onnx.NodeProto] = []
-        self._constants: list[onnx.TensorProto] = []
-
-    def constant(self, value: np.ndarray) -> str:
-        name = f"constant_{len(self._constants)}"
-        self._constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-        return name
-
-    def node(self, operator: str, inputs: Sequence[str], *outputs: str, **attributes: object) -> str:
-        names = list(outputs) or [f"value_{len(self._nodes)}"]
-        self._nodes.append(helper.make_node(operator, inputs, names, name=f"node_{len(self._nodes)}", **attributes))
-        return names[0]
-
-    def network(self, hidden: Sequence[Affine], head: Affine) -> Callable[[str], str]:
-        """Emit the forward nodes; the result emits the adjoint: weights of the logits -> gradient of the
-        pixels."""
-        value = self.node("Flatten", ["image"], axis=1)
-        sorts = []
-        for weight_MN, bias_M in hidden:
-            value = self.affine(value, weight_MN, bias_M)
-            left, right = self.halves(value, len(bias_M))
-            sorts.append((weight_MN, left, right))
-            value = self.node("Concat", [self.node("Max", [left, right]), self.node("Min", [left, right])], axis=1)
-        self.affine(value, *head, output="logits")
-
-        def pullback(weights: str) -> str:
-            gradient = self.node("MatMul", [weights, self.constant(head[0])])
-            for weight_MN, above, below in reversed(sorts):
-                in_order = self.node("GreaterOrEqual", [above, below])
-                of_max, of_min = self.halves(gradient, len(weight_MN))
-                left = self.node("Where", [in_order, of_max, of_min])
-                right = self.node("Where", [in_order, of_min, of_max])
-                gradient = self.node("Concat", [left, right], axis=1)
-                gradient = self.node("MatMul", [gradient, self.constant(weight_MN)])
-            return gradient
-
-        return pullback
-
-    def affine(self, value: str, weight_MN: np.ndarray, bias_M: np.ndarray, output: str | None = None) -> str:
-        product = self.node("MatMul", [value, self.constant(weight_MN.T)])
-        return self.node("Add", [product, self.constant(bias_M)], *([output] if output else []))
-
-    def halves(self, value: str, size: int) -> tuple[str, str]:
-        names = [f"half_{len(self._nodes)}_{side}" for side in (0, 1)]
-        self.node("Split", [value, self.constant(np.array([size // 2, size - size // 2]))], *names, axis=1)
-        return names[0], names[1]
-
-    def build(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> bytes:
-        graph = helper.make_graph(self._nodes, "network", inputs, outputs, self._constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
-        onnx.checker.check_model(model, full_check=True)
-        return model.SerializeToString()
-
-
-def load(graphs: Graphs, name: str = "test") -> Classifier:
-    """The classifier that serves `graphs`, from an artefact on disk that is gone afterwards."""
+def load(graphs: Graphs, name: str = "test", threads: int = 1) -> Classifier:
+    """Return the classifier that serves `graphs`, from an artefact on disk that is removed afterwards."""
     with TemporaryDirectory() as folder:
         write(Path(folder), graphs, name)
-        return Classifier.load(Path(folder), "cpu", threads=1)
+        return Classifier.load(Path(folder), "cpu", threads)

@@ -6,14 +6,15 @@ A graph is built from choices. They come from hypothesis (`graphs`), so that a f
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx
 from exact_graphs import exact_logits
+from graph_builder import GraphBuilder
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 __all__ = ["Graph", "GraphBuilder", "exact_logits", "graphs", "seeded_graph"]
 
@@ -21,51 +22,6 @@ T = TypeVar("T")
 Shape = tuple[int, ...]
 MOST_ELEMENTS = 72
 """Of one tensor: beyond, exact arithmetic is slow."""
-
-
-@dataclass
-class GraphBuilder:
-    """Collects nodes and constants; tracks the shape of the current tensor without its batch axis."""
-
-    rng: np.random.Generator
-    dtype: type = np.float64
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[onnx.TensorProto] = field(default_factory=list)
-    count: int = 0
-    opset: int = 18
-
-    def name(self, stem: str = "t") -> str:
-        self.count += 1
-        return f"{stem}{self.count}"
-
-    def constant(self, array: np.ndarray) -> str:
-        name = self.name("c")
-        array = np.asarray(array)
-        if array.dtype.kind == "f":
-            array = array.astype(self.dtype)
-        self.constants.append(numpy_helper.from_array(array, name))
-        return name
-
-    def add(self, operator: str, *inputs: str, outputs: int = 1, **attributes: object) -> list[str]:
-        names = [self.name() for _ in range(outputs)]
-        self.nodes.append(helper.make_node(operator, list(inputs), names, **attributes))
-        return names
-
-    def one(self, operator: str, *inputs: str, **attributes: object) -> str:
-        return self.add(operator, *inputs, **attributes)[0]
-
-    def model(self, input_shape: tuple[int, ...], output: str, output_size: int, batch: object = "N") -> bytes:
-        element = TensorProto.DOUBLE if self.dtype is np.float64 else TensorProto.FLOAT
-        self.nodes.append(helper.make_node("Identity", [output], ["logits"]))
-        graph = helper.make_graph(
-            self.nodes,
-            "test",
-            [helper.make_tensor_value_info("image", element, [batch, *input_shape])],
-            [helper.make_tensor_value_info("logits", element, [batch, output_size])],
-            self.constants,
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=9)
-        return model.SerializeToString()
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ import http.client
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -241,11 +240,6 @@ def _post(server: Server, request: Request, body: bytes) -> bytes:
         text = answer.decode(errors="replace")
         raise ServerError(f"answered {response.status}: {text[:500]}\n{server.log_tail()}")
     return answer
-
-
-def to_json(results: Sequence[CellResult | StartResult]) -> list[dict[str, Any]]:
-    """As plain data."""
-    return [asdict(result) for result in results]
 
 
 def stamp() -> str:

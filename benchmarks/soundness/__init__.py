@@ -1,12 +1,17 @@
-"""Whether the service that runs keeps its promise: the search for images that refute a radius, and what surrounds it.
+"""Search for images that refute a radius of the running service.
 
 `python -m benchmarks.soundness` runs everything and writes the sections of `benchmarks/SOUNDNESS.md`, see `__main__`.
-Nothing here proves anything: every search gives upper bounds of the distance to the nearest other class, and a proved
-radius must lie below all of them. Distances are compared as exact rationals, for a rounded one finds violations that
-are none.
+No result here is a proof: every search gives upper bounds of the distance to the nearest other class, and a proved
+radius must lie below all of them. Distances are compared as exact rationals: a rounded one finds false violations.
 
 Axes: N images, C channels, H height, W width, K classes, D = C H W pixels, S candidates for one image.
 """
 
-# First of all: it sets what numpy and ONNX Runtime read when they are imported, as in the server.
+import sys
+from pathlib import Path
+
+# First, as in the server: it sets variables that numpy and ONNX Runtime read when they are imported.
 import service as _service  # noqa: F401
+
+# Tests and benchmarks share the builder of graphs.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))

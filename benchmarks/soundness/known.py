@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
+from builders import Affine, Graphs, dense, load
 
 from benchmarks.soundness.boundary import Effort, Search, View, naive_radius, search
-from benchmarks.soundness.graphs import Affine, Graphs, dense, hadamard
+from benchmarks.soundness.graphs import hadamard
 from service.inference.classifier import Classifier
 from service.pixels.distances import is_inside
 
@@ -36,11 +37,11 @@ class Network:
     classifier: Classifier = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classifier", self.graphs().load())
+        object.__setattr__(self, "classifier", load(self.graphs()))
 
     def graphs(self) -> Graphs:
         """As ONNX."""
-        return dense(self.hidden, self.head, self.shape, self.dtype)
+        return dense(self.hidden, self.head, self.shape, self.dtype, "Gemm")
 
     def logits(self, pixels_D: list[Fraction]) -> list[Fraction]:
         """The exact logits; one output `f` gives `(f, -f)`."""
@@ -234,7 +235,7 @@ def nudge_midpoints(rng: np.random.Generator, share: float, size: int = 784) -> 
     rows = np.concatenate([weight, np.zeros((1, size))])
     bias, classifier = np.zeros(2), None
     for _ in range(3):
-        classifier = dense([], (rows, bias), shape, np.float32).load()
+        classifier = load(dense([], (rows, bias), shape, np.float32, "Gemm"))
         (logits_K,) = classifier.classify(image)[0]
         bias[0] += share * classifier.certificate.logit_error - (logits_K[0] - logits_K[1])
     assert classifier is not None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from builders import Graphs, load
 
 from benchmarks.soundness import wire
 from benchmarks.soundness.attacks import foolbox_starts
@@ -27,7 +28,7 @@ from benchmarks.soundness.boundary import (
 )
 from benchmarks.soundness.data import in_another_shape, test_images
 from benchmarks.soundness.document import floor, table
-from benchmarks.soundness.graphs import Graphs, in_float32, residual, shipped, with_planted_biases
+from benchmarks.soundness.graphs import in_float32, residual, shipped, with_planted_biases
 from benchmarks.soundness.invariance import BATCHES, THREADS, lost_radius, vary
 from benchmarks.soundness.known import Exhausted, examine, exhaust, nudge_midpoints, random_network
 from service.certificate import certify
@@ -121,7 +122,7 @@ def planted_biases(arguments: argparse.Namespace) -> Section:
     rows, broken = [], 0
     for name in MODELS:
         own = shipped(arguments.zoo / name)
-        classifier = own.load()
+        classifier = load(own)
         image_NCHW = test_images(arguments.zoo / name, arguments.data, arguments.images)
         reference = search(View(classifier), image_NCHW, np.random.default_rng(arguments.seed), QUICK)
         for graphs, precision in ((own, "float64"), (in_float32(own), "float32")):
@@ -167,7 +168,7 @@ def planted_biases(arguments: argparse.Namespace) -> Section:
 def _planted_row(
     what: Sequence[str], graphs: Graphs, image_NCHW: np.ndarray, starts: Sequence[np.ndarray] | None
 ) -> tuple[list[object], int]:
-    view, rng = View(graphs.load()), np.random.default_rng(0)
+    view, rng = View(load(graphs)), np.random.default_rng(0)
     started = time.monotonic()
     found = search(view, image_NCHW, rng, QUICK if starts is None else RETRACE, starts)
     near = near_boundary(view, found.first(NEAR_IMAGES), rng, samples=24)

@@ -6,23 +6,23 @@ rounding errors would give.
 
 from __future__ import annotations
 
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import Graphs, load
 
 from benchmarks.soundness.boundary import QUICK, RETRACE, Sampled, Search, View, bisect, near_boundary, search
 from benchmarks.soundness.document import write_section
 from benchmarks.soundness.exact import just_inside, ratio
-from benchmarks.soundness.graphs import Graphs, in_float32, residual, shipped, with_planted_biases
+from benchmarks.soundness.graphs import in_float32, residual, shipped, with_planted_biases
 from benchmarks.soundness.invariance import vary
 from benchmarks.soundness.known import Network, examine, exhaust, nudge_midpoints, random_network
 from benchmarks.soundness.wire import ask
 from service.certificate import certify
 from service.inference.classifier import Classifier
-from service.pixels.distances import is_inside, squared_distance
+from service.pixels.distances import is_inside
 
 ZOO = Path(__file__).resolve().parents[2] / "models" / "zoo"
 SHIPPED = sorted(folder.parent.name for folder in ZOO.glob("*/card.json"))
@@ -57,23 +57,6 @@ def assert_kept(found: Search, near: Sampled | None = None) -> None:
     assert near is None or near.flips == 0
 
 
-def test_squared_distance_is_exact() -> None:
-    random = np.random.default_rng(0)
-    image, other = random.random((2, 1, 3, 5)) * [[[[1.0, 1e-300, 1e-20, 1.0, 0.0]]]]
-    expected = sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(image.flat, other.flat, strict=True))
-    assert squared_distance(image, other) == expected
-    assert squared_distance(image, image) == 0
-
-
-def test_inside_tells_neighbouring_floats_apart() -> None:
-    image, other = np.zeros((1, 2, 2)), np.full((1, 2, 2), 0.25)
-    assert squared_distance(image, other) == Fraction(1, 4)
-    assert not is_inside(image, other, 0.5)
-    assert is_inside(image, other, float(np.nextafter(0.5, 1.0)))
-    assert is_inside(image, np.nextafter(other, 0.0), 0.5)
-    assert ratio(image, other, 0.25) == 2.0
-
-
 @pytest.mark.parametrize("radius", [1.0, 1e-3, 1e-9, 1e-14])
 def test_pulled_points_are_inside_and_close_to_the_radius(radius: float) -> None:
     image, other = np.random.default_rng(1).uniform(0.3, 0.7, (2, 1, 4, 4))
@@ -96,7 +79,7 @@ def test_bisection_ends_at_adjacent_images() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_no_point_of_another_class_is_found_inside_the_radius_of_a_shipped_model(name: str) -> None:
     found = shipped_search(name)
-    near = near_boundary(View(artefact(name).load()), found.first(3), np.random.default_rng(1), samples=12)
+    near = near_boundary(View(load(artefact(name))), found.first(3), np.random.default_rng(1), samples=12)
     assert_kept(found, near)
     # The search is worth something: it comes close, and rounding decides in front of the boundary.
     assert found.found_N.all()
@@ -157,7 +140,7 @@ def test_rounding_of_the_input_is_paid_for(share: float) -> None:
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_planted_biases_break_no_radius(dtype: type, half: bool, constant: float) -> None:
     graphs = with_planted_biases(isometric(dtype, 2).graphs(), constant, half)
-    view, random = View(graphs.load()), np.random.default_rng(8)
+    view, random = View(load(graphs)), np.random.default_rng(8)
     found = search(view, random.uniform(0.2, 0.8, (10, 1, 4, 4)), random, QUICK)
     near = near_boundary(view, found, random, samples=12)
     assert_kept(found, near)
@@ -167,7 +150,7 @@ def test_planted_biases_break_no_radius(dtype: type, half: bool, constant: float
 
 def test_planted_biases_would_break_a_radius_without_the_error() -> None:
     graphs = with_planted_biases(isometric(np.float64, 2).graphs(), 1e12, half=False)
-    view, random = View(graphs.load()), np.random.default_rng(8)
+    view, random = View(load(graphs)), np.random.default_rng(8)
     found = search(view, random.uniform(0.2, 0.8, (10, 1, 4, 4)), random, QUICK)
     near = near_boundary(view, found, random, samples=12)
     assert found.naive_broken + near.naive_broken > 0
@@ -179,7 +162,7 @@ def test_planted_biases_leave_the_network_what_it_is_in_real_arithmetic() -> Non
     image_NCHW = np.random.default_rng(9).random((5, 1, 4, 4))
     before, _ = network.classifier.classify(image_NCHW)
     for half in (False, True):
-        planted = with_planted_biases(network.graphs(), 1024.0, half).load()
+        planted = load(with_planted_biases(network.graphs(), 1024.0, half))
         after, _ = planted.classify(image_NCHW)
         np.testing.assert_allclose(after, before, rtol=0, atol=1e-10)
         assert planted.certificate.logit_error > 10 * network.classifier.certificate.logit_error
@@ -188,7 +171,7 @@ def test_planted_biases_leave_the_network_what_it_is_in_real_arithmetic() -> Non
 def test_planted_biases_break_no_radius_of_a_shipped_model() -> None:
     reference = shipped_search("mnist-0-8")
     for graphs in (artefact("mnist-0-8"), in_float32(artefact("mnist-0-8"))):
-        view, random = View(with_planted_biases(graphs, 1e6, half=False).load()), np.random.default_rng(10)
+        view, random = View(load(with_planted_biases(graphs, 1e6, half=False))), np.random.default_rng(10)
         found = search(view, reference.image_NCHW, random, RETRACE, [reference.point_NCHW])
         assert_kept(found, near_boundary(view, found, random, samples=12))
 

@@ -37,3 +37,11 @@ def test_squared_distance_is_that_of_rational_arithmetic(pixels: list[tuple[floa
     assert squared_distance(image, other) == square
     assert is_inside(image, other, radius) == (square < Fraction(radius) ** 2)
     assert distance(image, other) == pytest.approx(float(square) ** 0.5, rel=1e-14, abs=1e-160)
+
+
+def test_inside_tells_neighbouring_floats_apart() -> None:
+    image, other = np.zeros((1, 2, 2)), np.full((1, 2, 2), 0.25)
+    assert squared_distance(image, other) == Fraction(1, 4)
+    assert not is_inside(image, other, 0.5)
+    assert is_inside(image, other, float(np.nextafter(0.5, 1.0)))
+    assert is_inside(image, np.nextafter(other, 0.0), 0.5)
