@@ -161,7 +161,7 @@ def in_float32(step: int) -> list[Row]:
     return rows
 
 
-def against_balls(row: Row, x: np.ndarray, computed: np.ndarray, exact: Callable[[arb], arb]) -> Row:
+def _against_balls(row: Row, x: np.ndarray, computed: np.ndarray, exact: Callable[[arb], arb]) -> Row:
     """Errors of a float64 function, decided in ball arithmetic."""
     for value, result in zip(x.tolist(), computed.tolist(), strict=True):
         true = exact(arb(value))
@@ -177,7 +177,7 @@ def in_float64(n: int) -> list[Row]:
     """The float64 kernels, elementwise."""
     x = float64_values(n, np.random.default_rng(1))
     return [
-        against_balls(Row(a.name), x, kernel_of(a.operator, np.float64)(x[None])[0], a.exact)
+        _against_balls(Row(a.name), x, kernel_of(a.operator, np.float64)(x[None])[0], a.exact)
         for a in activations()
         if a.exact is not None
     ]
@@ -188,12 +188,12 @@ def of_numpy(n: int) -> list[Row]:
     x = float64_values(n, np.random.default_rng(2))
     below, above = -np.abs(x), np.abs(x) + 1e-300
     return [
-        against_balls(Row("numpy exp, x <= 0"), below, np.exp(below), arb.exp),
-        against_balls(Row("numpy expm1, x <= 0"), below, np.expm1(below), arb.expm1),
-        against_balls(Row("numpy log"), above, np.log(above), arb.log),
-        against_balls(Row("numpy logaddexp(0, x)"), x, np.logaddexp(0.0, x), _softplus),
-        against_balls(Row("numpy tanh"), x, np.tanh(x), arb.tanh),
-        against_balls(Row("math erf"), x, ERF(x), arb.erf),
+        _against_balls(Row("numpy exp, x <= 0"), below, np.exp(below), arb.exp),
+        _against_balls(Row("numpy expm1, x <= 0"), below, np.expm1(below), arb.expm1),
+        _against_balls(Row("numpy log"), above, np.log(above), arb.log),
+        _against_balls(Row("numpy logaddexp(0, x)"), x, np.logaddexp(0.0, x), _softplus),
+        _against_balls(Row("numpy tanh"), x, np.tanh(x), arb.tanh),
+        _against_balls(Row("math erf"), x, ERF(x), arb.erf),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a counterfactual costs and how near it is: `python benchmarks/counterfactuals.py --data DIR [MODEL ...]`.
+"""Cost and distance of counterfactuals: `python benchmarks/counterfactuals.py --data DIR [MODEL ...]`.
 
 Searches on evenly spaced test images of the models in `--models`, without and with a random target, in batches of 16,
 and counts runs of both graphs. Then times the search beside as many runs of the transport graph alone, alternating, in
@@ -8,14 +8,11 @@ batches of 1, 8 and 16, one thread. `--write` replaces the tables of `docs/count
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import re
 import statistics
 import sys
 import time
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from models.data.datasets import load_dataset, options_of  # noqa: E402
-from models.export import code_version  # noqa: E402
+from models.export import code_version, environment  # noqa: E402
 from service.certificate import Radii  # noqa: E402
 from service.inference.classifier import Classifier, View  # noqa: E402
 from service.inference.counterfactual import Counterfactual, find_counterfactuals  # noqa: E402
@@ -38,7 +35,7 @@ from service.inference.counterfactual import Counterfactual, find_counterfactual
 
 @dataclass(frozen=True)
 class Questions:
-    """Images, what was predicted about them, and the targets asked for."""
+    """Images, their predictions and the requested targets."""
 
     image_NCHW: np.ndarray
     radii: Radii
@@ -46,12 +43,12 @@ class Questions:
     n_classes: int
 
     def part(self, rows: slice) -> Questions:
-        """Those of some rows."""
+        """Return the questions of some rows."""
         part = Radii(**{field.name: getattr(self.radii, field.name)[rows] for field in fields(Radii)})
         return Questions(self.image_NCHW[rows], part, self.target_N[rows], self.n_classes)
 
     def search(self, model: View | Counted, batch: int) -> list[Counterfactual]:
-        """Counterfactuals of all images, so many at once."""
+        """Return the counterfactuals of all images, searched in batches."""
         answers: list[Counterfactual] = []
         for start in range(0, len(self.image_NCHW), batch):
             part = self.part(slice(start, start + batch))
@@ -105,6 +102,7 @@ def main() -> None:
             print(quality[-1], flush=True)
         times.append(_times(name, view, _questions(classifier, view, image_NCHW[: arguments.timed], False)))
         print(times[-1], flush=True)
+    made = environment(0.0)
     text = "\n".join(
         [
             "| model | target | n | reached | mean distance | distance / radius, median | mean runs | 95 % "
@@ -118,8 +116,8 @@ def main() -> None:
             "|---|" + "---|" * (len(BATCHES) + 1),
             *times,
             "",
-            f"{_processor()}, one thread; Python {platform.python_version()}, numpy {np.__version__}, ONNX Runtime "
-            f"{metadata.version('onnxruntime')}; times on {arguments.timed} images, median of {REPETITIONS}; code "
+            f"{made['cpu']}, one thread; Python {made['python']}, numpy {made['numpy']}, ONNX Runtime "
+            f"{made['onnxruntime']}; times on {arguments.timed} images, median of {REPETITIONS}; code "
             f"{code_version()}.",
         ]
     )
@@ -194,11 +192,6 @@ def _test_images(classifier: Classifier, data: Path, n_images: int) -> np.ndarra
     found = load_dataset(options_of(classifier.card.data, list(classifier.labels)), folder, test_only=True).test
     spread = np.linspace(0, len(found) - 1, min(n_images, len(found))).astype(np.int64)
     return found.at(torch.from_numpy(spread)).pixels(torch.float64).numpy()
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if os.name == "posix" else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,12 +33,12 @@ from models.export import code_version  # noqa: E402
 
 NAME = "random graphs"
 FIRST_OF_ERRORS = 10_000_000
-"""Where the seeds of the second row begin."""
+"""First seed of the second row."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one seed; no tensors if the certifier refused the graph."""
+    """Result of one seed; no tensors if the certifier refused the graph."""
 
     seed: int
     tensors: int = 0
@@ -73,7 +73,7 @@ def look_at_errors(seed: int) -> Result:
 
 @dataclass
 class Tally:
-    """What all seeds of one kind gave."""
+    """Results of all seeds of one kind."""
 
     first: int
     graphs: int = 0
@@ -101,14 +101,16 @@ class Tally:
             tqdm.write(f"seed {result.seed}: {'; '.join(result.findings[:3])}")
 
 
-def tallied(look: Callable[[int], Result], first: int, wanted: int, processes: int, title: str) -> Tally:
-    """Seeds from `first` on until `wanted` graphs were certified."""
+def _tallied(look: Callable[[int], Result], first: int, wanted: int, processes: int, title: str) -> Tally:
+    """Run seeds from `first` until `wanted` graphs are certified."""
     tally = Tally(first)
     started = perf_counter()
     with get_context("spawn").Pool(processes) as pool, tqdm(total=wanted, desc=title, unit="graph") as progress:
         # In blocks: a pool would draw an endless sequence of seeds at once.
         for block in itertools.count(first, 500):
-            for result in _until(pool.imap(look, range(block, block + 500), chunksize=10), tally, wanted):
+            for result in pool.imap(look, range(block, block + 500), chunksize=10):
+                if tally.graphs == wanted:
+                    break
                 tally.see(result)
                 progress.set_postfix(violations=len(tally.violations), refused=tally.refused, refresh=False)
                 progress.update(tally.graphs - progress.n)
@@ -118,17 +120,11 @@ def tallied(look: Callable[[int], Result], first: int, wanted: int, processes: i
     return tally
 
 
-def _until(results: Iterator[Result], tally: Tally, wanted: int) -> Iterator[Result]:
-    for result in results:
-        if tally.graphs < wanted:
-            yield result
-
-
-def section(slopes: Tally, errors: Tally, processes: int, code: str) -> str:
+def _section(slopes: Tally, errors: Tally, processes: int, code: str) -> str:
     """The results as Markdown."""
     rows = [
         [
-            what,
+            violation,
             f"{tally.graphs:,}",
             f"{tally.tensors:,}",
             f"**{len(tally.violations)}**",
@@ -136,7 +132,7 @@ def section(slopes: Tally, errors: Tally, processes: int, code: str) -> str:
             f"{tally.first:,} to {tally.last:,}",
             f"{tally.seconds / 60:.0f} min",
         ]
-        for what, tally in (
+        for violation, tally in (
             ("Lipschitz bound below a Jacobian or secant", slopes),
             ("computed logits or tensors further from the exact ones than their error bound", errors),
         )
@@ -163,18 +159,18 @@ ONNX Runtime as the service runs it on three 8-bit images, against exact arithme
 
 
 def main() -> int:
-    """Run; returns the exit status."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--slopes", type=int, default=20_000, help="graphs whose Lipschitz bounds are looked at")
     parser.add_argument("--errors", type=int, default=5_000, help="graphs whose rounding errors are looked at")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--write", action="store_true", help="write the section of benchmarks/SOUNDNESS.md")
     arguments = parser.parse_args()
-    # Now: the tree may change while this runs.
+    # Read now, since the tree may change during the run.
     code = code_version()
-    errors = tallied(look_at_errors, FIRST_OF_ERRORS, arguments.errors, arguments.processes, "errors")
-    slopes = tallied(look_at_slopes, 0, arguments.slopes, arguments.processes, "slopes")
-    text = section(slopes, errors, arguments.processes, code)
+    errors = _tallied(look_at_errors, FIRST_OF_ERRORS, arguments.errors, arguments.processes, "errors")
+    slopes = _tallied(look_at_slopes, 0, arguments.slopes, arguments.processes, "slopes")
+    text = _section(slopes, errors, arguments.processes, code)
     print(text)
     if arguments.write:
         write_section(NAME, "random-graphs", text)

@@ -82,7 +82,7 @@ def reasons(error: UnsupportedGraphError) -> str:
     return "; ".join(f"{n} x {reason}" if n > 1 else reason for reason, n in counts.items())
 
 
-def result_of(form: str, folder: Path, entry: dict[str, str]) -> Result:
+def _result_of(form: str, folder: Path, entry: dict[str, str]) -> Result:
     """Certify one file."""
     if "exporter_fails" in entry:
         return Result(form, why_not=f"no file, the exporter fails: {entry['exporter_fails'].splitlines()[0]}")
@@ -194,7 +194,7 @@ def main() -> int:
     code = code_version()
     rows: list[Row] = []
     for name, entry in claims["networks"].items():
-        results = [result_of(form, arguments.folder, file) for form, file in entry["files"].items()]
+        results = [_result_of(form, arguments.folder, file) for form, file in entry["files"].items()]
         rows.append(Row(name, entry, tuple(results)))
         print(name, [result.lipschitz_bound or result.why_not[:60] for result in results], flush=True)
     if arguments.write:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from deel import torchlip
-from networks import (
-    ITERATIONS,
+from forms import (
     NEWER,
     OLDER,
     ORTHOGONIUM,
@@ -16,14 +14,10 @@ from networks import (
     TORCHLIP,
     Form,
     Network,
-    ResidualStep,
-    aoc_and_maxmin,
     as_it_is,
     jointly,
     nothing_claimed,
-    resnet,
-    torchlip_dense,
-    vanilla,
+    per_logit,
     vanilla_and_kernels,
 )
 from orthogonium.layers import AdaptiveOrthoConv2d, AdaptiveOrthoConvTranspose2d, HouseHolder, MaxMin, OrthoLinear
@@ -31,7 +25,10 @@ from orthogonium.layers.conv.AOL import AOLConv2D
 from orthogonium.layers.conv.SLL import AOCLipschitzResBlock, SDPBasedLipschitzDense, SDPBasedLipschitzResBlock
 from orthogonium.layers.custom_activations import SoftHuber
 from orthogonium.layers.residual import L2NormResidual
+from orthogonium_networks import aoc_and_maxmin
 from torch import nn
+from torch_networks import resnet
+from torchlip_networks import ResidualStep, one_convolution, torchlip_dense
 
 SHAPE = (1, 8, 8)
 
@@ -58,13 +55,6 @@ def between_orthogonal(*blocks: nn.Module) -> nn.Module:
     """orthogonium: blocks on 4 channels of 4 x 4."""
     return nn.Sequential(
         AdaptiveOrthoConv2d(1, 4, 2, stride=2, padding=0), *blocks, nn.Flatten(), OrthoLinear(4 * 16, 4)
-    )
-
-
-def one_convolution(padding: str, size: int) -> nn.Module:
-    """Orthonormal columns, so that its norm is that of the patches, over `size`."""
-    return torchlip.Sequential(
-        torchlip.SpectralConv2d(1, size * size, size, padding=size // 2, padding_mode=padding), nn.Flatten()
     )
 
 
@@ -111,21 +101,24 @@ def unit_rows() -> nn.Module:
 
 
 def sample(
-    name: str,
-    library: str,
-    what: str,
-    build: Callable[[], nn.Module],
-    *patterns: str,
-    form: Form = NEWER,
-    shape: tuple[int, int, int] = SHAPE,
-    **options: Any,
+    name: str, library: str, layers: str, build: Callable[[], nn.Module], *patterns: str, **options: Any
 ) -> Network:
-    """A network in one form, with the operators that its file shall have."""
-    return jointly(name, library, what, build, shape, forms=(form,), patterns=patterns, **options)
+    """Return a network in one form.
+
+    Args:
+        name: of the file.
+        library: of the network.
+        layers: description of the network.
+        build: of the module.
+        patterns: operators that the file must contain.
+        options: `form` of the export, `shape` of the image and options of `jointly`.
+    """
+    form, shape = options.pop("form", NEWER), options.pop("shape", SHAPE)
+    return jointly(name, library, layers, build, shape, forms=(form,), patterns=patterns, **options)
 
 
 def padded(padding: str, size: int, **options: Any) -> Network:
-    """`one_convolution` on a small image: its claim is true or false, whatever the weights are."""
+    """Return `one_convolution` on a small image: its claim is true or false for any weights."""
     side = 4 if size == 3 else 3
     return sample(
         f"{padding}-{size}x{size}",
@@ -193,19 +186,8 @@ SAMPLES: list[Network] = [
     padded("replicate", 3),
     padded("reflect", 3, holds=False, why=PIXELS_TOO_OFTEN),
     padded("replicate", 5, holds=False, why=PIXELS_TOO_OFTEN),
-    Network(
-        name="unit-rows",
-        library=TORCHLIP,
-        what="head with rows of norm 1",
-        build=unit_rows,
-        shape=SHAPE,
-        claim=math.sqrt(4),
-        claim_margin=2.0,
-        holds=True,
-        why=ITERATIONS,
-        freeze=vanilla,
-        forms=(NEWER,),
-        patterns=("Gemm",),
+    per_logit(
+        *("unit-rows", TORCHLIP, "head with rows of norm 1", unit_rows, SHAPE), k=4, forms=(NEWER,), patterns=("Gemm",)
     ),
     sample("wrap-by-pad", ORTHOGONIUM, "AOC, padding circular", circular, "Pad", "Split", "Max", "Min"),
     sample("wrap-by-slices", ORTHOGONIUM, "AOC, padding circular", circular, "Slice", "Concat", form=OLDER),

@@ -1,4 +1,4 @@
-"""What is served in the benchmark: the reference network at three sizes, the shipped artefacts, and test images.
+"""The artefacts of the benchmark: the reference network at three sizes, the shipped artefacts, and test images.
 
 The reference is three shift-and-mix convolutions of 512 channels on 4 x 4 pixels (28 x 28 images in windows of 7),
 about 9 million multiply-adds for each image, nearly all in three matrix products, with 3 MB of weights. The weights are
@@ -22,46 +22,46 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper, shape_inference
-from PIL import Image
 
 from models.data.published import load_mnist
 from models.export import emit_graphs
 from models.nets.networks import convolutional_network
 from models.recipes import Stage
 from service.artefact.card import MODEL_FILE, TRANSPORT_FILE, Card, InputShape, read_card, write_artefact
+from service.pixels.images import encode_png
 
 REFERENCE_CHANNELS = {"reference": 512, "reference-x4": 1024, "reference-x16": 2048}
-"""Channels of each reference network: twice as many cost four times as much."""
+"""Channels of each reference network; doubling them quadruples the cost."""
 SHIPPED = ("mnist", "mnist-0-8")
 _SEED = 0
 _INPUT = (1, 28, 28)
 _CLASSES = 10
 IMAGES = 64
-"""Test images that the clients send in turn."""
+"""Number of test images, sent in turn."""
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An artefact that is measured, alone in a folder that a server can be given."""
+    """A measured artefact, alone in a folder that a server can read."""
 
     name: str
     zoo: Path
-    """The folder of models; it holds this artefact alone."""
+    """The folder of models, with this artefact only."""
 
     @property
     def model(self) -> Path:
-        """The graph that answers."""
+        """Path of the forward graph."""
         return self.zoo / self.name / MODEL_FILE
 
     @property
     def transport(self) -> Path:
-        """The graph of the gradient."""
+        """Path of the gradient graph."""
         return self.zoo / self.name / TRANSPORT_FILE
 
 
 def prepare(name: str, folder: Path, shipped: Path) -> Subject:
-    """Build the reference `name`, or link the shipped artefact of that name, in a folder of its own under `folder`."""
+    """Return the reference `name`, built, or the shipped artefact of that name, linked, alone in a folder."""
     zoo = folder / "zoo" / name
     subject = Subject(name, zoo)
     if name in REFERENCE_CHANNELS:
@@ -80,7 +80,7 @@ def prepare(name: str, folder: Path, shipped: Path) -> Subject:
 
 
 def build_reference(name: str, channels: int, folder: Path) -> None:
-    """Write the reference network with so many channels as an artefact that the server's certifier has proved."""
+    """Write the reference network with this number of channels as an artefact, proved by the server's certifier."""
     torch.manual_seed(_SEED)
     stage = Stage(channels=channels, blocks=3, window=7)
     # Random rows are turned into orthogonal ones by `fold`.
@@ -101,10 +101,10 @@ def _channels_of(folder: Path) -> object:
 
 
 def multiply_adds(model: onnx.ModelProto) -> int:
-    """Multiply-adds of the matrix products (MatMul, Gemm, Conv) for one image.
+    """Return the multiply-adds of the matrix products (MatMul, Gemm, Conv) for one image.
 
     Raises:
-        ValueError: the shape of a product is not to be had.
+        ValueError: the shape of a product cannot be inferred.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -132,7 +132,7 @@ def multiply_adds(model: onnx.ModelProto) -> int:
 
 
 def _without_declared_batch(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The outputs declare a symbolic batch, which inference would keep."""
+    """Remove the symbolic batch of the outputs, which shape inference would not replace."""
     for output in model.graph.output:
         output.type.tensor_type.shape.dim[0].dim_value = 1
     return model
@@ -140,7 +140,7 @@ def _without_declared_batch(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @dataclass(frozen=True)
 class Payloads:
-    """The same test images in the forms that the servers take."""
+    """The test images in the forms that the servers accept."""
 
     image_NCHW: np.ndarray
     """float64 in [0, 1]."""
@@ -157,10 +157,10 @@ class Payloads:
 
 
 def payloads(data: Path) -> Payloads:
-    """The first MNIST test images; the files are fetched where they are missing (`models.data.published`)."""
+    """Return the first MNIST test images; missing files are downloaded (`models.data.published`)."""
     _, test = load_mnist(data)
     image_NHW = test.images_NCHW[:IMAGES, 0].numpy()
-    png = [_png(image_HW) for image_HW in image_NHW]
+    png = [encode_png(image_HW[None]) for image_HW in image_NHW]
     batches = [np.roll(image_NHW, -start, axis=0)[:BATCH] for start in range(0, IMAGES, 8)]
     return Payloads(
         image_NCHW=image_NHW[:, None].astype(np.float64) / 255.0,
@@ -168,12 +168,6 @@ def payloads(data: Path) -> Payloads:
         base64_json=[json.dumps({"image": base64.b64encode(content).decode()}).encode() for content in png],
         npy=[_npy(batch) for batch in batches],
     )
-
-
-def _png(image_HW: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image_HW).save(file, "PNG")
-    return file.getvalue()
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""The figures that the service is held to: floor, aim, what was measured, and whether it is met."""
+"""The figures that the service has to reach: floor, aim, measured value and verdict."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ZOO = "zoo"
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that is held to a floor and an aim."""
+    """A number with its floor and aim."""
 
     name: str
     floor: float
     aim: float
     got: float | None
-    """None: not measured."""
+    """Absent if not measured."""
     unit: str = ""
     better: Literal["higher", "lower"] = "higher"
 
     @property
     def verdict(self) -> str:
-        """`aim met`, `floor met`, `not met` or `not measured`."""
+        """One of `aim met`, `floor met`, `not met`, `not measured`."""
         if self.got is None:
             return "not measured"
         sign = 1.0 if self.better == "higher" else -1.0
@@ -39,15 +39,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the table: its figures, and what has to be said beside them."""
+    """A row of the table: its figures and a note on them."""
 
-    what: str
+    title: str
     figures: tuple[Figure, ...]
     note: str = ""
 
 
 def claims(results: Results, contestants: Sequence[Contestant]) -> list[Claim]:
-    """All rows, from the medians of the rounds."""
+    """Return all rows, from the medians of the rounds."""
+    tail = results.median(lambda cell: cell.p99_ms / cell.p50_ms, "ours", REFERENCE, "single", 64)
     return [
         _singles(results),
         Claim(
@@ -66,18 +67,7 @@ def claims(results: Results, contestants: Sequence[Contestant]) -> list[Claim]:
             _batch_note(results),
         ),
         _overhead(results),
-        Claim(
-            "p99 over p50 at 64 clients",
-            (
-                Figure(
-                    "",
-                    3.0,
-                    2.0,
-                    results.median(lambda cell: cell.p99_ms / cell.p50_ms, "ours", REFERENCE, "single", 64),
-                    better="lower",
-                ),
-            ),
-        ),
+        Claim("p99 over p50 at 64 clients", (Figure("", 3.0, 2.0, tail, better="lower"),)),
         _counterfactuals(results),
         _memory_and_start(results),
         Claim(
@@ -107,7 +97,13 @@ def _singles(results: Results) -> Claim:
 
 
 def fastest_packaged(results: Results, contestants: Sequence[Contestant], clients: int) -> tuple[str, float] | None:
-    """Name and images a second (median) of the fastest packaged peer on the reference."""
+    """Return name and median images a second of the fastest packaged peer on the reference.
+
+    Args:
+        results: all measurements.
+        contestants: the servers.
+        clients: number of concurrent clients.
+    """
     rates = [
         (contestant.name, rate)
         for contestant in contestants
@@ -143,8 +139,8 @@ def _against_echo(results: Results) -> Claim:
         for clients in (16, 64)
     )
     beside = [
-        f"{what}: {got:.2f}"
-        for what, got in (
+        f"{title}: {got:.2f}"
+        for title, got in (
             ("`mnist`, one process each, 64 clients", quotient("ours", "echo", "mnist", 64)),
             (
                 "`mnist-0-8`, all cores against an echo of one process, 64 clients",
@@ -153,8 +149,8 @@ def _against_echo(results: Results) -> Claim:
         )
         if got is not None
     ]
-    what = "small shipped artefact against an endpoint of the same framework that only echoes the body"
-    return Claim(what, figures, "; ".join(beside))
+    title = "small shipped artefact against an endpoint of the same framework that only echoes the body"
+    return Claim(title, figures, "; ".join(beside))
 
 
 def _batch_note(results: Results) -> str:
@@ -210,24 +206,17 @@ def _counterfactuals(results: Results) -> Claim:
 def _memory_and_start(results: Results) -> Claim:
     figures: list[Figure] = []
     for subject, name in ((REFERENCE, "reference alone"), (ZOO, "all shipped models")):
+        memory_mb = results.start(lambda start: max(start.idle_rss_mb, start.loaded_rss_mb), "ours", subject)
+        ready_s = results.start(lambda start: start.ready_s, "ours", subject)
         figures += [
-            Figure(
-                f"{name}, memory",
-                200.0,
-                140.0,
-                results.start(lambda start: max(start.idle_rss_mb, start.loaded_rss_mb), "ours", subject),
-                " MB",
-                "lower",
-            ),
-            Figure(
-                f"{name}, ready", 2.0, 1.0, results.start(lambda start: start.ready_s, "ours", subject), " s", "lower"
-            ),
+            Figure(f"{name}, memory", 200.0, 140.0, memory_mb, " MB", "lower"),
+            Figure(f"{name}, ready", 2.0, 1.0, ready_s, " s", "lower"),
         ]
     return Claim("resident memory of one process; ready after start, warm-up included", tuple(figures))
 
 
 def growth_of_cost(results: Results, contestant: str) -> float | None:
-    """Percent by which the processor time of an image grows from 1 to 256 clients."""
+    """Return the growth of the processor time of an image from 1 to 256 clients, in percent."""
     many, one = (contestant, REFERENCE, "single", 256), (contestant, REFERENCE, "single", 1)
     quotient = results.quotient(lambda cell: cell.cpu_ms_per_image, many, one)
     return None if quotient is None else 100.0 * (quotient - 1.0)

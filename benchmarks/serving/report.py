@@ -1,4 +1,4 @@
-"""`benchmarks/RESULTS.md`, from the results alone."""
+"""The content of `benchmarks/RESULTS.md`, from the results alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from benchmarks.serving.contestants import Contestant
 from benchmarks.serving.measure import CellResult, StartResult
 from benchmarks.serving.plan import CLIENTS, MANY
 from benchmarks.serving.results import Results
+from benchmarks.soundness.document import table
 
 THROUGHPUT_PLOT = "throughput.svg"
 GROWTH_PLOT = "growth.svg"
@@ -18,15 +19,15 @@ _COLUMNS = tuple(f"{clients} client{'s' if clients > 1 else ''}" for clients in 
 
 
 def document(results: Results, contestants: Sequence[Contestant]) -> str:
-    """The whole file."""
+    """Return the whole file."""
     measured = [one for one in contestants if any(cell.contestant == one.name for cell in results.cells)]
     parts = [
         "# Benchmark results\n\nWritten by `make bench`. The network is the loopback interface, and the limit is "
         "ONNX Runtime alone on the same graph.",
         _made(results),
         "## Must show\n\n" + must_show(claims(results, contestants)),
-        _what(results),
-        _who(results, contestants),
+        _artefacts(results),
+        _servers(results, contestants),
         _reference(results, measured),
         _other_loads(results, measured),
         _small(results, measured),
@@ -37,29 +38,19 @@ def document(results: Results, contestants: Sequence[Contestant]) -> str:
 
 
 def must_show(rows: Sequence[Claim]) -> str:
-    """The table of claims: one line for each figure."""
+    """Return the table of claims: one line for each figure."""
     body: list[Sequence[object]] = []
     for claim in rows:
         for index, figure in enumerate(claim.figures):
-            what = claim.what if index == 0 else ""
-            name = figure.name
-            note = claim.note if index == 0 else ""
+            title, note = (claim.title, claim.note) if index == 0 else ("", "")
             got = "-" if figure.got is None else f"**{_number(figure.got)}{figure.unit}**"
             limits = [f"{_number(limit)}{figure.unit}" for limit in (figure.floor, figure.aim)]
-            body.append([what, name, *limits, got, figure.verdict, note])
+            body.append([title, figure.name, *limits, got, figure.verdict, note])
     return table(["", "", "floor", "aim", "got", "", "note"], body)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; a cell that is None is `-`."""
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for row in rows:
-        lines.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in row)} |")
-    return "\n".join(lines)
-
-
 def _number(value: float) -> str:
-    """Three significant digits, never in powers of ten."""
+    """Return three significant digits, never in powers of ten."""
     if value == 0:
         return "0"
     if abs(value) >= 100:
@@ -89,7 +80,7 @@ def _made(results: Results) -> str:
     return "\n\n".join(lines)
 
 
-def _what(results: Results) -> str:
+def _artefacts(results: Results) -> str:
     rows = [
         [
             f"`{facts.name}`",
@@ -114,7 +105,7 @@ def _what(results: Results) -> str:
     )
 
 
-def _who(results: Results, contestants: Sequence[Contestant]) -> str:
+def _servers(results: Results, contestants: Sequence[Contestant]) -> str:
     rows: list[Sequence[object]] = []
     for one in contestants:
         why = results.failed.get(one.name)
@@ -163,7 +154,7 @@ def _reference(results: Results, contestants: Sequence[Contestant]) -> str:
 def _cell(
     results: Results, figure: Callable[[CellResult], str], contestant: str, subject: str, load: str, clients: int
 ) -> str | None:
-    """The figure of the round whose throughput is the median one."""
+    """Return the figure of the round with the median throughput."""
     cells = sorted(results.of(contestant, subject, load, clients), key=lambda cell: cell.images_per_s)
     return figure(cells[len(cells) // 2]) if cells else None
 
@@ -195,20 +186,14 @@ def _other_loads(results: Results, contestants: Sequence[Contestant]) -> str:
             form = {"base64": "base64 in JSON", "batch": f"batches of {BATCH}, npy in"}.get(load, load)
             if load == "batch":
                 form += ", npy out" if all(cell.answers_npy for cell in cells) else ", JSON out"
-            rows.append(
-                [
-                    form,
-                    f"`{subject}`",
-                    one.title,
-                    clients,
-                    _cell(results, lambda cell: f"{cell.images_per_s:,.0f}", one.name, subject, load, clients),
-                    None if steps is None or ratio is None else f"{ratio * steps:.2f}",
-                    _cell(
-                        results, lambda cell: f"{cell.p50_ms:.1f} / {cell.p99_ms:.1f}", one.name, subject, load, clients
-                    ),
-                    _cell(results, lambda cell: f"{cell.cpu_ms_per_image:.2f}", one.name, subject, load, clients),
-                ]
+            figures = (
+                lambda cell: f"{cell.images_per_s:,.0f}",
+                lambda cell: f"{cell.p50_ms:.1f} / {cell.p99_ms:.1f}",
+                lambda cell: f"{cell.cpu_ms_per_image:.2f}",
             )
+            rate, latency, cost = (_cell(results, figure, one.name, subject, load, clients) for figure in figures)
+            over_raw = None if steps is None or ratio is None else f"{ratio * steps:.2f}"
+            rows.append([form, f"`{subject}`", one.title, clients, rate, over_raw, latency, cost])
     if not rows:
         return ""
     header = ["", "artefact", "", "clients", "images/s", "over raw", "p50 / p99, ms", "CPU ms/image"]
@@ -220,36 +205,21 @@ def _other_loads(results: Results, contestants: Sequence[Contestant]) -> str:
 
 
 def _small(results: Results, contestants: Sequence[Contestant]) -> str:
-    rows: list[Sequence[object]] = []
-    for subject in SHIPPED:
-        for one in contestants:
-            cells = [
-                _cell(
-                    results,
-                    lambda cell: f"{cell.images_per_s:,.0f} ({cell.p50_ms:.2f} / {cell.p99_ms:.2f})",
-                    one.name,
-                    subject,
-                    "single",
-                    clients,
-                )
-                for clients in CLIENTS
-            ]
-            if any(cells):
-                rows.append([f"`{subject}`", one.title, *cells])
+    def rates(contestant: str, subject: str) -> list[str | None]:
+        def figure(cell: CellResult) -> str:
+            return f"{cell.images_per_s:,.0f} ({cell.p50_ms:.2f} / {cell.p99_ms:.2f})"
+
+        return [_cell(results, figure, contestant, subject, "single", clients) for clients in CLIENTS]
+
+    rows: list[Sequence[object]] = [
+        [f"`{subject}`", one.title, *cells]
+        for subject in SHIPPED
+        for one in contestants
+        if any(cells := rates(one.name, subject))
+    ]
     if not rows:
         return ""
-    echo = [
-        _cell(
-            results,
-            lambda cell: f"{cell.images_per_s:,.0f} ({cell.p50_ms:.2f} / {cell.p99_ms:.2f})",
-            "echo",
-            REFERENCE,
-            "single",
-            clients,
-        )
-        for clients in CLIENTS
-    ]
-    if any(echo):
+    if any(echo := rates("echo", REFERENCE)):
         rows.append(["none", "echo of the body", *echo])
     return "## Shipped artefacts\n\nImages a second (p50 / p99 in ms), single images:\n\n" + table(
         ["artefact", "", *_COLUMNS], rows
@@ -260,21 +230,12 @@ def _grown(results: Results, contestants: Sequence[Contestant]) -> str:
     grown = [name for name in REFERENCE_CHANNELS if any(cell.subject == name for cell in results.cells)]
     if len(grown) < 2:
         return ""
+
+    def figure(cell: CellResult) -> str:
+        return f"{cell.images_per_s:,.0f} ({cell.ratio:.2f}), {cell.cpu_ms_per_image:.2f}"
+
     rows = [
-        [
-            one.title,
-            *(
-                _cell(
-                    results,
-                    lambda cell: f"{cell.images_per_s:,.0f} ({cell.ratio:.2f}), {cell.cpu_ms_per_image:.2f}",
-                    one.name,
-                    subject,
-                    "single",
-                    64,
-                )
-                for subject in grown
-            ),
-        ]
+        [one.title, *(_cell(results, figure, one.name, subject, "single", 64) for subject in grown)]
         for one in contestants
         if any(results.of(one.name, subject, "single", 64) for subject in grown[1:])
     ]

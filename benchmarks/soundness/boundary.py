@@ -7,7 +7,7 @@ From each start (the service's own counterfactual, a descent to each of the near
    every ray between here and there is tried at shorter lengths than the best; repeated while it helps;
 3. bisection again, then *float neighbours*: each pixel moved by a few units in its last place.
 
-What is found at any step is a valid float64 image that the service gives another class.
+Each point found is a valid float64 image to which the service assigns another class.
 """
 
 from __future__ import annotations
@@ -96,22 +96,22 @@ RETRACE = Effort(rivals=0, walk=4, polish=4, trials=12)
 
 @dataclass(frozen=True)
 class Search:
-    """What was found from N images."""
+    """Result of the search from N images."""
 
     image_NCHW: np.ndarray
     class_N: np.ndarray
     radius_N: np.ndarray
     naive_N: np.ndarray
-    """Radii without the rounding error, `min (f_i - f_j) / K_ij`: what a certificate in real arithmetic would say."""
+    """Radii without the rounding error, `min (f_i - f_j) / K_ij`: those of a certificate in real arithmetic."""
     point_NCHW: np.ndarray
-    """The nearest points found; the image itself where nothing was."""
+    """The nearest points found, or the image itself."""
     found_N: np.ndarray
     """Whether the point gets another class than the image in a batch of some size."""
     pulled_flips: int
-    """Points pulled to the inside of the radius that get another class in a batch of some size; the promise is none."""
+    """Points pulled to the inside of the radius that get another class in a batch of some size; must be 0."""
 
     def first(self, n: int) -> Search:
-        """The same of the first n images; `pulled_flips` stays about all."""
+        """Return the search from the first n images; `pulled_flips` still refers to all."""
         arrays = (self.image_NCHW, self.class_N, self.radius_N, self.naive_N, self.point_NCHW, self.found_N)
         return Search(*(array[:n] for array in arrays), pulled_flips=self.pulled_flips)
 
@@ -171,7 +171,7 @@ def search(
         image_NCHW: where to search from.
         rng: of the float neighbours.
         effort: how hard.
-        starts: arrays N x C x H x W to start from; `own_starts` where there are none.
+        starts: arrays N x C x H x W to start from; default: `own_starts`.
     """
     _, radii = view.classify(image_NCHW)
     class_N = radii.class_id_N
@@ -183,17 +183,17 @@ def search(
         if len(index_M) == 0:
             continue
         origin, point, kind = image_NCHW[index_M], point_NCHW[index_M], class_N[index_M]
-        point = walk(view, origin, bisect(view, origin, point, kind, 12), kind, effort.walk // 4)
-        distance_M = _lengths(point - origin)
+        point = _walk(view, origin, bisect(view, origin, point, kind, 12), kind, effort.walk // 4)
+        distance_M = l2_norms(point - origin)
         nearer_M = distance_M < best_N[index_M]
         best_NCHW[index_M[nearer_M]] = point[nearer_M]
         best_N[index_M[nearer_M]] = distance_M[nearer_M]
     index_M = np.flatnonzero(np.isfinite(best_N))
     if len(index_M):
         origin, kind = image_NCHW[index_M], class_N[index_M]
-        point = walk(view, origin, best_NCHW[index_M], kind, effort.walk)
+        point = _walk(view, origin, best_NCHW[index_M], kind, effort.walk)
         point = bisect(view, origin, point, kind, _BISECTIONS)
-        best_NCHW[index_M] = polish(view, origin, point, kind, rng, effort)
+        best_NCHW[index_M] = _polish(view, origin, point, kind, rng, effort)
     return judge(view, image_NCHW, class_N, radii.radius_N, best_NCHW)
 
 
@@ -243,7 +243,7 @@ def bisect(
     return best_MCHW
 
 
-def walk(view: View, image_MCHW: np.ndarray, point_MCHW: np.ndarray, class_M: np.ndarray, steps: int) -> np.ndarray:
+def _walk(view: View, image_MCHW: np.ndarray, point_MCHW: np.ndarray, class_M: np.ndarray, steps: int) -> np.ndarray:
     """Slide points of another class along the boundary towards their images; the distance only falls."""
     image_MD, point_MD = (array.reshape(len(array), -1) for array in (image_MCHW, point_MCHW.copy()))
     shape = image_MCHW.shape[1:]
@@ -261,16 +261,16 @@ def walk(view: View, image_MCHW: np.ndarray, point_MCHW: np.ndarray, class_M: np
         weights_AK[row_A, other_A] = -1.0
         logits_AK, gradient = view.margin_gradient(at_AD.reshape(-1, *shape), weights_AK)
         gradient_AD = np.nan_to_num(gradient.reshape(len(active_A), -1))
-        aim_AD = closest_in_box(origin_AD, at_AD, gradient_AD, (weights_AK * logits_AK).sum(axis=1))
-        distance_A = _lengths(at_AD - origin_AD)
+        aim_AD = _closest_in_box(origin_AD, at_AD, gradient_AD, (weights_AK * logits_AK).sum(axis=1))
+        distance_A = l2_norms(at_AD - origin_AD)
         candidates, lengths = [], []
         for blend in _BLENDS:
             toward_AD = at_AD + (blend * trust_M[active_A])[:, None] * (aim_AD - at_AD) - origin_AD
-            norm_A = np.maximum(_lengths(toward_AD), 1e-300)
+            norm_A = np.maximum(l2_norms(toward_AD), 1e-300)
             for shorter in _SHORTER:
                 share_A = distance_A * (1.0 - shorter) / norm_A
                 candidates.append(np.clip(origin_AD + share_A[:, None] * toward_AD, 0.0, 1.0))
-                lengths.append(_lengths(candidates[-1] - origin_AD))
+                lengths.append(l2_norms(candidates[-1] - origin_AD))
         candidate_SAD, length_SA = np.stack(candidates), np.stack(lengths)
         class_SA = view.classes(candidate_SAD.reshape(-1, *shape)).reshape(length_SA.shape)
         length_SA = np.where(class_SA != class_M[active_A], length_SA, np.inf)
@@ -289,12 +289,12 @@ def walk(view: View, image_MCHW: np.ndarray, point_MCHW: np.ndarray, class_M: np
     return point_MD.reshape(image_MCHW.shape)
 
 
-def closest_in_box(
+def _closest_in_box(
     anchor_MD: np.ndarray, at_MD: np.ndarray, gradient_MD: np.ndarray, margin_M: np.ndarray, steps: int = 40
 ) -> np.ndarray:
     """The point of [0, 1]^D closest to `anchor` where `margin + <gradient, x - at>` is 0: `clip(anchor - l gradient)`.
 
-    What is lost to l is concave and piecewise linear, so Newton's method from 0 ends after finitely many steps.
+    The loss is concave and piecewise linear in l, so Newton's method from 0 ends after finitely many steps.
     """
     need_M = margin_M + np.einsum("md,md->m", gradient_MD, anchor_MD - at_MD)
     multiplier_M = np.zeros(len(anchor_MD))
@@ -309,7 +309,7 @@ def closest_in_box(
     return np.clip(anchor_MD - multiplier_M[:, None] * gradient_MD, 0.0, 1.0)
 
 
-def polish(
+def _polish(
     view: View,
     image_MCHW: np.ndarray,
     point_MCHW: np.ndarray,
@@ -325,7 +325,7 @@ def polish(
     square_M = [squared_distance(image, point) for image, point in zip(image_MCHW, point_MCHW, strict=True)]
     for _ in range(effort.polish):
         candidate_SMCHW = np.stack([_neighbour(image_MCHW, best_MCHW, rng) for _ in range(effort.trials)])
-        length_SM = _lengths((candidate_SMCHW - image_MCHW).astype(np.longdouble))
+        length_SM = l2_norms((candidate_SMCHW - image_MCHW).astype(np.longdouble))
         class_SM = view.classes(candidate_SMCHW.reshape(-1, *image_MCHW.shape[1:])).reshape(length_SM.shape)
         length_SM = np.where(class_SM != class_M, length_SM, np.inf)
         for m, s in enumerate(length_SM.argmin(axis=0).tolist()):
@@ -378,117 +378,10 @@ def _descend(
         logits_NK, gradient = view.margin_gradient(at_ND.reshape(image_NCHW.shape), weights_NK)
         margin_N = (weights_NK * logits_NK).sum(axis=1)
         spare_N = 0.01 * np.abs(margin_N) if spare_N is None else spare_N
-        at_ND = closest_in_box(anchor_ND, at_ND, np.nan_to_num(gradient.reshape(len(row_N), -1)), margin_N + spare_N)
+        at_ND = _closest_in_box(anchor_ND, at_ND, np.nan_to_num(gradient.reshape(len(row_N), -1)), margin_N + spare_N)
     return at_ND.reshape(image_NCHW.shape)
 
 
-def _lengths(delta: np.ndarray) -> np.ndarray:
-    """L2 norm over the pixels, in the format of `delta`: steers the search, decides nothing."""
+def l2_norms(delta: np.ndarray) -> np.ndarray:
+    """Return L2 norms over the pixels in the format of `delta`: they guide the search and decide nothing."""
     return np.sqrt((delta * delta).sum(axis=-1 if delta.ndim == 2 else (-3, -2, -1)))
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Points inside of balls around images that lie just in front of the boundary."""
-
-    images: int
-    points: int
-    flips: int
-    """Points strictly inside the radius with another class; the promise is none."""
-    naive_images: int
-    naive_broken: int
-    """Images with a point strictly inside the radius without the rounding error that has another class."""
-
-
-# Computed margins of the images that `near_boundary` makes, in units of E. A radius is positive above 4.
-_CERTIFIED_MARGINS = (4.0 + 1e-6, 4.001, 4.1, 6.0)
-_NAIVE_MARGINS = (1e-4, 1e-3, 1e-2, 0.1)
-
-
-def near_boundary(view: View, found: Search, rng: np.random.Generator, samples: int = 48) -> Sampled:
-    """Images whose margin is a small multiple of `logit_error`, and points inside of their radii.
-
-    Rounding decides there: the images are taken from the segment between an image and the point found from it, then the
-    ball of the certified radius (and that of the radius without error, of images with smaller margins) is sampled along
-    the gradient, along its signs and in random directions, on its surface and inside.
-    """
-    keep_N = found.found_N
-    image_NCHW, point_NCHW, class_N = found.image_NCHW[keep_N], found.point_NCHW[keep_N], found.class_N[keep_N]
-    if len(image_NCHW) == 0:
-        return Sampled(0, 0, 0, 0, 0)
-    error = view.certificate(image_NCHW).logit_error
-    images = points = flips = naive_images = naive_broken = 0
-    for factor in (*_CERTIFIED_MARGINS, *_NAIVE_MARGINS):
-        near_NCHW = _with_margin(view, image_NCHW, point_NCHW, class_N, factor * error)
-        _, radii = view.classify(near_NCHW)
-        naive = factor in _NAIVE_MARGINS
-        radius_N = naive_radius(view, near_NCHW) if naive else radii.radius_N
-        usable = np.flatnonzero((radii.class_id_N == class_N) & (radius_N > 0))
-        if len(usable) == 0:
-            continue
-        near, radius, kind = near_NCHW[usable], radius_N[usable], class_N[usable]
-        broken = np.zeros(len(usable), bool)
-        for candidate in _in_ball(view, near, radius, kind, rng, samples):
-            flipped = np.flatnonzero((view.classes(candidate) != kind) & ~broken)
-            for n in flipped.tolist():
-                if is_inside(near[n], candidate[n], float(radius[n])):
-                    broken[n] = True
-                    flips += not naive
-        if not naive:
-            last = np.stack(
-                [just_inside(a, b, float(r)) for a, b, r in zip(near, point_NCHW[usable], radius, strict=True)]
-            )
-            flips += int((view.classes_in_batches(last) != kind).any(axis=0).sum())
-        images += 0 if naive else len(usable)
-        points += 0 if naive else len(usable) * (samples + 1)
-        naive_images += len(usable) if naive else 0
-        naive_broken += int(broken.sum()) if naive else 0
-    return Sampled(images, points, flips, naive_images, naive_broken)
-
-
-def _with_margin(
-    view: View, image_NCHW: np.ndarray, point_NCHW: np.ndarray, class_N: np.ndarray, margin: float
-) -> np.ndarray:
-    """The last image on each segment, as far as bisection sees, whose computed margin is above `margin`."""
-    low_N, high_N = np.zeros(len(image_NCHW)), np.ones(len(image_NCHW))
-    row_N = np.arange(len(image_NCHW))
-    for _ in range(60):
-        middle_N = 0.5 * (low_N + high_N)
-        tried = np.clip(image_NCHW + middle_N[:, None, None, None] * (point_NCHW - image_NCHW), 0.0, 1.0)
-        logits_NK = view.classify(tried)[0].copy()
-        own_N = logits_NK[row_N, class_N]
-        logits_NK[row_N, class_N] = -np.inf
-        above_N = own_N - logits_NK.max(axis=1) > margin
-        low_N, high_N = np.where(above_N, middle_N, low_N), np.where(above_N, high_N, middle_N)
-    return np.clip(image_NCHW + low_N[:, None, None, None] * (point_NCHW - image_NCHW), 0.0, 1.0)
-
-
-def _in_ball(
-    view: View,
-    image_NCHW: np.ndarray,
-    radius_N: np.ndarray,
-    class_N: np.ndarray,
-    rng: np.random.Generator,
-    samples: int,
-) -> list[np.ndarray]:
-    logits_NK, _ = view.classify(image_NCHW)
-    row_N = np.arange(len(image_NCHW))
-    weights_NK = np.zeros_like(logits_NK)
-    weights_NK[row_N, class_N] = 1.0
-    logits_NK = logits_NK.copy()
-    logits_NK[row_N, class_N] = -np.inf
-    weights_NK[row_N, logits_NK.argmax(axis=1)] = -1.0
-    _, gradient = view.margin_gradient(image_NCHW, weights_NK)
-    gradient = -np.nan_to_num(gradient)
-    gradient /= np.maximum(_lengths(gradient), 1e-300)[:, None, None, None]
-    found = []
-    for s in range(samples):
-        noise = rng.standard_normal(image_NCHW.shape)
-        noise /= _lengths(noise)[:, None, None, None]
-        direction = gradient + (0.0, 0.1, 0.5, 2.0)[s % 4] * noise
-        if s % 8 == 7:
-            direction = np.sign(gradient) * (rng.random(image_NCHW.shape) < 0.5)
-        direction /= np.maximum(_lengths(direction), 1e-300)[:, None, None, None]
-        length_N = radius_N * (1.0 - 2.0**-45 if s % 3 == 0 else rng.uniform(0.3, 1.0))
-        found.append(np.clip(image_NCHW + length_N[:, None, None, None] * direction, 0.0, 1.0))
-    return found

@@ -22,7 +22,14 @@ TITLE = (
 
 
 def write_section(name: str, target: str, content: str, file: Path = FILE) -> None:
-    """Put `content` (Markdown, its heading included) into the section `name`; `target` is the make target."""
+    """Replace a section of the document, or append it.
+
+    Args:
+        name: of the section.
+        target: of make, which writes the section.
+        content: Markdown with its heading.
+        file: the document.
+    """
     text = file.read_text(encoding="utf-8") if file.exists() else TITLE
     section = f"<!-- {name}: written by make {target} -->\n{content.strip()}\n<!-- /{name} -->"
     pattern = re.compile(
@@ -34,13 +41,14 @@ def write_section(name: str, target: str, content: str, file: Path = FILE) -> No
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; cells are written with `str`."""
+    """Return a Markdown table; cells are written with `str`, None as `-`."""
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)])
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
 def provenance(command: str, code: str) -> str:
-    """One paragraph: what made the figures of a section; `code` is the version of the source tree."""
+    """Return a paragraph on the origin of the figures of a section; `code` is the version of the source tree."""
     made = environment(0.0)
     return (
         f"`{command}`, code {code}. Hardware: {made['cpu']}, {os.cpu_count()} logical CPUs, "
@@ -50,6 +58,6 @@ def provenance(command: str, code: str) -> str:
 
 
 def floor(value: float, digits: int) -> str:
-    """`value` with `digits` decimals, rounded down: a smallest ratio must not look larger than it is."""
+    """Return `value` with `digits` decimals, rounded down: a smallest ratio must not look larger than it is."""
     scale = 10.0**digits
     return f"{math.floor(value * scale) / scale:.{digits}f}" if math.isfinite(value) else "-"

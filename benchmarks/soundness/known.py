@@ -1,8 +1,8 @@
-"""Networks whose distance to the boundary is known exactly, so that a radius has no room to be wrong unnoticed.
+"""Networks whose distance to the boundary is known exactly: a wrong radius is noticed.
 
 Layers are affine, square and orthogonal without rounding (`hadamard`), between them pairs are sorted, and the head is
-affine. On each piece of such a network the margin of two classes has a gradient of norm `||w_i - w_j||`, which is what
-the certificate bounds: where the piece reaches to the boundary the distance is `margin / ||w_i - w_j||` exactly, a
+affine. On each piece of such a network the margin of two classes has a gradient of norm `||w_i - w_j||`, which the
+certificate bounds: where the piece reaches to the boundary the distance is `margin / ||w_i - w_j||` exactly, a
 quotient of rationals once squared.
 """
 
@@ -40,32 +40,38 @@ class Network:
         object.__setattr__(self, "classifier", load(self.graphs()))
 
     def graphs(self) -> Graphs:
-        """As ONNX."""
+        """Return the network as ONNX graphs."""
         return dense(self.hidden, self.head, self.shape, self.dtype, "Gemm")
 
-    def logits(self, pixels_D: list[Fraction]) -> list[Fraction]:
-        """The exact logits; one output `f` gives `(f, -f)`."""
-        value = pixels_D
-        for weight_MN, bias_M in self.hidden:
-            value = _affine(self.dtype, weight_MN, bias_M, value)
-            left, right = value[: len(value) // 2], value[len(value) // 2 :]
-            value = [*map(max, left, right), *map(min, left, right)]
-        return _affine(self.dtype, *self.head, value)
-
-    def gradient(self, pixels_D: list[Fraction], i: int, j: int) -> list[Fraction]:
-        """The exact gradient of `f_i - f_j` on the piece around an image."""
+    def _sorted(self, pixels_D: list[Fraction]) -> tuple[list[Fraction], list[list[bool]]]:
+        """Return the exact input of the head, and for each hidden layer which pairs are in order."""
         orders, value = [], pixels_D
         for weight_MN, bias_M in self.hidden:
             value = _affine(self.dtype, weight_MN, bias_M, value)
             left, right = value[: len(value) // 2], value[len(value) // 2 :]
             orders.append([a >= b for a, b in zip(left, right, strict=True)])
             value = [*map(max, left, right), *map(min, left, right)]
+        return value, orders
+
+    def logits(self, pixels_D: list[Fraction]) -> list[Fraction]:
+        """Return the exact logits."""
+        return _affine(self.dtype, *self.head, self._sorted(pixels_D)[0])
+
+    def gradient(self, pixels_D: list[Fraction], i: int, j: int) -> list[Fraction]:
+        """Return the exact gradient of `f_i - f_j` on the piece around an image.
+
+        Args:
+            pixels_D: the image.
+            i: class.
+            j: another class.
+        """
+        _, orders = self._sorted(pixels_D)
         rows = _exactly(self.dtype, self.head[0])
         flow = [a - b for a, b in zip(rows[i], rows[j], strict=True)]
         for (weight_MN, _), order in zip(reversed(self.hidden), reversed(orders), strict=True):
             high, low = flow[: len(order)], flow[len(order) :]
             swapped = zip(high, low, order, strict=True)
-            pairs = [(h, m) if kept else (m, h) for h, m, kept in swapped]
+            pairs = [(h, m) if in_order else (m, h) for h, m, in_order in swapped]
             flow = [*(a for a, _ in pairs), *(b for _, b in pairs)]
             columns = zip(*_exactly(self.dtype, weight_MN), strict=True)
             flow = [sum((w * f for w, f in zip(column, flow, strict=True)), Fraction(0)) for column in columns]
@@ -91,13 +97,13 @@ class Network:
 
 @dataclass
 class Known:
-    """What was found about images of several networks."""
+    """Results for images of several networks."""
 
     searches: list[Search] = field(default_factory=list)
     attained: int = 0
     """Distances that are known exactly."""
     beyond: int = 0
-    """Radii above such a distance; the promise is none."""
+    """Radii above such a distance; must be 0."""
     smallest: float = math.inf
     """Smallest exact distance over radius."""
     worst_error: float = 0.0

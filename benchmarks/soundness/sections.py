@@ -1,4 +1,4 @@
-"""The sections of `benchmarks/SOUNDNESS.md`: what is measured, and the tables."""
+"""The sections of `benchmarks/SOUNDNESS.md`: measurements and tables."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from benchmarks.soundness.boundary import (
     QUICK,
     RETRACE,
     THOROUGH,
-    Sampled,
     Search,
     View,
-    near_boundary,
     own_starts,
     search,
 )
@@ -31,6 +29,7 @@ from benchmarks.soundness.document import floor, table
 from benchmarks.soundness.graphs import in_float32, residual, shipped, with_planted_biases
 from benchmarks.soundness.invariance import BATCHES, THREADS, lost_radius, vary
 from benchmarks.soundness.known import Exhausted, examine, exhaust, nudge_midpoints, random_network
+from benchmarks.soundness.sampling import Sampled, near_boundary
 from service.certificate import certify
 from service.inference.classifier import Classifier
 
@@ -47,7 +46,7 @@ RELATIVE_LOSS = 1e-6
 
 @dataclass(frozen=True)
 class Section:
-    """Markdown with its heading, and how many promises the measurement found broken."""
+    """Markdown with its heading, and the number of broken promises."""
 
     text: str
     violations: int
@@ -79,10 +78,9 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
                 broken += sum(counts)
             _say(f"boundary {name} {shape}: {rows[-1]} {near_rows[-1]} {time.monotonic() - started:.0f} s")
     sizes = ", ".join(map(str, BATCH_SIZES))
-    text = "\n".join(
+    text = "\n\n".join(
         [
             "## The nearest points of another class",
-            "",
             "From each test image (the first ones), the nearest image of another class that could be found through "
             "`service.inference.classifier.Classifier`: the service's counterfactual, a descent to each of the two "
             "nearest classes, foolbox's DeepFool and Carlini-Wagner; each then walked along the boundary towards the "
@@ -92,25 +90,19 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
             "and radii are compared as exact rationals; a point counts if it gets another class in a batch of any of "
             f'{sizes} images. "Pulled" are the points moved along the segment to the last floats inside of the '
             "radius.",
-            "",
             f"**Points strictly inside of the radius: {broken}.**",
-            "",
             table(_SEARCH_HEADER, rows),
-            "",
             "Rounding decides in front of the boundary. So images were placed there, with computed margins of "
             "4.000001, 4.001, 4.1 and 6 times `logit_error`, and 49 points inside of each (tiny) radius classified: "
             "along the gradient, its signs, and random directions. The last two columns show that this attack is "
             "real: images with margins of 0.0001 to 0.1 times `logit_error`, and how many have another class inside "
             "of the radius that a certificate without rounding errors, `min (f_i - f_j) / K_ij`, would give them. "
             "The service certifies none of those.",
-            "",
             table(_NEAR_HEADER, near_rows),
-            "",
             "The same points through the whole application (HTTP in this process, `application/x-npy`, float64, one "
             "image a request; RGB arrays are not converted there, only files are): answers that differ from the "
             "search's in class or by more than 1e-9 in radius, points inside of the answered radius, and pulled "
             "points that get another class:",
-            "",
             table(["model", "image", "n", "other answers", "inside", "pulled, other class"], wire_rows),
         ]
     )
@@ -127,10 +119,10 @@ def planted_biases(arguments: argparse.Namespace) -> Section:
         reference = search(View(classifier), image_NCHW, np.random.default_rng(arguments.seed), QUICK)
         for graphs, precision in ((own, "float64"), (in_float32(own), "float32")):
             for constant, half in PLANTED:
-                what = [f"`{name}`", precision, f"{constant:.0e}", "half" if half else "all"]
+                title = [f"`{name}`", precision, f"{constant:.0e}", "half" if half else "all"]
                 # Where rounding has left nothing of the classes, another image may have another one.
                 starts = [reference.point_NCHW, np.roll(image_NCHW, 1, axis=0), np.roll(image_NCHW, 7, axis=0)]
-                row, wrong = _planted_row(what, with_planted_biases(graphs, constant, half), image_NCHW, starts)
+                row, wrong = _planted_row(title, with_planted_biases(graphs, constant, half), image_NCHW, starts)
                 rows.append(row)
                 broken += wrong
     rng = np.random.default_rng(arguments.seed)
@@ -138,14 +130,13 @@ def planted_biases(arguments: argparse.Namespace) -> Section:
     for dtype in (np.float64, np.float32):
         graphs = random_network(rng, 2, 16, 3, dtype).graphs()
         for constant, half in PLANTED:
-            what = ["isometric", np.dtype(dtype).name, f"{constant:.0e}", "half" if half else "all"]
-            row, wrong = _planted_row(what, with_planted_biases(graphs, constant, half), image_NCHW, None)
+            title = ["isometric", np.dtype(dtype).name, f"{constant:.0e}", "half" if half else "all"]
+            row, wrong = _planted_row(title, with_planted_biases(graphs, constant, half), image_NCHW, None)
             rows.append(row)
             broken += wrong
-    text = "\n".join(
+    text = "\n\n".join(
         [
             "## Planted biases",
-            "",
             "A constant is added to the biases of every hidden layer (of all units, or of every second sorted pair) "
             "and taken off again, multiplied by the weights, in the next bias: exactly, rounded once. In real "
             "arithmetic the network is the same up to that rounding (which from 1e8 on leaves little of it in "
@@ -153,12 +144,10 @@ def planted_biases(arguments: argparse.Namespace) -> Section:
             "the shipped models in float64 and float32 (weights are float32 in both), and networks of orthogonal "
             "layers on 16 pixels with random biases (isometric), whose radii are otherwise exact to 1e-11. The "
             "search starts from the points found on the unchanged model, and from other images.",
-            "",
             f"**Points strictly inside of the radius: {broken}.** Radius lost is the median of `min (f_i - f_j) / "
             "K_ij` less the radius. The last columns show that the attack is real: how many images have a point of "
             "another class strictly inside of that radius without rounding errors, among the test images, and among "
             "images placed in front of the boundary (the first 100, margins of 0.0001 to 0.1 times `logit_error`).",
-            "",
             table(_PLANTED_HEADER, rows),
         ]
     )
@@ -166,7 +155,7 @@ def planted_biases(arguments: argparse.Namespace) -> Section:
 
 
 def _planted_row(
-    what: Sequence[str], graphs: Graphs, image_NCHW: np.ndarray, starts: Sequence[np.ndarray] | None
+    title: Sequence[str], graphs: Graphs, image_NCHW: np.ndarray, starts: Sequence[np.ndarray] | None
 ) -> tuple[list[object], int]:
     view, rng = View(load(graphs)), np.random.default_rng(0)
     started = time.monotonic()
@@ -174,7 +163,7 @@ def _planted_row(
     near = near_boundary(view, found.first(NEAR_IMAGES), rng, samples=24)
     lost, ratios = found.naive_N - found.radius_N, found.ratios
     row = [
-        *what,
+        *title,
         f"{view.classifier.certificate.logit_error:.1e}",
         len(image_NCHW),
         int((found.radius_N > 0).sum()),
@@ -241,31 +230,24 @@ def known_distances(arguments: argparse.Namespace) -> Section:
             ]
         )
         broken += sum(each.inside_radius for each in nudged)
-    text = "\n".join(
+    text = "\n\n".join(
         [
             "## Known distances",
-            "",
             "Affine layers that are orthogonal without rounding, with sorting between them and a random head, on 4 x "
             "4 pixels, three classes: the margin of two classes has a gradient of norm `||w_i - w_j||` everywhere, "
             "so that the distance to the boundary is a quotient of rationals wherever the piece around the image "
             "reaches it. Depth 0 is a linear classifier.",
-            "",
             f"**Radii above an exact distance, points inside of a radius, and errors above `logit_error`: {broken}.**",
-            "",
             table(_KNOWN_HEADER, rows),
-            "",
             "Float32 graphs on 4 pixels with centres whose margins are just above 4 E: *every* image inside of the "
             "radius (of a few float32 steps) that the graph can tell apart, each represented by the float64 image "
             "nearest to the centre that rounds to it. The rows without E do the same with centres whose margins are "
             "just above 0 and the radius that a certificate without rounding errors would give: the promise would be "
             "broken in most balls.",
-            "",
             table(["depth", "radius", "balls", "images in them", "other class", "balls with one"], ball_rows),
-            "",
             "The rounding of the input: linear float32 models on 784 pixels, each pixel a midpoint between two "
             "float32 numbers but for one unit of float64, so that a nudge by two units moves every computed pixel by "
             "a whole float32 step against the margin.",
-            "",
             table(_NUDGE_HEADER, nudge_rows),
         ]
     )
@@ -294,35 +276,32 @@ def invariance(arguments: argparse.Namespace) -> Section:
     rng = np.random.default_rng(arguments.seed)
     colour = rng.integers(0, 256, (INVARIANCE_IMAGES, 3, 12, 12)) / 255
     for normalised in (False, True):
-        what = f"residual convolutions in float32{', BatchNormalization' if normalised else ''}"
-        cases.append((what, residual(16, 2, 12, normalised, seed=arguments.seed), colour))
-    for what, model_bytes, images in cases:
+        title = f"residual convolutions in float32{', BatchNormalization' if normalised else ''}"
+        cases.append((title, residual(16, 2, 12, normalised, seed=arguments.seed), colour))
+    for title, model_bytes, images in cases:
         for rewriting in (False, True):
             seen = vary(model_bytes, images, rewriting)
             rows.append(
                 [
-                    *(what, "on" if rewriting else "off, as served", seen.n, seen.settings, seen.different),
+                    *(title, "on" if rewriting else "off, as served", seen.n, seen.settings, seen.different),
                     *(f"{seen.logit_error:.1e}", f"{seen.logits:.1e}", f"{seen.logits_over_2e:.1e}"),
                     *(f"{seen.radii:.1e}", f"{seen.radii_over_2e:.1e}", seen.classes_changed),
                 ]
             )
             broken += (seen.logits_over_2e > 1) + (seen.radii_over_2e > 1) + seen.classes_changed
             _say(f"invariance {rows[-1]}")
-    text = "\n".join(
+    text = "\n\n".join(
         [
             "## Invariance",
-            "",
             f"The same images in batches of {', '.join(map(str, BATCHES))}, on {', '.join(map(str, THREADS))} "
             "threads, with graph optimisation off, basic (as served), extended and all: every combination. "
             "`service/runtime/engine.py` switches off the optimisers that fold a scale into the weights of the layer "
             "before it; each case is run with them off and on; folded weights are rounded anew, which the proof "
             "does not cover, so that column is measured only. The residual networks (16 channels, 2 blocks, 12 x 12, "
             "random "
-            "weights and images) are there for what the dense ones do not have: convolutions, BatchNormalization, "
+            "weights and images) add what the dense ones lack: convolutions, BatchNormalization, "
             "fusions.",
-            "",
             f"**Radii or logits that differ by more than 2 E, or certified classes that change: {broken}.**",
-            "",
             table(_INVARIANCE_HEADER, rows),
         ]
     )
@@ -330,16 +309,8 @@ def invariance(arguments: argparse.Namespace) -> Section:
 
 
 _INVARIANCE_HEADER = (
-    *(
-        "model",
-        "rewriting optimisers",
-        "n",
-        "settings",
-        "settings with other bits",
-        "E",
-        "largest difference of a logit",
-    ),
-    *("over 2 E", "of a radius", "over 2 E", "certified classes changed"),
+    *("model", "rewriting optimisers", "n", "settings", "settings with other bits", "E"),
+    *("largest difference of a logit", "over 2 E", "of a radius", "over 2 E", "certified classes changed"),
 )
 
 
@@ -356,7 +327,7 @@ def analysis_times(arguments: argparse.Namespace) -> Section:
         for normalised in (False, True)
     ]
     rows, late = [], 0
-    for what, model_bytes, repeats, deadline_s in [*small, *large]:
+    for title, model_bytes, repeats, deadline_s in [*small, *large]:
         times, used = [], []
         load = os.getloadavg()[0]
         for _ in range(repeats):
@@ -368,20 +339,18 @@ def analysis_times(arguments: argparse.Namespace) -> Section:
         late += taken > deadline_s
         rows.append(
             [
-                *(what, certificate.precision, repeats, f"{taken:.2f}", f"{deadline_s:g}"),
+                *(title, certificate.precision, repeats, f"{taken:.2f}", f"{deadline_s:g}"),
                 *(f"{np.median(used):.2f}", f"{load:.1f}"),
                 *(f"{certificate.lipschitz_bound:.4g}", f"{certificate.logit_error:.1e}"),
             ]
         )
         _say(f"times {rows[-1]}")
-    text = "\n".join(
+    text = "\n\n".join(
         [
             "## Time of the analysis",
-            "",
             "`service.certificate.certify`, bytes to certificate; medians. CPU seconds are of all threads. A load "
             "average above 0 means that other programs had part of the two cores. The residual networks have random "
             "weights (He), one convolution 1 x 1 in front and ten blocks `x + conv(relu(conv(x)))`.",
-            "",
             table(
                 [
                     *("graph", "precision", "n", "seconds", "at most", "CPU seconds", "load average before"),
@@ -395,7 +364,7 @@ def analysis_times(arguments: argparse.Namespace) -> Section:
 
 
 def radius_lost(arguments: argparse.Namespace) -> Section:
-    """What the rounding error costs the shipped models, over the whole test set."""
+    """The radius that the shipped models lose to the rounding error, over the whole test set."""
     rows, broken = [], 0
     for name in MODELS:
         classifier = Classifier.load(arguments.zoo / name, "cpu", threads=1)
@@ -411,13 +380,11 @@ def radius_lost(arguments: argparse.Namespace) -> Section:
             ]
         )
         broken += lost / radius >= RELATIVE_LOSS
-    text = "\n".join(
+    text = "\n\n".join(
         [
             "## Radius lost to rounding",
-            "",
             "The radius that a certificate without rounding errors would give, `min (f_i - f_j) / K_ij`, less the "
             f"radius: medians over the test set. To be below {RELATIVE_LOSS:g} of the median radius.",
-            "",
             table(["model", "n", "E", "median radius", "median lost", "relative to the median radius"], rows),
         ]
     )
@@ -431,11 +398,11 @@ _SEARCH_HEADER = (
 _NEAR_HEADER = ("model", "image", "images", "points inside", "other class", "images without E", "broken without E")
 
 
-def _search_row(what: Sequence[str], found: Search) -> list[object]:
+def _search_row(title: Sequence[str], found: Search) -> list[object]:
     certified_N = found.radius_N > 0
     ratios = found.ratios
     return [
-        *what,
+        *title,
         len(certified_N),
         int(certified_N.sum()),
         int(found.found_N.sum()),
@@ -447,8 +414,8 @@ def _search_row(what: Sequence[str], found: Search) -> list[object]:
     ]
 
 
-def _near_row(what: Sequence[str], near: Sampled) -> list[object]:
-    return [*what, near.images, near.points, near.flips, near.naive_images, near.naive_broken]
+def _near_row(title: Sequence[str], near: Sampled) -> list[object]:
+    return [*title, near.images, near.points, near.flips, near.naive_images, near.naive_broken]
 
 
 def _broken(found: Search, near: Sampled) -> int:

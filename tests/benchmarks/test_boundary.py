@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from builders import Graphs, load
 
-from benchmarks.soundness.boundary import QUICK, RETRACE, Sampled, Search, View, bisect, near_boundary, search
+from benchmarks.soundness.boundary import QUICK, RETRACE, Search, View, bisect, search
 from benchmarks.soundness.document import write_section
 from benchmarks.soundness.exact import just_inside, ratio
 from benchmarks.soundness.graphs import in_float32, residual, shipped, with_planted_biases
 from benchmarks.soundness.invariance import vary
 from benchmarks.soundness.known import Network, examine, exhaust, nudge_midpoints, random_network
+from benchmarks.soundness.sampling import Sampled, near_boundary
 from benchmarks.soundness.wire import ask
 from service.certificate import certify
 from service.inference.classifier import Classifier

@@ -90,7 +90,7 @@ def facts(name: str, size: int, steps: float | None = None) -> SubjectFacts:
 
 
 def figure_named(rows: list[Claim], part: str, name: str = "") -> Figure:
-    claim = next(row for row in rows if part in row.what)
+    claim = next(row for row in rows if part in row.title)
     return next(figure for figure in claim.figures if name in figure.name)
 
 
