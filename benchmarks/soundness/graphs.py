@@ -10,7 +10,6 @@ import onnx
 from builders import Graphs
 from graph_builder import GraphBuilder
 from onnx import TensorProto, numpy_helper
-
 from service.artefact.graphs import MODEL_FILE, TRANSPORT_FILE
 
 

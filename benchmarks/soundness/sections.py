@@ -14,16 +14,7 @@ from builders import Graphs, load
 
 from benchmarks.soundness import wire
 from benchmarks.soundness.attacks import foolbox_starts
-from benchmarks.soundness.boundary import (
-    BATCH_SIZES,
-    QUICK,
-    RETRACE,
-    THOROUGH,
-    Search,
-    View,
-    own_starts,
-    search,
-)
+from benchmarks.soundness.boundary import BATCH_SIZES, QUICK, RETRACE, THOROUGH, Search, View, own_starts, search
 from benchmarks.soundness.data import in_another_shape, test_images
 from benchmarks.soundness.document import floor, table
 from benchmarks.soundness.graphs import in_float32, residual, shipped, with_planted_biases
