@@ -20,6 +20,7 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.api.schema import ImageOptions
 from service.certificate import Radii
 from service.errors import BusyError, DeadlineError, NotAnImageError, TargetIsPredictedClassError
 from service.inference.admission import Limits
@@ -33,16 +34,7 @@ LONG_S = 60.0
 """Longer than any test takes."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """Options of a request."""
-
-    resize: bool
-    counterfactual: bool
-    target: str | None
-
-
-Said = Outcome[Wish]
+Said = Outcome[ImageOptions]
 
 
 @dataclass
@@ -59,15 +51,14 @@ class Ask:
     answering: Callable[[], None] = lambda: None
 
     @property
-    def options(self) -> Wish:
-        return Wish(
-            self.resize, self.counterfactual, None if self.target is None else self.classifier.labels[self.target]
-        )
+    def options(self) -> ImageOptions:
+        target = None if self.target is None else self.classifier.labels[self.target]
+        return ImageOptions(resize=self.resize, counterfactual=self.counterfactual, target=target)
 
-    def decode_at_once(self) -> Decoded[Wish] | None:
+    def decode_at_once(self) -> Decoded[ImageOptions] | None:
         return self.decode() if self.at_once else None
 
-    def decode(self) -> Decoded[Wish]:
+    def decode(self) -> Decoded[ImageOptions]:
         self.decoding()
         return Decoded(self.classifier, self.pixels_NCHW, self.options)
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import builders
 import numpy as np
 import pytest
 
+from service.api.schema import ImageOptions
 from service.errors import TargetIsPredictedClassError, UnknownLabelError
 from service.inference.classifier import Classifier
 from service.inference.outcome import Outcome, compute, explain
-
-
-@dataclass(frozen=True)
-class Wish:
-    resize: bool = False
-    counterfactual: bool = False
-    target: str | None = None
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +29,7 @@ def other_label(model: Classifier, image_NCHW: np.ndarray) -> str:
 
 def test_predictions_without_options_are_those_of_the_classifier(model: Classifier) -> None:
     image_NCHW = images(3)
-    outcome = compute(model, image_NCHW, Wish())
+    outcome = compute(model, image_NCHW, ImageOptions())
     assert outcome.image_NCHW is image_NCHW
     for one, other in zip(outcome.predictions, model.predict(image_NCHW), strict=True):
         assert one.logits_K.tobytes() == other.logits_K.tobytes()
@@ -48,7 +40,7 @@ def test_predictions_without_options_are_those_of_the_classifier(model: Classifi
 @pytest.mark.parametrize("resize", [False, True])
 def test_counterfactuals_are_those_of_the_classifier(model: Classifier, resize: bool) -> None:
     image_NCHW = images(3, side=6 if resize else 4)
-    outcome = compute(model, image_NCHW, Wish(resize, counterfactual=True))
+    outcome = compute(model, image_NCHW, ImageOptions(resize=resize, counterfactual=True))
     predictions = model.predict(image_NCHW, resize)
     found = model.counterfactual(image_NCHW, predictions, [None] * 3, resize)
     for one, other in zip(outcome.predictions, found, strict=True):
@@ -60,7 +52,8 @@ def test_counterfactuals_are_those_of_the_classifier(model: Classifier, resize: 
 def test_requests_with_different_options_are_explained_in_one_batch_in_their_order(model: Classifier) -> None:
     parts = [images(2), images(1), images(3)]
     target = other_label(model, parts[1])
-    wishes = [Wish(counterfactual=True), Wish(counterfactual=True, target=target), Wish(counterfactual=True)]
+    nearest, targeted = ImageOptions(counterfactual=True), ImageOptions(counterfactual=True, target=target)
+    wishes = [nearest, targeted, nearest]
     predicted = [
         Outcome(model, wish, image_NCHW, model.predict(image_NCHW))
         for wish, image_NCHW in zip(wishes, parts, strict=True)
@@ -80,11 +73,11 @@ def test_an_unknown_target_is_refused_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr(Classifier, "view", None)
     with pytest.raises(UnknownLabelError, match="nonsense"):
-        compute(model, images(1), Wish(counterfactual=True, target="nonsense"))
+        compute(model, images(1), ImageOptions(counterfactual=True, target="nonsense"))
 
 
 def test_a_target_that_is_predicted_already_is_refused(model: Classifier) -> None:
     image_NCHW = images(1)
     (prediction,) = model.predict(image_NCHW)
     with pytest.raises(TargetIsPredictedClassError):
-        compute(model, image_NCHW, Wish(counterfactual=True, target=model.labels[prediction.class_id]))
+        compute(model, image_NCHW, ImageOptions(counterfactual=True, target=model.labels[prediction.class_id]))
