@@ -10,7 +10,8 @@ import onnx
 from builders import Graphs
 from graph_builder import GraphBuilder
 from onnx import TensorProto, numpy_helper
-from service.artefact.graphs import MODEL_FILE, TRANSPORT_FILE
+
+from service.artefact.files import MODEL_FILE, TRANSPORT_FILE
 
 
 def shipped(folder: Path) -> Graphs:
