@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from service.certificate.graph import PROBE_BATCH, Node
 from service.certificate.limits import fits, size_error
-from service.certificate.rules.operands import Refusal, int_attribute
+from service.certificate.rules.operands import Refusal, few_integers, int_attribute
 from service.certificate.rules.table import Context
 from service.certificate.values import Constant, Squares, Unknown, Value
 
@@ -143,14 +143,15 @@ def result_elements(node: Node, arrays: Sequence[NDArray[np.generic] | None]) ->
     given = [array for array in arrays if array is not None]
     match node.operator:
         case "ConstantOfShape":
-            return math.prod(_integers(given[0]))
+            return math.prod(few_integers(given[0], "the shape"))
         case "Expand":
-            return math.prod(np.broadcast_shapes(given[0].shape, tuple(_integers(given[1]))))
+            return math.prod(np.broadcast_shapes(given[0].shape, tuple(few_integers(given[1], "the shape"))))
         case "Tile":
-            return given[0].size * math.prod(_integers(given[1]))
+            return given[0].size * math.prod(few_integers(given[1], "the repeats"))
         case "Pad":
-            pads = _integers(given[1])
-            axes = _integers(arrays[3]) if len(arrays) > 3 and arrays[3] is not None else list(range(given[0].ndim))
+            pads = few_integers(given[1], "the pads")
+            named = arrays[3] if len(arrays) > 3 else None
+            axes = list(range(given[0].ndim)) if named is None else few_integers(named, "the axes")
             shape = list(given[0].shape)
             for axis, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
                 shape[axis] += max(0, low) + max(0, high)
@@ -178,10 +179,6 @@ def result_elements(node: Node, arrays: Sequence[NDArray[np.generic] | None]) ->
             return max((array.size for array in given), default=0)
 
 
-def _integers(array: NDArray[np.generic] | None) -> list[int]:
-    return [] if array is None else array.ravel().tolist()
-
-
 def _refuse_two_readings(node: Node, inputs: Constants) -> None:
     """Refuse a node of constants that the reference evaluator and ONNX Runtime read in two ways."""
     for name in ("allowzero", "fmod", "keepdims", "noop_with_empty_axes", "upper"):
@@ -192,10 +189,10 @@ def _refuse_two_readings(node: Node, inputs: Constants) -> None:
     if node.operator == "Cast" and data is not None and data.dtype.kind == "f":
         target = helper.tensor_dtype_to_np_dtype(int_attribute(node, "to", 0))
         if target.kind in "iu":
-            limits = np.iinfo(target)
+            reach = np.iinfo(target)
             whole = np.trunc(data.astype(np.float64))
             # The largest integer itself may not be a float64, the one after it is.
-            if not ((whole >= float(limits.min)) & (whole < float(limits.max) + 1.0)).all():
+            if not ((whole >= float(reach.min)) & (whole < float(reach.max) + 1.0)).all():
                 raise Refusal(
                     "a constant outside of the integers that it is cast to: each processor makes its own of it"
                 )
@@ -206,7 +203,8 @@ def _refuse_two_readings(node: Node, inputs: Constants) -> None:
         elif float(np.prod(np.abs(data.astype(np.float64)))) >= 2.0**24:
             raise Refusal("a product of integers beyond 24 bits: runtimes compute it in formats of their own")
     if node.operator == "Slice" and data is not None and len(arrays) == 5 and arrays[4] is not None:
-        starts, ends, given, steps = (_integers(array) for array in arrays[1:])
+        limits = ([] if array is None else few_integers(array, "the limits") for array in arrays[1:])
+        starts, ends, given, steps = limits
         axes = given or range(data.ndim)
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=False):
             length = data.shape[axis] if -data.ndim <= axis < data.ndim else 0

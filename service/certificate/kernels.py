@@ -5,12 +5,14 @@ in multiplying out is bounded beside each `M_h`: its `deviation`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.certificate.convolutions import absolute_convolution_bound, convolution_cost
+from service.certificate.limits import fits
 from service.certificate.rounding import FLOAT64, SMALLEST_NORMAL, add_up, gamma_up, mul_up
 from service.certificate.values import Convolution, Identity, LinearStep, Source, View, identity_of
 
@@ -65,6 +67,11 @@ def _in_groups(kernel: Array, groups: int, fewer: int) -> Array:
         place = group % together
         spread[rows, place * per_in : (place + 1) * per_in] = kernel[rows]
     return spread
+
+
+def _fit_in_groups(convolutions: Sequence[Convolution], fewer: int) -> bool:
+    """Return whether kernels that are written with fewer groups are within the limit."""
+    return all(fits(made.kernel.size, made.groups // fewer) for made in convolutions)
 
 
 class Kernels:
@@ -153,7 +160,12 @@ def compose_kernels(
         for k1, s1, k2 in zip(first.kernel.shape[2:], first.strides, outer.kernel.shape[2:], strict=True)
     )
     per_group = inner.base.shape[0] // groups
+    strides = tuple(s1 * s2 for s1, s2 in zip(first.strides, outer.strides, strict=True))
     if outer.kernel.shape[0] * per_group * math.prod(extent) > _LARGEST_KERNEL:
+        return None
+    # The norm is that of a kernel filled up to whole strides.
+    whole = [-(-k // s) * s for k, s in zip(extent, strides, strict=True)]
+    if not (fits(outer.kernel.shape[0], per_group, *whole) and _fit_in_groups((outer, first), groups)):
         return None
     outer_kernel = _in_groups(outer.kernel, outer.groups, groups)
     inner_kernel = _in_groups(first.kernel, first.groups, groups)
@@ -180,7 +192,7 @@ def compose_kernels(
     )
     made = Convolution(
         kernel,
-        tuple(s1 * s2 for s1, s2 in zip(first.strides, outer.strides, strict=True)),
+        strides,
         tuple(p1 + s1 * p2 for p1, s1, p2 in zip(first.offsets, first.strides, outer.offsets, strict=True)),
         groups,
     )
@@ -193,6 +205,8 @@ def add_kernels(left: Kernel, right: Kernel) -> Kernel | None:
     if one.strides != other.strides or one.kernel.shape[0] != other.kernel.shape[0]:
         return None
     groups = math.gcd(one.groups, other.groups)
+    if not _fit_in_groups((one, other), groups):
+        return None
     kernels = [_in_groups(made.kernel, made.groups, groups) for made in (one, other)]
     offsets = tuple(max(p, q) for p, q in zip(one.offsets, other.offsets, strict=True))
     starts = [tuple(p - q for p, q in zip(offsets, made.offsets, strict=True)) for made in (one, other)]

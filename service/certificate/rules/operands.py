@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from service.certificate.limits import fits, size_error
 from service.certificate.values import Constant, Squares, Value, View
 
 Array = NDArray[np.float64]
+
+_FEW = 1 << 12
+"""Most entries of an operand that names axes, lengths or the like; no tensor has as many axes."""
 
 
 class Refusal(Exception):
@@ -47,12 +51,12 @@ def float_operand(value: Value | None, name: str) -> Array:
     return value.array.astype(np.float64)
 
 
-def integer_operand(value: Value | None, name: str, batch_allowed: bool = False) -> list[int]:
-    """Return constant integers, flattened.
+def integer_array(value: Value | None, name: str, batch_allowed: bool = False) -> NDArray[np.integer]:
+    """Return constant integers.
 
     Args:
         value: the operand.
-        name: how a refusal names it.
+        name: its name in a refusal.
         batch_allowed: whether the batch size may be among them. It may in a new shape alone; elsewhere the images of
             one batch size would get another map than those of another.
 
@@ -63,12 +67,32 @@ def integer_operand(value: Value | None, name: str, batch_allowed: bool = False)
         raise Refusal(f"{name} depends on the batch size")
     if not isinstance(value, Constant) or value.array.dtype.kind not in "iu":
         raise Refusal(f"{name} must be constant integers")
-    return value.array.ravel().tolist()
+    return cast(NDArray[np.integer], value.array)
 
 
-def constant_shape(value: Value | None) -> tuple[int, ...]:
-    """Return the shape of a constant operand."""
-    return value.array.shape if isinstance(value, Constant) else ()
+def integer_operand(value: Value | None, name: str, batch_allowed: bool = False) -> list[int]:
+    """Return a few constant integers, such as axes or a shape.
+
+    Args:
+        value: see `integer_array`.
+        name: see `integer_array`.
+        batch_allowed: see `integer_array`.
+
+    Raises:
+        Refusal: see `integer_array`; or there are too many of them.
+    """
+    return few_integers(integer_array(value, name, batch_allowed), name)
+
+
+def few_integers(array: NDArray[np.generic], name: str) -> list[int]:
+    """Return the entries of an array that holds one number for each axis, or thereabouts.
+
+    Raises:
+        Refusal: there are far more of them.
+    """
+    if array.size > _FEW:
+        raise Refusal(f"{name} are {array.size} numbers, at most {_FEW} are read")
+    return array.ravel().tolist()
 
 
 def optional_operand(inputs: Operands, position: int) -> Value | None:

@@ -95,11 +95,13 @@ def top_k(context: Context, node: Node, inputs: Operands) -> list[Value]:
     Args: see `Rule`.
 
     Raises:
-        Refusal: the order is left open.
+        Refusal: the order is left open, or there are less than k elements.
     """
     view = data_operand(inputs[0])
     (k,) = integer_operand(inputs[1], "k")
     axis = image_axis(int_attribute(node, "axis", -1), view)
+    if not 0 < k <= view.shape[axis]:
+        raise Refusal(f"the first {k} of {view.shape[axis]} elements")
     if not flag_attribute(node, "sorted", 1):
         raise Refusal("sorted=0 leaves the order open")
     ordered = np.sort(view.center, axis=axis)

@@ -17,11 +17,11 @@ from service.certificate.rules.operands import (
     Refusal,
     broadcast_shape,
     constant_of_one_image,
-    constant_shape,
     data_operand,
     float_operand,
     image_axis,
     int_attribute,
+    integer_array,
     integer_operand,
     limit_size,
     optional_operand,
@@ -152,8 +152,7 @@ def gather(context: Context, node: Node, inputs: Operands) -> list[Value]:
     """
     view = data_operand(inputs[0])
     axis = image_axis(int_attribute(node, "axis", 0), view)
-    numbers = integer_operand(inputs[1], "the positions")
-    positions = np.array(numbers, dtype=np.int64).reshape(constant_shape(inputs[1]))
+    positions = integer_array(inputs[1], "the positions").astype(np.int64)
     length = view.shape[axis]
     if ((positions < -length) | (positions >= length)).any():
         raise Refusal(f"positions outside of an axis of {length}")

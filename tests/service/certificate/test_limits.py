@@ -253,6 +253,30 @@ def test_a_kernel_with_too_many_frequencies_is_bounded_by_the_norm_of_its_absolu
     assert 5.0 <= certificate.lipschitz_bound <= 7.0 * (1.0 + 1e-9)
 
 
+def test_a_kernel_of_many_strides_keeps_the_product_of_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each stride alone is within the limit; a kernel of both would be filled up to 2^16 x 2^16.
+    def build(b: GraphBuilder, x: str) -> str:
+        for _ in range(2):
+            x = b.one("Conv", x, weights(b, 2, 2, 1, 1), strides=[1 << 8, 1 << 8])
+        return x
+
+    monkeypatch.setattr("service.certificate.matrices._LARGEST_MATRIX", 0)
+    with little_memory():
+        assert certify(model(build)).lipschitz_bound == pytest.approx(4.0)
+
+
+def test_no_more_elements_are_sorted_than_there_are() -> None:
+    (reason,) = reasons(model(lambda b, x: b.add("TopK", x, ints(b, HUGE), outputs=2)[0]))
+    assert f"the first {HUGE} of 4" in reason
+
+
+def test_an_operand_that_names_axes_is_short() -> None:
+    (reason,) = reasons(model(lambda b, x: b.one("Tile", x, b.constant(np.ones(5000, np.int64)))))
+    assert "at most 4096 are read" in reason
+    (reason,) = reasons(model(added(lambda b: b.one("Tile", zeros(b, 1), b.constant(np.ones(5000, np.int64))))))
+    assert "at most 4096 are read" in reason
+
+
 def test_a_limit_near_the_size_of_memory_is_a_refusal_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object, **__: object) -> None:
         raise MemoryError
