@@ -25,7 +25,7 @@ Array = np.ndarray
 
 
 class Numbers:
-    """What the evaluation needs of a kind of numbers, on arrays of them."""
+    """Operations of the evaluation on arrays of one kind of numbers."""
 
     def convert(self, array: Array) -> Array:
         """From floats of any format, or from rationals."""

@@ -1,4 +1,4 @@
-"""What may not happen: a certificate and a graph that contradict each other.
+"""Contradictions between a certificate and its graph.
 
 A search in float64 proposes images; exact arithmetic alone decides. So every finding is a fact, and no tolerance is
 anywhere: a secant `||f(x) - f(x')|| / ||x - x'||` of two images of the box is never above the Lipschitz constant, for
@@ -33,7 +33,7 @@ _CONVOLUTIONS = frozenset(["Conv", "ConvTranspose", "AveragePool"])
 
 @contextmanager
 def kernels_only() -> Iterator[None]:
-    """The certifier as it is for tensors too large for matrices: joint maps are convolution kernels, or none."""
+    """The certifier as for tensors too large for matrices: joint maps are convolution kernels alone."""
     before = matrices._LARGEST_MATRIX
     matrices._LARGEST_MATRIX = 0
     try:
@@ -50,7 +50,7 @@ class Bounds:
 
     @classmethod
     def of(cls, model_bytes: bytes) -> "Bounds | None":
-        """None where the graph is refused."""
+        """Null where the graph is refused."""
         try:
             certificates = [certify(model_bytes)]
             if _CONVOLUTIONS & Program.parse(model_bytes).operators:
@@ -211,7 +211,7 @@ class Search:
                 self.candidates[name] = _Candidate(ratios[worst], images[first[worst]], images[second[worst]])
 
     def _decided(self) -> list[str]:
-        """What exact arithmetic says of the candidates: all that look like violations, and the tightest others."""
+        """Violations by exact arithmetic, among all candidates above their bounds and the tightest others."""
         ranked = sorted(self.candidates.items(), key=lambda item: -item[1].ratio)
         noisy: str | None = None
         for position, (name, candidate) in enumerate(ranked):
@@ -335,7 +335,7 @@ def error_findings(graph: Graph, bounds: Bounds, seed: int = 0, images: int = 3)
 
 
 def _computed(program: Program, graph: Graph, pixels_NX: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """What ONNX Runtime makes of the images, as the service runs it, tensors inside of the graph included."""
+    """Tensors of ONNX Runtime as the service runs it, those inside of the graph included."""
     image_NX = (pixels_NX / 255).astype(graph.dtype)
     outputs = ["logits", *(name for name in names if name != "logits")]
     made = onnx.ModelProto()

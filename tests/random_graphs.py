@@ -475,7 +475,7 @@ def reduce(g: Maker, x: str, shape: Shape) -> Named:
 
 
 def centre(g: Maker, x: str, shape: Shape) -> Named:
-    """x less the mean of its group, and what only looks like it."""
+    """x less the mean of its group, and near misses."""
     if len(shape) > 1 and len(shape) < 4 and g.flag():
         mean, axes = g.one("GlobalAveragePool", x), list(range(1, len(shape)))
     else:
@@ -571,7 +571,7 @@ def strange_squares(g: Maker, x: str, shape: Shape) -> Named:
     return g.one("Sqrt", g.one("Relu", x)), shape
 
 
-# --- what moves elements ----------------------------------------------------------------------------------------------
+# --- rearrangements ---------------------------------------------------------------------------------------------------
 
 
 def move(g: Maker, x: str, shape: Shape) -> Named:
@@ -761,7 +761,7 @@ def branches(g: Maker, x: str, shape: Shape) -> Named:
 
 
 def cancelling(g: Maker, x: str, shape: Shape) -> Named:
-    """Two branches that nearly cancel; in the first kind all that is left is what rounds in the product of weights."""
+    """Two branches that nearly cancel; in the first kind only the rounding of the product of weights is left."""
     n, m = shape[-1], g.integer(1, 4)
     weight = g.weights(g.integer(1, 5), n)
     if g.flag():
@@ -870,7 +870,7 @@ def gradient_step_of_convolutions(g: Maker, x: str, shape: Shape) -> Named:
 
 
 def two_convolutions(g: Maker, x: str, shape: Shape) -> Named:
-    """Convolutions in a row, and two of one image added: what kernels are multiplied out of."""
+    """Convolutions in a row, and two of one image added: kernels are multiplied out."""
     x, shape = image_of(g, x, shape)
     channels, *size = shape
     ones = [1] * len(size)

@@ -38,7 +38,7 @@ def lipschitz_violation(model_bytes: bytes, image: np.ndarray, certificate: Cert
 
 
 def violations(model_bytes: bytes, shape: tuple[int, ...], dtype: type, seed: int) -> list[str]:
-    """What of the certificate is untrue for one random image: its error bound, its Lipschitz bound."""
+    """Bounds of the certificate that one random image refutes."""
     certificate = certify(model_bytes)
     pixels = np.random.default_rng(seed).integers(0, 256, shape)
     image = (pixels / 255).astype(dtype)
@@ -440,7 +440,7 @@ def test_the_command_exits_2_and_names_every_reason(tmp_path: Path) -> None:
     assert command(tmp_path / "missing.onnx").returncode == 2
 
 
-# --- what a runtime does with what the certifier reads ----------------------------------------------------------------
+# --- graphs that a runtime reads in another way -----------------------------------------------------------------------
 
 
 def wide_model(build: Callable[[GraphBuilder, str], str], shape: tuple[int, ...], m: int, dtype: type) -> bytes:
@@ -562,7 +562,7 @@ def test_a_model_that_can_be_read_in_two_ways_is_refused(tmp_path: Path, monkeyp
     two_opsets.opset_import.insert(0, helper.make_opsetid("", 11))
     assert "several opsets" in refusal(two_opsets.SerializeToString())
 
-    # ONNX Runtime takes 0 for it, other readers what the file holds.
+    # ONNX Runtime takes 0 for it, other readers the number in the file.
     outside = onnx.load_model_from_string(plain)
     tensor = next(a.t for n in outside.graph.node if n.op_type == "ConstantOfShape" for a in n.attribute)
     tensor.ClearField("double_data")
@@ -584,7 +584,7 @@ def test_a_model_that_can_be_read_in_two_ways_is_refused(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("spread", [{"kernel_shape": [3], "dilations": [2]}, {"kernel_shape": [1], "strides": [4]}])
 @pytest.mark.parametrize("operator", ["MaxPool", "AveragePool", "LpPool"])
 def test_automatic_padding_of_windows_with_gaps_is_refused(operator: str, spread: dict[str, list[int]]) -> None:
-    # ONNX Runtime pads for the window without its gaps, or cuts off what stands before the first.
+    # ONNX Runtime pads for the window without its gaps, or cuts off pixels before the first window.
     def build(b: GraphBuilder, x: str) -> str:
         b.opset = 19
         pooled = b.one(operator, x, auto_pad="SAME_UPPER", **spread)

@@ -1,4 +1,4 @@
-"""Bounds of linear steps taken as one map, against the matrix of the whole graph; and what exporters write around."""
+"""Bounds of linear steps taken as one map, against the matrix of the whole graph, in the forms that exporters write."""
 
 from collections.abc import Callable
 
@@ -109,7 +109,7 @@ def test_branches_of_several_nonlinear_tensors_add_up() -> None:
         right = b.one("MatMul", b.one("Abs", x), b.constant(second))
         return b.one("Add", b.one("Add", left, right), b.one("Neg", left))
 
-    # W1 relu(x) cancels; what is left is W2 |x|.
+    # W1 relu(x) cancels; W2 |x| is left.
     bound = certify(model(build, (5,), 5)).lipschitz_bound
     assert np.linalg.norm(second, 2) <= bound <= np.linalg.norm(second, 2) * (1 + 1e-9)
 
@@ -177,7 +177,7 @@ def test_padding_between_two_convolutions_keeps_their_product(
     first, second = rng().standard_normal((2, 2, 3, 3)), rng().standard_normal((2, 2, 1, 1))
 
     def build(b: GraphBuilder, x: str) -> str:
-        # A full convolution reaches beyond what padding of the next one would see.
+        # The results of a full convolution reach beyond the padding of the next one.
         inner = conv(b, x, first, pad=2)
         return b.one("Conv", inner, b.constant(second), kernel_shape=[1, 1], pads=outer_pads)
 

@@ -19,7 +19,7 @@ from service.certificate.limits import fits
 SHAPE = (2, 4, 4)
 HUGE = 1 << 40
 LIMIT = 1 << 19
-"""Elements, for these tests: what comes near the real limit takes gigabytes."""
+"""Elements, for these tests: arrays near the real limit take gigabytes."""
 LITTLE = 80 * LIMIT
 """Bytes that a refusal may take at most: ten arrays of the largest size."""
 Build = Callable[[GraphBuilder, str], str]

@@ -1,6 +1,6 @@
-"""Would the suite notice? Each mutant of the certifier is caught by the checks of `test_random_graphs`.
+"""Mutants of the certifier: each is caught by the checks of `test_random_graphs`.
 
-A mutant replaces one step of a proof by what somebody may take for it. The seeds of its search are fixed, so that the
+A mutant replaces one step of a proof by a plausible mistake. The seeds of its search are fixed, so that the
 graph that refutes it is the same everywhere; without the mutation the same graph is certified rightly.
 """
 
@@ -157,7 +157,7 @@ def parts_in_turn() -> Callable[..., Any]:
 @dataclass(frozen=True)
 class Mutant:
     first: int
-    """The first seed of the search: few graphs are tried in vain."""
+    """The first seed of the search, near one that refutes the mutant."""
     name: str
     mutate: Callable[[Patch], None]
     steps: tuple[str, ...]

@@ -20,8 +20,8 @@ from service.certificate import UnsupportedGraphError, certify
 from service.certificate.rules.table import RULES
 
 NEVER_CERTIFIED = {
-    "Sqrt": "of what is no sum of squares: refused; of sums of squares it is made",
-    "Sign": "jumps: refused, but as a factor of the sum of squares that it is the sign of",
+    "Sqrt": "refused, but for sums of squares",
+    "Sign": "refused, but as a factor of the sum of squares that it is the sign of: it jumps",
     "ThresholdedRelu": "always refused: it jumps",
 }
 many = settings(max_examples=60, suppress_health_check=list(HealthCheck))
@@ -29,7 +29,7 @@ fewer = settings(max_examples=25, suppress_health_check=list(HealthCheck))
 
 
 def contradictions(graph: Graph) -> list[str]:
-    """Of a certificate and its graph; none where the certifier refuses."""
+    """Findings against a certificate; empty where the graph is refused."""
     bounds = Bounds.of(graph.model)
     return [] if bounds is None else lipschitz_findings(graph, bounds)
 
