@@ -78,3 +78,11 @@ def test_changelog_has_the_version_of_the_project_and_what_is_not_released() -> 
     entries = re.findall(r"^## \[(.*?)\]", PAGES["CHANGELOG.md"], re.MULTILINE)
     assert entries[0] == "Unreleased"
     assert __version__ in entries
+
+
+def test_an_option_of_predict_touches_at_most_nine_files() -> None:
+    (section,) = re.findall(r"^## How to add an option\n(.*?)^## ", PAGES["docs/architecture.md"], re.M | re.DOTALL)
+    files = re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)
+    assert {file.split("/")[0] for file in files} == {"service", "tests", "CHANGELOG.md"}
+    assert len(files) == len(set(files)) <= 9
+    assert all((ROOT / file).is_file() for file in files)
