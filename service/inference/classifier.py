@@ -206,7 +206,13 @@ class Classifier:
         weights_NK: Float64[np.ndarray, "N K"],
         resize: bool = False,
     ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
-        """`View.margin_gradient`, through the view of these images."""
+        """Return `View.margin_gradient`, through the view of these images.
+
+        Args:
+            image_NCHW: pixels in [0, 1].
+            weights_NK: of the logits.
+            resize: as in `predict`.
+        """
         return self.view(image_NCHW.shape[1:], resize).margin_gradient(image_NCHW, weights_NK)
 
     def counterfactual(
@@ -328,7 +334,14 @@ def counterfactuals(
     predictions: Sequence[Prediction],
     targets: Sequence[int | None],
 ) -> list[Counterfactual]:
-    """`find_counterfactuals` from the answers of `View.predict`; `model` is the view that gave them."""
+    """Return `find_counterfactuals` for the answers of `View.predict`.
+
+    Args:
+        model: the view that gave the answers.
+        image_NCHW: the images, pixels in [0, 1].
+        predictions: one for each image.
+        targets: the class to reach for each image; null for the nearest other one.
+    """
     return find_counterfactuals(
         model,
         image_NCHW,

@@ -44,12 +44,17 @@ def l2_distance(
 def closest_levels(
     anchor_MD: Float64[np.ndarray, "M D"], gradient_MD: Float64[np.ndarray, "M D"], fall_M: Float64[np.ndarray, " M"]
 ) -> Float64[np.ndarray, "M D"]:
-    """The 8-bit image closest to `anchor` where a linear function has fallen by `fall`; pixels in units of 1 / 255.
+    """Return the 8-bit image closest to `anchor` where a linear function has fallen by `fall`.
 
     `round(clip(anchor - lambda g))` minimises the Lagrangian `||q - anchor||^2 + 2 lambda <g, q>` over the grid, pixel
     by pixel, and the function never rises with lambda: so the smallest sufficient lambda is found without rounding,
     and raised where rounding lost too much. Where no lambda suffices the result is the corner of the box that is
     farthest downhill.
+
+    Args:
+        anchor_MD: pixels in units of 1 / 255.
+        gradient_MD: of the linear function.
+        fall_M: how far it falls; at least 0.
     """
     return closest_levels_in_doubles(anchor_MD, gradient_MD, fall_M, np.zeros_like(fall_M))
 
@@ -57,7 +62,14 @@ def closest_levels(
 def closest_levels_in_doubles(
     anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray
 ) -> np.ndarray:
-    """`closest_levels` from a guess of lambda."""
+    """Return `closest_levels`, found from a guess of lambda.
+
+    Args:
+        anchor_MD: see `closest_levels`.
+        gradient_MD: likewise.
+        fall_M: likewise.
+        lambda_M: the guess; at least 0.
+    """
     # A little more, so that rounding seldom leaves too little.
     more_M = fall_M + _NEWTON_ERROR * np.abs(fall_M)
     lambda_M, corner_M = multiplier(anchor_MD, gradient_MD, more_M, lambda_M, _NEWTON_ERROR)
@@ -98,9 +110,17 @@ def _raised(anchor_LD: np.ndarray, gradient_LD: np.ndarray, fall_L: np.ndarray, 
 def multiplier(
     anchor_MD: np.ndarray, gradient_MD: np.ndarray, fall_M: np.ndarray, lambda_M: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The lambda at which `<g, .>` has fallen by `fall` from `anchor` to `clip(anchor - lambda g)`; where none does.
+    """Return the lambda at which `<g, .>` has fallen by `fall`, and where no lambda suffices.
 
-    The fall is concave in lambda and piecewise linear, so Newton's method from any guess ends after a few steps.
+    The fall from `anchor` to `clip(anchor - lambda g)` is concave in lambda and piecewise linear, so Newton's method
+    from any guess ends after a few steps.
+
+    Args:
+        anchor_MD: see `closest_levels`.
+        gradient_MD: likewise.
+        fall_M: likewise.
+        lambda_M: the guess; at least 0.
+        tolerance: relative error of the fall.
     """
     low_MD, high_MD = -anchor_MD, LEVELS - anchor_MD
     line_MD, move_MD = np.empty_like(anchor_MD), np.empty_like(anchor_MD)
@@ -133,16 +153,25 @@ def mix(
     free_MD: np.ndarray,
     mixed_M: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The share of the old cut in the mixture that both ask for, 0 unless `mixed`, and a guess of its lambda.
+    """Return the share of the old cut in the mixture of two cuts, 0 unless `mixed`, and a guess of its lambda.
 
     Closest to the centre where both linear functions have fallen far enough, from the iterate by what is left, is a
     point of the plane that their gradients span, found from two equations; pixels at their bound stay there.
+
+    Args:
+        old_MD: gradient of the old cut.
+        old_left_M: fall that is left to it.
+        new_MD: gradient of the new cut.
+        new_left_M: fall that is left to it.
+        move_MD: of the iterate from the centre.
+        free_MD: 1 for pixels that are not at their bound.
+        mixed_M: which images have two cuts.
     """
     old_free_MD, new_free_MD = old_MD * free_MD, new_MD * free_MD
     old_old_M = rows_dot(old_free_MD, old_free_MD)
     old_new_M = rows_dot(old_free_MD, new_free_MD)
     new_new_M = rows_dot(new_free_MD, new_free_MD)
-    # Pixels at their bound have made their contribution, the others shall move anew.
+    # Pixels at their bound have made their contribution; the others are moved again.
     old_need_M = old_left_M - rows_dot(old_free_MD, move_MD)
     new_need_M = new_left_M - rows_dot(new_free_MD, move_MD)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -157,7 +186,13 @@ def mix(
 
 
 def moved(anchor_MD: np.ndarray, gradient_MD: np.ndarray, lambda_M: np.ndarray) -> np.ndarray:
-    """`clip(anchor - lambda g)`."""
+    """Return `clip(anchor - lambda g)`.
+
+    Args:
+        anchor_MD: see `closest_levels`.
+        gradient_MD: likewise.
+        lambda_M: at least 0.
+    """
     moved_MD = gradient_MD * -lambda_M[:, None]
     moved_MD += anchor_MD
     return np.clip(moved_MD, 0.0, LEVELS, out=moved_MD)
@@ -168,7 +203,7 @@ def _fall(anchor_MD: np.ndarray, gradient_MD: np.ndarray, moved_MD: np.ndarray) 
 
 
 def bounded(gradient_MD: np.ndarray) -> np.ndarray:
-    """Entries that are not numbers become 0, and none is so large that its square is infinite."""
+    """Return a gradient with 0 for entries that are not numbers, clipped so that squares are finite."""
     return np.clip(np.nan_to_num(gradient_MD), -_LARGEST, _LARGEST)
 
 

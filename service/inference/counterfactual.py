@@ -37,6 +37,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from service.certificate import Radii
+from service.inference.candidates import Candidates, Measured
 from service.inference.closest import (
     LEVELS,
     bounded,
@@ -126,36 +127,37 @@ def find_counterfactuals(
     """
     if len(image_NCHW) == 0:
         return []
-    search = _Search(model, image_NCHW, class_id_N, runner_up_N, radius_N, n_classes, target_N)
+    candidates = Candidates(model.classify, image_NCHW, class_id_N, target_N, radius_N)
+    search = _Search(model, candidates, runner_up_N, n_classes)
     search.descend()
-    search.settle()
-    return search.answers()
+    candidates.settle(search.first_slope_ND)
+    pixels_NCHW, found_class_N, reached_N = candidates.best()
+    return [
+        Counterfactual(pixels_CHW, class_id, distance, reached, steps)
+        for pixels_CHW, class_id, distance, reached, steps in zip(
+            pixels_NCHW,
+            found_class_N.tolist(),
+            l2_distance(image_NCHW, pixels_NCHW).tolist(),
+            reached_N.tolist(),
+            search.steps_N.tolist(),
+            strict=True,
+        )
+    ]
 
 
 class _Search:
-    """State of one batch; images drop out of the work as they finish.
+    """Descent of one batch; images drop out of the work as they finish.
 
     Logits count in units of 1 / 255 here, as the pixels do: so gradients are those of the model.
     """
 
-    def __init__(
-        self,
-        model: Differentiable,
-        image_NCHW: np.ndarray,
-        class_id_N: np.ndarray,
-        runner_up_N: np.ndarray,
-        radius_N: np.ndarray,
-        n_classes: int,
-        target_N: np.ndarray,
-    ) -> None:
-        n_images = len(image_NCHW)
+    def __init__(self, model: Differentiable, candidates: Candidates, runner_up_N: np.ndarray, n_classes: int) -> None:
         self.model = model
-        self.image_NCHW = image_NCHW
-        self.class_id_N = class_id_N
-        self.target_N = target_N
-        self.radius_N = radius_N
+        self.candidates = candidates
         self.n_classes = n_classes
-        start_ND = image_NCHW.reshape(n_images, -1) * LEVELS
+        target_N = candidates.target_N
+        n_images = len(target_N)
+        start_ND = candidates.image_NCHW.reshape(n_images, -1) * LEVELS
         self.live = _Live(
             index_M=np.arange(n_images),
             start_MD=start_ND,
@@ -167,20 +169,12 @@ class _Search:
             scale_M=np.zeros(n_images),
             lowest_M=np.full(n_images, np.inf),
             misses_M=np.zeros(n_images, np.int64),
-            falling_M=class_id_N,
+            falling_M=candidates.class_id_N,
             rising_M=np.where(target_N < 0, runner_up_N, target_N),
         )
         self.steps_N = np.zeros(n_images, np.int64)
-        # The nearest image of the wanted class.
-        self.found_ND = np.zeros(start_ND.shape, np.uint8)
-        self.found_class_N = class_id_N.copy()
-        self.found_distance_N = np.full(n_images, np.inf)
-        # The least margin left among the others that are certain of their class and not nearer than the radius.
-        self.other_ND = np.zeros(start_ND.shape, np.uint8)
-        self.other_class_N = class_id_N.copy()
-        self.other_margin_N = np.full(n_images, np.inf)
-        # Where those without any answer end.
-        self.last_slope_ND = self.live.slope_MD
+        self.first_slope_ND = self.live.slope_MD
+        """Gradient at the images as sent; the way down for those without any candidate in the end."""
 
     def descend(self) -> None:
         """Step until another step is not worthwhile: all unfinished images at once, one run for each step."""
@@ -190,52 +184,14 @@ class _Search:
                 return
             self._step(may_move_on=step + 1 >= _MOVE_ON_AFTER)
 
-    def settle(self) -> None:
-        """Where there is no answer yet, look far down the last gradient, and at last at the farthest image."""
-        far_L = self._unanswered()
-        if len(far_L) == 0:
-            return
-        start_LD = self._start(far_L)
-        corner_LD = np.where(self.last_slope_ND[far_L] > 0, 0.0, LEVELS)
-        for level_LD in (np.rint(0.5 * (start_LD + corner_LD)), corner_LD):
-            self._measure(far_L, level_LD, start_LD)
-        far_L = self._unanswered()
-        if len(far_L) == 0:
-            return
-        start_LD = self._start(far_L)
-        farthest_LD = np.where(start_LD < LEVELS / 2, LEVELS, 0.0)
-        class_L = self._measure(far_L, farthest_LD, start_LD).class_id_L
-        # The degenerate case: even this image is nearer than the radius, or uncertain of its class.
-        rest_L = ~np.isfinite(self.found_distance_N[far_L]) & ~np.isfinite(self.other_margin_N[far_L])
-        self.other_ND[far_L[rest_L]] = farthest_LD[rest_L]
-        self.other_class_N[far_L[rest_L]] = class_L[rest_L]
-
-    def answers(self) -> list[Counterfactual]:
-        """The best of what was measured."""
-        found_N = np.isfinite(self.found_distance_N)
-        pixels_ND = np.where(found_N[:, None], self.found_ND, self.other_ND)
-        class_N = np.where(found_N, self.found_class_N, self.other_class_N)
-        pixels_NCHW = pixels_ND.reshape(self.image_NCHW.shape)
-        return [
-            Counterfactual(pixels_CHW, class_id, distance, reached, steps)
-            for pixels_CHW, class_id, distance, reached, steps in zip(
-                pixels_NCHW,
-                class_N.tolist(),
-                l2_distance(self.image_NCHW, pixels_NCHW).tolist(),
-                found_N.tolist(),
-                self.steps_N.tolist(),
-                strict=True,
-            )
-        ]
-
     def _first_step(self) -> None:
         """One cut, and the closest point beyond it; most often it is not across, and is not classified."""
         live = self.live
-        margin_M, gradient_MD, _ = self._run(self.image_NCHW)
+        margin_M, gradient_MD, _ = self._run(self.candidates.image_NCHW)
         live.scale_M = np.abs(margin_M) + np.finfo(np.float32).tiny
         live.lowest_M = margin_M
         live.slope_MD, live.value_M, live.rival_M = gradient_MD, margin_M, live.rising_M
-        self.last_slope_ND = gradient_MD
+        self.first_slope_ND = gradient_MD
         need_M = margin_M + _FIRST_AIM * live.scale_M
         with np.errstate(divide="ignore", invalid="ignore"):
             guess_M = np.nan_to_num(need_M / rows_dot(gradient_MD, gradient_MD), posinf=0.0, neginf=0.0)
@@ -245,15 +201,17 @@ class _Search:
     def _step(self, may_move_on: bool) -> None:
         """A run at the iterate, the mixture of its cut with the last mixture, and the image that it asks for."""
         live = self.live
-        margin_M, gradient_MD, logits_MK = self._run(self._images(live.at_MD))
+        margin_M, gradient_MD, logits_MK = self._run(self.candidates.images(live.at_MD))
         last_MD = live.at_MD
         move_MD = live.at_MD - live.centre_MD
         new_fall_M, old_fall_M = -rows_dot(gradient_MD, move_MD), -rows_dot(live.slope_MD, move_MD)
         cut_M = margin_M + new_fall_M
         mixed_M = live.rival_M == live.rising_M
         # With a target the margin is the greatest of several: it is that which exceeds the mixture.
-        highest_M = LEVELS * self._margins(live.index_M, logits_MK).margin_L
-        excess_M = np.where(self.target_N[live.index_M] < 0, margin_M, highest_M) - (live.value_M - old_fall_M)
+        highest_M = LEVELS * self.candidates.margins(live.index_M, logits_MK).margin_L
+        excess_M = np.where(self.candidates.target_N[live.index_M] < 0, margin_M, highest_M) - (
+            live.value_M - old_fall_M
+        )
         aim_M = np.where(
             mixed_M,
             np.clip(_EXCESS * excess_M, 0.0, _MOST_EXCESS * live.scale_M) + _AIM * live.scale_M,
@@ -276,8 +234,8 @@ class _Search:
         live.slope_MD = slope_MD
         live.at_MD = closest_levels_in_doubles(live.centre_MD, slope_MD, live.value_M + aim_M, lambda_M)
 
-        before_M = self.found_distance_N[live.index_M]
-        measured = self._measure(live.index_M, live.at_MD, live.start_MD)
+        before_M = self.candidates.found_distance_N[live.index_M]
+        measured = self.candidates.measure(live.index_M, live.at_MD, live.start_MD)
         live.falling_M, live.rising_M = measured.falling_L, measured.rising_L
         margin_M = LEVELS * measured.margin_L
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -293,10 +251,10 @@ class _Search:
             ~finished_M & (live.misses_M < _MOST_MISSES) & (live.at_MD != last_MD).any(axis=1),
         )
 
-    def _centre(self, measured: _Measured, margin_M: np.ndarray, may_move_on: bool) -> None:
+    def _centre(self, measured: Measured, margin_M: np.ndarray, may_move_on: bool) -> None:
         """Where the next step starts from: the first image, or on long ways the iterate with the least margin."""
         live = self.live
-        missing_M = np.isinf(self.found_distance_N[live.index_M])
+        missing_M = np.isinf(self.candidates.found_distance_N[live.index_M])
         lower_M = margin_M < live.lowest_M
         live.lowest_M = np.minimum(live.lowest_M, margin_M)
         if may_move_on:
@@ -331,52 +289,6 @@ class _Search:
             gradient_MD = np.where(odd_M[:, None], bounded(gradient_MD), gradient_MD)
         return LEVELS * np.nan_to_num((weights_MK * logits_MK).sum(axis=1)), gradient_MD, logits_MK
 
-    def _margins(self, index_L: np.ndarray, logits_LK: np.ndarray) -> _Margins:
-        """The margin that is left to the wanted class, and the pair of classes that it is between."""
-        row_L = np.arange(len(index_L))
-        class_L, target_L = self.class_id_N[index_L], self.target_N[index_L]
-        free_L = target_L < 0
-        rivals_LK = logits_LK.copy()
-        rivals_LK[row_L, np.where(free_L, class_L, target_L)] = -np.inf
-        rival_L = rivals_LK.argmax(axis=1)
-        falling_L, rising_L = np.where(free_L, class_L, rival_L), np.where(free_L, rival_L, target_L)
-        return _Margins(falling_L, rising_L, logits_LK[row_L, falling_L] - logits_LK[row_L, rising_L])
-
-    def _measure(self, index_L: np.ndarray, level_LD: np.ndarray, start_LD: np.ndarray) -> _Measured:
-        """Classify one 8-bit image for each of the images `index_L`, all in one batch; keep the best."""
-        logits_LK, radii = self.model.classify(self._images(level_LD))
-        margins = self._margins(index_L, logits_LK)
-        difference_LD = level_LD - start_LD
-        distance_L = np.sqrt(rows_dot(difference_LD, difference_LD)) / LEVELS
-        reached_L = (radii.class_id_N == margins.rising_L) & (margins.rising_L != self.class_id_N[index_L])
-        found_L = radii.certified_N & reached_L
-        better_L = found_L & (distance_L < self.found_distance_N[index_L])
-        images = index_L[better_L]
-        self.found_ND[images] = level_LD[better_L]
-        self.found_class_N[images] = radii.class_id_N[better_L]
-        self.found_distance_N[images] = distance_L[better_L]
-        lower_L = (
-            radii.certified_N
-            & ~reached_L
-            & (distance_L >= self.radius_N[index_L])
-            & (margins.margin_L < self.other_margin_N[index_L])
-        )
-        if lower_L.any():
-            images = index_L[lower_L]
-            self.other_ND[images] = level_LD[lower_L]
-            self.other_class_N[images] = radii.class_id_N[lower_L]
-            self.other_margin_N[images] = margins.margin_L[lower_L]
-        return _Measured(margins.falling_L, margins.rising_L, margins.margin_L, radii.class_id_N, distance_L, better_L)
-
-    def _unanswered(self) -> np.ndarray:
-        return np.flatnonzero(~np.isfinite(self.found_distance_N) & ~np.isfinite(self.other_margin_N))
-
-    def _start(self, index_L: np.ndarray) -> np.ndarray:
-        return self.image_NCHW[index_L].reshape(len(index_L), -1) * LEVELS
-
-    def _images(self, level_MD: np.ndarray) -> np.ndarray:
-        return (level_MD / LEVELS).reshape(-1, *self.image_NCHW.shape[1:])
-
 
 @dataclass
 class _Live:
@@ -410,20 +322,3 @@ class _Live:
         if not kept_M.all():
             for field in fields(self):
                 setattr(self, field.name, getattr(self, field.name)[kept_M])
-
-
-@dataclass(frozen=True)
-class _Margins:
-    falling_L: np.ndarray
-    rising_L: np.ndarray
-    margin_L: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Measured(_Margins):
-    """What one image for each of L was measured to be."""
-
-    class_id_L: np.ndarray
-    distance_L: np.ndarray
-    better_L: np.ndarray
-    """Of the wanted class, and the nearest so far."""
