@@ -101,6 +101,8 @@ PLANTED = [
     ("inference-layers", "service/inference/workers.py", "from service.inference.batching import Batcher"),
     ("inference-layers", "service/inference/closest.py", "import service.inference.counterfactual"),
     ("inference-layers", "service/inference/unplaced.py", ""),
+    ("network-layers", "service/network/operators.py", "import service.network.reader"),
+    ("network-layers", "service/network/unplaced.py", ""),
     ("artefact-layers", "service/artefact/files.py", "import service.artefact.findings"),
     (
         "artefact-layers",

@@ -1,0 +1,1 @@
+"""A model as data: the typed network that is proved, written as canonical ONNX, and run."""

@@ -1,0 +1,111 @@
+"""The typed network: operators with explicit attributes, constants as arrays, proved shapes, the batch axis apart.
+
+A `Network` is the one meaning of a model: the certifier proves it, `writer` writes it, the runtime runs the written
+bytes. `reader` makes one of an ONNX file. An operator has the name, operands and attributes of an ONNX operator, but
+every attribute is stated, every axis is counted from the front, and every length is a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Shape = tuple[int, ...]
+"""Of one image's tensor: the batch axis, always the first, is left out."""
+Attribute = int | float | str | tuple[int, ...]
+Precision = Literal["float32", "float64"]
+
+LARGEST_TENSOR = 2**24
+"""Elements of a tensor of one image, or of a constant; more are refused before anything is allocated."""
+MOST_OPERATORS = 20_000
+
+
+class UnsupportedModelError(Exception):
+    """A model cannot be read, or no bound can be proved for it.
+
+    Attributes:
+        reasons: every node (or input, output, weight) that stands in the way, with why, one line each.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__("the graph cannot be certified:\n" + "\n".join(f"  - {reason}" for reason in reasons))
+
+
+class Refusal(Exception):
+    """Why one node is not supported."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """The result of an operator, or an input; of shape `N x shape`."""
+
+    number: int
+    shape: Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """An array that does not depend on the image; equal if type, shape and bytes are equal."""
+
+    array: np.ndarray
+
+    def __post_init__(self) -> None:
+        array = np.asarray(self.array, order="C").view()
+        array.flags.writeable = False
+        object.__setattr__(self, "array", array)
+
+    def _key(self) -> tuple[str, Shape, bytes]:
+        return (self.array.dtype.str, self.array.shape, self.array.tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+Operand = Tensor | Constant | None
+"""Null where an optional operand is left out."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator with all of its attributes."""
+
+    kind: str
+    """Name of the ONNX operator."""
+    operands: tuple[Operand, ...]
+    attributes: tuple[tuple[str, Attribute], ...]
+    """Sorted by name."""
+    results: tuple[Tensor, ...]
+    label: str = field(default="", compare=False)
+    """How messages name it: operator, and name or first output of the node that it was read from."""
+
+    def attribute(self, name: str) -> Attribute:
+        """Return the value of an attribute that this kind of operator has."""
+        return dict(self.attributes)[name]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model: inputs, operators in the order of evaluation, outputs."""
+
+    inputs: tuple[Tensor, ...]
+    """The image first."""
+    precision: Precision
+    operators: tuple[Operator, ...]
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def image(self) -> Tensor:
+        """The first input."""
+        return self.inputs[0]
+
+    @property
+    def dtype(self) -> np.dtype[np.floating]:
+        """The floating-point type of all tensors that depend on an input."""
+        return np.dtype(self.precision)

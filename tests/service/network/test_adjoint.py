@@ -1,0 +1,107 @@
+"""The gradient network against difference quotients, and against the definition where that is simple."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from random_graphs import GraphBuilder, seeded_graph
+
+from service.certificate import UnsupportedGraphError, certify
+from service.network.adjoint import PULLBACKS, differentiate
+from service.network.lowering import LOWERINGS
+from service.network.operators import Network, UnsupportedModelError
+from service.network.reader import read
+from service.network.writer import write
+from service.runtime.engine import Engine
+from service.runtime.fixed_batches import GraphError
+
+STEP = 1e-6
+
+
+def engines(network: Network) -> tuple[Engine, Engine]:
+    gradient = write(differentiate(network), ("image", "margin_weights"), ("logits", "gradient"))
+    return Engine(write(network), "cpu", 1), Engine(gradient, "cpu", 1)
+
+
+def disagreements(network: Network, dtype: type, seed: int, images: int = 6) -> tuple[int, int]:
+    """Return for how many images slope and gradient disagree along a random direction, and of how many."""
+    forward, adjoint = engines(network)
+    random = np.random.default_rng(seed)
+    image = random.uniform(0.1, 0.9, (images, *network.image.shape)).astype(dtype)
+    weights = random.normal(size=(images, *network.outputs[0].shape)).astype(dtype)
+    direction = random.normal(size=image.shape)
+    logits, gradient = adjoint.run(["logits", "gradient"], {"image": image, "margin_weights": weights})
+    np.testing.assert_array_equal(logits, forward.run(["logits"], {"image": image})[0])
+
+    def margin(at: np.ndarray) -> np.ndarray:
+        return (forward.run(["logits"], {"image": at})[0] * weights).sum(axis=1)
+
+    slope = (margin(image + STEP * direction) - margin(image - STEP * direction)) / (2.0 * STEP)
+    found = (gradient * direction).reshape(images, -1).sum(axis=1)
+    scale = 1e-4 * (1.0 + np.abs(slope) + np.abs(found)) * (1.0 + np.abs(logits).max())
+    return int((np.abs(slope - found) > scale).sum()), images
+
+
+@pytest.mark.parametrize("first", range(0, 240, 40))
+def test_gradients_are_slopes_but_for_kinks(first: int) -> None:
+    wrong = total = 0
+    for seed in range(first, first + 40):
+        graph = seeded_graph(seed)
+        if graph.dtype is not np.float64:
+            continue
+        try:
+            certify(graph.model)
+            of_one, images = disagreements(read(graph.model), graph.dtype, seed)
+        except (UnsupportedGraphError, GraphError):
+            continue
+        # A kink lies between the two ends of a difference quotient now and then, for one image or another.
+        assert of_one <= 2, (seed, of_one)
+        wrong, total = wrong + of_one, total + images
+    assert total > 30
+    assert wrong <= 0.05 * total
+
+
+def test_every_operator_that_is_read_has_a_pullback() -> None:
+    produced = set(LOWERINGS) - {"Cast", "Dropout", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Upsample"}
+    assert produced <= set(PULLBACKS)
+
+
+def windows(operator: str, **attributes: object) -> bytes:
+    b = GraphBuilder(np.random.default_rng(0), dtype=np.float32)
+    x = b.one(operator, "image", **attributes)
+    return b.model((2, 6, 7), b.one("Flatten", x), 1)
+
+
+WINDOWS = {
+    "MaxPool": {"kernel_shape": [3, 2], "strides": [2, 1], "pads": [1, 0, 1, 1]},
+    "MaxPool with gaps": {"kernel_shape": [2, 2], "strides": [3, 3]},
+    "AveragePool": {"kernel_shape": [3, 2], "strides": [2, 1], "pads": [1, 0, 1, 1]},
+    "AveragePool of padding": {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1], "count_include_pad": 1},
+    "MaxPool rounded up": {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1},
+    "LpPool": {"kernel_shape": [2, 3], "strides": [2, 2], "p": 2},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_gradients_of_windows_in_float32(name: str) -> None:
+    network = read(windows(name.split()[0], **WINDOWS[name]))
+    _, adjoint = engines(network)
+    random = np.random.default_rng(0)
+    image = random.permutation(84).reshape(1, 2, 6, 7).astype(np.float32) / 64.0 + 0.5
+    weights = random.normal(size=(1, *network.outputs[0].shape)).astype(np.float32)
+    gradient = adjoint.run(["gradient"], {"image": image, "margin_weights": weights})[0]
+    forward = Engine(write(network), "cpu", 1)
+    step = np.float32(2.0**-8)
+    for pixel in np.ndindex(image.shape):
+        moved = [image.copy(), image.copy()]
+        moved[0][pixel] += step
+        moved[1][pixel] -= step
+        high, low = (float((forward.run(["logits"], {"image": one})[0] * weights).sum()) for one in moved)
+        assert gradient[pixel] == pytest.approx((high - low) / (2.0 * step), abs=2e-3), pixel
+
+
+def test_what_has_no_gradient_is_named() -> None:
+    network = read(windows("MaxPool", kernel_shape=[2, 2]))
+    strange = network.operators[0].__class__("Strange", network.operators[0].operands, (), network.operators[0].results)
+    with pytest.raises(UnsupportedModelError, match="Strange: no gradient"):
+        differentiate(Network(network.inputs, network.precision, (strange, *network.operators[1:]), network.outputs))
