@@ -1,1 +1,1 @@
-"""TODO."""
+"""From images to answers: loaded models, batching, forward passes and searches for counterfactuals."""

@@ -14,7 +14,7 @@ several times as long on a worker, because decoders let go of the GIL and wait f
 A free worker takes whatever is queued and never waits for more (unless `max_delay_s` says so): while it computes, the
 next batch gathers by itself. A forward pass runs without the GIL, so workers overlap.
 
-A search for counterfactuals takes many passes. It has a queue besides, and lets predictions pass before each of its
+A search for counterfactuals takes many passes. It waits in a second queue, and lets predictions pass before each of its
 passes, so that a prediction never waits for a whole search.
 
 An error of one request is the answer to that request: each is decoded and answered alone, and if a shared pass fails,
@@ -42,7 +42,7 @@ class Batcher:
 
         Args:
             limits: see `Limits`.
-            metrics: counts batches and what waits.
+            metrics: counts batches and waiting requests.
 
         Raises:
             ValueError: `workers` or `forward_batch` below 1.

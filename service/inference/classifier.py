@@ -1,8 +1,7 @@
-"""One loaded artefact: classes, certified radii and counterfactuals for images of any shape it can be asked
-for.
+"""One loaded artefact: classes, certified radii and counterfactuals for images of every shape that it accepts.
 
-Axes: N batch; C, H and W channels, height and width of the image that was sent; D, A and B of the one that the model
-takes; K classes.
+Axes: N batch; C, H and W channels, height and width of the image as sent; D, A and B of the input of the model; K
+classes.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from service.shapes import Float64
 
 _log = logging.getLogger(__name__)
 
-# Shapes whose certificate is kept: they are the client's choice, so there is a bound.
+# Limit of cached views: clients choose the shapes.
 _CACHED_SHAPES = 64
 
 
 class Prediction(NamedTuple):
-    """The answer about one image; the radius is about the image that was sent, before any conversion and resize."""
+    """Results for one image; the radius is about the image as sent, before any conversion and resize."""
 
     class_id: int
     logits_K: Float64[np.ndarray, " K"]
@@ -65,7 +64,7 @@ class Classifier:
 
     name: str
     digest: str
-    """`sha256:<hex>` of the bytes of `model.onnx` that are run, which are those that the certificate is about."""
+    """`sha256:<hex>` of the bytes of `model.onnx` that are run and certified."""
     labels: tuple[str, ...]
     card: Card
     certificate: Certificate
@@ -158,16 +157,16 @@ class Classifier:
         view.classify(np.zeros((1, *self.input_shape)))
 
     def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
-        """The model as images of this shape, (C, H, W), see it; the same object for the same shape, while it is kept.
+        """Return the model for images of one shape, (C, H, W); the same object for the same shape, while it is cached.
 
         Raises:
             ImageSizeError: another height or width than the model's, and `resize` is false.
             SideTooLongError: a side is too long to be resized.
-            ChannelsError: a number of channels that there is no conversion of.
+            ChannelsError: there is no conversion of this number of channels.
         """
         sent_channels, sent_height, sent_width = sent_shape
         channels, height, width = self.input_shape
-        # What was there before has been checked, but for its size.
+        # The shape of a cached view has been checked, apart from its size.
         view = self._views.get(sent_shape)
         if view is not None and (resize or (sent_height, sent_width) == (height, width)):
             return view
@@ -191,13 +190,13 @@ class Classifier:
         return view
 
     def predict(self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False) -> list[Prediction]:
-        """`View.predict`, through the view of these images; raises what `view` does, too."""
+        """Return `View.predict` through the view of these images; raise the errors of `view`, too."""
         return self.view(image_NCHW.shape[1:], resize).predict(image_NCHW)
 
     def classify(
         self, image_NCHW: Float64[np.ndarray, "N C H W"], resize: bool = False
     ) -> tuple[Float64[np.ndarray, "N K"], Radii]:
-        """`View.classify`, through the view of these images."""
+        """Return `View.classify` through the view of these images."""
         return self.view(image_NCHW.shape[1:], resize).classify(image_NCHW)
 
     def margin_gradient(
@@ -206,7 +205,7 @@ class Classifier:
         weights_NK: Float64[np.ndarray, "N K"],
         resize: bool = False,
     ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
-        """Return `View.margin_gradient`, through the view of these images.
+        """Return `View.margin_gradient` through the view of these images.
 
         Args:
             image_NCHW: pixels in [0, 1].
@@ -222,16 +221,16 @@ class Classifier:
         targets: Sequence[int | None],
         resize: bool = False,
     ) -> list[Counterfactual]:
-        """The nearest image found with another class, for each image; see `find_counterfactuals`.
+        """Return the nearest image found with another class, for each image; see `find_counterfactuals`.
 
         Args:
             image_NCHW: the images of `predictions`.
-            predictions: what `predict` answered about them with the same `resize`.
-            targets: the class to reach for each image; None for the nearest other one.
-            resize: as in `predict`. The search moves the pixels of the image that was sent.
+            predictions: results of `predict` for them with the same `resize`.
+            targets: target class of each image; null for the nearest other class.
+            resize: as in `predict`. The search moves the pixels of the image as sent.
 
         Raises:
-            TargetIsPredictedClassError: an image already has its target's class; in a batch it is named.
+            TargetIsPredictedClassError: an image already has its target class; in a batch the error names the image.
             ImageSizeError: as in `view`.
         """
         view = self.view(image_NCHW.shape[1:], resize)
@@ -249,7 +248,7 @@ class Classifier:
         return self.labels.index(label)
 
     def check_targets(self, predictions: Sequence[Prediction], targets: Sequence[int | None]) -> None:
-        """Raise `TargetIsPredictedClassError` where an image has its target's class already; in a batch it is named."""
+        """Raise `TargetIsPredictedClassError` if an image already has its target class; in a batch name the image."""
         for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
             if target is not None and prediction.class_id == target:
                 error = TargetIsPredictedClassError(self.labels[target])
@@ -266,7 +265,7 @@ class Classifier:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The model as images of one shape see it: the one path from pixels that were sent to a class and a radius."""
+    """The model for images of one shape: the only path from pixels as sent to a class and a radius."""
 
     model: Runs
     transport: Runs
@@ -275,16 +274,16 @@ class View:
     preprocessing: Preprocessing | None
 
     def predict(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> list[Prediction]:
-        """Class and certified radius of each image.
+        """Return class and certified radius of each image.
 
         Args:
-            image_NCHW: pixels in [0, 1]. Where they are converted or resized for the model, the radius stays about the
-                image that was sent.
+            image_NCHW: pixels in [0, 1]. If they are converted or resized for the model, the radius is still about the
+                image as sent.
 
         Raises:
             PixelRangeError: a pixel is NaN, infinite or outside [0, 1], where the proof says nothing.
         """
-        # Least and largest are NaN where a pixel is, and no comparison with NaN is true.
+        # Minimum and maximum are NaN if a pixel is, and no comparison with NaN is true.
         if image_NCHW.size and not (image_NCHW.min() >= 0.0 and image_NCHW.max() <= 1.0):
             raise PixelRangeError("a pixel is NaN, infinite or outside [0, 1]; divide 8-bit pixels by 255")
         logits_NK, radii = self.classify(image_NCHW)
@@ -302,7 +301,7 @@ class View:
         )
 
     def classify(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> tuple[Float64[np.ndarray, "N K"], Radii]:
-        """Logits and radii as arrays: what `predict` answers, without the check of the pixels."""
+        """Return logits and radii, the arrays behind `predict`, without the check of the pixels."""
         seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
         (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NDAB})
         logits_NK = raw_NK.astype(np.float64, copy=False)
@@ -313,7 +312,7 @@ class View:
     def margin_gradient(
         self, image_NCHW: Float64[np.ndarray, "N C H W"], weights_NK: Float64[np.ndarray, "N K"]
     ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
-        """Logits, and the gradient of `sum_k weights[k] logits[k]` with respect to the image that was sent."""
+        """Return logits, and the gradient of `sum_k weights[k] logits[k]` with respect to the image as sent."""
         seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
         if self.single_output:
             # One output f stands for the logits (f, -f): their weighted sum is (w_0 - w_1) f.
@@ -340,7 +339,7 @@ def counterfactuals(
         model: the view that gave the answers.
         image_NCHW: the images, pixels in [0, 1].
         predictions: one for each image.
-        targets: the class to reach for each image; null for the nearest other one.
+        targets: target class of each image; null for the nearest other class.
     """
     return find_counterfactuals(
         model,

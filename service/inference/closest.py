@@ -1,4 +1,8 @@
-"""TODO: service/inference/closest.py."""
+"""Closest images: exact L2 distances, the projection of an image onto a cut within the box of pixels, and mixtures.
+
+Axes: N or M images, L those that still change, C channels, H and W, D = C H W. Pixels are in units of 1 / 255 where
+nothing else is said.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,30 @@ import numpy as np
 from service.shapes import Float64, UInt8
 
 LEVELS = 255.0
-# No mixture forgets its newest cut.
+# Largest share of the old cut in a mixture: no mixture forgets its newest cut.
 _MOST_OLD = 0.95
 _NEWTON_STEPS = 12
 _NEWTON_ERROR = 1e-3
-# Rounding moves the solution by little, except where most moves are below half a level.
+# Relative steps of lambda: rounding moves the solution by little, except where most moves are below half a level.
 _GROWTHS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5, *(1.0,) * 30)
 _BISECTIONS = 6
+# Relative width of the bracket of lambda that needs no bisection.
 _NARROW = 5e-3
-# No product of these, one of the other and a sum over pixels, is infinite.
+# Largest multiplier. Its product with a gradient entry, and sums of such products over pixels, are finite.
 _MOST = 1e150
+# Largest entry of a gradient: sums of its squares are finite.
 _LARGEST = 1e100
 
 
 def l2_distance(
     image_NCHW: Float64[np.ndarray, "N C H W"], pixels_NCHW: UInt8[np.ndarray, "N C H W"]
 ) -> Float64[np.ndarray, " N"]:
-    """L2 distances between images in [0, 1] and 8-bit ones divided by 255.
+    """Return the L2 distances between images in [0, 1] and 8-bit images divided by 255.
 
-    If one of the former is 8-bit too (each pixel is the float64 of some v / 255) its sum of squares is an integer below
-    2^53, exact in any order. Otherwise it is summed in extended precision (64-bit significand or longer on x86 and ARM
-    Linux). Either way the result is off by the last rounding to float64 only, so that rounding alone never finds a
-    distance below a radius.
+    For an image in [0, 1] that is 8-bit too (each pixel is the float64 of some v / 255) the sum of squares is an
+    integer below 2^53, exact in any order. Otherwise it is summed in extended precision (64-bit significand or longer
+    on x86 and ARM Linux). Either way the result is off by the last rounding to float64 only, so that rounding alone
+    never finds a distance below a radius.
     """
     image_ND, pixels_ND = image_NCHW.reshape(len(image_NCHW), -1), pixels_NCHW.reshape(len(pixels_NCHW), -1)
     level_ND = np.rint(image_ND * LEVELS)
@@ -82,9 +88,9 @@ def closest_levels_in_doubles(
 
 
 def _raised(anchor_LD: np.ndarray, gradient_LD: np.ndarray, fall_L: np.ndarray, lambda_L: np.ndarray) -> np.ndarray:
-    """Raise lambda where rounding lost too much: ever faster, then back by halves where that was far."""
+    """Return `closest_levels` with lambda raised where rounding lost too much: in growing steps, then by bisection."""
     with np.errstate(divide="ignore"):
-        # Moves the image by one level altogether.
+        # The lambda that moves the image by one level in all.
         unit_L = np.minimum(1.0 / np.sqrt(rows_dot(gradient_LD, gradient_LD)), _MOST)
     low_L, high_L = lambda_L, lambda_L
     short_L = np.ones(len(fall_L), np.bool_)
@@ -208,4 +214,5 @@ def bounded(gradient_MD: np.ndarray) -> np.ndarray:
 
 
 def rows_dot(left_MD: np.ndarray, right_MD: np.ndarray) -> np.ndarray:
+    """Return the inner product of each pair of rows."""
     return np.einsum("md,md->m", left_MD, right_MD)

@@ -1,32 +1,30 @@
-"""Counterfactuals: the nearest image found that gets another class, as the 8-bit image that the client
-receives.
+"""Counterfactuals: the nearest image found with another class, as the 8-bit image that the client receives.
 
 Theory. A network trained with the hKR loss approaches, as its loss falls, the Kantorovich potential between
 the classes, and its gradient then points along the optimal transport plan (Serrurier et al. 2021; Béthune et
 al. 2022). Descending the margin `m = f_i - f_j` along its gradient therefore moves an image towards the
 images of class j.
 
-Cuts. A run of the transport graph at `x_k` gives the cut `m_k + <g_k, x - x_k>`: the margin as it looks from there.
+Cuts. A run of the transport graph at `x_k` gives the cut `m_k + <g_k, x - x_k>`: the margin linearised at `x_k`.
 The closest point of the box to the first image `x_0` where one cut is at most `-s` is
-`clip(x_0 - lambda g, 0, 1)` with one scalar lambda; with no box that is the Newton-like step `x - (1 + s') m g /
-||g||^2` of the design. Where the margin is convex it lies above all its cuts, and the closest point where *all* are at
-most `-s` is better than that of any one. By duality that point belongs to one mixture of the cuts, the one that is
-farthest away, and the mixture can stand for both cuts it was made of when the next one comes (aggregation: Kiwiel 1985;
-Lemaréchal, Nemirovskii and Nesterov 1995). So a step costs one run, and its memory is one gradient.
+`clip(x_0 - lambda g, 0, 1)` with one scalar lambda; without the box that is the Newton-like step `x - (1 + s') m g /
+||g||^2` of the design. A convex margin lies above all its cuts, and the closest point where *all* cuts are at most `-s`
+is better than that of any one. By duality that point belongs to one mixture of the cuts, the one that is farthest away,
+and the mixture stands for both of its cuts when the next one comes (aggregation: Kiwiel 1985; Lemaréchal, Nemirovskii
+and Nesterov 1995). So a step costs one run, and its memory is one gradient.
 
-How far. Between two cuts the margin lies above both. If it is a parabola along the way, then it exceeds them where they
-meet by a quarter of what it exceeded the first cut where the second was made. That is known, so the next image is
-aimed that much lower, and most of the time it is across the boundary, by little: two runs find at least 95 % of the
+Aim. Between two cuts the margin lies above both. A margin that is a parabola along the way exceeds the cuts where they
+meet by a quarter of its excess over the first cut where the second was made. That excess is known, so the next image
+is aimed that much lower, and most often it is across the boundary, by little: two runs find at least 95 % of the
 answers of ordinary networks.
 
-The image that is sent is 8-bit, and on that grid the closest point is `round(clip(x_0 - lambda g))`: rounding belongs
-to the step, so that it cannot undo it.
+Rounding. The answer is 8-bit, and on that grid the closest point is `round(clip(x_0 - lambda g))`: rounding is part of
+the step, so that it cannot undo the step.
 
-An answer is what it was measured to be: it is classified by the path that serves predictions, and counts as reached
-only if its class is certified (margin above `4 logit_error`), because then it is the same in any batch.
+Measurement. A candidate is classified by the path that serves predictions, and counts as reached only if its class is
+certified (margin above `4 logit_error`), because its class is then the same in any batch.
 
-Axes: N batch, M images that are still searched for, C channels, H and W of the image that was sent, K classes, D = C H
-W.
+Axes: N batch, M images in progress, C channels, H and W of the image as sent, K classes, D = C H W.
 """
 
 from __future__ import annotations
@@ -50,56 +48,61 @@ from service.inference.closest import (
 )
 from service.shapes import Float64, Int64, UInt8
 
-# Chosen on test images of the shipped models; docs/counterfactuals.md says what they give.
-# Ordinary networks need two to four runs; the cap is for detectors under a global maximum, which take a run each.
+# Chosen on test images of the shipped models; docs/counterfactuals.md has the results.
+# Most runs of one image: ordinary networks need two to four, detectors under a global maximum one run each.
 _MAX_STEPS = 48
+# Steps without a lower margin that end a search.
 _MOST_MISSES = 12
-# Aim beyond the first cut by this share of the first margin, and on the way from elsewhere by this one, doubled after
-# each step that did not lower the margin.
+# Aim beyond the first cut, in units of the first margin.
 _FIRST_AIM = 0.04
+# Aim beyond a cut made elsewhere than at the first image, in the same units; doubled after each step that did not lower
+# the margin.
 _NEXT_AIM = 0.02
-# Aim beyond a mixture by this share of what the margin last exceeded it by: more than the quarter of a parabola, so
-# that nearly all images get across, and by this share of the first margin in any case.
+# Aim beyond a mixture, in units of the last excess of the margin: more than the quarter of a parabola, so that nearly
+# all images get across.
 _EXCESS = 0.42
+# Limit of that aim, in units of the first margin.
 _MOST_EXCESS = 0.06
+# Added to that aim, in the same units.
 _AIM = 0.003
-# An answer that is across the boundary by less than this share of its distance is good enough; one that is farther
-# across is worth another run, and further ones as long as they promise to shorten the distance by this share.
+# An answer across the boundary by less than this fraction of its distance ends the search.
 _ACROSS = 0.1
+# Least relative gain of distance for which the search continues after an answer farther across.
 _WORTHWHILE = 0.02
-# After so many runs without an answer, and whenever the margin is lowered then, the search goes on from there and no
-# longer from the first image: along a kinked path the mixture forgets cuts that it would need.
+# Runs without an answer after which the search continues from each image that lowers the margin, not from the first
+# image: along a kinked path the mixture forgets cuts that it would need.
 _MOVE_ON_AFTER = 4
+# Relative error of the fall in the first step.
 _FIRST_ERROR = 1e-2
 
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """The image found for one image of a batch, and what it was measured to be."""
+    """The image found for one image of a batch, as measured."""
 
     pixels_CHW: UInt8[np.ndarray, "C H W"]
-    """What the client receives; posted back, it gets `class_id`."""
+    """The image that the client receives; posted back, it gets `class_id`."""
     class_id: int
     distance: float
-    """L2 between the image that was sent and `pixels_CHW / 255`, in [0, 1] pixel units; see `l2_distance`."""
+    """L2 distance between the image as sent and `pixels_CHW / 255`, in [0, 1] pixel units; see `l2_distance`."""
     reached: bool
-    """Whether the wanted class (without a target: another class) was reached."""
+    """Whether the target class (without a target: another class) was reached."""
     steps: int = 0
-    """Gradients that were computed."""
+    """Gradients computed."""
 
 
 @runtime_checkable
 class Differentiable(Protocol):
-    """A classifier as the search sees it: pixels of the image that was sent, in [0, 1]."""
+    """A classifier as the search sees it: pixels of the image as sent, in [0, 1]."""
 
     def classify(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> tuple[Float64[np.ndarray, "N K"], Radii]:
-        """Logits and radii, by the path that serves predictions."""
+        """Return logits and radii, by the path that serves predictions."""
         ...
 
     def margin_gradient(
         self, image_NCHW: Float64[np.ndarray, "N C H W"], weights_NK: Float64[np.ndarray, "N K"]
     ) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, "N C H W"]]:
-        """Logits, and the gradient of `sum_k weights[k] logits[k]` with respect to the image."""
+        """Return logits, and the gradient of `sum_k weights[k] logits[k]` with respect to the image."""
         ...
 
 
@@ -112,7 +115,7 @@ def find_counterfactuals(
     n_classes: int,
     target_N: Int64[np.ndarray, " N"],
 ) -> list[Counterfactual]:
-    """The nearest images found that `model` gives another class than `class_id_N`, or exactly `target_N`.
+    """Return the nearest images found that `model` assigns another class than `class_id_N`, or exactly `target_N`.
 
     Args:
         model: classifies and differentiates; called with batches of at most a few times N images.
@@ -123,7 +126,7 @@ def find_counterfactuals(
             the lowest margin left among those at least that far. Only if the radius exceeds the distance to
             every image tried, the farthest corner of the box included, is the answer that corner.
         n_classes: K.
-        target_N: wanted classes; -1 for any other.
+        target_N: target classes; -1 for any other class.
     """
     if len(image_NCHW) == 0:
         return []
@@ -146,9 +149,9 @@ def find_counterfactuals(
 
 
 class _Search:
-    """Descent of one batch; images drop out of the work as they finish.
+    """Descent of one batch; images leave the work as they finish.
 
-    Logits count in units of 1 / 255 here, as the pixels do: so gradients are those of the model.
+    Logits are in units of 1 / 255, as pixels are, so that gradients are those of the model.
     """
 
     def __init__(self, model: Differentiable, candidates: Candidates, runner_up_N: np.ndarray, n_classes: int) -> None:
@@ -174,10 +177,10 @@ class _Search:
         )
         self.steps_N = np.zeros(n_images, np.int64)
         self.first_slope_ND = self.live.slope_MD
-        """Gradient at the images as sent; the way down for those without any candidate in the end."""
+        """Gradient at the images as sent: the last way down for images without a candidate."""
 
     def descend(self) -> None:
-        """Step until another step is not worthwhile: all unfinished images at once, one run for each step."""
+        """Step until no further step is worthwhile: all unfinished images at once, one run for each step."""
         self._first_step()
         for step in range(1, _MAX_STEPS):
             if len(self.live.index_M) == 0:
@@ -185,7 +188,7 @@ class _Search:
             self._step(may_move_on=step + 1 >= _MOVE_ON_AFTER)
 
     def _first_step(self) -> None:
-        """One cut, and the closest point beyond it; most often it is not across, and is not classified."""
+        """Move to the closest point beyond the first cut; most often it is not across, so it is not classified."""
         live = self.live
         margin_M, gradient_MD, _ = self._run(self.candidates.image_NCHW)
         live.scale_M = np.abs(margin_M) + np.finfo(np.float32).tiny
@@ -199,7 +202,7 @@ class _Search:
         live.at_MD = moved(live.centre_MD, gradient_MD, lambda_M)
 
     def _step(self, may_move_on: bool) -> None:
-        """A run at the iterate, the mixture of its cut with the last mixture, and the image that it asks for."""
+        """Run at the iterate, mix its cut with the last mixture, and measure the closest image beyond the mixture."""
         live = self.live
         margin_M, gradient_MD, logits_MK = self._run(self.candidates.images(live.at_MD))
         last_MD = live.at_MD
@@ -207,7 +210,7 @@ class _Search:
         new_fall_M, old_fall_M = -rows_dot(gradient_MD, move_MD), -rows_dot(live.slope_MD, move_MD)
         cut_M = margin_M + new_fall_M
         mixed_M = live.rival_M == live.rising_M
-        # With a target the margin is the greatest of several: it is that which exceeds the mixture.
+        # With a target the margin is the greatest of several, and the greatest exceeds the mixture.
         highest_M = LEVELS * self.candidates.margins(live.index_M, logits_MK).margin_L
         excess_M = np.where(self.candidates.target_N[live.index_M] < 0, margin_M, highest_M) - (
             live.value_M - old_fall_M
@@ -252,7 +255,7 @@ class _Search:
         )
 
     def _centre(self, measured: Measured, margin_M: np.ndarray, may_move_on: bool) -> None:
-        """Where the next step starts from: the first image, or on long ways the iterate with the least margin."""
+        """Set the centre of the next step: the first image, or on long ways the iterate with the least margin."""
         live = self.live
         missing_M = np.isinf(self.candidates.found_distance_N[live.index_M])
         lower_M = margin_M < live.lowest_M
@@ -262,11 +265,11 @@ class _Search:
             moves_M = missing_M & lower_M
             live.centre_MD = np.where(moves_M[:, None], live.at_MD, live.centre_MD)
             live.rival_M = np.where(moves_M, -1, live.rival_M)
-        # An answer that was found from elsewhere: back to the first image, with the way to the answer as its cut.
+        # After an answer found from elsewhere: back to the first image, with the way to the answer as its cut.
         back_M = measured.better_L & (live.centre_MD != live.start_MD).any(axis=1)
         if back_M.any():
             way_BD = live.at_MD[back_M] - live.start_MD[back_M]
-            # A secant: it falls from the first margin to that of the answer.
+            # A secant from the first margin to that of the answer.
             steepness_B = (live.scale_M - margin_M)[back_M] / rows_dot(way_BD, way_BD)
             live.slope_MD[back_M] = -steepness_B[:, None] * way_BD
             live.value_M[back_M] = live.scale_M[back_M]
@@ -274,7 +277,7 @@ class _Search:
             live.centre_MD = np.where(back_M[:, None], live.start_MD, live.centre_MD)
 
     def _run(self, image_MCHW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Margin M of the pair and its gradient M x D, in units of 1 / 255, and logits M x K, at the iterates."""
+        """Return margin (M) and gradient (M x D) of the pair, in units of 1 / 255, and logits (M x K) at images."""
         live = self.live
         row_M = np.arange(len(live.index_M))
         weights_MK = np.zeros((len(row_M), self.n_classes))
@@ -285,40 +288,40 @@ class _Search:
         gradient_MD = gradient_MCHW.reshape(len(row_M), -1)
         odd_M = ~np.isfinite(rows_dot(gradient_MD, gradient_MD))
         if odd_M.any():
-            # The gradient graph carries no proof; a pixel whose entry is not a number stays where it is.
+            # The gradient graph carries no proof; a pixel whose entry is not a number does not move.
             gradient_MD = np.where(odd_M[:, None], bounded(gradient_MD), gradient_MD)
         return LEVELS * np.nan_to_num((weights_MK * logits_MK).sum(axis=1)), gradient_MD, logits_MK
 
 
 @dataclass
 class _Live:
-    """The images that are still searched for."""
+    """The images in progress."""
 
     index_M: np.ndarray
     """Their places in the batch."""
     start_MD: np.ndarray
-    """The image that was sent, in units of 1 / 255; not rounded."""
+    """The image as sent, in units of 1 / 255; not rounded."""
     centre_MD: np.ndarray
-    """The image that the next one shall be close to."""
+    """The image to which the next step finds the closest point."""
     at_MD: np.ndarray
     """The iterate."""
     slope_MD: np.ndarray
     """The mixture of cuts is `value + <slope, x - centre>`."""
     value_M: np.ndarray
     rival_M: np.ndarray
-    """The class with whose logit the mixture was made; -1 where there is none."""
+    """The class whose logit is in the mixture; -1 without a mixture."""
     scale_M: np.ndarray
     """|margin| at the start."""
     lowest_M: np.ndarray
-    """The least margin so far."""
+    """Least margin so far."""
     misses_M: np.ndarray
     """Steps that did not lower the margin."""
     falling_M: np.ndarray
-    """The class whose logit is to fall, i of the margin `f_i - f_j`."""
+    """Class i of the margin `f_i - f_j`, whose logit falls."""
     rising_M: np.ndarray
 
-    def keep(self, kept_M: np.ndarray) -> None:
-        """Drop the others."""
-        if not kept_M.all():
+    def keep(self, unfinished_M: np.ndarray) -> None:
+        """Drop all other images."""
+        if not unfinished_M.all():
             for field in fields(self):
-                setattr(self, field.name, getattr(self, field.name)[kept_M])
+                setattr(self, field.name, getattr(self, field.name)[unfinished_M])

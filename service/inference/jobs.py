@@ -19,7 +19,7 @@ class Question(Protocol[Answer_co, Options]):
     """A request as a worker sees it; an error that a method raises is the answer to this request alone."""
 
     def decode_at_once(self) -> Decoded[Options] | None:
-        """Decode the request on the event loop if that is cheaper than handing it to a worker; None otherwise."""
+        """Decode the request on the event loop if that is cheaper than handing it to a worker; otherwise null."""
         ...
 
     def decode(self) -> Decoded[Options]:
@@ -40,7 +40,7 @@ class Request(Generic[Answer]):
     """Bytes to decode."""
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Answer]
-    """The answer. It is done before that where the client is gone or the deadline has passed."""
+    """The answer. It is done before that if the client is gone or the deadline has passed."""
     arrived: float
     """Clock of the loop, in seconds."""
     decoded: Decoded[Any] | None = None

@@ -1,4 +1,4 @@
-"""TODO: service/inference/pace.py."""
+"""Pace: the cost model of a forward pass, which decides how many workers share a batch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import numpy as np
 
 from service.inference.classifier import Classifier
 
-# See `Pace.share`.
+# Largest share of a worker, in images.
 _MOST_SHARE = 32
+# Shortest forward pass for which a second worker pays, in seconds.
 _LEAST_PASS_S = 0.003
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a pass of the network takes: `fixed_s + n * image_s` for n images."""
+    """Cost model of a forward pass: `fixed_s + n * image_s` seconds for n images."""
 
     fixed_s: float
-    """What a pass costs however many images it has: the weights are read, and the interpreter has its share."""
+    """Fixed cost of a pass: reading the weights, and the interpreter."""
     image_s: float
 
     @functools.cached_property
     def share(self) -> int:
-        """Images for which it pays that one more worker runs a pass of its own; at least 1.
+        """Smallest number of images that justifies a pass on one more worker; at least 1.
 
-        The pass spends as much time on them as on itself, and takes longer than waking a worker, and than the answers
-        to the pass before take to bring the next requests.
+        Their cost equals the fixed cost of the pass, and the pass takes longer than waking a worker, and longer than
+        the answers of the previous pass take to bring the next requests.
         """
         if self.image_s <= 0.0:
             return 1
@@ -39,7 +40,7 @@ class Pace:
 
 
 def measure_pace(classifier: Classifier) -> Pace:
-    """The pace of a model, from passes of one and of four black images; the first pass also loads it."""
+    """Return the pace of a model, from passes of one and of four black images; the first pass also loads the model."""
     view = classifier.view(classifier.input_shape)
     seconds: dict[int, float] = {}
     for count in (1, 4):

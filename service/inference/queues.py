@@ -1,6 +1,6 @@
 """Queues: which requests wait, and which of them a worker takes next.
 
-Requests and chunks to predict are taken in order of arrival. Searches for counterfactuals have a queue besides, because
+Requests and chunks to predict are taken in order of arrival. Searches for counterfactuals have a second queue, because
 one takes many forward passes: predictions overtake them, but never forever.
 """
 
@@ -48,17 +48,12 @@ class Queues:
         self._chunks: deque[Chunk] = deque()
         """Chunks of decoded requests that wait for a forward pass."""
         self._searches: deque[Chunk] = deque()
-        self._idle = 0
+        self.idle = 0
         """Workers that wait for work."""
         self._occupied = 0
         """Workers busy with something longer than a forward pass."""
         self._in_a_row = 0
         """Prediction batches since the last search."""
-
-    @property
-    def idle(self) -> int:
-        """Number of workers that wait for work."""
-        return self._idle
 
     @property
     def has_predictions(self) -> bool:
@@ -97,7 +92,7 @@ class Queues:
         with self._condition:
             self._searches.extend(_awaited(chunks))
             self._note()
-            if self._idle:
+            if self.idle:
                 self._condition.notify(len(chunks))
 
     def purge(self) -> None:
@@ -121,13 +116,13 @@ class Queues:
                 delay_s = self._delay_s() if self._limits.max_delay_s else 0.0
                 if self._searches or self._chunks or (self._requests and delay_s <= 0.0):
                     return True
-                self._idle += 1
+                self.idle += 1
                 self._condition.wait(delay_s if self._requests else None)
-                self._idle -= 1
+                self.idle -= 1
             return False
 
     def take(self, searches: bool) -> Batch | None:
-        """Return the next work of one worker: predictions, or else searches if wanted; None if there is neither.
+        """Return the next work of one worker: predictions, or else searches if they are permitted; null without either.
 
         Searches have their turn beside an endless stream of predictions, which overtake them at every step anyway.
         """
@@ -164,7 +159,7 @@ class Queues:
     def _take_predictions(self) -> Batch:
         limits = self._limits
         # With a batching delay, a full batch is not split among idle workers.
-        sharing = 1 + self._idle if limits.max_delay_s <= 0.0 else 1
+        sharing = 1 + self.idle if limits.max_delay_s <= 0.0 else 1
         room = min(limits.forward_batch, max(self.pays, -(-self._waiting() // sharing)))
         chunks: list[Chunk] = []
         pixels = 0
@@ -190,7 +185,7 @@ class Queues:
         """Return searches of one view, in order; those of other views stay in their places."""
         view = self._searches[0].plan.view
         images = sum(chunk.count for chunk in self._searches)
-        room = min(max(1, self._limits.forward_batch // SEARCH_SHARE), max(1, -(-images // (1 + self._idle))))
+        room = min(max(1, self._limits.forward_batch // SEARCH_SHARE), max(1, -(-images // (1 + self.idle))))
         taken: list[Chunk] = []
         others: list[Chunk] = []
         pixels = 0
@@ -205,7 +200,7 @@ class Queues:
             pixels += chunk.pixels
         self._searches.extendleft(reversed(others))
         self._note()
-        if self._searches and self._idle:
+        if self._searches and self.idle:
             self._condition.notify()
         return taken
 
@@ -226,9 +221,9 @@ class Queues:
 
     def _is_worth_a_worker(self) -> bool:
         """Return whether to wake a worker: always if no other worker comes for the waiting work soon."""
-        if self._idle == 0:
+        if self.idle == 0:
             return False
-        return self._idle + self._occupied >= self._limits.workers or self._waiting() >= self.pays
+        return self.idle + self._occupied >= self._limits.workers or self._waiting() >= self.pays
 
     def _note(self) -> None:
         """Export the length of the queues, which has changed."""
