@@ -78,7 +78,7 @@ class Engine:
         except ValueError:
             raise
         except Exception as error:
-            if not (is_sticky(error) or self._is_silent(self._fixed)):
+            if not (is_sticky(error) or self._is_unresponsive(self._fixed)):
                 raise
             self.is_lost = True
             _log.error("the GPU is lost: %s", summary(error))
@@ -98,7 +98,7 @@ class Engine:
                 raise ProviderError(explain(error, size, memory_bytes)) from error
 
     @staticmethod
-    def _is_silent(fixed: FixedBatches) -> bool:
+    def _is_unresponsive(fixed: FixedBatches) -> bool:
         """Whether the device fails in the smallest batch, too."""
         try:
             fixed.run_once(fixed.sizes[0])

@@ -111,6 +111,12 @@ def test_gpu_wheel_is_taken_only_where_the_driver_can_run_it(
     assert script["accelerator"]() == expected
 
 
+def test_accelerator_is_found_before_anything_is_installed(tmp_path: Path) -> None:
+    command = [sys.executable, "-I", "-S", str(ROOT / "requirements/accelerator.py")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout in {"cpu\n", "gpu\n"}
+
+
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 

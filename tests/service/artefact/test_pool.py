@@ -47,7 +47,7 @@ def test_processes_find_the_same_as_this_process(folders: list[Path], cpus: int)
             pool.findings(folder).facts()
 
 
-def test_where_there_can_be_no_processes_this_one_does_the_work(
+def test_where_no_process_can_start_this_one_does_the_work(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object, **options: object) -> None:
@@ -91,7 +91,7 @@ def test_a_process_that_is_killed_is_an_error_that_says_so(folders: list[Path]) 
 
 
 def test_no_process_is_left_when_the_work_is_done(folders: list[Path]) -> None:
-    before = children_of(os.getpid())  # those of other tests, such as a resource tracker
+    before = children_of(os.getpid())  # of other tests, such as a resource tracker
     with VerifierPool(3) as pool:
         pool.start(folders)
         for folder in folders:

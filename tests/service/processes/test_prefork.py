@@ -1,4 +1,4 @@
-"""Several server processes: together they are one server, and none of them is left when it ends, however it ends."""
+"""Several server processes act as one server, and all of them end with it, even if it is killed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _READY = "Application startup complete"
 
 
 class Server:
-    """`python -m service` in a process group of its own, as a terminal would start it."""
+    """`python -m service` in a new process group, as a terminal starts it."""
 
     def __init__(self, zoo: Path, folder: Path, **settings: object) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
         chosen = {"port": 0, "provider": "cpu", "models": zoo, "default_model": "grey", "processes": 2} | settings
-        # Threads of the BLAS library would hide those that must not be there when the processes start.
+        # Threads of the BLAS library would hide those that must not exist before the fork.
         environment["OPENBLAS_NUM_THREADS"] = "1"
         environment |= {f"LIPCERT_{name.upper()}": str(value) for name, value in chosen.items()}
         self.temporary = Path(tempfile.mkdtemp(dir=folder))
@@ -85,7 +85,7 @@ class Server:
         return int(self.url.rsplit(":", 1)[1])
 
     def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """The process that took a fresh connection, and what it answered."""
+        """Process that accepted a new connection, and its answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
             connection.request("GET" if body is None else "POST", path, body, _HEADERS)
@@ -107,13 +107,13 @@ class Server:
 
     @property
     def predicted(self) -> float:
-        """Of model `grey`, as /metrics says."""
+        """Predictions of model `grey` in /metrics."""
         found = re.search(rb'lipcert_predictions_total{model="grey"} (\S+)', self.ask("/metrics")[1])
         return 0.0 if found is None else float(found[1])
 
     def assert_ended_well(self, *expected: str) -> None:
         status = self.process.wait(30)
-        # All that could write has ended.
+        # Every writer has ended.
         self._reader.join(30)
         assert not self._reader.is_alive()
         assert status == 0, self.log
@@ -122,7 +122,7 @@ class Server:
         assert list(self.temporary.iterdir()) == []
 
     def close(self) -> None:
-        """Whatever is left ends."""
+        """Kill the process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -132,7 +132,7 @@ class Server:
 
 
 class Servers(contextlib.ExitStack):
-    """Starts servers and ends what is left of them."""
+    """Starts servers, and kills those that still run."""
 
     def __init__(self, zoo: Path, folder: Path) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def servers(zoo: Path, tmp_path: Path) -> Iterator[Servers]:
 
 @pytest.fixture(scope="module")
 def shared(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """For tests that only ask."""
+    """Server for tests that only send requests."""
     with Servers(zoo, tmp_path_factory.mktemp("shared")) as servers:
         server = servers()
         server.wait_ready()
@@ -171,7 +171,7 @@ def accepted(port: int, client_port: int) -> str:
 
 
 def links(pid: int) -> dict[int, str]:
-    """What the descriptors of a process are."""
+    """Targets of the descriptors of a process."""
     found: dict[int, str] = {}
     for descriptor in (Path("/proc") / str(pid) / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -206,9 +206,7 @@ def image(channels: int = 1) -> np.ndarray:
     return np.random.default_rng(3).random((channels, 4, 5))
 
 
-def test_all_processes_serve_and_answer_as_one_process_would(
-    shared: Server, classifiers: Mapping[str, Classifier]
-) -> None:
+def test_all_processes_answer_as_one_process_does(shared: Server, classifiers: Mapping[str, Classifier]) -> None:
     expected = classifiers["grey"].predict(image()[np.newaxis])[0]
     answers = shared.ask_all("/predict", npy(image()))
     assert len({pid for pid, _ in answers}) == 2
@@ -219,7 +217,7 @@ def test_all_processes_serve_and_answer_as_one_process_would(
         assert answer["certificate"]["radius"] == expected.radius
 
 
-def test_whichever_process_is_asked_adds_up_the_counters_of_all(shared: Server) -> None:
+def test_metrics_of_every_process_are_the_sum_of_all(shared: Server) -> None:
     before = shared.predicted
     asked = len(shared.ask_all("/predict", npy(image())))
     for _, content in shared.ask_all("/metrics"):
@@ -239,9 +237,7 @@ def test_each_process_holds_its_own_socket_and_not_the_life_of_the_others(shared
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_another_server_does_not_get_the_port_although_it_could_be_shared(
-    shared: Server, servers: Servers, processes: int
-) -> None:
+def test_another_server_does_not_share_the_port(shared: Server, servers: Servers, processes: int) -> None:
     another = servers(port=shared.port, processes=processes)
     assert another.process.wait(30) == 1
     another.close()
@@ -259,7 +255,7 @@ def test_of_two_servers_that_start_at_the_same_time_one_gets_the_port(processes:
             listener.close()
 
 
-# Ctrl-C again and again cuts a server short; that is what it is for.
+# Repeated Ctrl-C cuts the shutdown short, as it should.
 @pytest.mark.parametrize(
     ("stop", "to"),
     [
@@ -306,7 +302,7 @@ def test_a_process_that_ends_is_replaced_and_no_connection_is_lost(servers: Serv
         victim = server.children[0]
         os.kill(victim, stop)
         wait_until(lambda pid=victim: not is_running(pid))
-        # Some of these wait for the process that is to come; those who ask are not told.
+        # Some of these connections wait for the replacement; their clients see only the delay.
         for _ in range(10):
             asked += 1
             assert server.ask("/predict", npy(image()))[0] != victim
@@ -334,7 +330,7 @@ def test_threads_of_the_runtime_start_in_each_process_and_not_before(servers: Se
     server = servers(threads=2)
     server.wait_ready()
     assert threads(server.process.pid) == 1
-    # One serves, one waits for the end of the parent; the runtime's are there before anybody asks.
+    # One thread serves, one waits for the end of the parent; those of the runtime start before the first request.
     assert all(threads(pid) > 2 for pid in server.children)
     for path, channels in [("/predict", 1), ("/predict?counterfactual=true", 1), ("/predict?model=colour", 3)]:
         server.ask_all(path, npy(image(channels)))
@@ -383,7 +379,7 @@ prefork.serve_in_processes(prefork.listen(prefork.bind("127.0.0.1", 0), 1, 5), s
 
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
-def test_processes_that_end_or_cannot_start_again_and_again_are_started_without_haste_until_a_signal(
+def test_processes_that_keep_ending_or_cannot_start_are_started_with_pauses_until_a_signal(
     refused: int,
 ) -> None:
     code = _BOUNDARY.format(refused=refused)
@@ -411,7 +407,7 @@ def test_0_takes_a_process_for_each_cpu() -> None:
 
 
 @pytest.mark.parametrize("obstacle", ["a GPU", "another system"])
-def test_where_there_can_be_one_process_several_are_refused_and_0_is_1(
+def test_where_only_one_process_is_possible_several_are_refused_and_0_is_1(
     monkeypatch: pytest.MonkeyPatch, obstacle: str
 ) -> None:
     if obstacle == "a GPU":
@@ -429,9 +425,7 @@ def test_beside_a_gpu_several_processes_can_serve_on_cpus(monkeypatch: pytest.Mo
     assert serving._with_processes(Settings(processes=2, provider="cpu")).processes == 2
 
 
-def test_where_no_temporary_folder_can_be_made_the_error_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_error_says_how_to_get_a_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with (
         contextlib.ExitStack() as stack,
