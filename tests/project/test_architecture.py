@@ -92,6 +92,8 @@ PLANTED = [
     ("audit-on-its-own", "service/audit/records.py", "from service.pixels import arrays"),
     ("audit-on-its-own", "service/audit/records.py", "from service.api.schema import PredictAnswer"),
     ("audit-on-its-own", "service/audit/graph.py", "def f():\n    import onnxruntime"),
+    ("audit-on-its-own", "service/audit/images.py", "import service.pixels.distances"),
+    ("audit-on-its-own", "service/audit/graph.py", "import service.network"),
     ("audit-on-its-own", "service/pixels/images.py", "import service.certificate.norms"),
     ("audit-layers", "service/audit/balls.py", "import service.audit.matrices"),
     ("audit-layers", "service/audit/network.py", "def f():\n    import service.audit.operators"),
@@ -167,6 +169,14 @@ def test_planted_violation_breaks_its_contract(copied_tree: Path, contract: str,
     result = run_contracts(copied_tree, contract)
     assert result.returncode != 0, result.stdout
     assert "BROKEN" in result.stdout, result.stdout + result.stderr
+
+
+def test_no_modules_of_a_package_import_each_other_in_a_circle() -> None:
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    packages = {module for module in graph.modules if graph.find_children(module)}
+    assert {"service", "service.certificate", "models.nets"} <= packages
+    circles = {package: graph.nominate_cycle_breakers(package) for package in packages}
+    assert {package: imports for package, imports in circles.items() if imports} == {}
 
 
 def test_certificate_needs_numpy_and_onnx_only() -> None:

@@ -290,7 +290,8 @@ def test_the_audit_shares_no_numeric_code_with_the_server() -> None:
     (contract,) = (contract for contract in contracts if contract["id"] == "audit-on-its-own")
     assert contract["type"] == "forbidden"
     assert contract["source_modules"] == ["service.audit"]
-    numeric = {"artefact", "certificate", "inference", "pixels.arrays", "pixels.preprocessing", "runtime"}
+    pixels = {"pixels.arrays", "pixels.distances", "pixels.preprocessing"}
+    numeric = {"artefact", "certificate", "inference", "network", "runtime", *pixels}
     assert {*(f"service.{module}" for module in numeric), "onnxruntime"} <= set(contract["forbidden_modules"])
     assert "allow_indirect_imports" not in contract
     assert "ignore_imports" not in contract
