@@ -24,11 +24,10 @@ class Expected:
     values: str
 
 
+# An option is declared in `ImageOptions` or in `Options`, once: JSON objects, form fields, queries and the documentation
+# follow.
 class ImageOptions(_Wire):
-    """Options that concern the images of a request.
-
-    An option is declared here or in `Options`, once: JSON objects, form fields, queries and the documentation follow.
-    """
+    """Options that concern the images of a request."""
 
     counterfactual: bool = False
     """Whether to search, along the transport direction, for the nearest image of another class."""
