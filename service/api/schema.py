@@ -24,8 +24,8 @@ class Expected:
     values: str
 
 
-# An option is declared in `ImageOptions` or in `Options`, once: JSON objects, form fields, queries and the documentation
-# follow.
+# An option is declared in `ImageOptions` or in `Options`, once: JSON objects, form fields, queries and the
+# documentation follow.
 class ImageOptions(_Wire):
     """Options that concern the images of a request."""
 
