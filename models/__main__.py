@@ -156,7 +156,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from models.runs import run_recipe
     from models.training.errors import Interrupted, TrainingError
     from service.artefact.card import ArtefactError
-    from service.certificate import UnsupportedGraphError
+    from service.certificate import UnsupportedModelError
 
     epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
     try:
@@ -180,7 +180,7 @@ def _train(chosen: argparse.Namespace) -> int:
         TrainingError,
         ExportRefusedError,
         ArtefactError,
-        UnsupportedGraphError,
+        UnsupportedModelError,
     ) as error:
         return _failed(error)
     sys.stdout.write(f"{summary}\n")

@@ -87,7 +87,7 @@ def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) 
             `lipschitz_constant * ||w_i - w_j||`).
 
     Raises:
-        UnsupportedGraphError: the certifier has no bound; the message names every node.
+        UnsupportedModelError: the certifier has no bound; the message names every node.
         ExportRefusedError: a proved bound is above the declared one by more than `BOUND_TOLERANCE`.
     """
     certificate = certify(graphs.model)
@@ -221,7 +221,7 @@ def export_artefact(
         devices: number and type of the devices of the training.
 
     Raises:
-        UnsupportedGraphError, ExportRefusedError, ArtefactError: the artefact would contradict its certificate; the
+        UnsupportedModelError, ExportRefusedError, ArtefactError: the artefact would contradict its certificate; the
             folder is unchanged.
     """
     graphs = emit_graphs(network)

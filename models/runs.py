@@ -82,7 +82,7 @@ def run_recipe(
         tensorboard: write curves beside the checkpoints.
 
     Raises:
-        DataError, TrainingError, Interrupted, ExportRefusedError, UnsupportedGraphError: see their modules.
+        DataError, TrainingError, Interrupted, ExportRefusedError, UnsupportedModelError: see their modules.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from flint import arb, fmpq
 from onnx import helper, numpy_helper
 from random_graphs import Graph
 
-from service.certificate import Certificate, UnsupportedGraphError, certify, matrices
+from service.certificate import Certificate, UnsupportedModelError, certify, matrices
 from service.runtime.engine import Engine
 from service.runtime.fixed_batches import GraphError
 
@@ -56,7 +56,7 @@ class Bounds:
             if _CONVOLUTIONS & Program.parse(model_bytes).operators:
                 with kernels_only():
                     certificates.append(certify(model_bytes))
-        except UnsupportedGraphError:
+        except UnsupportedModelError:
             return None
         return cls(tuple(certificates))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.soundness import document
 from models.export import code_version
-from service.certificate import UnsupportedGraphError, certify
+from service.certificate import UnsupportedModelError, certify
 
 WITHIN = 1.02
 """What a bound may be of a true claim."""
@@ -70,7 +70,7 @@ class Row:
         return [result for result in self.proved if not self.within_claims(result)]
 
 
-def reasons(error: UnsupportedGraphError) -> str:
+def reasons(error: UnsupportedModelError) -> str:
     """The refusals in short: how often which operator for which reason."""
     counts: Counter[str] = Counter()
     for reason in error.reasons:
@@ -89,7 +89,7 @@ def _result_of(form: str, folder: Path, entry: dict[str, str]) -> Result:
     started = time.perf_counter()
     try:
         certificate = certify((folder / entry["file"]).read_bytes())
-    except UnsupportedGraphError as error:
+    except UnsupportedModelError as error:
         return Result(form, why_not=f"refused: {reasons(error)}", seconds=time.perf_counter() - started)
     seconds = time.perf_counter() - started
     return Result(form, certificate.lipschitz_bound, float(certificate.margin_bounds_KK.max()), seconds=seconds)

@@ -1,8 +1,8 @@
 """The card of an artefact: contract between the trainer that writes the artefact and the server that verifies it.
 
-An artefact is a folder with three files: `model.onnx` (image -> logits), `transport.onnx` (image, margin weights ->
-logits, gradient) and `card.json` (`Card`: identity, origin, measurements). The card names the sha256 of both graphs; it
-does not state the bound, which is derived from the bytes of `model.onnx`.
+An artefact is a folder with two files: `model.onnx` (image -> logits) and `card.json` (`Card`: identity, origin,
+measurements). The card names the sha256 of the model; it does not state the bound, which is derived from the bytes of
+`model.onnx`. Older artefacts have a third file, `transport.onnx`, which is not read.
 
 Digest, certificate and session are about the same bytes: a file is read once for all of them, or read again and
 compared with the digest that was verified.
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from service.artefact.files import CARD_FILE, MODEL_FILE, TRANSPORT_FILE, digest, read_file, write_atomically
+from service.artefact.files import CARD_FILE, MODEL_FILE, digest, read_file, write_atomically
 from service.artefact.findings import Findings
 from service.errors import ArtefactError
 
@@ -62,7 +62,7 @@ class Card(_Contract):
     """Label of each class, in class order."""
     input: InputShape
     graphs: dict[Literal["model.onnx", "transport.onnx"], Digest] = Field(default_factory=dict)
-    """Digest of each graph; `write_artefact` fills it in."""
+    """Digest of `model.onnx`; `write_artefact` fills it in. In older cards that of `transport.onnx` stands beside it."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Data set: name, source, licence, checksums, number of images."""
     loss: dict[str, Any] = Field(default_factory=dict)
@@ -115,7 +115,7 @@ def artefact_folders(models: Path, first: str) -> list[Path]:
 
 
 def read_card(folder: Path) -> Card:
-    """Read `card.json` alone, without looking at the graphs.
+    """Read `card.json` alone, without looking at the model.
 
     Raises:
         ArtefactError: the card is missing or is not a valid `Card`.
@@ -130,31 +130,28 @@ def read_card(folder: Path) -> Card:
         raise ArtefactError(path, f"not a valid card ({faults}). Correct it, or export the artefact again.") from error
 
 
-def write_artefact(folder: Path, card: Card, model_bytes: bytes, transport_bytes: bytes) -> Findings:
+def write_artefact(folder: Path, card: Card, model_bytes: bytes) -> Findings:
     """Write an artefact that the server accepts, or nothing; return the findings of its verification.
 
-    The digests in the card are computed here. Everything that the server checks at its start is checked before the
+    The digest in the card is computed here. Everything that the server checks at its start is checked before the
     first byte is written; each file appears at once or not at all, and the card comes last.
 
     Args:
         folder: of the artefact; created if it is missing.
-        card: without digests.
+        card: without the digest.
         model_bytes: content of `model.onnx`.
-        transport_bytes: content of `transport.onnx`.
 
     Raises:
-        ArtefactError: the graphs have no proved bound, cannot be run, do not agree, or contradict the card.
+        ArtefactError: the model has no proved bound, cannot be run, or contradicts the card.
     """
     # Imported here: a server verifies in other processes and loads nothing for it.
-    from service.artefact.verification import verify_graphs
+    from service.artefact.verification import verify_model
 
-    digests = {MODEL_FILE: digest(model_bytes), TRANSPORT_FILE: digest(transport_bytes)}
-    card = card.model_copy(update={"graphs": digests})
-    findings = Findings(digests, verify_graphs(folder, model_bytes, transport_bytes))
+    card = card.model_copy(update={"graphs": {MODEL_FILE: digest(model_bytes)}})
+    findings = Findings(digest(model_bytes), verify_model(folder, model_bytes))
     check_card(folder, card, findings)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MODEL_FILE, lambda file: file.write(model_bytes))
-    write_atomically(folder / TRANSPORT_FILE, lambda file: file.write(transport_bytes))
     write_card(folder, card)
     return findings
 
@@ -166,21 +163,20 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def check_card(folder: Path, card: Card, findings: Findings) -> None:
-    """Refuse a card that is not about the verified graphs, and graphs with a fault.
+    """Refuse a card that is not about the verified model, and a model with a fault.
 
     Args:
         folder: of the artefact, for messages.
         card: as in the folder.
-        findings: about the graphs in the folder.
+        findings: about the model in the folder.
 
     Raises:
-        ArtefactError: the card names other digests, another shape of images or another number of classes, or the
+        ArtefactError: the card names another digest, another shape of images or another number of classes, or the
             findings report a fault.
     """
-    for file, found in findings.digests.items():
-        _check_digest(folder / file, card, found)
-    certificate = findings.facts().certificate
     path = folder / MODEL_FILE
+    _check_digest(path, card, findings.digest)
+    certificate = findings.facts().certificate
     if tuple(certificate.input_shape) != card.input.shape:
         raise ArtefactError(
             path,
@@ -197,7 +193,7 @@ def check_card(folder: Path, card: Card, findings: Findings) -> None:
 
 
 def _check_digest(path: Path, card: Card, found: str) -> None:
-    stated = card.graphs.get(path.name)  # type: ignore[call-overload]
+    stated = card.graphs.get(MODEL_FILE)
     if stated is None:
         raise ArtefactError(
             path.with_name(CARD_FILE), f"it states no digest of {path.name}. Export the artefact again."

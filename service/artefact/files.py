@@ -13,8 +13,6 @@ from typing import IO, Literal
 from service.errors import ArtefactError
 
 MODEL_FILE: Literal["model.onnx"] = "model.onnx"
-TRANSPORT_FILE: Literal["transport.onnx"] = "transport.onnx"
-GRAPH_FILES = (MODEL_FILE, TRANSPORT_FILE)
 CARD_FILE = "card.json"
 
 
@@ -30,8 +28,8 @@ def read_file(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise ArtefactError(
             path,
-            f"the file is missing. An artefact is a folder with {MODEL_FILE}, {TRANSPORT_FILE} and "
-            f"{CARD_FILE}; copy it whole, or export it again.",
+            f"the file is missing. An artefact is a folder with {MODEL_FILE} and {CARD_FILE}; copy it whole, or "
+            "export it again.",
         ) from error
     except OSError as error:
         reason = error.strerror or type(error).__name__

@@ -1,4 +1,4 @@
-"""Findings: the result of verifying the graphs of an artefact.
+"""Findings: the result of verifying an artefact.
 
 They travel from the verifying process to the server (`service.artefact.pool`), so nothing here needs the libraries of
 a proof.
@@ -11,35 +11,45 @@ from pathlib import Path
 
 import numpy as np
 
-from service.artefact.files import MODEL_FILE
+from service.artefact.splices import Splice
 from service.certificate import Certificate
 from service.errors import ArtefactError
 
 
 @dataclass(frozen=True)
 class Verified:
-    """Proved and computed facts about both graphs."""
+    """Proved and computed facts about a model."""
 
     certificate: Certificate
-    """Of `model.onnx`, derived from its bytes."""
+    """Of the network that `model.onnx` is read as."""
     logits_NK: np.ndarray
-    """Of `service.artefact.engines.probe`, computed by `model.onnx` on the CPU; `transport.onnx` agrees."""
+    """Of `service.artefact.engines.probe`, computed on the CPU."""
+    forward: Splice
+    """The graph of the logits, written from that network."""
+    gradient: Splice
+    """The graph of logits and gradient, written from that network."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Facts about the graphs in a folder, from one reading of each file."""
+    """Facts about the model in a folder, from one reading of `model.onnx`."""
 
-    digests: dict[str, str]
-    """By file name; of the bytes that were verified. A file that could not be read is missing."""
+    read_digest: str | None
+    """`sha256:<hex>` of the bytes that were verified; null where they could not be read."""
     verified: Verified | None
     fault: tuple[Path, str] | None = None
     """The file that is at fault, and why; without it, `verified` is there."""
 
     @property
     def digest(self) -> str:
-        """`sha256:<hex>` of `model.onnx`, whose bytes the certificate is about."""
-        return self.digests[MODEL_FILE]
+        """`sha256:<hex>` of `model.onnx`, whose bytes the certificate is about.
+
+        Raises:
+            ArtefactError: it could not be read.
+        """
+        if self.read_digest is None:
+            raise ArtefactError(*(self.fault or (Path(), "it was not verified")))
+        return self.read_digest
 
     def facts(self) -> Verified:
         """Return the facts; raises `ArtefactError` where there is a fault."""

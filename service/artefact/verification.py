@@ -1,62 +1,79 @@
-"""Verification of an artefact before it is served: proof of `model.onnx`, and both graphs run on the CPU.
+"""Verification of an artefact before it is served: `model.onnx` read, proved, written, and run on the CPU.
 
-A server does this in other processes (`service.artefact.pool`): the libraries and the memory of a proof never enter it.
+The network that is proved is the one that is written: the graph of the logits and the graph of their gradient. Bytes
+that somebody else wrote never reach the runtime. A server does this in other processes (`service.artefact.pool`): the
+libraries and the memory of a proof never enter it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from service.artefact.engines import agreed_logits, load_engine
-from service.artefact.files import GRAPH_FILES, MODEL_FILE, TRANSPORT_FILE, digest, read_file
+import numpy as np
+
+from service.artefact.engines import gradient_outputs, load_engine, model_logits, probe
+from service.artefact.files import MODEL_FILE, digest, read_file
 from service.artefact.findings import Findings, Verified
-from service.certificate import UnsupportedGraphError, certify
+from service.artefact.splices import Splice
+from service.certificate import certify
 from service.errors import ArtefactError
+from service.network.graphs import Graph, forward_graph, gradient_graph
+from service.network.operators import UnsupportedModelError
+from service.network.reader import read_draft
 
 
 def verify(folder: Path) -> Findings:
-    """Read, prove and run the graphs in `folder`; a fault is in the findings, not raised.
+    """Read, prove and run the model in `folder`; a fault is in the findings, not raised.
 
     The graphs run on the CPU also where a GPU will serve them: whatever fails there alone is a fault of the GPU.
     """
-    contents: dict[str, bytes] = {}
-    digests: dict[str, str] = {}
+    found = None
     try:
-        for file in GRAPH_FILES:
-            contents[file] = read_file(folder / file)
-            digests[file] = digest(contents[file])
-        return Findings(digests, verify_graphs(folder, contents[MODEL_FILE], contents[TRANSPORT_FILE]))
+        model_bytes = read_file(folder / MODEL_FILE)
+        found = digest(model_bytes)
+        return Findings(found, verify_model(folder, model_bytes))
     except ArtefactError as error:
-        return Findings(digests, None, (error.file, error.reason))
+        return Findings(found, None, (error.file, error.reason))
 
 
-def verify_graphs(folder: Path, model_bytes: bytes, transport_bytes: bytes) -> Verified:
-    """Prove `model.onnx` and run both graphs.
+def verify_model(folder: Path, model_bytes: bytes) -> Verified:
+    """Prove `model.onnx`, and run the graphs that are written from it.
 
     Args:
         folder: of the artefact, for messages.
         model_bytes: content of `model.onnx`.
-        transport_bytes: content of `transport.onnx`, which carries no proof.
 
     Raises:
-        ArtefactError: the model has no proof, a graph cannot be run, or `transport.onnx` has other inputs and outputs
-            than it must have or belongs to another network.
+        ArtefactError: the model has no proof, or a graph cannot be run.
     """
+    path = folder / MODEL_FILE
     try:
-        certificate = certify(model_bytes)
-    except UnsupportedGraphError as error:
+        draft = read_draft(model_bytes)
+        certificate = certify(draft)
+        network = draft.network()
+        graphs = forward_graph(network), gradient_graph(network)
+    except UnsupportedModelError as error:
         raise ArtefactError(
-            folder / MODEL_FILE,
+            path,
             f"the graph has no proved Lipschitz bound, so it is not served: {error}\n"
             "Change the network to operators that the certifier knows, and export it again.",
         ) from error
-    model = load_engine(folder / MODEL_FILE, model_bytes, "cpu", 1)
-    transport = load_engine(folder / TRANSPORT_FILE, transport_bytes, "cpu", 1)
-    inputs, outputs = set(transport.input_names), set(transport.output_names)
-    if inputs != {"image", "margin_weights"} or outputs != {"logits", "gradient"}:
-        raise ArtefactError(
-            folder / TRANSPORT_FILE,
-            f"the graph has inputs {sorted(inputs)} and outputs {sorted(outputs)}; it must take `image` and "
-            "`margin_weights` and give `logits` and `gradient`. Export the artefact again.",
-        )
-    return Verified(certificate, agreed_logits(folder, model, transport, certificate))
+    forward, gradient = (load_engine(path, graph.content, "cpu", 1) for graph in graphs)
+    image_NCHW = probe(certificate)
+    try:
+        logits_NK = model_logits(forward, image_NCHW)
+        again_NK, gradient_NCHW = gradient_outputs(gradient, image_NCHW, certificate.n_outputs)
+    except Exception as error:  # Whatever the runtime raises, the artefact cannot be served.
+        raise ArtefactError(path, f"the model cannot be run ({error}).") from error
+    # Each side is within `logit_error` of the exact logits. A NaN is refused, too.
+    if gradient_NCHW.shape != image_NCHW.shape or not _agree(again_NK, logits_NK, 2.0 * certificate.logit_error):
+        raise ArtefactError(path, "ONNX Runtime computes other logits beside a gradient than alone; report this model.")
+    return Verified(certificate, logits_NK, *(_spliced(graph, model_bytes) for graph in graphs))
+
+
+def _agree(one: np.ndarray, other: np.ndarray, allowed: float) -> bool:
+    return one.shape == other.shape and bool((np.abs(one - other) <= allowed).all())
+
+
+def _spliced(graph: Graph, model_bytes: bytes) -> Splice:
+    return Splice.of(graph.content, graph.stored, model_bytes)

@@ -1,13 +1,14 @@
 """The mathematics of a certificate: Lipschitz bounds, rounding errors and radii of ONNX classifiers.
 
-It needs numpy and onnx alone; of this project it imports only how shapes are written.
+It proves a `Network`; bytes go through the reader first.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from service.certificate.norms import spectral_norm_bound
 from service.certificate.radius import Radii, certified_radius, two_class_logits
-from service.certificate.statement import Certificate, NodeReport, UnsupportedGraphError
+from service.certificate.statement import Certificate, NodeReport
+from service.network.operators import UnsupportedModelError
 
 if TYPE_CHECKING:
     from service.certificate.analysis import certify
@@ -16,7 +17,7 @@ __all__ = [
     "Certificate",
     "NodeReport",
     "Radii",
-    "UnsupportedGraphError",
+    "UnsupportedModelError",
     "certified_radius",
     "certify",
     "spectral_norm_bound",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from service.certificate.analysis import certify
-from service.certificate.graph import UnsupportedGraphError
+from service.network.operators import UnsupportedModelError
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m service.certificate") -> int:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
         return 2
     try:
         certificate = certify(model_bytes)
-    except UnsupportedGraphError as error:
+    except UnsupportedModelError as error:
         sys.stderr.write("".join(f"{file}: {reason}\n" for reason in error.reasons))
         return 2
     report = {

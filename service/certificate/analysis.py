@@ -1,74 +1,78 @@
-"""`certify`: from the bytes of an ONNX classifier to its certificate.
+"""`certify`: from a network, or the bytes of an ONNX classifier, to its certificate.
 
-The walk visits the nodes in order. Nodes whose inputs are all constant are folded, if folding
-them is exact; the others go through `rules.RULES`. Nothing is believed from the file but its numbers.
+The walk visits the operators in order, each by its rule in `rules.RULES`.
 """
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 
 from service.certificate.facts import Facts
-from service.certificate.folding import EXACT_FOLDS, INTEGER_FOLDS, ROUNDS, fold, fold_shape
-from service.certificate.graph import Graph, Node, read_graph
-from service.certificate.limits import MOST_ELEMENTS_TOGETHER, fits, size_error
-from service.certificate.rounding import FLOAT64, add_up, mul_up, sqrt_up
+from service.certificate.limits import MOST_ELEMENTS_TOGETHER, fits
+from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up
 from service.certificate.rules import squares
-from service.certificate.rules.operands import Operands, Refusal
+from service.certificate.rules.operands import Operands
 from service.certificate.rules.table import RULES, Context
-from service.certificate.statement import Certificate, NodeReport, UnsupportedGraphError
-from service.certificate.values import Constant, Domain, Squares, Unknown, Value, View, affine_of, elements_of
+from service.certificate.statement import Certificate, NodeReport
+from service.certificate.values import Domain, Squares, Unknown, Value, View, affine_of, elements_of
+from service.network.limits import size_error
+from service.network.operators import Constant, Operator, Refusal, Tensor, UnsupportedModelError
+from service.network.reader import Draft, read_draft
 
 
-def certify(model_bytes: bytes) -> Certificate:
-    """Prove Lipschitz and error bounds of an ONNX classifier for images in the box [0, 1]^d.
+def certify(model: bytes | Draft) -> Certificate:
+    """Prove Lipschitz and error bounds of a classifier for images in the box [0, 1]^d.
+
+    Args:
+        model: the bytes of an ONNX file, or a model as far as it could be read.
 
     Raises:
-        UnsupportedGraphError: some part has no proved rule; the message names every such part.
+        UnsupportedModelError: some part cannot be read or has no proved rule; the message names every such part.
     """
-    graph = read_graph(model_bytes)
-    reasons = list(graph.refusals)
+    draft = read_draft(model) if isinstance(model, bytes) else model
+    reasons = list(draft.reasons)
+    if draft.image is None:
+        raise UnsupportedModelError(reasons)
     reports: list[NodeReport] = []
-    context = Context(Domain(max(1, math.prod(graph.input_shape))), graph.precision, graph.batch)
-    logits = _walk(context, graph, reports, reasons)
+    precision = FLOAT64 if draft.precision == "float64" else FLOAT32
+    context = Context(Domain(math.prod(draft.image.shape)), precision)
+    values = _walk(context, draft, draft.image, reports, reasons)
+    logits = Unknown("") if draft.output is None else values[draft.output.number]
     reason = _why_no_logits(logits)
     if reason:
-        reasons.append(f"output {graph.output_name!r}{reason}")
+        reasons.append(f"the output{reason}")
     if reasons or not isinstance(logits, View):
-        raise UnsupportedGraphError(reasons)
+        raise UnsupportedModelError(reasons)
     try:
-        certificate = _certificate(context, graph, logits, reports)
+        certificate = _certificate(context, draft.image, logits, reports)
     except RecursionError as error:
-        raise UnsupportedGraphError(["too many linear steps in a row before the output"]) from error
+        raise UnsupportedModelError(["too many linear steps in a row before the output"]) from error
     if not (np.isfinite(certificate.margin_bounds_KK).all() and math.isfinite(certificate.logit_error)):
-        raise UnsupportedGraphError(["the bounds of the logits are not finite"])
+        raise UnsupportedModelError(["the bounds of the logits are not finite"])
     return certificate
 
 
-def _walk(context: Context, graph: Graph, reports: list[NodeReport], reasons: list[str]) -> Value:
-    """Visit all nodes; add to `reports` and `reasons`; return the value of the graph's output."""
-    values: dict[str, Value] = {name: Constant(array) for name, array in graph.initializers.items()}
-    for name in graph.input_names:
-        values[name] = _image(context, graph) if graph.input_shape else Unknown("")
+def _walk(
+    context: Context, draft: Draft, image: Tensor, reports: list[NodeReport], reasons: list[str]
+) -> dict[int, Value]:
+    """Visit all operators; add to `reports` and `reasons`; return the value of each tensor by its number."""
+    values: dict[int, Value] = {image.number: _image(context, image)}
     made = 0
-    for node in graph.nodes:
-        inputs = [values.get(name, Unknown("an input is not in the graph")) if name else None for name in node.inputs]
-        while inputs and inputs[-1] is None:
-            inputs.pop()
+    for operator in draft.operators:
+        inputs = [values[operand.number] if isinstance(operand, Tensor) else operand for operand in operator.operands]
         try:
-            outputs = _outputs(context, node, inputs, reports)
-            made += sum(map(elements_of, outputs))
+            results = _results(context, operator, inputs, reports)
+            made += sum(map(elements_of, results))
             if made > MOST_ELEMENTS_TOGETHER:
-                reasons.append(f"{node.label}: {size_error(made, MOST_ELEMENTS_TOGETHER)} in all values so far")
-                raise UnsupportedGraphError(reasons)
+                reasons.append(f"{operator.label}: {size_error(made, MOST_ELEMENTS_TOGETHER)} in all values so far")
+                raise UnsupportedModelError(reasons)
         except Refusal as refusal:
             if str(refusal):
-                reasons.append(f"{node.label}: {refusal}")
-            outputs = [Unknown("") for _ in node.outputs]
-        values.update(zip(node.outputs, outputs, strict=False))
-    return values.get(graph.output_name, Unknown("the output is not computed by any node"))
+                reasons.append(f"{operator.label}: {refusal}")
+            results = [Unknown("") for _ in operator.results]
+        values.update((tensor.number, value) for tensor, value in zip(operator.results, results, strict=True))
+    return values
 
 
 def _why_no_logits(value: Value) -> str:
@@ -88,57 +92,45 @@ def _why_no_logits(value: Value) -> str:
             return ""
 
 
-def _image(context: Context, graph: Graph) -> View:
+def _image(context: Context, image: Tensor) -> View:
     """Return the input: any image of the box, 8-bit pixels divided by 255 in float64 and cast to the graph's format."""
-    size = math.prod(graph.input_shape)
     unit = FLOAT64.unit_roundoff
-    if graph.precision is not FLOAT64:
-        unit = add_up(unit, mul_up(graph.precision.unit_roundoff, 1.0 + 2.0**-50), graph.precision.smallest_normal)
-    pixels = Facts(lipschitz=1.0, error=mul_up(unit, sqrt_up(float(size))), error_max=unit)
-    return context.source(np.full(graph.input_shape, 0.5), pixels)
+    if context.precision is not FLOAT64:
+        single = context.precision
+        unit = add_up(unit, mul_up(single.unit_roundoff, 1.0 + 2.0**-50), single.smallest_normal)
+    size = float(math.prod(image.shape))
+    pixels = Facts(lipschitz=1.0, error=mul_up(unit, sqrt_up(size)), error_max=unit)
+    return context.source(np.full(image.shape, 0.5), pixels)
 
 
-def _outputs(context: Context, node: Node, inputs: Operands, reports: list[NodeReport]) -> Sequence[Value]:
-    present = [value for value in inputs if value is not None]
-    entry = squares.entry_for(node, inputs) or RULES.get(node.operator)
-    if node.operator == "Shape":
-        return [fold_shape(context, node, present)]
-    foldable = node.operator in EXACT_FOLDS or node.operator in INTEGER_FOLDS
-    if foldable and all(isinstance(value, Constant) for value in present):
-        return fold(context, node, cast(Sequence[Constant | None], inputs))
+def _results(context: Context, operator: Operator, inputs: Operands, reports: list[NodeReport]) -> Sequence[Value]:
+    entry = squares.entry_for(operator, inputs) or RULES.get(operator.kind)
     if entry is None:
-        for value in present:
-            if foldable and isinstance(value, Unknown):
-                # Constants would have passed: the node that made the operand is at fault.
-                raise Refusal(value.reason)
         raise Refusal("no proved rule for this operator")
-    unread = node.attributes.keys() - entry.attributes
+    unread = dict(operator.attributes).keys() - entry.attributes
     if unread:
         raise Refusal(f"no proved rule for attribute {', '.join(sorted(unread))}")
-    for value in present:
+    for value in inputs:
         if isinstance(value, Unknown):
             raise Refusal(value.reason)
-    if all(isinstance(value, Constant) for value in present):
-        raise Refusal(ROUNDS)
     context.theorem = None
     try:
-        outputs = entry.apply(context, node, inputs)
+        results = entry.apply(context, operator, inputs)
     except RecursionError as error:
         raise Refusal("too many linear steps in a row") from error
     except MemoryError as error:
         raise Refusal("too large to analyse: it needs more memory than there is") from error
-    except (ArithmeticError, IndexError, TypeError, ValueError) as error:
-        # A malformed node: numpy cannot evaluate it.
-        raise Refusal(f"its operands do not fit: {error}") from error
-    for output in outputs:
-        if isinstance(output, View):
-            facts = context.domain.joint(output)
-            reports.append(NodeReport(node.label, facts.lipschitz, facts.error, context.theorem or entry.theorem))
-            break
-    return outputs
+    for tensor, result in zip(operator.results, results, strict=True):
+        if isinstance(result, View) and result.shape != tensor.shape:
+            raise RuntimeError(f"{operator.label}: proved for {result.shape}, written as {tensor.shape}")
+    first = next((result for result in results if isinstance(result, View)), None)
+    if first is not None:
+        facts = context.domain.joint(first)
+        reports.append(NodeReport(operator.label, facts.lipschitz, facts.error, context.theorem or entry.theorem))
+    return results
 
 
-def _certificate(context: Context, graph: Graph, logits: View, reports: Sequence[NodeReport]) -> Certificate:
+def _certificate(context: Context, image: Tensor, logits: View, reports: Sequence[NodeReport]) -> Certificate:
     facts = context.domain.joint(logits)
     n_outputs = logits.shape[0]
     if n_outputs == 1:
@@ -155,9 +147,9 @@ def _certificate(context: Context, graph: Graph, logits: View, reports: Sequence
         if joint_KK is not None:
             bounds_KK = np.minimum(bounds_KK, joint_KK)
     return Certificate(
-        input_shape=graph.input_shape,
+        input_shape=image.shape,
         n_outputs=n_outputs,
-        precision=graph.precision.name,
+        precision=context.precision.name,
         lipschitz_bound=facts.lipschitz,
         margin_bounds_KK=bounds_KK,
         logit_error=min(facts.error, facts.error_max),

@@ -1,24 +1,11 @@
-"""The certificate of a classifier, or the reasons for its refusal: plain data, which needs no ONNX library."""
+"""The certificate of a classifier: plain data, which needs no ONNX library."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from service.certificate.rounding import add_up, mul_up
 from service.shapes import Float64
-
-
-class UnsupportedGraphError(Exception):
-    """No bound can be proved for this graph.
-
-    Attributes:
-        reasons: one line for each obstacle; it names the node (or input, output, weight).
-    """
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = tuple(reasons)
-        super().__init__("the graph cannot be certified:\n" + "\n".join(f"  - {reason}" for reason in reasons))
 
 
 @dataclass(frozen=True)

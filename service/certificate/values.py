@@ -17,6 +17,7 @@ from service.certificate.facts import Facts
 from service.certificate.limits import fits
 from service.certificate.norms import pairwise_distance_bounds
 from service.certificate.rounding import add_up, mul_up, norm_up, sqrt_up
+from service.network.operators import Constant
 
 
 @dataclass(frozen=True)
@@ -192,20 +193,8 @@ class Squares:
 
 
 @dataclass(frozen=True, eq=False)
-class Constant:
-    """A value that does not depend on the image."""
-
-    array: NDArray[np.generic]
-    depends_on_batch: bool = False
-    """Whether it holds integers with the batch size, as `PROBE_BATCH`, among them: a shape.
-
-    Every other entry is the same for all batch sizes: entries are picked from such a constant, never computed with.
-    """
-
-
-@dataclass(frozen=True, eq=False)
 class Unknown:
-    """The output of a refused node, or an output without a Lipschitz constant (the indices of a sort)."""
+    """The result of a refused operator, or one without a Lipschitz constant (the indices of a sort)."""
 
     reason: str
     """Empty where the refusal is on record already."""

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from onnx import TensorProto, helper
 
+from service.network.limits import limit_tensor
 from service.network.nodes import Node, axes_of, integers, optional, slice_bounds, split_sizes
-from service.network.operators import LARGEST_TENSOR, Refusal
+from service.network.operators import Refusal
 
 Array = np.ndarray
 Evaluator = Callable[[Node, list[Array]], list[Array]]
@@ -71,8 +72,7 @@ def _limited(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape; raise Refusal if an array of it is too large."""
     if any(size < 0 for size in shape):
         raise Refusal(f"a constant of shape {tuple(shape)}")
-    if math.prod(shape) > LARGEST_TENSOR:
-        raise Refusal(f"a constant of shape {tuple(shape)}; the limit is {LARGEST_TENSOR} elements")
+    limit_tensor(shape)
     return tuple(shape)
 
 
@@ -402,7 +402,10 @@ def _reduce(node: Node, arrays: list[Array]) -> list[Array]:
         return [np.asarray(reduce(data, axis=chosen, keepdims=keep))]
     if data.dtype.kind not in "iu":
         raise Refusal(ROUNDS)
-    return [_in_range(np.asarray(np.prod(data.astype(object), axis=chosen, keepdims=keep)), data.dtype)]
+    # Of absolute values: each product on the way is within, too.
+    if math.prod(max(1, abs(number)) for number in data.ravel().tolist()) >= 2**24:
+        raise Refusal("a product of integers beyond 24 bits: runtimes compute it in formats of their own")
+    return [np.asarray(np.prod(data, axis=chosen, keepdims=keep, dtype=data.dtype))]
 
 
 @evaluates("Add", "Div", "Mod", "Mul", "Sub")

@@ -174,6 +174,8 @@ def slice_bounds(
         if step == 0:
             raise Refusal("a step of 0")
         length = shape[axis]
+        if step < 0 and (start < -length or end >= length):
+            raise Refusal("a backward slice that starts before the front or ends behind the back: read in two ways")
         low, high = (start + length if start < 0 else start), (end + length if end < 0 else end)
         if step > 0:
             bounds = min(max(low, 0), length), min(max(high, 0), length)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -17,10 +17,6 @@ Shape = tuple[int, ...]
 """Of one image's tensor: the batch axis, always the first, is left out."""
 Attribute = int | float | str | tuple[int, ...]
 Precision = Literal["float32", "float64"]
-
-LARGEST_TENSOR = 2**24
-"""Elements of a tensor of one image, or of a constant; more are refused before anything is allocated."""
-MOST_OPERATORS = 20_000
 
 
 class UnsupportedModelError(Exception):
@@ -88,6 +84,22 @@ class Operator:
     def attribute(self, name: str) -> Attribute:
         """Return the value of an attribute that this kind of operator has."""
         return dict(self.attributes)[name]
+
+    def integer(self, name: str) -> int:
+        """Return an attribute that is an integer, or a flag, 0 or 1."""
+        return cast(int, self.attribute(name))
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Return an attribute that lists integers."""
+        return cast("tuple[int, ...]", self.attribute(name))
+
+    def number(self, name: str) -> float:
+        """Return an attribute that is a number."""
+        return cast(float, self.attribute(name))
+
+    def text(self, name: str) -> str:
+        """Return an attribute that is a word."""
+        return cast(str, self.attribute(name))
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from service.network.constants import EVALUATORS, PICKING, ROUNDS, evaluate
+from service.network.limits import LARGEST_WEIGHT, quoted, size_error
 from service.network.lowering import LOWERINGS
 from service.network.lowering.table import PROBE_BATCH, Folded, Inputs, Known, Reading, Unknown, constant_array
 from service.network.nodes import Node, decode, tensor_array, type_name
 from service.network.operators import (
-    LARGEST_TENSOR,
     Network,
     Operator,
     Precision,
@@ -35,6 +35,8 @@ _WHY_NOT: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "float16 has too little precision for a certificate; export float64 (or float32)",
     onnx.TensorProto.BFLOAT16: "bfloat16 has too little precision for a certificate; export float64 (or float32)",
 }
+_NAME = 100
+"""Characters of a name in a message."""
 _SHAPES = ("Shape", "Size")
 _COMPUTES_WITH_BATCH = "it computes with the batch size, so that images of one batch size get another map than others"
 
@@ -88,7 +90,7 @@ def read_draft(model_bytes: bytes) -> Draft:
         try:
             values[name] = reading.tensor(shape)
         except Refusal as refusal:
-            reasons.append(f"input {name!r}: {refusal}")
+            reasons.append(f"input {quoted(name, _NAME)!r}: {refusal}")
     if len(graph.output) != 1:
         reasons.append(f"{len(graph.output)} outputs; the certifier needs exactly one, the logits")
     output_name = graph.output[0].name if graph.output else ""
@@ -96,9 +98,9 @@ def read_draft(model_bytes: bytes) -> Draft:
         _add(reading, node, values, reasons)
     output = values.get(output_name, Unknown("it is not computed by any node"))
     if isinstance(output, Unknown) and output.reason:
-        reasons.append(f"output {output_name!r}: {output.reason}")
+        reasons.append(f"output {quoted(output_name, _NAME)!r}: {output.reason}")
     elif isinstance(output, Folded):
-        reasons.append(f"output {output_name!r} does not depend on the image")
+        reasons.append(f"output {quoted(output_name, _NAME)!r} does not depend on the image")
     start = values.get(image[0]) if image is not None else None
     return Draft(
         start if isinstance(start, Tensor) else None,
@@ -117,8 +119,8 @@ def _parsed(model_bytes: bytes) -> onnx.ModelProto:
         if outside:
             raise UnsupportedModelError(
                 [
-                    f"weight {name!r} is stored outside the file, where its digest does not reach; write one file: "
-                    "onnx.save(onnx.load(FILE), FILE)"
+                    f"weight {quoted(name, _NAME)!r} is stored outside the file, where its digest does not reach; "
+                    "write one file: onnx.save(onnx.load(FILE), FILE)"
                     for name in outside
                 ]
             )
@@ -152,15 +154,15 @@ def _stored(graph: onnx.GraphProto, reasons: list[str]) -> dict[str, Known]:
     values: dict[str, Known] = {}
     for tensor in graph.initializer:
         try:
-            if math.prod(tensor.dims) > LARGEST_TENSOR:
-                raise ValueError(f"has shape {tuple(tensor.dims)}; the limit is {LARGEST_TENSOR} elements")
+            if math.prod(tensor.dims) > LARGEST_WEIGHT:
+                raise ValueError(size_error(math.prod(tensor.dims), LARGEST_WEIGHT))
             array = tensor_array(tensor)
         except ValueError as error:
-            reasons.append(f"weight {tensor.name!r} {error}")
+            reasons.append(f"weight {quoted(tensor.name, _NAME)!r} {error}")
             values[tensor.name] = Unknown()
             continue
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            reasons.append(f"weight {tensor.name!r} holds NaN or infinity")
+            reasons.append(f"weight {quoted(tensor.name, _NAME)!r} holds NaN or infinity")
             values[tensor.name] = Unknown()
             continue
         values[tensor.name] = Folded(array)
@@ -184,10 +186,10 @@ def _image(
     precision = PRECISIONS.get(tensor_type.elem_type, "float64")
     if tensor_type.elem_type not in PRECISIONS:
         why = _WHY_NOT.get(tensor_type.elem_type, "the certifier has an error analysis for float64 and float32 only")
-        reasons.append(f"input {name!r} is {type_name(tensor_type.elem_type)}: {why}")
+        reasons.append(f"input {quoted(name, _NAME)!r} is {type_name(tensor_type.elem_type)}: {why}")
     shape = [size for size in sizes[1:] if size is not None]
     if len(sizes) < 2 or len(shape) < len(sizes) - 1:
-        reasons.append(f"input {name!r} needs a fixed shape after the batch axis, found {sizes}")
+        reasons.append(f"input {quoted(name, _NAME)!r} needs a fixed shape after the batch axis, found {sizes}")
         stored[name] = Unknown()
         return None, precision, PROBE_BATCH
     stored[name] = Unknown()
@@ -209,7 +211,8 @@ def _needed(graph: onnx.GraphProto, output: str, opset: int, reasons: list[str])
     nodes: list[Node] = []
     for position in sorted(needed):
         proto = graph.node[position]
-        label = f"{proto.op_type} {proto.name or (proto.output[0] if proto.output else '')!r}"
+        name = proto.name or (proto.output[0] if proto.output else "")
+        label = f"{quoted(proto.op_type, _NAME)} {quoted(name, _NAME)!r}"
         standard = proto.domain in ("", "ai.onnx")
         kind = proto.op_type if standard else f"{proto.domain}::{proto.op_type}"
         version = _version(proto.op_type, opset) if standard else 0
@@ -234,7 +237,7 @@ def _add(reading: Reading, node: Node, values: dict[str, Known], reasons: list[s
         results = _results(reading, node, inputs)
     except Refusal as refusal:
         if str(refusal):
-            reasons.append(f"{node.label}: {refusal}")
+            reasons.append(f"{node.label}: {quoted(str(refusal))}")
         results = [Unknown()] * len(node.outputs)
     values.update((name, value) for name, value in zip(node.outputs, results, strict=False) if name)
 

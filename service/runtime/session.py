@@ -1,8 +1,8 @@
 """Sessions of ONNX Runtime, with options that keep it inside the certificate's error analysis.
 
 The analysis covers correctly rounded operations summed in any order. So: no TF32 and no other emulation of a format by
-narrower ones, a convolution algorithm that does not depend on the batch, no rewriting of weights, subnormal numbers
-preserved. No node of a GPU session runs on the CPU: a provider that is not available is an error, never a silent
+narrower ones, a convolution algorithm that does not depend on the batch, no graph optimisation (every node of the graph
+is one kernel), subnormal numbers preserved. No node of a GPU session runs on the CPU: a provider that is not available is an error, never a silent
 fallback.
 
 CUDA graphs, which would spare the launch of each operator, are left out: their gain has not been measured.
@@ -27,17 +27,6 @@ _CUDA_OPTIONS = {
     # The default doubles the arena each time; a GPU has other users.
     "arena_extend_strategy": "kSameAsRequested",
 }
-# All but the last fold a scale into the weights of the layer before it: another network, by one rounding of every
-# weight.
-DISABLED_OPTIMIZERS = [
-    "ConvMulFusion",
-    "ConvAddFusion",
-    "ConvBNFusion",
-    "MatMul_BatchNormalization_Fusion",
-    "MatMulScaleFusion",
-    # This one changes no result, but refuses every float64 Relu that is followed by a Clip.
-    "FuseReluClip",
-]
 # Errors and worse: the runtime's warnings are about its own attempts, which this package reports in its own words.
 _LOG_SEVERITY_ERROR = 3
 _DTYPES: dict[str, Any] = {"tensor(double)": np.float64, "tensor(float)": np.float32}
@@ -83,7 +72,6 @@ def open_session(
             graph_bytes,
             sess_options=options,
             providers=wanted,
-            disabled_optimizers=DISABLED_OPTIMIZERS,
             enable_fallback=0,
         )
     except Exception as error:  # The runtime's exceptions share no base class.
@@ -110,8 +98,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    # Constant folding and fusions of MatMul with Add; the level above rewrites constants.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = _LOG_SEVERITY_ERROR
     # Idle threads that spin would take a whole core of a small machine between requests.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -18,7 +18,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from benchmarks.libraries.certify import Result, Row
-from service.certificate import Certificate, UnsupportedGraphError, certify
+from service.certificate import Certificate, UnsupportedModelError, certify
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "tests" / "samples_of_libraries"
@@ -125,7 +125,7 @@ def test_a_plain_residual_network_is_certified_loosely(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_proof_is_refused_with_every_operator_and_the_reason(name: str) -> None:
-    with pytest.raises(UnsupportedGraphError) as refusal:
+    with pytest.raises(UnsupportedModelError) as refusal:
         certify(model_bytes(name))
     found = {reason.split(" ")[0]: reason for reason in refusal.value.reasons}
     assert found.keys() == REFUSED[name].keys()
@@ -138,7 +138,7 @@ def test_what_has_no_proof_is_refused_with_every_operator_and_the_reason(name: s
 
 def test_weights_in_another_file_are_refused_one_by_one_with_the_cure() -> None:
     content = model_bytes(EXTERNAL)
-    with pytest.raises(UnsupportedGraphError) as refusal:
+    with pytest.raises(UnsupportedModelError) as refusal:
         certify(content)
     tensors = onnx.load_from_string(content).graph.initializer
     outside = [tensor.name for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]

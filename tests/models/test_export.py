@@ -25,7 +25,7 @@ from models.nets.layers.sorting import GroupSort2
 from models.nets.networks import LipschitzNetwork, convolutional_network, dense_network
 from models.nets.onnx_graph import IR_VERSION, OPSET, GraphBuilder, Value
 from models.recipes import Stage
-from service.certificate import UnsupportedGraphError
+from service.certificate import UnsupportedModelError
 from service.inference.classifier import Classifier
 
 LABELS = ["zero", "one", "two"]
@@ -230,7 +230,7 @@ class Unproved(Flatten):
         (lambda: [Normalize([0.0], [0.5]), Flatten(), OrthogonalDense(16, 8)], ExportRefusedError, "declares"),
         (lambda: [WrongAdjoint(), OrthogonalDense(16, 8)], ExportRefusedError, "wrong adjoint"),
         (lambda: [WrongForward(), OrthogonalDense(16, 8)], ExportRefusedError, "differ from torch"),
-        (lambda: [Unproved(), OrthogonalDense(16, 8)], UnsupportedGraphError, "Exp"),
+        (lambda: [Unproved(), OrthogonalDense(16, 8)], UnsupportedModelError, "Exp"),
     ],
     ids=["stretching layer", "undeclared normalisation", "wrong adjoint", "wrong forward", "no rule"],
 )

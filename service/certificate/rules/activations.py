@@ -13,20 +13,16 @@ from dataclasses import replace
 import numpy as np
 
 from service.certificate.facts import LocalError
-from service.certificate.graph import Node
 from service.certificate.limits import fits
 from service.certificate.rounding import add_up, div_up, down, mul_up, sqrt_up
 from service.certificate.rules.operands import (
     Array,
     Operands,
-    Refusal,
     data_operand,
-    float_attribute,
-    image_axis,
-    int_attribute,
 )
 from service.certificate.rules.table import Context, rule
 from service.certificate.values import Affine, LinearStep, Slopes, Value, View, affine_of
+from service.network.operators import Operator, Refusal
 
 FUNCTION_ERROR = 64.0
 """Assumption: each elementary function, as the runtime computes it in a format with unit roundoff `u`, is off by at
@@ -37,10 +33,6 @@ zero, since runtimes compute `alpha (exp(x) - 1)` as it stands. numpy's own func
 The largest error measured of ONNX Runtime, in each format that it has kernels for: `benchmarks/ACTIVATIONS.md`. Not
 all runtimes keep it: onnx's reference evaluator computes Erf in float32 whatever the format.
 """
-
-_SELU_ALPHA, _SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875
-# ONNX attributes are float32, defaults included: float64 kernels compute with this number, not with 0.2.
-_HARD_SIGMOID_ALPHA = float(np.float32(0.2))
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
@@ -83,12 +75,12 @@ def _activated(
 
 
 @rule("Elu", attributes=("alpha",))
-def elu(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def elu(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """x, or alpha (exp(x) - 1) below 0: slopes 1 and alpha exp(x), so max(1, |alpha|)-Lipschitz.
 
     Args: see `Rule`.
     """
-    view, alpha = data_operand(inputs[0]), float_attribute(node, "alpha", 1.0)
+    view, alpha = data_operand(inputs[0]), node.number("alpha")
     bound, low = max(1.0, abs(alpha)), min(0.0, alpha)
     return [_activated(context, view, lambda x: _elu(x, alpha), slope=bound, low=low, scale=bound, growth=1.0)]
 
@@ -98,13 +90,13 @@ def _elu(x: Array, alpha: float) -> Array:
 
 
 @rule("Selu", attributes=("alpha", "gamma"))
-def selu(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def selu(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """gamma times Elu: |gamma| max(1, |alpha|)-Lipschitz.
 
     Args: see `Rule`.
     """
     view = data_operand(inputs[0])
-    alpha, gamma = float_attribute(node, "alpha", _SELU_ALPHA), float_attribute(node, "gamma", _SELU_GAMMA)
+    alpha, gamma = node.number("alpha"), node.number("gamma")
     slope = mul_up(abs(gamma), max(1.0, abs(alpha)))
     low = 0.0 if min(alpha, gamma) >= 0.0 else -slope
     scale = max(1.0, mul_up(abs(gamma), abs(alpha)))
@@ -116,7 +108,7 @@ def selu(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("Celu", attributes=("alpha",))
-def celu(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def celu(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """x, or alpha (exp(x / alpha) - 1) below 0, alpha > 0: slopes 1 and exp(x / alpha) <= 1, so 1-Lipschitz.
 
     Args: see `Rule`.
@@ -124,7 +116,7 @@ def celu(context: Context, node: Node, inputs: Operands) -> list[Value]:
     Raises:
         Refusal: alpha is not positive, or tiny.
     """
-    view, alpha = data_operand(inputs[0]), float_attribute(node, "alpha", 1.0)
+    view, alpha = data_operand(inputs[0]), node.number("alpha")
     if alpha < 2.0**-20:
         raise Refusal("alpha must be positive, and not tiny: below zero it would grow without bound")
     context.no_overflow(div_up(context.domain.joint(view).largest, alpha))
@@ -132,7 +124,7 @@ def celu(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("Softplus")
-def softplus(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def softplus(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """log(1 + exp(x)): its slope is the sigmoid, so 1-Lipschitz.
 
     Args: see `Rule`.
@@ -143,7 +135,7 @@ def softplus(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("Softsign")
-def softsign(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def softsign(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """x / (1 + |x|): slope 1 / (1 + |x|)^2, so 1-Lipschitz.
 
     Args: see `Rule`.
@@ -152,7 +144,7 @@ def softsign(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("Sigmoid")
-def sigmoid(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def sigmoid(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """1 / (1 + exp(-x)): slope y (1 - y), so 1/4-Lipschitz.
 
     Args: see `Rule`.
@@ -166,7 +158,7 @@ def _sigmoid(x: Array) -> Array:
 
 
 @rule("Tanh")
-def tanh(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def tanh(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """tanh(x): slope 1 - y^2, so 1-Lipschitz.
 
     Args: see `Rule`.
@@ -175,7 +167,7 @@ def tanh(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("Erf")
-def erf(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def erf(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """erf(x): slope 2 / sqrt(pi) exp(-x^2), so 2 / sqrt(pi)-Lipschitz.
 
     Args: see `Rule`.
@@ -185,13 +177,13 @@ def erf(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("HardSigmoid", attributes=("alpha", "beta"))
-def hard_sigmoid(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def hard_sigmoid(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """alpha x + beta, projected on [0, 1]: |alpha|-Lipschitz; two roundings before the projection.
 
     Args: see `Rule`.
     """
     view = data_operand(inputs[0])
-    alpha, beta = float_attribute(node, "alpha", _HARD_SIGMOID_ALPHA), float_attribute(node, "beta", 0.5)
+    alpha, beta = node.number("alpha"), node.number("beta")
 
     def value(x: Array) -> Array:
         return np.clip(alpha * x + beta, 0.0, 1.0)
@@ -202,7 +194,7 @@ def hard_sigmoid(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("HardSwish")
-def hard_swish(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def hard_swish(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """x times x / 6 + 1/2 projected on [0, 1]: slope (2 x + 3) / 6 on [-3, 3], so 3/2-Lipschitz.
 
     Args: see `Rule`.
@@ -218,7 +210,7 @@ def hard_swish(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("ThresholdedRelu", attributes=("alpha",))
-def thresholded_relu(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def thresholded_relu(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Refused: it jumps.
 
     Args: see `Rule`.
@@ -253,13 +245,13 @@ def _sum_error(context: Context, n: int) -> float:
 
 
 @rule("Softmax", attributes=("axis",))
-def softmax(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def softmax(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Jacobian diag(p) - p p^T, absolute row sums 2 p_i (1 - p_i) <= 1/2 (Gershgorin): 1/2-Lipschitz.
 
     Args: see `Rule`.
     """
     view = data_operand(inputs[0])
-    axis = image_axis(int_attribute(node, "axis", -1), view)
+    axis = node.integer("axis") - 1
     facts = context.domain.joint(view)
     context.no_overflow(mul_up(4.0, facts.largest))
     shifted, total = _exponentials(np.moveaxis(view.center, axis, -1))
@@ -279,7 +271,7 @@ def softmax(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("LogSoftmax", attributes=("axis",))
-def log_softmax(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def log_softmax(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Jacobian I - 1 p^T, a projection: as long as its complement, ||1|| ||p|| <= sqrt(n). Differences stay.
 
     For a projection P other than 0 and I, `||P|| = ||I - P||` (Kato, *Perturbation Theory*, I 6.8). `p` at a corner of
@@ -288,7 +280,7 @@ def log_softmax(context: Context, node: Node, inputs: Operands) -> list[Value]:
     Args: see `Rule`.
     """
     view = data_operand(inputs[0])
-    axis = image_axis(int_attribute(node, "axis", -1), view)
+    axis = node.integer("axis") - 1
     facts = context.domain.joint(view)
     context.no_overflow(mul_up(8.0, facts.largest))
     shifted, total = _exponentials(np.moveaxis(view.center, axis, -1))

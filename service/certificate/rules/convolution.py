@@ -13,7 +13,6 @@ from service.certificate.convolutions import (
     transposed_convolve,
 )
 from service.certificate.facts import LocalError
-from service.certificate.graph import Node
 from service.certificate.limits import fits
 from service.certificate.norms import row_norms_up, spectral_norm_bound
 from service.certificate.rounding import SMALLEST_NORMAL, add_up, div_up, down, mul_up, norm_up, sqrt_up
@@ -21,30 +20,25 @@ from service.certificate.rules.linear import LinearMap, diagonal_step, linear_re
 from service.certificate.rules.operands import (
     Array,
     Operands,
-    Refusal,
     data_operand,
-    flag_attribute,
-    float_attribute,
     float_operand,
-    int_attribute,
-    integers_attribute,
     limit_size,
     optional_operand,
 )
 from service.certificate.rules.table import Context, rule
-from service.certificate.rules.windows import Windows, explicit_pads, read_windows
+from service.certificate.rules.windows import Windows, pads_of, windows_of
 from service.certificate.values import Convolution, Value, View
+from service.network.operators import Operator, Refusal
 
-_CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+_CONV_ATTRIBUTES = ("dilations", "group", "pads", "strides")
 _CIRCULAR = "Circular convolution: the largest norm of its symbol on the torus of the image itself."
 _PATCHES = "Kernel as a matrix W on patches, an element in at most m of them: ||W||_2 sqrt(m)."
 
 
-def _kernel(node: Node, weight: Array) -> Array:
+def _kernel(value: Value | None) -> Array:
+    weight = float_operand(value, "the weight")
     if weight.ndim not in (3, 4):
         raise Refusal(f"a kernel with {weight.ndim - 2} spatial axes; the rule covers 1 and 2")
-    if integers_attribute(node, "kernel_shape", weight.shape[2:]) != list(weight.shape[2:]):
-        raise Refusal("kernel_shape is not the shape of the weight")
     return weight
 
 
@@ -52,27 +46,20 @@ def _bias(inputs: Operands, channels: int, axes: int) -> Array:
     """Return one number for each channel, with the axes of an image."""
     value = optional_operand(inputs, 2)
     bias = float_operand(value, "the bias") if value is not None else np.zeros(channels)
-    if bias.shape != (channels,):
-        raise Refusal(f"a bias of shape {bias.shape} does not fit {channels} channels")
     return bias.reshape(-1, *[1] * axes)
 
 
 @rule("Conv", attributes=_CONV_ATTRIBUTES)
-def conv(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def conv(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Zero-padded convolution: at most the largest norm of its symbol on a torus of n + k - 1 points.
 
     Args: see `Rule`.
-
-    Raises:
-        Refusal: the kernel does not fit the image.
     """
     view = data_operand(inputs[0])
-    kernel = _kernel(node, float_operand(inputs[1], "the weight"))
+    kernel = _kernel(inputs[1])
     axes = kernel.ndim - 2
-    groups = int_attribute(node, "group", 1)
-    if len(view.shape) != axes + 1 or view.shape[0] != kernel.shape[1] * groups or kernel.shape[0] % groups:
-        raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
-    windows = read_windows(node, view.shape[1:], kernel.shape[2:])
+    groups = node.integer("group")
+    windows = windows_of(node, view.shape[1:], kernel.shape[2:])
     strides, dilations, pads = windows.strides, windows.dilations, windows.pads
     padded = (view.shape[0], *windows.padded)
     limit_size(padded, (len(kernel), *windows.after), (*kernel.shape[:2], *windows.whole_strides))
@@ -135,32 +122,26 @@ def _period(index: NDArray[np.int64], axis: int) -> int:
 
 
 @rule("ConvTranspose", attributes=(*_CONV_ATTRIBUTES, "output_padding"))
-def conv_transpose(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def conv_transpose(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """The adjoint of a zero-padded convolution (some results cut off): the same norm bound.
 
     Args: see `Rule`.
 
     Raises:
-        Refusal: the kernel does not fit the image, or an attribute has no proved rule.
+        Refusal: nothing is left of the image.
     """
     view = data_operand(inputs[0])
-    kernel = _kernel(node, float_operand(inputs[1], "the weight"))
+    kernel = _kernel(inputs[1])
     axes = kernel.ndim - 2
-    groups = int_attribute(node, "group", 1)
-    if len(view.shape) != axes + 1 or view.shape[0] != kernel.shape[0] or kernel.shape[0] % groups:
-        raise Refusal(f"a kernel {kernel.shape} in {groups} groups does not fit an image {view.shape}")
-    if node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise Refusal("auto_pad, which runtimes read in two ways; give the pads as numbers")
-    strides = integers_attribute(node, "strides", [1] * axes)
-    dilations = integers_attribute(node, "dilations", [1] * axes)
-    extra = integers_attribute(node, "output_padding", [0] * axes)
-    pads = explicit_pads(node, axes) if node.attributes.get("auto_pad", "NOTSET") == "NOTSET" else [(0, 0)] * axes
+    groups = node.integer("group")
+    strides, dilations, extra = (node.integers(name) for name in ("strides", "dilations", "output_padding"))
+    pads = pads_of(node)
     # As the adjoint of the convolution of an image as large as the full result.
     whole = [
         (n - 1) * s + (k - 1) * d + 1 + more
         for n, k, s, d, more in zip(view.shape[1:], kernel.shape[2:], strides, dilations, extra, strict=True)
     ]
-    windows = Windows(tuple(whole), kernel.shape[2:], tuple(strides), tuple(dilations), tuple(pads))
+    windows = Windows(tuple(whole), kernel.shape[2:], strides, dilations, pads)
     channels = kernel.shape[1] * groups
     limit_size((channels, *whole), (*kernel.shape[:2], *windows.whole_strides))
     if any(n - low - high < 1 for n, (low, high) in zip(whole, pads, strict=True)):
@@ -185,22 +166,18 @@ def conv_transpose(context: Context, node: Node, inputs: Operands) -> list[Value
     return [linear_result(context, view, linear, _bias(inputs, channels, axes))]
 
 
-@rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))
-def batch_normalization(context: Context, node: Node, inputs: Operands) -> list[Value]:
+@rule("BatchNormalization", attributes=("epsilon",))
+def batch_normalization(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """In inference form a diagonal map per channel: its norm is the largest |scale| / sqrt(variance + epsilon).
 
     Args: see `Rule`.
 
     Raises:
-        Refusal: it is a training form, its parameters do not fit, or its factors may underflow.
+        Refusal: its factors may underflow or overflow.
     """
     view = data_operand(inputs[0])
-    if flag_attribute(node, "training_mode", 0) or len(node.outputs) > 1:
-        raise Refusal("its training form mixes the images of a batch")
     scale, bias, mean, variance = (float_operand(value, "every parameter") for value in inputs[1:5])
-    if any(parameter.shape != (view.shape[0],) for parameter in (scale, bias, mean, variance)):
-        raise Refusal(f"its parameters do not fit {view.shape[0]} channels")
-    epsilon = float_attribute(node, "epsilon", 1e-5)
+    epsilon = node.number("epsilon")
     if not (variance + epsilon >= context.precision.smallest_normal).all():
         raise Refusal("variance + epsilon must be positive, and not so small that it may underflow")
     # Five roundings in float64 at most; the slack covers them.
@@ -208,6 +185,8 @@ def batch_normalization(context: Context, node: Node, inputs: Operands) -> list[
     peak = float(np.max(factor))
     if ((factor < SMALLEST_NORMAL) & (scale != 0.0)).any():
         raise Refusal("a factor underflows")
+    # A kernel computes the factor, and b - mean f, as numbers of the graph's format.
+    context.no_overflow(add_up(peak, mul_up(peak, float(np.max(np.abs(mean)))), float(np.max(np.abs(bias)))))
     # A runtime may divide the centred image by the deviation before it scales it.
     deviation = down(math.sqrt(float(np.min(variance + epsilon))) * (1.0 - 2.0**-50))
     facts, mean_peak = context.domain.joint(view), float(np.max(np.abs(mean)))

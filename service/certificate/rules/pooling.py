@@ -6,43 +6,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.certificate.convolutions import convolution_norm_bound, dilated
-from service.certificate.graph import Node
 from service.certificate.rounding import div_up, mul_up, sqrt_up
 from service.certificate.rules.linear import LinearMap, linear_result, mean_norm
 from service.certificate.rules.operands import (
     Array,
     Operands,
-    Refusal,
     data_operand,
-    flag_attribute,
-    integers_attribute,
     limit_size,
 )
 from service.certificate.rules.table import Context, rule
-from service.certificate.rules.windows import Windows, read_windows
+from service.certificate.rules.windows import Windows, windows_of
 from service.certificate.values import Convolution, Value
+from service.network.operators import Operator, Refusal
 
-POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+POOL_ATTRIBUTES = ("dilations", "kernel_shape", "pads", "strides")
 
 
-def _read_pool(node: Node, shape: tuple[int, ...]) -> Windows:
+def _read_pool(node: Operator, shape: tuple[int, ...]) -> Windows:
     """Return the windows of a pool of an image `C x *S`; refuse more of them than fit into an array."""
     axes = len(shape) - 1
     if axes not in (1, 2):
         raise Refusal(f"{axes} spatial axes; the rule covers 1 and 2")
-    if flag_attribute(node, "ceil_mode", 0):
-        raise Refusal("ceil_mode=1 has no proved rule")
-    kernel = integers_attribute(node, "kernel_shape", [0] * axes)
-    windows = read_windows(node, shape[1:], kernel)
-    if node.attributes.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
-        apart = any((-(-n // s) - 1) * s + k < n for n, k, s in zip(shape[1:], kernel, windows.strides, strict=True))
-        if apart or set(windows.dilations) != {1}:
-            raise Refusal("auto_pad of windows with gaps, which runtimes read in two ways; give the pads as numbers")
+    kernel = node.integers("kernel_shape")
+    windows = windows_of(node, shape[1:], kernel)
     limit_size((shape[0], *windows.padded), (shape[0], *windows.after, *kernel), (shape[0], *windows.whole_strides))
     return windows
 
 
-def pool_windows(node: Node, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], Array]:
+def pool_windows(node: Operator, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], Array]:
     """Return positions `C x *out x taps` in a flattened `C x *S` image, -1 for padding, and the divisors of means."""
     one = _read_pool(node, shape).positions()
     offsets = np.arange(shape[0]).reshape(-1, *[1] * one.ndim) * math.prod(shape[1:])
@@ -50,8 +41,8 @@ def pool_windows(node: Node, shape: tuple[int, ...]) -> tuple[NDArray[np.int64],
     return np.where(one >= 0, one + offsets, -1), np.broadcast_to(divisors, (shape[0], *divisors.shape))
 
 
-def _divisors(node: Node, inside: NDArray[np.bool_]) -> Array:
-    if flag_attribute(node, "count_include_pad", 0):
+def _divisors(node: Operator, inside: NDArray[np.bool_]) -> Array:
+    if node.kind == "AveragePool" and node.integer("count_include_pad"):
         return np.full(inside.shape[:-1], float(inside.shape[-1]))
     divisors = inside.sum(axis=-1).astype(np.float64)
     if (divisors == 0.0).any():
@@ -59,17 +50,15 @@ def _divisors(node: Node, inside: NDArray[np.bool_]) -> Array:
     return divisors
 
 
-@rule("MaxPool", attributes=(*POOL_ATTRIBUTES, "storage_order"))
-def max_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
+@rule("MaxPool", attributes=POOL_ATTRIBUTES)
+def max_pool(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Maxima of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows (1 if they are disjoint). Exact.
 
     Args: see `Rule`.
 
     Raises:
-        Refusal: the indices are asked for, or a window holds padding only.
+        Refusal: a window holds padding only.
     """
-    if len(node.outputs) > 1:
-        raise Refusal("the indices of a maximum jump and have no Lipschitz constant")
     view = data_operand(inputs[0])
     windows = _read_pool(node, view.shape)
     padded = np.pad(view.center, [(0, 0), *windows.pads], constant_values=-np.inf)
@@ -82,7 +71,7 @@ def max_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("AveragePool", attributes=(*POOL_ATTRIBUTES, "count_include_pad"))
-def average_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def average_pool(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Means of windows: sqrt(largest row sum * largest column sum) of its weights (Schur's test).
 
     Args: see `Rule`.
@@ -125,7 +114,7 @@ def average_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool")
-def global_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def global_pool(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Over a whole channel of n pixels: the mean has norm 1 / sqrt(n), the maximum is 1-Lipschitz and exact.
 
     Args: see `Rule`.
@@ -133,7 +122,7 @@ def global_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
     view = data_operand(inputs[0])
     channels = view.rearranged(view.index.reshape(view.shape[0], -1))
     shape = (view.shape[0], *[1] * (len(view.shape) - 1))
-    if node.operator == "GlobalMaxPool":
+    if node.kind == "GlobalMaxPool":
         return [context.source(channels.center.max(axis=1).reshape(shape), context.domain.joint(view))]
     n = channels.shape[1]
     context.no_overflow(mul_up(float(n), context.domain.joint(view).largest))

@@ -5,43 +5,23 @@ from dataclasses import replace
 import numpy as np
 
 from service.certificate.facts import LocalError
-from service.certificate.graph import Node
 from service.certificate.rounding import mul_up, sqrt_up
 from service.certificate.rules.linear import LinearMap, linear_result, mean_norm
 from service.certificate.rules.operands import (
     Array,
     Operands,
-    Refusal,
     data_operand,
-    flag_attribute,
-    image_axis,
     integer_operand,
-    optional_operand,
 )
 from service.certificate.rules.piecewise import absolute, sorted_pair
 from service.certificate.rules.table import Context, rule
 from service.certificate.values import Value, View
+from service.network.operators import Operator
 
-_REDUCE_ATTRIBUTES = ("axes", "keepdims", "noop_with_empty_axes")
-
-
-def _reduced_axes(node: Node, inputs: Operands, view: View) -> tuple[tuple[int, ...], bool]:
-    """Return the axes (of the image's own shape), and whether they stay with length 1."""
-    axes_value = optional_operand(inputs, 1)
-    attribute = node.attributes.get("axes")
-    if axes_value is not None:
-        axes = integer_operand(axes_value, "the axes")
-    elif isinstance(attribute, (list, tuple)):
-        axes = [int(axis) for axis in attribute]  # type: ignore[reportUnknownVariableType]
-    else:
-        axes = []
-    if not axes:
-        raise Refusal("it names no axes, so that it would reduce the batch too")
-    resolved = tuple(sorted({image_axis(axis, view) for axis in axes}))
-    return resolved, flag_attribute(node, "keepdims", 1)
+REDUCE_ATTRIBUTES = ("keepdims", "noop_with_empty_axes")
 
 
-def grouped_axes(node: Node, inputs: Operands, view: View) -> tuple[View, tuple[int, ...], bool]:
+def grouped_axes(node: Operator, inputs: Operands, view: View) -> tuple[View, tuple[int, ...], bool]:
     """Return the view with all reduced axes as one last axis, these axes, and whether they stay with length 1.
 
     Args:
@@ -49,7 +29,8 @@ def grouped_axes(node: Node, inputs: Operands, view: View) -> tuple[View, tuple[
         inputs: its operands; the second one names the axes.
         view: the first operand.
     """
-    axes, keep = _reduced_axes(node, inputs, view)
+    axes = tuple(axis - 1 for axis in integer_operand(inputs[1], "the axes"))
+    keep = node.integer("keepdims") == 1
     others = [axis for axis in range(len(view.shape)) if axis not in axes]
     moved = np.transpose(view.index, others + list(axes))
     return view.rearranged(moved.reshape([view.shape[axis] for axis in others] + [-1])), axes, keep
@@ -66,8 +47,8 @@ def with_axes(view: View, axes: tuple[int, ...], keep: bool) -> View:
     return view.rearranged(np.expand_dims(view.index, axes)) if keep else view
 
 
-@rule("ReduceSum", "ReduceMean", attributes=_REDUCE_ATTRIBUTES)
-def reduce_linear(context: Context, node: Node, inputs: Operands) -> list[Value]:
+@rule("ReduceSum", "ReduceMean", attributes=REDUCE_ATTRIBUTES)
+def reduce_linear(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Sum over disjoint groups of n: norm sqrt(n) (Cauchy-Schwarz); the mean: 1 / sqrt(n).
 
     Args: see `Rule`.
@@ -75,7 +56,7 @@ def reduce_linear(context: Context, node: Node, inputs: Operands) -> list[Value]
     view = data_operand(inputs[0])
     grouped, axes, keep = grouped_axes(node, inputs, view)
     n = grouped.shape[-1]
-    mean = node.operator == "ReduceMean"
+    mean = node.kind == "ReduceMean"
     norm = mean_norm(n) if mean else sqrt_up(float(n))
     context.no_overflow(mul_up(float(n), context.domain.joint(grouped).largest))
 
@@ -86,18 +67,18 @@ def reduce_linear(context: Context, node: Node, inputs: Operands) -> list[Value]
     return [with_axes(linear_result(context, grouped, total), axes, keep)]
 
 
-@rule("ReduceL1", attributes=_REDUCE_ATTRIBUTES)
-def reduce_l1(context: Context, node: Node, inputs: Operands) -> list[Value]:
+@rule("ReduceL1", attributes=REDUCE_ATTRIBUTES)
+def reduce_l1(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Sum of absolute values of disjoint groups of n: sqrt(n) (Cauchy-Schwarz).
 
     Args: see `Rule`.
     """
     (positive,) = absolute(context, node, inputs[:1])
-    return reduce_linear(context, replace(node, operator="ReduceSum"), [positive, *inputs[1:]])
+    return reduce_linear(context, replace(node, kind="ReduceSum"), [positive, *inputs[1:]])
 
 
-@rule("ReduceL2", attributes=_REDUCE_ATTRIBUTES)
-def reduce_l2(context: Context, node: Node, inputs: Operands) -> list[Value]:
+@rule("ReduceL2", attributes=REDUCE_ATTRIBUTES)
+def reduce_l2(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """L2 norm of disjoint groups: 1-Lipschitz (reverse triangle inequality in each group).
 
     Args: see `Rule`.
@@ -115,15 +96,15 @@ def reduce_l2(context: Context, node: Node, inputs: Operands) -> list[Value]:
     return [with_axes(context.source(center, facts.plus(rounding, underflow)), axes, keep)]
 
 
-@rule("ReduceMax", "ReduceMin", attributes=_REDUCE_ATTRIBUTES)
-def reduce_max(context: Context, node: Node, inputs: Operands) -> list[Value]:
+@rule("ReduceMax", "ReduceMin", attributes=REDUCE_ATTRIBUTES)
+def reduce_max(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Largest (smallest) of disjoint groups: 1-Lipschitz, and exact; of pairs: half of the sorted pair.
 
     Args: see `Rule`.
     """
     view = data_operand(inputs[0])
     grouped, axes, keep = grouped_axes(node, inputs, view)
-    largest = node.operator == "ReduceMax"
+    largest = node.kind == "ReduceMax"
     if grouped.shape[-1] == 2:
         left, right = (grouped.rearranged(grouped.index[..., half]) for half in (0, 1))
         larger, smaller = sorted_pair(context, left, right)

@@ -13,28 +13,25 @@ from fractions import Fraction
 import numpy as np
 
 from service.certificate.facts import LocalError
-from service.certificate.graph import Node
 from service.certificate.norms import spectral_norm_bound
 from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up, up
 from service.certificate.rules.linear import LinearMap, linear_result
 from service.certificate.rules.operands import (
     Array,
     Operands,
-    Refusal,
     data_operand,
-    flag_attribute,
     float_operand,
     integer_operand,
     limit_size,
+    optional_operand,
 )
 from service.certificate.rules.table import Context, rule
-from service.certificate.values import Constant, Value, View
+from service.certificate.values import Value, View
+from service.network.operators import Operator, Refusal
 
 _HALF = Fraction(1, 2)
-_COORDINATE_MODES = ("asymmetric", "half_pixel", "pytorch_half_pixel", "align_corners")
 _LONGEST_AXIS = 1 << 16
 """Pixels along a resampled axis: each has its coordinate as a fraction."""
-_NEAREST_MODES = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 
 
 @dataclass(frozen=True)
@@ -49,98 +46,42 @@ class _Axis:
     """Bounds of computed minus exact coordinate; 0 where float32 computes it exactly."""
 
 
-@rule(
-    "Resize",
-    attributes=(
-        "antialias",
-        "axes",
-        "coordinate_transformation_mode",
-        "cubic_coeff_a",
-        "exclude_outside",
-        "extrapolation_value",
-        "keep_aspect_ratio_policy",
-        "mode",
-        "nearest_mode",
-    ),
-)
-def resize(context: Context, node: Node, inputs: Operands) -> list[Value]:
+@rule("Resize", attributes=("axes", "coordinate_transformation_mode", "mode", "nearest_mode"))
+def resize(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Nearest: a rearrangement (a pixel used m times counts sqrt(m)). Linear: a product of one matrix for each axis.
 
     Args: see `Rule`.
 
     Raises:
-        Refusal: a mode or attribute has no proved rule, or float32 may round a coordinate to another pixel.
+        Refusal: float32 may round a coordinate to another pixel.
     """
-    image, *_ = inputs
-    if image is None:
-        raise Refusal("it has no input")
-    view = data_operand(image)
-    mode = node.attributes.get("mode", "nearest")
-    if mode not in ("nearest", "linear"):
-        raise Refusal(f"mode {mode!r} has no proved rule; use nearest or linear")
-    if flag_attribute(node, "antialias", 0) or flag_attribute(node, "exclude_outside", 0):
-        raise Refusal("antialias and exclude_outside have no proved rule")
-    if node.attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise Refusal("keep_aspect_ratio_policy other than stretch; give the sizes themselves")
-    how = node.attributes.get("coordinate_transformation_mode", "half_pixel")
-    if how not in _COORDINATE_MODES:
-        raise Refusal(f"coordinate_transformation_mode {how!r}; the rule covers {', '.join(_COORDINATE_MODES)}")
-    targets = _targets(context, node, inputs, view)
+    view = data_operand(inputs[0])
+    targets = _targets(node, inputs, view)
     # Axes are resampled one after the other, the others as long as they are or will be.
     longest = [max(n, targets[axis][1]) if axis in targets else n for axis, n in enumerate(view.shape)]
     limit_size(longest, *((size, view.shape[axis]) for axis, (_, size) in targets.items()))
-    resampled = {axis: _axis(view.shape[axis], scale, size, str(how)) for axis, (scale, size) in targets.items()}
-    if mode == "linear":
+    how = node.text("coordinate_transformation_mode")
+    resampled = {axis: _axis(view.shape[axis], scale, size, how) for axis, (scale, size) in targets.items()}
+    if node.text("mode") == "linear":
         return [_linear(context, view, resampled, math.prod(longest))]
-    rounding = node.attributes.get("nearest_mode", "round_prefer_floor")
-    if rounding not in _NEAREST_MODES:
-        raise Refusal(f"nearest_mode {rounding!r} is unknown")
     index = view.index
     for axis, along in resampled.items():
-        index = np.take(index, _nearest(along, str(rounding)), axis=axis)
+        index = np.take(index, _nearest(along, node.text("nearest_mode")), axis=axis)
     return [view.rearranged(index)]
 
 
-def _targets(context: Context, node: Node, inputs: Operands, view: View) -> dict[int, tuple[Fraction, int]]:
-    """Return scale and new size of every spatial axis (of the image's own shape) that does not stay as it is."""
-    rank = len(view.shape) + 1
-    given = node.attributes.get("axes")
-    axes = [int(axis) % rank for axis in given] if isinstance(given, (list, tuple)) else list(range(rank))  # type: ignore[reportUnknownVariableType]
-    if len(set(axes)) != len(axes):
-        raise Refusal(f"axes {axes} name one axis twice")
-    scales, sizes = _operand(inputs, 2), _operand(inputs, 3)
-    if (scales is None) == (sizes is None):
-        raise Refusal("it needs either scales or sizes")
-    found: dict[int, tuple[Fraction, int]] = {}
+def _targets(node: Operator, inputs: Operands, view: View) -> dict[int, tuple[Fraction, int]]:
+    """Return scale and new size of every axis (of the image's own shape) that is resampled."""
+    axes = [axis - 1 for axis in node.integers("axes")]
+    scales = optional_operand(inputs, 2)
     if scales is not None:
-        factors = [Fraction(factor) for factor in float_operand(scales, "scales").ravel().tolist()]
-        for axis, factor in zip(axes, factors, strict=True):
-            length = 1 if axis == 0 else view.shape[axis - 1]
-            found[axis] = (factor, _scaled_size(length, factor))
-    elif sizes is not None:
-        numbers = integer_operand(sizes, "sizes", batch_allowed=True)
-        on_batch = isinstance(sizes, Constant) and sizes.depends_on_batch
-        for axis, size in zip(axes, numbers, strict=True):
-            if axis == 0:
-                if size != context.batch:
-                    raise Refusal("sizes give the batch axis a length of its own; name the spatial axes with `axes`")
-                continue
-            if on_batch and size == context.batch:
-                raise Refusal("sizes depend on the batch size")
-            if size < 1:
-                raise Refusal(f"a size of {size}")
-            _limit_axis(size)
-            found[axis] = (Fraction(size, view.shape[axis - 1]), size)
-    for axis in (0, 1):
-        if axis in found and found[axis][0] != 1:
-            raise Refusal(f"it scales the {'batch' if axis == 0 else 'channel'} axis; the rule covers spatial axes")
-    return {axis - 1: target for axis, target in found.items() if axis > 1 and target[0] != 1}
-
-
-def _operand(inputs: Operands, position: int) -> Value | None:
-    """Return an optional operand, or null; exporters write one that is left out as an empty tensor."""
-    value = inputs[position] if position < len(inputs) else None
-    return None if isinstance(value, Constant) and value.array.size == 0 else value
+        factors = [Fraction(factor) for factor in float_operand(scales, "scales").tolist()]
+        pairs = zip(axes, factors, strict=True)
+        return {axis: (factor, _scaled_size(view.shape[axis], factor)) for axis, factor in pairs}
+    sizes = integer_operand(inputs[3], "sizes")
+    for size in sizes:
+        _limit_axis(size)
+    return {axis: (Fraction(size, view.shape[axis]), size) for axis, size in zip(axes, sizes, strict=True)}
 
 
 def _limit_axis(size: int) -> None:
@@ -149,13 +90,9 @@ def _limit_axis(size: int) -> None:
 
 
 def _scaled_size(length: int, scale: Fraction) -> int:
-    if scale <= 0:
-        raise Refusal(f"a scale of {float(scale)}")
     size = math.floor(length * scale)
     _limit_axis(size)
-    if size != math.floor(float(np.float32(length) * np.float32(float(scale)))) or size < 1:
-        raise Refusal(f"{length} pixels scaled by {float(scale)!r} may round to another size; give sizes")
-    if size == length and scale != 1:
+    if size == length:
         raise Refusal(
             f"{length} pixels scaled by {float(scale)!r} stay {length}: runtimes resample them, or do nothing"
         )

@@ -16,22 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.certificate.facts import Facts, LocalError
-from service.certificate.graph import Node
 from service.certificate.rounding import FLOAT64, add_up, gamma_up, mul_up, norm_up, sqrt_up
 from service.certificate.rules.operands import (
     Array,
     Operands,
-    Refusal,
-    constant_of_one_image,
     data_operand,
     float_operand,
-    int_attribute,
     limit_size,
 )
 from service.certificate.rules.pooling import POOL_ATTRIBUTES, pool_windows
-from service.certificate.rules.reductions import grouped_axes, with_axes
+from service.certificate.rules.reductions import REDUCE_ATTRIBUTES, grouped_axes, with_axes
 from service.certificate.rules.table import RULES, Context, Rule, RuleEntry, rule
 from service.certificate.values import Constant, Squares, SquareTerm, Value, View, identity_of, stand_in
+from service.network.operators import Operator, Refusal
 
 _ROUNDINGS_OF_POW = 16
 """A runtime's `pow`, for the exponents 2 and 1/2, is taken to be as accurate as this many roundings."""
@@ -49,7 +46,7 @@ def _squared(context: Context, view: View, roundings: int) -> Squares:
 
 
 @rule("Pow")
-def power(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def power(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """A square, on its way to a root: see the root for the theorem.
 
     Args: see `Rule`.
@@ -66,8 +63,8 @@ def power(context: Context, node: Node, inputs: Operands) -> list[Value]:
     return [_squared(context, view, _ROUNDINGS_OF_POW)]
 
 
-@rule("ReduceSumSquare", attributes=("axes", "keepdims", "noop_with_empty_axes"))
-def reduce_sum_square(context: Context, node: Node, inputs: Operands) -> list[Value]:
+@rule("ReduceSumSquare", attributes=REDUCE_ATTRIBUTES)
+def reduce_sum_square(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """A sum of squares, on its way to a root: see the root for the theorem.
 
     Args: see `Rule`.
@@ -76,7 +73,7 @@ def reduce_sum_square(context: Context, node: Node, inputs: Operands) -> list[Va
 
 
 @rule("Sqrt")
-def square_root(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def square_root(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Only the root of a sum of squares has a Lipschitz constant.
 
     Args: see `Rule`.
@@ -89,7 +86,7 @@ def square_root(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("Sign")
-def sign(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def sign(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Only as a factor of the sum of squares that it is the sign of.
 
     Args: see `Rule`.
@@ -102,7 +99,7 @@ def sign(context: Context, node: Node, inputs: Operands) -> list[Value]:
 
 
 @rule("LpPool", attributes=(*POOL_ATTRIBUTES, "p"))
-def lp_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def lp_pool(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """L2 norms of windows: sqrt(m)-Lipschitz if a pixel lies in at most m windows.
 
     Args: see `Rule`.
@@ -110,7 +107,7 @@ def lp_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
     Raises:
         Refusal: p is not 2.
     """
-    if int_attribute(node, "p", 2) != 2:
+    if node.integer("p") != 2:
         raise Refusal("p other than 2 has no proved rule")
     squares = _squared(context, data_operand(inputs[0]), _ROUNDINGS_OF_POW)
     windows, _ = pool_windows(node, squares.constant.shape)
@@ -120,11 +117,11 @@ def lp_pool(context: Context, node: Node, inputs: Operands) -> list[Value]:
 # --- operators between a square and its root --------------------------------------------------------------------------
 
 
-def entry_for(node: Node, inputs: Operands) -> RuleEntry | None:
+def entry_for(node: Operator, inputs: Operands) -> RuleEntry | None:
     """Return the rule of a node that squares its operand or has a sum of squares among its operands; else null."""
     if any(isinstance(value, Squares) for value in inputs):
-        return _entry(node.operator, _SQUARES_RULES.get(node.operator, _refuse))
-    if node.operator == "Mul" and len(inputs) == 2:
+        return _entry(node.kind, _SQUARES_RULES.get(node.kind, _refuse))
+    if node.kind == "Mul" and len(inputs) == 2:
         left, right = inputs
         if isinstance(left, View) and isinstance(right, View) and identity_of(left) == identity_of(right):
             return _entry("Mul", lambda context, node, inputs: [_squared(context, left, 1)])
@@ -137,14 +134,14 @@ def _entry(operator: str, apply: Rule) -> RuleEntry:
     return RuleEntry(apply, known.attributes if known is not None else frozenset(), theorem)
 
 
-def _refuse(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _refuse(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     raise Refusal("a square has no Lipschitz constant, and this operator does not lead to its root")
 
 
-def _rearrange(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _rearrange(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """Sums of squares, rearranged as the operator rearranges the positions of a tensor."""
     squares = _sum_of_squares(inputs[0])
-    moved = RULES[node.operator].apply(context, node, [stand_in(squares.constant.shape), *inputs[1:]])
+    moved = RULES[node.kind].apply(context, node, [stand_in(squares.constant.shape), *inputs[1:]])
     return [_rearranged(squares, view.index) for view in moved if isinstance(view, View)]
 
 
@@ -215,7 +212,7 @@ def _scaled(context: Context, squares: Squares, factor: Array) -> Squares:
     if not (factor > 0.0).all():
         raise Refusal("a sum of squares times a number that is not positive")
     try:
-        factor = np.broadcast_to(constant_of_one_image(factor, squares.constant.ndim), squares.constant.shape)
+        factor = np.broadcast_to(factor, squares.constant.shape)
     except ValueError as error:
         raise Refusal("a factor that does not fit the squares") from error
     peak = float(np.max(factor))
@@ -242,7 +239,7 @@ def _no_underflow(squares: Squares, factor: Array) -> None:
         raise Refusal("the weights of its squares underflow")
 
 
-def _multiply(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _multiply(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     left, right = inputs
     for one, other in ((left, right), (right, left)):
         if isinstance(one, Squares) and one.sign_of is not None:
@@ -254,14 +251,14 @@ def _multiply(context: Context, node: Node, inputs: Operands) -> list[Value]:
     return [_scaled(context, _sum_of_squares(left), float_operand(right, "the factor"))]
 
 
-def _divide(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _divide(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     divisor = float_operand(inputs[1], "the divisor")
     if not (divisor > 0.0).all():
         raise Refusal("a sum of squares divided by a number that is not positive")
     return [_scaled(context, _sum_of_squares(inputs[0]), 1.0 / divisor)]
 
 
-def _add(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _add(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     left, right = inputs
     if isinstance(left, Constant):
         left, right = right, left
@@ -288,17 +285,17 @@ def _add(context: Context, node: Node, inputs: Operands) -> list[Value]:
     return [Squares(terms, squares.constant + added, largest, roundings + 2, underflow)]
 
 
-def _same(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _same(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """The identity on numbers that are not negative."""
     return [_sum_of_squares(inputs[0])]
 
 
-def _sign(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _sign(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     squares = _sum_of_squares(inputs[0])
     return [replace(squares, sign_of=squares)]
 
 
-def _reduced(context: Context, node: Node, inputs: Operands, mean: bool) -> list[Value]:
+def _reduced(context: Context, node: Operator, inputs: Operands, mean: bool) -> list[Value]:
     squares = _sum_of_squares(inputs[0])
     positions = stand_in(squares.constant.shape)
     grouped, axes, keep = grouped_axes(node, [positions, *inputs[1:]], positions)
@@ -307,17 +304,17 @@ def _reduced(context: Context, node: Node, inputs: Operands, mean: bool) -> list
     return [_rearranged(gathered, with_axes(stand_in(gathered.constant.shape), axes, keep).index)]
 
 
-def _reduced_mean(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _reduced_mean(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     return _reduced(context, node, inputs, mean=True)
 
 
-def _reduced_sum(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _reduced_sum(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     return _reduced(context, node, inputs, mean=False)
 
 
-def _average(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _average(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     squares = _sum_of_squares(inputs[0])
-    if node.operator == "GlobalAveragePool":
+    if node.kind == "GlobalAveragePool":
         channels = squares.constant.shape[0]
         windows = np.arange(squares.constant.size).reshape(channels, *[1] * (squares.constant.ndim - 1), -1)
         divisors = np.full(windows.shape[:-1], float(windows.shape[-1]))
@@ -326,10 +323,10 @@ def _average(context: Context, node: Node, inputs: Operands) -> list[Value]:
     return [_gathered(context, squares, windows, 1.0 / divisors)]
 
 
-def _take_root(context: Context, node: Node, inputs: Operands) -> list[Value]:
+def _take_root(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """L2 norms: sqrt(the largest sum of weights on one element) times the bound (reverse triangle inequality)."""
     squares = _sum_of_squares(inputs[0])
-    if node.operator != "Pow":
+    if node.kind != "Pow":
         return [_root(context, squares, 1)]
     if _one_number(inputs[1], "the exponent", squares.constant.ndim) != 0.5:
         raise Refusal("of a sum of squares only the power 1/2 has a Lipschitz constant")
@@ -378,6 +375,6 @@ _SQUARES_RULES: dict[str, Rule] = {
     "Relu": _same,
     "Sign": _sign,
     "Sqrt": _take_root,
-    **dict.fromkeys(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"), _rearrange),
+    **dict.fromkeys(("Reshape", "Transpose"), _rearrange),
 }
 """Operators that may follow a square."""

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from service.certificate.facts import Facts, LocalError
-from service.certificate.graph import Node
 from service.certificate.joint import Joint
 from service.certificate.rounding import Precision, gamma_up
-from service.certificate.rules.operands import Array, Operands, Refusal
+from service.certificate.rules.operands import Array, Operands
 from service.certificate.values import (
     Affine,
     Domain,
@@ -31,6 +30,7 @@ from service.certificate.values import (
     View,
     seen_whole,
 )
+from service.network.operators import Operator, Refusal
 
 _JOINT = "Linear steps since the last nonlinear tensors, multiplied out: sum ||M_h|| L_h."
 
@@ -41,8 +41,6 @@ class Context:
 
     domain: Domain
     precision: Precision
-    batch: int
-    """Batch size that shapes are computed with."""
     sorted_pairs: dict[frozenset[Identity], Source] = field(default_factory=dict[frozenset[Identity], Source])
     joint: Joint = field(init=False)
     theorem: str | None = None
@@ -128,7 +126,7 @@ class Context:
         return seen_whole(Source(center, lipschitz, facts.error, error_max, affine, step, slopes, part))
 
 
-Rule = Callable[[Context, Node, Operands], list[Value]]
+Rule = Callable[[Context, Operator, Operands], list[Value]]
 """A rule of an operator: the values of a node's outputs.
 
 Args:

@@ -11,8 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.certificate.graph import Node
-from service.certificate.rules.operands import Refusal, integers_attribute
+from service.network.operators import Operator
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -65,53 +64,19 @@ class Windows:
         return self.of(np.pad(image, self.pads, constant_values=-1))
 
 
-def read_windows(node: Node, size: Sequence[int], kernel: Sequence[int]) -> Windows:
-    """Return the windows of a node; `auto_pad` as ONNX defines it.
+def windows_of(node: Operator, size: Sequence[int], kernel: Sequence[int]) -> Windows:
+    """Return the windows of Conv or a pool.
 
     Args:
-        node: Conv or a pool: its strides, dilations and pads.
+        node: its strides, dilations and pads.
         size: spatial size of the image, `*S`.
         kernel: taps along each axis.
-
-    Raises:
-        Refusal: an attribute has no proved rule, or a window is larger than the padded image.
     """
-    axes = len(size)
-    strides = integers_attribute(node, "strides", [1] * axes)
-    dilations = integers_attribute(node, "dilations", [1] * axes)
-    if min(*kernel, *strides, *dilations) < 1:
-        raise Refusal("its kernel, strides and dilations must be positive")
-    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    pads = _pads(node, size, extent, strides)
-    found = Windows(tuple(size), tuple(kernel), tuple(strides), tuple(dilations), tuple(pads))
-    if any(n < k for n, k in zip(found.padded, extent, strict=True)):
-        raise Refusal("the window is larger than the padded image")
-    return found
+    return Windows(tuple(size), tuple(kernel), node.integers("strides"), node.integers("dilations"), pads_of(node))
 
 
-def explicit_pads(node: Node, axes: int) -> list[tuple[int, int]]:
-    """Return the attribute `pads`: zeros before and after each of some axes.
-
-    Raises:
-        Refusal: a pad is negative.
-    """
-    pads = integers_attribute(node, "pads", [0] * (2 * axes))
-    if min(pads, default=0) < 0:
-        raise Refusal("negative pads; use Slice")
-    return list(zip(pads[:axes], pads[axes:], strict=True))
-
-
-def _pads(node: Node, size: Sequence[int], extent: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    mode = node.attributes.get("auto_pad", "NOTSET")
-    if mode == "NOTSET":
-        return explicit_pads(node, len(size))
-    if mode == "VALID":
-        return [(0, 0)] * len(size)
-    if mode not in ("SAME_UPPER", "SAME_LOWER"):
-        raise Refusal(f"auto_pad {mode!r} has no proved rule")
-    found: list[tuple[int, int]] = []
-    for n, k, s in zip(size, extent, strides, strict=True):
-        total = max((-(-n // s) - 1) * s + k - n, 0)
-        small, large = total // 2, total - total // 2
-        found.append((small, large) if mode == "SAME_UPPER" else (large, small))
-    return found
+def pads_of(node: Operator) -> tuple[tuple[int, int], ...]:
+    """Return the zeros before and after the image, along each axis."""
+    pads = node.integers("pads")
+    axes = len(pads) // 2
+    return tuple(zip(pads[:axes], pads[axes:], strict=True))

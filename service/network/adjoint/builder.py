@@ -198,30 +198,6 @@ def constant_of(operator: Operator, position: int) -> np.ndarray:
     return operand.array
 
 
-def integers_of(operator: Operator, name: str) -> list[int]:
-    """Return an attribute that lists integers.
-
-    Raises:
-        TypeError: it is no list.
-    """
-    value = operator.attribute(name)
-    if not isinstance(value, tuple):
-        raise TypeError(f"{operator.label or operator.kind}: attribute {name} is no list")
-    return list(value)
-
-
-def number_of(operator: Operator, name: str) -> float:
-    """Return an attribute that is a number.
-
-    Raises:
-        TypeError: it is no number.
-    """
-    value = operator.attribute(name)
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{operator.label or operator.kind}: attribute {name} is no number")
-    return value
-
-
 def size_of(shape: Shape) -> int:
     """Return the number of elements of one image's tensor."""
     return math.prod(shape)

@@ -10,8 +10,6 @@ from service.network.adjoint.builder import (
     Builder,
     Cotangents,
     constant_of,
-    integers_of,
-    number_of,
     pulls_back,
     tensor_of,
 )
@@ -112,8 +110,8 @@ def _window_maximum(b: Builder, operator: Operator, cotangents: Cotangents) -> C
 def _windows(operator: Operator) -> np.ndarray:
     """Return the positions of a pool's windows in a flat channel, `out x taps`; that behind the last for padding."""
     x, result = tensor_of(operator), operator.results[0]
-    strides, dilations = integers_of(operator, "strides"), integers_of(operator, "dilations")
-    pads, kernel = integers_of(operator, "pads"), integers_of(operator, "kernel_shape")
+    strides, dilations = operator.integers("strides"), operator.integers("dilations")
+    pads, kernel = operator.integers("pads"), operator.integers("kernel_shape")
     axes = len(strides)
     grid = np.zeros([*result.shape[1:], *kernel], np.int64)
     inside = np.ones(grid.shape, bool)
@@ -131,7 +129,7 @@ def _windows(operator: Operator) -> np.ndarray:
 def _sort(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return each `g` at the place that its element came from."""
     g, x = only(cotangents), tensor_of(operator)
-    axis = int(number_of(operator, "axis"))
+    axis = operator.integer("axis")
     placed = b.one("ScatterElements", [b.zeros_like(x), operator.results[1], g], x.shape, axis=axis, reduction="none")
     return [placed, None]
 
@@ -140,7 +138,7 @@ def _sort(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
 def _softmax(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return `p (g - sum g p)`, or `g - p sum g` of the logarithm."""
     g, y = only(cotangents), operator.results[0]
-    axis = int(number_of(operator, "axis")) - 1
+    axis = operator.integer("axis") - 1
     if operator.kind == "Softmax":
         inner = b.reduced("ReduceSum", b.times(g, y), [axis])
         return [b.times(b.one("Sub", [g, inner], y.shape), y)]

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from service.network.adjoint.builder import Builder, Cotangents, constant_of, number_of, pulls_back, tensor_of
+from service.network.adjoint.builder import Builder, Cotangents, constant_of, pulls_back, tensor_of
 from service.network.operators import Constant, Operator, Tensor
 
 
@@ -93,7 +93,7 @@ def _positive_part(b: Builder, operator: Operator, cotangents: Cotangents) -> Co
 def _thresholded(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return `g` where `x > alpha`."""
     g, x = only(cotangents), tensor_of(operator)
-    mask = b.compare("Greater", x, b.number(number_of(operator, "alpha")))
+    mask = b.compare("Greater", x, b.number(operator.number("alpha")))
     return [b.where(mask, g, b.number(0.0), x.shape)]
 
 
@@ -101,7 +101,7 @@ def _thresholded(b: Builder, operator: Operator, cotangents: Cotangents) -> Cota
 def _leaky(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return `g`, below 0 times the slope there."""
     g, x = only(cotangents), tensor_of(operator)
-    slope = constant_of(operator, 1) if operator.kind == "PRelu" else np.array(number_of(operator, "alpha"))
+    slope = constant_of(operator, 1) if operator.kind == "PRelu" else np.array(operator.number("alpha"))
     mask = b.compare("GreaterOrEqual", x, b.number(0.0))
     return [b.where(mask, g, b.times(g, b.number(slope)), x.shape), *[None] * (len(operator.operands) - 1)]
 
@@ -204,8 +204,8 @@ def _smooth(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangent
 def _exponential(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return `g`, below 0 times the exponential there."""
     g, x = only(cotangents), tensor_of(operator)
-    alpha = number_of(operator, "alpha")
-    scale = number_of(operator, "gamma") if operator.kind == "Selu" else 1.0
+    alpha = operator.number("alpha")
+    scale = operator.number("gamma") if operator.kind == "Selu" else 1.0
     zero = b.number(0.0)
     low = b.one("Min", [x, zero], x.shape)
     if operator.kind == "Celu":
@@ -222,7 +222,7 @@ def _hard(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     g, x, y = only(cotangents), tensor_of(operator), operator.results[0]
     zero = b.number(0.0)
     if operator.kind == "HardSigmoid":
-        inner = b.times(g, b.number(number_of(operator, "alpha")))
+        inner = b.times(g, b.number(operator.number("alpha")))
         above = b.where(b.compare("Less", y, b.number(1.0)), inner, zero, x.shape)
         return [b.where(b.compare("Greater", y, zero), above, zero, x.shape)]
     slope = b.one("Add", [b.times(x, b.number(1.0 / 3.0)), b.number(0.5)], x.shape)

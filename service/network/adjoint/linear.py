@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,8 +11,6 @@ from service.network.adjoint.builder import (
     Builder,
     Cotangents,
     constant_of,
-    integers_of,
-    number_of,
     pulls_back,
     tensor_of,
 )
@@ -23,8 +22,8 @@ from service.network.operators import Constant, Operator, Shape, Tensor
 def _gemm(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return `alpha g W^T`."""
     g, x = only(cotangents), tensor_of(operator)
-    transposed = int(number_of(operator, "transB"))
-    alpha = number_of(operator, "alpha")
+    transposed = operator.integer("transB")
+    alpha = operator.number("alpha")
     gradient = b.one("Gemm", [g, operator.operands[1]], x.shape, alpha=alpha, beta=1.0, transA=0, transB=1 - transposed)
     return [gradient, *[None] * (len(operator.operands) - 1)]
 
@@ -41,13 +40,13 @@ def _matmul(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangent
     return [None, b.one("MatMul", [Constant(constant_of(operator, 0).T), g], x.shape)]
 
 
-def _steps(operator: Operator) -> tuple[list[int], list[int], list[int], int]:
+def _steps(operator: Operator) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """Return strides, dilations, pads and groups."""
     return (
-        integers_of(operator, "strides"),
-        integers_of(operator, "dilations"),
-        integers_of(operator, "pads"),
-        int(number_of(operator, "group")),
+        operator.integers("strides"),
+        operator.integers("dilations"),
+        operator.integers("pads"),
+        operator.integer("group"),
     )
 
 
@@ -57,9 +56,9 @@ def transposed_convolution(
     kernel: np.ndarray,
     shape: Shape,
     *,
-    strides: list[int],
-    dilations: list[int],
-    pads: list[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    pads: Sequence[int],
     group: int,
 ) -> Tensor:
     """Return the adjoint of a zero-padded convolution.
@@ -144,7 +143,7 @@ def _normalized(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotan
     """Return `g scale / sqrt(variance + epsilon)`."""
     g = only(cotangents)
     scale, variance = (constant_of(operator, position).astype(np.float64) for position in (1, 4))
-    factor = scale / np.sqrt(variance + number_of(operator, "epsilon"))
+    factor = scale / np.sqrt(variance + operator.number("epsilon"))
     column = factor.reshape(-1, *[1] * (len(g.shape) - 1))
     return [b.times(g, b.number(column)), *[None] * 4]
 
@@ -152,15 +151,15 @@ def _normalized(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotan
 def _spread(b: Builder, operator: Operator, g: Tensor) -> Tensor:
     """Return the sum over all windows that hold a pixel of the `g` of the window."""
     x = tensor_of(operator)
-    kernel = np.ones((x.shape[0], 1, *integers_of(operator, "kernel_shape")))
+    kernel = np.ones((x.shape[0], 1, *operator.integers("kernel_shape")))
     return transposed_convolution(
         b,
         g,
         kernel,
         x.shape,
-        strides=integers_of(operator, "strides"),
-        dilations=integers_of(operator, "dilations"),
-        pads=integers_of(operator, "pads"),
+        strides=operator.integers("strides"),
+        dilations=operator.integers("dilations"),
+        pads=operator.integers("pads"),
         group=x.shape[0],
     )
 
@@ -168,11 +167,11 @@ def _spread(b: Builder, operator: Operator, g: Tensor) -> Tensor:
 def _counts(operator: Operator) -> np.ndarray:
     """Return the number of pixels of the image in each window of a pool: the product of the counts along its axes."""
     x = tensor_of(operator)
-    strides, dilations = integers_of(operator, "strides"), integers_of(operator, "dilations")
-    pads, axes = integers_of(operator, "pads"), len(strides)
+    strides, dilations = operator.integers("strides"), operator.integers("dilations")
+    pads, axes = operator.integers("pads"), len(strides)
     result = np.ones(())
     for axis, (n, m, k) in enumerate(
-        zip(x.shape[1:], operator.results[0].shape[1:], integers_of(operator, "kernel_shape"), strict=True)
+        zip(x.shape[1:], operator.results[0].shape[1:], operator.integers("kernel_shape"), strict=True)
     ):
         taps = np.arange(m)[:, None] * strides[axis] + np.arange(k) * dilations[axis] - pads[axis]
         result = np.multiply.outer(result, ((taps >= 0) & (taps < n)).sum(axis=1))
@@ -183,8 +182,8 @@ def _counts(operator: Operator) -> np.ndarray:
 def _average_pool(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return `g / divisor`, for each pixel summed over its windows."""
     g = only(cotangents)
-    counted = number_of(operator, "count_include_pad")
-    divisors = np.array(math.prod(integers_of(operator, "kernel_shape"))) if counted else _counts(operator)
+    counted = operator.number("count_include_pad")
+    divisors = np.array(math.prod(operator.integers("kernel_shape"))) if counted else _counts(operator)
     return [_spread(b, operator, b.times(g, b.number(1.0 / divisors)))]
 
 
@@ -206,7 +205,7 @@ def _global_average(b: Builder, operator: Operator, cotangents: Cotangents) -> C
 def _resized(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return the product of `g` with the transposed matrix of each axis."""
     g, x = only(cotangents), tensor_of(operator)
-    for axis in integers_of(operator, "axes"):
+    for axis in operator.integers("axes"):
         matrix = interpolation(operator, x.shape[axis - 1], operator.results[0].shape[axis - 1], axis)
         order = [index for index in range(len(g.shape)) if index != axis - 1] + [axis - 1]
         moved = b.transpose(g, order)
@@ -224,11 +223,11 @@ def interpolation(operator: Operator, length: int, size: int, axis: int) -> np.n
         size: of the axis after.
         axis: as the operator names it.
     """
-    position = integers_of(operator, "axes").index(axis)
+    position = operator.integers("axes").index(axis)
     scales = operator.operands[2] if len(operator.operands) > 2 else None
     scale = float(scales.array[position]) if isinstance(scales, Constant) else size / length
     j = np.arange(size, dtype=np.float64)
-    match operator.attribute("coordinate_transformation_mode"):
+    match operator.text("coordinate_transformation_mode"):
         case "asymmetric":
             x = j / scale
         case "align_corners":
@@ -239,13 +238,13 @@ def interpolation(operator: Operator, length: int, size: int, axis: int) -> np.n
             x = (j + 0.5) / scale - 0.5
     matrix = np.zeros((size, length))
     rows = np.arange(size)
-    if operator.attribute("mode") == "nearest":
+    if operator.text("mode") == "nearest":
         round_ = {
             "round_prefer_floor": lambda v: np.ceil(v - 0.5),
             "round_prefer_ceil": lambda v: np.floor(v + 0.5),
             "floor": np.floor,
             "ceil": np.ceil,
-        }[str(operator.attribute("nearest_mode"))]
+        }[operator.text("nearest_mode")]
         matrix[rows, np.clip(round_(x), 0, length - 1).astype(int)] = 1.0
         return matrix
     inside = np.clip(x, 0.0, length - 1.0)

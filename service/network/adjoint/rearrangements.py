@@ -8,8 +8,6 @@ from service.network.adjoint.builder import (
     Builder,
     Cotangents,
     constant_of,
-    integers_of,
-    number_of,
     pulls_back,
     tensor_of,
 )
@@ -26,14 +24,14 @@ def _reshape(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangen
 @pulls_back("Transpose")
 def _transpose(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return `g` with the axes moved back."""
-    order = [axis - 1 for axis in integers_of(operator, "perm")[1:]]
+    order = [axis - 1 for axis in operator.integers("perm")[1:]]
     return [b.transpose(only(cotangents), [order.index(axis) for axis in range(len(order))])]
 
 
 @pulls_back("Split")
 def _split(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return the parts stacked."""
-    axis = int(number_of(operator, "axis"))
+    axis = operator.integer("axis")
     parts = [g if g is not None else b.zeros_like(part) for g, part in zip(cotangents, operator.results, strict=True)]
     return [b.one("Concat", parts, tensor_of(operator).shape, axis=axis), None]
 
@@ -41,7 +39,7 @@ def _split(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents
 @pulls_back("Concat")
 def _concat(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return `g` in parts."""
-    axis = int(number_of(operator, "axis"))
+    axis = operator.integer("axis")
     parts = [tensor_of(operator, position) for position in range(len(operator.operands))]
     sizes = b.indices(*(part.shape[axis - 1] for part in parts))
     return b.results("Split", [only(cotangents), sizes], [part.shape for part in parts], axis=axis)
@@ -62,7 +60,7 @@ def _slice(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents
 def _gather(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return for each element the sum of the `g` at which it was picked."""
     g, x = only(cotangents), tensor_of(operator)
-    axis, positions = int(number_of(operator, "axis")) - 1, constant_of(operator, 1)
+    axis, positions = operator.integer("axis") - 1, constant_of(operator, 1)
     flat = b.reshape(g, (*x.shape[:axis], positions.size, *x.shape[axis + 1 :]))
     return [b.scattered(flat, axis, positions.ravel(), x.shape[axis]), None]
 
@@ -72,7 +70,7 @@ def _pad(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return for each element the sum of the `g` of its copies."""
     g, x = only(cotangents), tensor_of(operator)
     pads, rank = constant_of(operator, 1).tolist(), len(x.shape) + 1
-    mode = str(operator.attribute("mode"))
+    mode = operator.text("mode")
     for axis in range(1, rank):
         low, high, n = pads[axis], pads[rank + axis], x.shape[axis - 1]
         if not low and not high:
@@ -125,15 +123,15 @@ def _where(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents
 @pulls_back("SpaceToDepth")
 def _space_to_depth(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return the inverse."""
-    block = int(number_of(operator, "blocksize"))
+    block = operator.integer("blocksize")
     return [b.one("DepthToSpace", [only(cotangents)], tensor_of(operator).shape, blocksize=block, mode="DCR")]
 
 
 @pulls_back("DepthToSpace")
 def _depth_to_space(b: Builder, operator: Operator, cotangents: Cotangents) -> Cotangents:
     """Return the inverse."""
-    g, x, block = only(cotangents), tensor_of(operator), int(number_of(operator, "blocksize"))
-    if operator.attribute("mode") == "DCR":
+    g, x, block = only(cotangents), tensor_of(operator), operator.integer("blocksize")
+    if operator.text("mode") == "DCR":
         return [b.one("SpaceToDepth", [g], x.shape, blocksize=block)]
     depth, height, width = g.shape[0], x.shape[1], x.shape[2]
     cut = b.reshape(g, (depth, height, block, width, block))

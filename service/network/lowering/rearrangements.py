@@ -98,7 +98,7 @@ def _unsqueeze(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
         raise Refusal("it names no axes")
     rank = len(x.shape) + 1 + len(axes)
     if any(not -rank <= axis < rank for axis in axes) or len({axis % rank for axis in axes}) != len(axes):
-        raise Refusal(f"axes {axes} do not fit {rank} axes")
+        raise Refusal(f"axes {axes} name one axis twice, or are outside of the {rank} axes")
     resolved = sorted(axis % rank for axis in axes)
     if resolved[0] == 0:
         raise Refusal("it puts an axis before the batch")
@@ -194,8 +194,10 @@ def _concat(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
             parts.append(value)
             continue
         array = reading.number(value, "every other operand").array
-        if array.ndim != rank + 1 or array.shape[0] != 1:
-            raise Refusal("a constant operand that is not given for one image, with a batch axis of 1")
+        if array.ndim != rank + 1:
+            raise Refusal(f"a constant of {array.ndim} axes beside tensors of {rank + 1}")
+        if array.shape[0] not in (1, reading.batch) or (array != array[:1]).any():
+            raise Refusal("a constant has its own batch axis")
         parts.append(array[0])
     if len({(len(part.shape), *part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) != 1:
         raise Refusal(f"tensors of shapes {', '.join(str(part.shape) for part in parts)} do not fit")
@@ -236,7 +238,7 @@ def _pad(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
     if len(pads) != 2 * len(axes):
         raise Refusal(f"{len(pads)} pads for {len(axes)} axes")
     if any(not -rank <= axis < rank for axis in axes) or len({axis % rank for axis in axes}) != len(axes):
-        raise Refusal(f"axes {axes} do not fit {rank} axes")
+        raise Refusal(f"axes {axes} name one axis twice, or are outside of the {rank} axes")
     widths = [(0, 0)] * rank
     for axis, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         if low < 0 or high < 0:
@@ -247,14 +249,14 @@ def _pad(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
     for n, (low, high) in zip(x.shape, widths[1:], strict=True):
         if (mode == "reflect" and max(low, high) >= n) or (mode == "wrap" and max(low, high) > n):
             raise Refusal(f"{mode} pads of {max(low, high)} on an axis of {n}, which runtimes read in several ways")
-    if not any(low or high for low, high in widths):
-        return [x]
     if node.version < 11:
         value = Constant(np.array(node.number("value", 0.0), reading.precision))
     elif operand(inputs, 2) is None:
         value = Constant(np.zeros((), reading.precision))
     else:
         value = Constant(reading.number(operand(inputs, 2), "the padding value").array.reshape(()))
+    if not any(low or high for low, high in widths):
+        return [x]
     shape = [n + low + high for n, (low, high) in zip(x.shape, widths[1:], strict=True)]
     stated = _int64(*(low for low, _ in widths), *(high for _, high in widths))
     return reading.emit(node, [x, stated, value if mode == "constant" else None], shape, mode=mode)

@@ -100,7 +100,7 @@ def _resampled(
     axes = node.listed("axes")
     axes = list(range(rank)) if axes is None else axes
     if any(not -rank <= axis < rank for axis in axes) or len({axis % rank for axis in axes}) != len(axes):
-        raise Refusal(f"axes {axes} do not fit {rank} axes")
+        raise Refusal(f"axes {axes} name one axis twice, or are outside of the {rank} axes")
     axes = [axis % rank for axis in axes]
     if (scales is None) == (sizes is None):
         raise Refusal("it needs either scales or sizes")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from service.network.limits import MOST_OPERATORS, limit_tensor
 from service.network.nodes import Node
 from service.network.operators import (
-    LARGEST_TENSOR,
-    MOST_OPERATORS,
     Attribute,
     Constant,
     Operand,
@@ -61,8 +59,7 @@ class Reading:
         """Return a new tensor; raise Refusal if it is empty or too large."""
         if any(size < 1 for size in shape):
             raise Refusal("nothing is left of the tensor")
-        if math.prod(shape) > LARGEST_TENSOR:
-            raise Refusal(f"a tensor of shape {tuple(shape)} for each image; the limit is {LARGEST_TENSOR} elements")
+        limit_tensor(shape)
         self.tensors += 1
         return Tensor(self.tensors - 1, tuple(int(size) for size in shape))
 

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from random_graphs import GraphBuilder, exact_logits
 
-from service.certificate import Certificate, UnsupportedGraphError, certify, spectral_norm_bound
+from service.certificate import Certificate, UnsupportedModelError, certify, spectral_norm_bound
 from service.certificate.rules import arithmetic, table
 
 
@@ -220,7 +220,7 @@ def test_dropping_the_rounding_of_sums_would_be_caught(monkeypatch: pytest.Monke
 
 
 def refusal(model_bytes: bytes) -> str:
-    with pytest.raises(UnsupportedGraphError) as caught:
+    with pytest.raises(UnsupportedModelError) as caught:
         certify(model_bytes)
     return str(caught.value)
 

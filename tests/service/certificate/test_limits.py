@@ -13,8 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from random_graphs import GraphBuilder
 
-from service.certificate import UnsupportedGraphError, analysis, certify, limits
+from service.certificate import UnsupportedModelError, analysis, certify, limits
 from service.certificate.limits import fits
+from service.network import limits as network_limits
 
 SHAPE = (2, 4, 4)
 HUGE = 1 << 40
@@ -34,6 +35,7 @@ def model(build: Build, shape: tuple[int, ...] = SHAPE) -> bytes:
 @pytest.fixture(autouse=True)
 def lower_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MOST_ELEMENTS", LIMIT)
+    monkeypatch.setattr(network_limits, "LARGEST_TENSOR", LIMIT)
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def little_memory() -> Iterator[None]:
 
 
 def reasons(model_bytes: bytes) -> tuple[str, ...]:
-    with little_memory(), pytest.raises(UnsupportedGraphError) as caught:
+    with little_memory(), pytest.raises(UnsupportedModelError) as caught:
         certify(model_bytes)
     return caught.value.reasons
 
@@ -112,7 +114,6 @@ ON_IMAGES: dict[str, Build] = {
     "Sum": lambda b, x: b.one("Sum", repeated(b, x, 1 << 8, 1), repeated(b, x, 1, 1 << 8)),
     "Max": lambda b, x: b.one("Max", b.one("Reshape", x, ints(b, 0, 32, 1)), weights(b, 1, 1 << 15)),
     "MatMul": lambda b, x: b.one("MatMul", b.one("Reshape", x, ints(b, 0, 32, 1)), weights(b, 1, 1 << 15)),
-    "PRelu": lambda b, x: b.one("PRelu", b.one("Reshape", x, ints(b, 0, 32, 1)), weights(b, 1, 1 << 15)),
     "Conv by its pads": lambda b, x: b.one("Conv", x, weights(b, 1, 2, 1, 1), pads=[1 << 20] * 4),
     "Conv by its dilations": lambda b, x: b.one(
         "Conv", x, weights(b, 64, 2, 2, 2), dilations=[200, 200], pads=[100] * 4
@@ -125,13 +126,13 @@ ON_IMAGES: dict[str, Build] = {
         "ConvTranspose", x, weights(b, 2, 1, 2, 2), dilations=[1 << 20] * 2, pads=[1 << 19] * 4
     ),
     "ConvTranspose by its output_padding": lambda b, x: b.one(
-        "ConvTranspose", x, weights(b, 2, 1, 1, 1), output_padding=[1 << 20] * 2
+        "ConvTranspose", x, weights(b, 2, 1, 2, 2), output_padding=[1 << 20] * 2, dilations=[(1 << 20) + 1] * 2
     ),
-    "MaxPool": lambda b, x: b.one("MaxPool", x, kernel_shape=[1, 1], pads=[1 << 20] * 4),
-    "MaxPool by its windows": lambda b, x: b.one("MaxPool", x, kernel_shape=[2000, 2000], pads=[2000] * 4),
-    "AveragePool": lambda b, x: b.one("AveragePool", x, kernel_shape=[1 << 20] * 2, pads=[1 << 20] * 4),
+    "MaxPool": lambda b, x: b.one("MaxPool", x, kernel_shape=[1 << 20] * 2, pads=[(1 << 20) - 1] * 4),
+    "MaxPool by its windows": lambda b, x: b.one("MaxPool", x, kernel_shape=[100, 100], pads=[99] * 4),
+    "AveragePool": lambda b, x: b.one("AveragePool", x, kernel_shape=[1 << 20] * 2, pads=[(1 << 20) - 1] * 4),
     "AveragePool by its strides": lambda b, x: b.one("AveragePool", x, kernel_shape=[2, 2], strides=[1 << 30] * 2),
-    "LpPool": lambda b, x: b.one("LpPool", x, kernel_shape=[2000, 2000], pads=[2000] * 4),
+    "LpPool": lambda b, x: b.one("LpPool", x, kernel_shape=[2000, 2000], pads=[1999] * 4),
     "squares": squares_pooled_again_and_again,
 }
 
@@ -194,7 +195,7 @@ def test_no_fold_enlarges_a_constant_beyond_the_limit(name: str) -> None:
 
 def test_an_image_beyond_the_limit_is_refused_once() -> None:
     (reason,) = reasons(model(lambda b, x: b.one("ReduceMax", x, ints(b, 1)), (1 << 62,)))
-    assert "image too large to analyse" in reason
+    assert "input 'image': too large to analyse" in reason
 
 
 def test_all_pairs_of_too_many_logits_are_refused() -> None:
@@ -267,14 +268,15 @@ def test_a_kernel_of_many_strides_keeps_the_product_of_norms(monkeypatch: pytest
 
 def test_no_more_elements_are_sorted_than_there_are() -> None:
     (reason,) = reasons(model(lambda b, x: b.add("TopK", x, ints(b, HUGE), outputs=2)[0]))
-    assert f"the first {HUGE} of 4" in reason
+    assert f"k={HUGE} of an axis of 4" in reason
 
 
-def test_an_operand_that_names_axes_is_short() -> None:
+def test_a_quotation_of_the_file_is_short() -> None:
     (reason,) = reasons(model(lambda b, x: b.one("Tile", x, b.constant(np.ones(5000, np.int64)))))
-    assert "at most 4096 are read" in reason
+    assert "Tile" in reason
+    assert len(reason) < 400
     (reason,) = reasons(model(added(lambda b: b.one("Tile", zeros(b, 1), b.constant(np.ones(5000, np.int64))))))
-    assert "at most 4096 are read" in reason
+    assert len(reason) < 400
 
 
 def test_a_limit_near_the_size_of_memory_is_a_refusal_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +284,7 @@ def test_a_limit_near_the_size_of_memory_is_a_refusal_and_no_traceback(monkeypat
         raise MemoryError
 
     monkeypatch.setattr("service.certificate.rules.selections.np.tile", no_memory)
-    with pytest.raises(UnsupportedGraphError, match="more memory than there is"):
+    with pytest.raises(UnsupportedModelError, match="more memory than there is"):
         certify(model(lambda b, x: b.one("Tile", x, ints(b, 1, 2, 1, 1))))
 
 

@@ -45,6 +45,7 @@ from service.certificate.rules import (
     table,
     windows,
 )
+from service.network import operators
 
 RULES = (
     *(activations, arithmetic, convolution, linear, operands, piecewise, pooling, rearrangements, reductions),
@@ -170,6 +171,12 @@ class Mutant:
 
 SLOPED = (piecewise, activations)
 SPATIAL = ("conv", "same_conv", "periodic_conv")
+
+
+def step_with_constants(view: values.View, factor: float) -> values.LinearStep:
+    return replace(linear.scaling_step(view, factor), apply=lambda stacks: stacks[0] + 1.0)
+
+
 MUTANTS = [
     Mutant(
         0, "power iteration for matrices", lambda p: everywhere(p, "spectral_norm_bound", power_iteration), ("dense",)
@@ -364,14 +371,14 @@ MUTANTS = [
     Mutant(
         0,
         "constants beside a tensor taken for zeros",
-        lambda p: p.setattr(selections, "_constant_part", lambda value, rank: 0.0 * value.array[0]),
+        lambda p: p.setattr(selections, "_framed", lambda context, view, center: view),
         ("framed",),
         of_errors=True,
     ),
     Mutant(
         0,
         "constants beside a tensor that count as a part of it",
-        lambda p: p.setattr(selections, "np", Numpy(zeros=lambda shape, **_: np.ones(shape))),
+        lambda p: p.setattr(selections, "scaling_step", step_with_constants),
         ("framed", "dense", "cancelling", "residual"),
         4,
     ),
@@ -397,7 +404,7 @@ MUTANTS = [
     Mutant(
         0,
         "another epsilon",
-        lambda p: p.setattr(convolution, "float_attribute", lambda node, name, default: 1.0),
+        lambda p: p.setattr(operators.Operator, "number", lambda operator, name: 1.0),
         ("batch_normalization",),
     ),
     Mutant(

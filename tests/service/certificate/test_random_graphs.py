@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 from random_graphs import ARITHMETIC, FREQUENT, JOINT, REARRANGED, STEPS, Graph, GraphBuilder, graphs, seeded_graph
 
-from service.certificate import UnsupportedGraphError, certify
+from service.certificate import UnsupportedModelError, certify
 from service.certificate.rules.table import RULES
 
 NEVER_CERTIFIED = {
@@ -201,5 +201,5 @@ def sign_of_transposed(b: GraphBuilder, x: str) -> str:
     ],
 )
 def test_what_jumps_or_mixes_images_is_refused(build: Build, expected: str) -> None:
-    with pytest.raises(UnsupportedGraphError, match=expected):
+    with pytest.raises(UnsupportedModelError, match=expected):
         certify(made(build, (4,), 4).model)

@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from random_graphs import GraphBuilder, seeded_graph
 
+from service.network.limits import LARGEST_TENSOR
 from service.network.lowering import LOWERINGS
-from service.network.operators import LARGEST_TENSOR, Network, UnsupportedModelError
+from service.network.operators import Network, UnsupportedModelError
 from service.network.reader import read
 from service.network.writer import write
 from service.runtime.engine import Engine
@@ -258,11 +259,11 @@ TOO_LARGE: dict[str, Build] = {
 
 @pytest.mark.parametrize("kind", TOO_LARGE)
 def test_sizes_that_a_file_states_are_not_believed(kind: str) -> None:
-    assert f"limit is {LARGEST_TENSOR} elements" in reasons(model_of(TOO_LARGE[kind], (4, 4), 4))
+    assert f"at most {LARGEST_TENSOR}" in reasons(model_of(TOO_LARGE[kind], (4, 4), 4))
 
 
 def test_an_image_that_no_machine_holds_is_refused() -> None:
-    assert "limit" in reasons(model_of(lambda b: b.one("Relu", "image"), (2**62,), 4))
+    assert "too large" in reasons(model_of(lambda b: b.one("Relu", "image"), (2**62,), 4))
 
 
 def test_every_reason_is_said_at_once() -> None:

@@ -10,7 +10,7 @@ from exact_graphs import FLOATS, Program
 from onnx import TensorProto
 from random_graphs import GraphBuilder, exact_logits
 
-from service.certificate import Certificate, UnsupportedGraphError, certify
+from service.certificate import Certificate, UnsupportedModelError, certify
 
 SHAPE = (1, 3, 1)
 Build = Callable[[GraphBuilder, str], str]
@@ -269,7 +269,7 @@ def batch_as_width(b: GraphBuilder, x: str) -> str:
     ],
 )
 def test_what_has_no_proof_is_refused(build: Build, expected: str) -> None:
-    with pytest.raises(UnsupportedGraphError, match=expected):
+    with pytest.raises(UnsupportedModelError, match=expected):
         certified(build, 3)
 
 

@@ -10,7 +10,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from random_graphs import GraphBuilder
 
-from service.certificate import UnsupportedGraphError, certify
+from service.certificate import UnsupportedModelError, certify
 
 Build = Callable[[GraphBuilder, str], str]
 
@@ -21,7 +21,7 @@ def model(build: Build, shape: tuple[int, ...], n_outputs: object, dtype: type =
 
 
 def refusal(build: Build, shape: tuple[int, ...] = (4,)) -> str:
-    with pytest.raises(UnsupportedGraphError) as caught:
+    with pytest.raises(UnsupportedModelError) as caught:
         certify(model(build, shape, 4))
     return str(caught.value)
 
