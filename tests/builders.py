@@ -1,4 +1,4 @@
-"""Small models for tests and benchmarks: their graphs, adjoints and artefacts.
+"""Small models for tests and benchmarks: their graphs and artefacts.
 
 They share no code with the trainer's exporter, on which a test of the service must not rely. Axes: K logits,
 D = C H W pixels, M and N rows and columns of a hidden layer.
@@ -6,7 +6,7 @@ D = C H W pixels, M and N rows and columns of a hidden layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,21 +17,27 @@ import numpy as np
 from graph_builder import GraphBuilder
 
 from service.artefact.card import Card, InputShape, write_artefact, write_card
-from service.artefact.files import MODEL_FILE, TRANSPORT_FILE, digest
+from service.artefact.files import MODEL_FILE, digest
 from service.artefact.findings import Findings
 from service.inference.classifier import Classifier
+from service.network.graphs import gradient_graph
+from service.network.reader import read
 
 Affine = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """The two graphs of one network."""
+    """A model, and the graph of its gradient."""
 
     model: bytes
-    transport: bytes
     shape: tuple[int, int, int]
     n_outputs: int
+
+    @property
+    def gradient(self) -> bytes:
+        """As the server writes it."""
+        return gradient_graph(read(self.model)).content
 
 
 def linear(weight_KD: np.ndarray, bias_K: np.ndarray, shape: tuple[int, int, int]) -> Graphs:
@@ -55,22 +61,12 @@ def dense(
         dtype: format of the graph; numbers are rounded to it.
         operator: of the affine layers; MatMul is followed by Add.
     """
-    model, transport = GraphBuilder(dtype=dtype), GraphBuilder(dtype=dtype)
+    model = GraphBuilder(dtype=dtype)
     _network(model, hidden, head, operator)
-    pullback = _network(transport, hidden, head, operator)
-    gradient = transport.one("Reshape", pullback("margin_weights"), transport.constant(np.array([0, *shape])))
-    transport.called(gradient, "gradient")
-    logits = (len(head[1]),)
-    return Graphs(
-        model=model.build({"image": shape}, {"logits": logits}),
-        transport=transport.build({"image": shape, "margin_weights": logits}, {"logits": logits, "gradient": shape}),
-        shape=shape,
-        n_outputs=len(head[1]),
-    )
+    return Graphs(model.build({"image": shape}, {"logits": (len(head[1]),)}), shape, len(head[1]))
 
 
-def _network(g: GraphBuilder, hidden: Sequence[Affine], head: Affine, operator: str) -> Callable[[str], str]:
-    """Add the forward nodes; the result adds the adjoint: weights of the logits -> gradient of the pixels."""
+def _network(g: GraphBuilder, hidden: Sequence[Affine], head: Affine, operator: str) -> None:
 
     def affine(value: str, weight_MN: np.ndarray, bias_M: np.ndarray) -> str:
         if operator == "Gemm":
@@ -81,23 +77,10 @@ def _network(g: GraphBuilder, hidden: Sequence[Affine], head: Affine, operator: 
         return g.add("Split", value, g.constant(np.array([size // 2, size - size // 2])), outputs=2, axis=1)
 
     value = g.one("Flatten", "image", axis=1)
-    sorts: list[tuple[np.ndarray, str, str]] = []
     for weight_MN, bias_M in hidden:
         left, right = halves(affine(value, weight_MN, bias_M), len(bias_M))
-        sorts.append((weight_MN, left, right))
         value = g.one("Concat", g.one("Max", left, right), g.one("Min", left, right), axis=1)
     g.called(affine(value, *head), "logits")
-
-    def pullback(weights: str) -> str:
-        gradient = g.one("MatMul", weights, g.constant(head[0]))
-        for weight_MN, left, right in reversed(sorts):
-            in_order = g.one("GreaterOrEqual", left, right)
-            of_max, of_min = halves(gradient, len(weight_MN))
-            parts = [g.one("Where", in_order, of_max, of_min), g.one("Where", in_order, of_min, of_max)]
-            gradient = g.one("MatMul", g.one("Concat", *parts, axis=1), g.constant(weight_MN))
-        return gradient
-
-    return pullback
 
 
 def random_groupsort(
@@ -126,17 +109,14 @@ def card_for(graphs: Graphs, name: str = "test") -> Card:
 
 def write(folder: Path, graphs: Graphs, name: str = "test") -> Findings:
     """Write the artefact of `graphs` to `folder`."""
-    return write_artefact(folder, card_for(graphs, name), graphs.model, graphs.transport)
+    return write_artefact(folder, card_for(graphs, name), graphs.model)
 
 
 def write_unverified(folder: Path, graphs: Graphs, name: str = "test") -> None:
     """Write an artefact whose card is about `graphs`, whatever they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {MODEL_FILE: graphs.model, TRANSPORT_FILE: graphs.transport}
-    for file, content in contents.items():
-        (folder / file).write_bytes(content)
-    digests = {file: digest(content) for file, content in contents.items()}
-    write_card(folder, card_for(graphs, name).model_copy(update={"graphs": digests}))
+    (folder / MODEL_FILE).write_bytes(graphs.model)
+    write_card(folder, card_for(graphs, name).model_copy(update={"graphs": {MODEL_FILE: digest(graphs.model)}}))
 
 
 def _orthogonal(random: np.random.Generator, rows: int, columns: int) -> np.ndarray:

@@ -62,7 +62,7 @@ def test_a_misspelt_setting_ends_it_with_status_2(
     assert only_error(caplog) == "LIPCERT_MODEL is not a setting of this server; did you mean LIPCERT_MODELS?"
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "transport.onnx", "card.json"])
+@pytest.mark.parametrize("file", ["model.onnx", "card.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut short", "empty"])
 def test_a_missing_or_damaged_file_of_an_artefact_ends_it_and_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, copy: Path, file: str, damage: str

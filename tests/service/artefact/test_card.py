@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,35 +40,35 @@ def test_a_written_artefact_is_accepted_with_the_findings_of_its_writer(tmp_path
     written = write(tmp_path / "test", graphs)
     accept(tmp_path / "test")
     found = verify(tmp_path / "test")
-    assert (
-        found.digests
-        == written.digests
-        == {"model.onnx": digest(graphs.model), "transport.onnx": digest(graphs.transport)}
-    )
-    assert found.digest == digest((tmp_path / "test" / "model.onnx").read_bytes())
+    assert found.digest == written.digest == digest(graphs.model)
+    assert (tmp_path / "test" / "model.onnx").read_bytes() == graphs.model
     np.testing.assert_array_equal(
         found.facts().certificate.margin_bounds_KK, written.facts().certificate.margin_bounds_KK
     )
 
 
 def test_writing_leaves_no_other_file_behind(folder: Path) -> None:
-    assert {path.name for path in folder.iterdir()} == {"model.onnx", "transport.onnx", "card.json"}
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "card.json"}
+
+
+def recording(reads: list[str]) -> Callable[[Path], bytes]:
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        reads.append(path.name)
+        return read_bytes(path)
+
+    return read
 
 
 def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    read_bytes = Path.read_bytes
-
-    def counting(path: Path) -> bytes:
-        reads.append(path.name)
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", counting)
+    monkeypatch.setattr(Path, "read_bytes", recording(reads))
     accept(folder)
-    assert sorted(reads) == ["card.json", "model.onnx", "transport.onnx"]
+    assert sorted(reads) == ["card.json", "model.onnx"]
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "transport.onnx", "card.json"])
+@pytest.mark.parametrize("file", ["model.onnx", "card.json"])
 def test_missing_file_is_named(folder: Path, file: str) -> None:
     (folder / file).unlink()
     with pytest.raises(ArtefactError, match="missing") as caught:
@@ -75,8 +76,8 @@ def test_missing_file_is_named(folder: Path, file: str) -> None:
     assert caught.value.file == folder / file
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "transport.onnx"])
-def test_one_changed_bit_is_noticed(folder: Path, file: str) -> None:
+def test_one_changed_bit_is_noticed(folder: Path) -> None:
+    file = "model.onnx"
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content)
@@ -122,22 +123,13 @@ def test_graph_without_a_proof_is_refused_before_anything_is_written(tmp_path: P
     graph = helper.make_graph([helper.make_node("Exp", ["image"], ["logits"])], "wild", [image], [logits])
     wild = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]).SerializeToString()
     with pytest.raises(ArtefactError, match=r"no proved Lipschitz bound(?s:.*)Exp"):
-        write_artefact(tmp_path / "test", card_for(graphs), wild, graphs.transport)
+        write_artefact(tmp_path / "test", card_for(graphs), wild)
     assert not (tmp_path / "test").exists()
 
 
-def test_transport_graph_with_other_names_is_refused(tmp_path: Path) -> None:
-    graphs = random_groupsort(0)
-    with pytest.raises(ArtefactError, match="margin_weights") as caught:
-        write_artefact(tmp_path / "test", card_for(graphs), graphs.model, graphs.model)
-    assert caught.value.file.name == "transport.onnx"
-
-
 def test_bytes_that_are_no_graph_are_refused(tmp_path: Path) -> None:
-    graphs = random_groupsort(0)
-    for model, transport in ((b"\x00garbage", graphs.transport), (graphs.model, b"\x00garbage")):
-        with pytest.raises(ArtefactError):
-            write_artefact(tmp_path / "test", card_for(graphs), model, transport)
+    with pytest.raises(ArtefactError):
+        write_artefact(tmp_path / "test", card_for(random_groupsort(0)), b"\x00garbage")
 
 
 def test_write_that_fails_half_way_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +142,17 @@ def test_write_that_fails_half_way_leaves_the_old_file(folder: Path, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         write_card(folder, read_card(folder).model_copy(update={"accuracy": 0.5}))
     assert (folder / "card.json").read_bytes() == before
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 2
 
 
-def test_graphs_of_two_networks_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    graphs, other = random_groupsort(0), random_groupsort(1)
-    with pytest.raises(ArtefactError, match="another network"):
-        write_artefact(tmp_path / "test", card_for(graphs), graphs.model, other.transport)
-    assert not (tmp_path / "test").exists()
+def test_an_older_artefact_is_read_and_its_second_graph_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "transport.onnx").write_bytes(b"of another network")
+    card = read_card(folder)
+    _edit_card(folder, graphs={**card.graphs, "transport.onnx": digest(b"of any network")})
+    opened: list[str] = []
+    monkeypatch.setattr(Path, "read_bytes", recording(opened))
+    accept(folder)
+    assert "transport.onnx" not in opened
 
 
 def test_card_is_frozen_and_refuses_shares_above_one() -> None:

@@ -1,17 +1,20 @@
-"""Verification: proof of the model, and both graphs run on the CPU; a fault is found, not raised."""
+"""Verification: proof of the model, and the graphs written from it run on the CPU; a fault is found, not raised."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Graphs, dense, linear, random_groupsort, write, write_unverified
+from builders import linear, random_groupsort, write
 from fake_gpu import FakeGpu
 
 from service.artefact.engines import probe
 from service.artefact.verification import verify
 from service.errors import ArtefactError
+from service.network.graphs import forward_graph
+from service.network.reader import read
 from service.runtime.engine import Engine
 
 
@@ -21,7 +24,7 @@ def test_findings_name_the_bytes_the_certificate_and_the_logits_of_the_probe(tmp
     written = write(tmp_path, graphs)
     found = verify(tmp_path)
     assert found.fault is None
-    assert found.digests == written.digests
+    assert found.digest == written.digest
     facts = found.facts()
     expected = weight @ probe(facts.certificate).ravel() + [0.5, -0.5]
     np.testing.assert_allclose(facts.logits_NK[0], expected, rtol=1e-14)
@@ -36,44 +39,31 @@ def test_a_graph_is_verified_on_the_cpu_even_where_a_gpu_will_run_it(
     assert gpu.opened == []
 
 
-@pytest.mark.parametrize(
-    ("transport", "complaint"),
-    [
-        (random_groupsort(1).transport, "belongs to another network"),
-        (dense([], (np.eye(3, 9), np.zeros(3)), (1, 3, 3)).transport, "cannot be run"),
-        (random_groupsort(0).model, "must take `image` and `margin_weights`"),
-        (b"garbage", "ONNX Runtime cannot run the graph"),
-    ],
-    ids=["another network", "another image size", "another interface", "garbage"],
-)
-def test_a_transport_graph_that_does_not_fit_is_a_fault_of_its_file(
-    tmp_path: Path, transport: bytes, complaint: str
-) -> None:
-    ours = random_groupsort(0)
-    write_unverified(tmp_path, Graphs(ours.model, transport, ours.shape, ours.n_outputs))
+def test_a_missing_file_is_a_fault_without_a_digest(tmp_path: Path) -> None:
     found = verify(tmp_path)
-    assert found.verified is None
-    with pytest.raises(ArtefactError, match=complaint) as caught:
-        found.facts()
-    assert caught.value.file == tmp_path / "transport.onnx"
+    assert found.read_digest is None
+    for stated in (found.facts, lambda: found.digest):
+        with pytest.raises(ArtefactError, match="missing"):
+            stated()
 
 
-def test_a_missing_file_leaves_the_digests_of_those_that_were_read(tmp_path: Path) -> None:
-    written = write(tmp_path, random_groupsort(0))
-    (tmp_path / "transport.onnx").unlink()
-    found = verify(tmp_path)
-    assert found.digests == {"model.onnx": written.digest}
-    with pytest.raises(ArtefactError, match="missing"):
-        found.facts()
+def test_both_graphs_are_pieces_of_the_file(tmp_path: Path) -> None:
+    network = random_groupsort(0, width=32)
+    write(tmp_path, network)
+    facts = verify(tmp_path).facts()
+    for splice, written in ((facts.forward, forward_graph(read(network.model))), (facts.gradient, network.gradient)):
+        content = written if isinstance(written, bytes) else written.content
+        assert splice.join(network.model) == content
+        assert len(pickle.dumps(splice)) < len(content) / 2
 
 
-def test_logits_are_compared_as_both_graphs_compute_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_beside_a_gradient_are_those_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, random_groupsort(0))
     run = Engine.run
 
     def drift(self: Engine, outputs: object, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         results = run(self, outputs, inputs)  # type: ignore[arg-type]
-        return [result + (1e-3 if "margin_weights" in inputs else 0.0) for result in results]
+        return [result + (1e-9 if "margin_weights" in inputs else 0.0) for result in results]
 
     monkeypatch.setattr(Engine, "run", drift)
-    assert "belongs to another network" in (verify(tmp_path).fault or (Path(), ""))[1]
+    assert "computes other logits beside a gradient" in (verify(tmp_path).fault or (Path(), ""))[1]

@@ -192,15 +192,13 @@ def test_an_answer_of_another_artefact_is_undecided(archived: Archived, zoo: Pat
     assert [line.partition(":")[0] for line in verdict.lines] == ["does not hold", "does not hold", "undecided"]
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "transport.onnx"])
-def test_a_changed_artefact_leaves_the_answer_undecided(archived: Archived, tmp_path: Path, file: str) -> None:
+def test_a_changed_artefact_leaves_the_answer_undecided(archived: Archived, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(archived.artefact, tmp_path / "artefact"))
-    model = onnx.load(folder / file)
+    model = onnx.load(folder / "model.onnx")
     model.doc_string = "changed"
-    onnx.save(model, folder / file)
+    onnx.save(model, folder / "model.onnx")
     (reason,) = undecided(archived.check(tmp_path, artefact=folder))
-    expected = "digest: the answer is of" if file == "model.onnx" else f"{file}: the card states the digest sha256:"
-    assert reason.startswith(expected)
+    assert reason.startswith("digest: the answer is of")
 
 
 def test_every_operator_without_a_rule_is_named(archived: Archived, tmp_path: Path) -> None:

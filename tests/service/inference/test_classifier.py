@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Graphs, dense, linear, load, random_groupsort, write, write_unverified
+from builders import linear, load, random_groupsort, write
 from exact_preprocessing import exact_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -318,24 +318,8 @@ def test_cuda_without_cuda_does_not_load(tmp_path: Path, monkeypatch: pytest.Mon
         Classifier.load(tmp_path, "cuda", threads=1)
 
 
-def test_transport_graph_of_another_network_is_refused(tmp_path: Path) -> None:
-    ours, other = random_groupsort(0), random_groupsort(1)
-    write_unverified(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
-    with pytest.raises(ArtefactError, match="another network") as caught:
-        Classifier.load(tmp_path, "cpu", threads=1)
-    assert caught.value.file.name == "transport.onnx"
-
-
-def test_transport_graph_of_another_image_size_is_refused(tmp_path: Path) -> None:
-    ours = random_groupsort(0)
-    other = dense([], (np.eye(3, 9), np.zeros(3)), (1, 3, 3))
-    write_unverified(tmp_path, Graphs(ours.model, other.transport, ours.shape, ours.n_outputs))
-    with pytest.raises(ArtefactError, match="cannot be run"):
-        Classifier.load(tmp_path, "cpu", threads=1)
-
-
-@pytest.mark.parametrize("file", ["model.onnx", "transport.onnx"])
-def test_a_file_that_changed_since_it_was_proved_is_not_run(tmp_path: Path, file: str) -> None:
+def test_a_file_that_changed_since_it_was_proved_is_not_run(tmp_path: Path) -> None:
+    file = "model.onnx"
     artefact = write(tmp_path, random_groupsort(0))
     content = (tmp_path / file).read_bytes()
     image = images(0, 1, (1, 4, 4))

@@ -185,7 +185,7 @@ def brightest_pixel_above(threshold: float, side: int) -> Classifier:
     """Class 0 where any pixel is brighter: a detector under a global maximum, as for parasites or scratches."""
     head = Affine(torch.ones(1, 1, dtype=torch.float64), torch.tensor([-threshold], dtype=torch.float64))
     graphs = emit_graphs(LipschitzNetwork((1, side, side), Chain([GlobalMaxPool2d(), Flatten()]), head))
-    return load(Graphs(graphs.model, graphs.transport, (1, side, side), 1))
+    return load(Graphs(graphs.model, (1, side, side), 1))
 
 
 def test_every_detection_under_a_maximum_is_taken_back() -> None:

@@ -112,5 +112,5 @@ def test_auto_takes_a_gpu_that_works_without_a_warning(
 
 def test_an_error_of_the_gpu_names_the_file(monkeypatch: pytest.MonkeyPatch, zoo: Path, pool: Pool) -> None:
     FakeGpu(open_failure=BUSY).install(monkeypatch)
-    with pytest.raises(ProviderError, match=r"grey/(model|transport)\.onnx: "):
+    with pytest.raises(ProviderError, match=r"grey/model\.onnx: "):
         load_classifiers(settings_for(zoo, "cuda"), pool)

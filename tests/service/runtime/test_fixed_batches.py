@@ -25,7 +25,7 @@ def inputs_of(loaded: Engine, n: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {value.name: random.random((n, *value.shape[1:])) for value in loaded._session.get_inputs()}
 
 
-@pytest.mark.parametrize("graph", ["model", "transport"])
+@pytest.mark.parametrize("graph", ["model", "gradient"])
 @pytest.mark.parametrize("warm", [True, False])
 def test_fixed_batches_give_what_the_session_gives_for_every_size(graph: str, warm: bool) -> None:
     loaded, fixed = in_fixed_batches(getattr(random_groupsort(0), graph), 8)
@@ -63,7 +63,7 @@ def test_results_of_fixed_batches_are_not_written_again_by_the_next_run() -> Non
 
 
 def test_threads_that_share_fixed_batches_get_their_own_results() -> None:
-    loaded, fixed = in_fixed_batches(random_groupsort(0).transport, 8)
+    loaded, fixed = in_fixed_batches(random_groupsort(0).gradient, 8)
     work = [inputs_of(loaded, 1 + seed % 11, seed) for seed in range(64)]
     expected = [loaded.run(loaded.output_names, inputs) for inputs in work]
     with ThreadPoolExecutor(8) as pool:
@@ -74,7 +74,7 @@ def test_threads_that_share_fixed_batches_get_their_own_results() -> None:
 
 
 def test_fixed_batches_take_some_of_the_outputs_in_any_order() -> None:
-    loaded, fixed = in_fixed_batches(random_groupsort(0).transport, 4)
+    loaded, fixed = in_fixed_batches(random_groupsort(0).gradient, 4)
     inputs = inputs_of(loaded, 3)
     logits, gradient = loaded.run(("logits", "gradient"), inputs)
     for names, wanted in ((("gradient",), (gradient,)), (("gradient", "logits"), (gradient, logits))):
@@ -99,7 +99,7 @@ def test_fixed_batches_refuse_what_is_not_an_input_of_the_graph(inputs: dict[str
 
 
 def test_fixed_batches_refuse_a_graph_whose_images_have_no_fixed_shape() -> None:
-    model = onnx.load_model_from_string(random_groupsort(0).transport)
+    model = onnx.load_model_from_string(random_groupsort(0).gradient)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
     with pytest.raises(GraphError, match="must be fixed behind the batch axis"):
         in_fixed_batches(model.SerializeToString(), 4)

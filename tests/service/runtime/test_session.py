@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from service.errors import ProviderError
 from service.runtime.engine import Engine
 from service.runtime.provider import CPU, CUDA
-from service.runtime.session import DISABLED_OPTIMIZERS, GraphError, open_session, session_options
+from service.runtime.session import GraphError, open_session, session_options
 
 GRAPHS = linear(np.arange(8.0).reshape(2, 4) / 8, np.array([0.5, -0.5]), (1, 2, 2))
 
@@ -83,7 +83,7 @@ def test_a_silent_fallback_of_the_runtime_is_an_error(monkeypatch: pytest.Monkey
 
 
 def test_a_float64_clip_after_a_relu_is_served() -> None:
-    # ONNX Runtime 1.32 fails to load this graph where its FuseReluClip is on.
+    # ONNX Runtime 1.32 fails to load this graph where its optimisers are on.
     graph = helper.make_graph(
         [
             helper.make_node("Relu", ["image"], ["positive"]),
@@ -99,39 +99,42 @@ def test_a_float64_clip_after_a_relu_is_served() -> None:
     np.testing.assert_array_equal(logits, [[0.0, 0.5]])
 
 
-@pytest.mark.parametrize(
-    ("first", "weight", "second"),
-    [
-        ("MatMul", (4, 3), "BatchNormalization"),
-        ("Conv", (3, 4, 1, 1), "BatchNormalization"),
-        ("Conv", (3, 4, 1, 1), "Mul"),
-        ("Conv", (3, 4, 1, 1), "Add"),
-    ],
-)
-def test_no_scale_is_folded_into_the_weights_of_the_layer_before_it(
-    first: str, weight: tuple[int, ...], second: str, tmp_path: Path
-) -> None:
-    spatial = (1,) * (len(weight) - 2)
-    vectors = ["s", "b", "m", "v"] if second == "BatchNormalization" else ["s"]
-    shape = (3,) if second == "BatchNormalization" else (3, *spatial)
+def floats(*numbers: float) -> np.ndarray:
+    return np.array(numbers, np.float32)
+
+
+# The optimisers of the runtime make fewer nodes of each.
+JOINED: dict[str, tuple[tuple[str, np.ndarray], ...]] = {
+    "a product and a sum": (("MatMul", floats(*[0.3] * 16).reshape(4, 4)), ("Add", floats(*[0.3] * 4))),
+    "a scale of weights": (
+        ("Conv", floats(*[0.3] * 16).reshape(4, 4, 1, 1)),
+        ("Mul", floats(*[0.3] * 4)[:, None, None]),
+    ),
+    "nearly one is a factor": (("Mul", np.array(0.5)), ("Mul", np.array(1.0 + 2.0**-26)), ("Add", np.array(0.5))),
+    "one is a divisor": (("Mul", np.array(0.5)), ("Div", np.array(1.0)), ("Add", np.array(0.5))),
+    "nearly nothing is added": (("Mul", np.array(0.5)), ("Add", np.array(1e-46)), ("Add", np.array(0.5))),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_every_node_of_a_graph_is_one_kernel(name: str, tmp_path: Path) -> None:
+    nodes = JOINED[name]
+    shape = ["N", 4, 2, 2] if nodes[0][0] == "Conv" else ["N", 4]
+    element = helper.np_dtype_to_tensor_dtype(nodes[0][1].dtype)
     graph = helper.make_graph(
-        [helper.make_node(first, ["x", "w"], ["h"]), helper.make_node(second, ["h", *vectors], ["y"])],
+        [helper.make_node(kind, [f"x{k}", f"c{k}"], [f"x{k + 1}"]) for k, (kind, _) in enumerate(nodes)],
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, *spatial])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3, *spatial])],
-        [
-            numpy_helper.from_array(np.full(shape_of, 0.3, np.float32), name)
-            for name, shape_of in [("w", weight), *((name, shape) for name in vectors)]
-        ],
+        [helper.make_tensor_value_info("x0", element, shape)],
+        [helper.make_tensor_value_info(f"x{len(nodes)}", element, shape)],
+        [numpy_helper.from_array(constant, f"c{k}") for k, (_, constant) in enumerate(nodes)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    options = session_options(1)
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    onnxruntime.InferenceSession(
-        model.SerializeToString(),
-        options,
-        providers=[CPU],
-        disabled_optimizers=DISABLED_OPTIMIZERS,
-    )
-    run = onnx.load(tmp_path / "optimised.onnx")
-    assert [node.op_type for node in run.graph.node] == [first, second]
+
+    def run_by(options: onnxruntime.SessionOptions) -> list[str]:
+        options.optimized_model_filepath = str(tmp_path / "run.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+        return [node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node]
+
+    written = [kind for kind, _ in nodes]
+    assert run_by(onnxruntime.SessionOptions()) != written
+    assert run_by(session_options(1)) == written
