@@ -53,8 +53,8 @@ def violations(model_bytes: bytes, shape: tuple[int, ...], dtype: type, seed: in
     return found
 
 
-def flat_model(build: Callable[[GraphBuilder, str], str], n: int, m: int) -> bytes:
-    b = GraphBuilder(np.random.default_rng(0))
+def flat_model(build: Callable[[GraphBuilder, str], str], n: int, m: int, dtype: type = np.float64) -> bytes:
+    b = GraphBuilder(np.random.default_rng(0), dtype)
     return b.model((n,), build(b, "image"), m)
 
 
@@ -520,6 +520,21 @@ def test_a_normalisation_at_the_ends_of_the_number_range_is_refused(
         return b.one("Mul", b.one("Mul", y, b.constant(np.array(1e300))), b.constant(np.array(1e300)))
 
     assert expected in refusal(flat_model(build, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("scale", "mean", "variance"),
+    [(1e30, 0.0, 1e-20), (1.0, 1e30, 1e-20), (1e20, 1e20, 1.0), (-1e30, 0.0, 1e-20)],
+    ids=["scale over deviation", "mean over deviation", "mean times scale", "negative"],
+)
+def test_a_factor_that_overflows_in_the_format_is_refused(scale: float, mean: float, variance: float) -> None:
+    def build(b: GraphBuilder, x: str) -> str:
+        numbers = (scale, 0.0, mean, variance)
+        # The factor meets zeros: it takes no part in any result, and still makes a NaN of it.
+        nothing = b.one("Mul", x, b.constant(np.zeros(4)))
+        return b.one("BatchNormalization", nothing, *[b.constant(np.full(4, n)) for n in numbers], epsilon=0.0)
+
+    assert "overflow cannot be excluded" in refusal(flat_model(build, 4, 4, np.float32))
 
 
 def test_constants_that_runtimes_fold_in_two_ways_are_refused() -> None:

@@ -190,13 +190,13 @@ def sign_of_transposed(b: GraphBuilder, x: str) -> str:
             "jumps",
         ),
         (sign_of_transposed, "jumps"),
-        (lambda b, x: b.one("LeakyRelu", x, alpha=math.nan), "not finite"),
+        (lambda b, x: b.one("LeakyRelu", x, alpha=math.nan), "finite number"),
         (lambda b, x: b.one("Sqrt", b.one("Mul", square(b, x), b.constant(np.ones((2, 4))))), "own batch axis"),
-        (lambda b, x: b.one("Sqrt", b.one("Add", square(b, x), b.constant(np.ones((1, 1, 1))))), "one number"),
+        (lambda b, x: b.one("Sqrt", b.one("Add", square(b, x), b.constant(np.ones((1, 1, 1))))), "more axes"),
         (lambda b, x: b.one("Sqrt", b.one("Pow", x, b.constant(np.full((1, 1, 1), 2.0)))), "one number"),
         (lambda b, x: b.one("Pow", x, b.constant(np.ones((1, 1, 1)))), "one number"),
         # ONNX Runtime rounds to float32 on the way to float16, so that its weight is another one.
-        (lambda b, x: b.one("Mul", x, through_float16(b, np.full(4, 1 + 2**-11 + 2**-40))), "narrow format"),
+        (lambda b, x: b.one("Mul", x, through_float16(b, np.full(4, 1 + 2**-11 + 2**-40))), "several meanings"),
         (lambda b, x: b.one("Mul", x, scattered(b, np.full(4, 1e16))), "rounds"),
     ],
 )

@@ -22,8 +22,15 @@ def test_every_operator_with_a_rule_has_its_place_in_the_table() -> None:
     assert set(RULES) <= operators | {"Sqrt"}
 
 
+def test_every_kernel_that_may_run_has_its_assumption() -> None:
+    table = PAGE.split("| kernels |")[1].split("\n\n")[0]
+    kernels = {word for row in table.splitlines() for word in re.findall(r"\w+", row.split(" | ")[0])}
+    # Refused by its rule.
+    assert set(RULES) - {"ThresholdedRelu", "Sign"} <= kernels
+
+
 def test_every_rule_names_its_function_and_its_test() -> None:
-    tables = [part.split("\n\n")[0] for part in re.split(r"\|(?:---\|)+\n", PAGE)[1:]]
+    tables = [part.split("\n\n")[0] for part in re.split(r"\|(?:---\|){4,}\n", PAGE)[1:]]
     assert len(tables) == 2
     for row in (row for table in tables for row in table.splitlines()):
         *_, function, test, _ = re.split(r"(?<!\\)\|", row)
