@@ -90,7 +90,7 @@ def read_draft(model_bytes: bytes) -> Draft:
         try:
             values[name] = reading.tensor(shape)
         except Refusal as refusal:
-            reasons.append(f"input {quoted(name, _NAME)!r}: {refusal}")
+            reasons.append(f"input {quoted(name, _NAME)!r}: image {refusal}")
     if len(graph.output) != 1:
         reasons.append(f"{len(graph.output)} outputs; the certifier needs exactly one, the logits")
     output_name = graph.output[0].name if graph.output else ""

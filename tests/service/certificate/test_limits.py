@@ -195,7 +195,7 @@ def test_no_fold_enlarges_a_constant_beyond_the_limit(name: str) -> None:
 
 def test_an_image_beyond_the_limit_is_refused_once() -> None:
     (reason,) = reasons(model(lambda b, x: b.one("ReduceMax", x, ints(b, 1)), (1 << 62,)))
-    assert "input 'image': too large to analyse" in reason
+    assert "input 'image': image too large to analyse" in reason
 
 
 def test_all_pairs_of_too_many_logits_are_refused() -> None:
