@@ -122,7 +122,7 @@ def _derivation(answer: Answer, artefact: Artefact, images: Sequence[SentImage])
     derivation = None
     for digits in DIGITS:
         ctx.prec = digits
-        inputs = [preprocess(image, artefact.input_shape, digits) for image in images]
+        inputs = [preprocess(image, artefact.input_shape) for image in images]
         derivation = derive(artefact.model_bytes, inputs, artefact.input_shape, digits)
         logits = derivation.logits[0]
         if len(logits) != len(artefact.labels):
