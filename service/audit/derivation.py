@@ -17,6 +17,7 @@ from service.audit.matrices import difference_norm
 from service.audit.moves import MOVES, ZERO
 from service.audit.network import Base, Network, Tensor
 from service.audit.operators import RULES
+from service.audit.operators.refused import refusal
 from service.audit.operators.table import Value
 from service.audit.preprocessing import ModelInput
 
@@ -62,7 +63,7 @@ def derive(model_bytes: bytes, inputs: Sequence[ModelInput], input_shape: tuple[
         if any(name and name not in values for name in node.inputs):
             # An operand comes from a node without a rule; such nodes are reported all at once.
             if node.operator not in RULES and node.operator not in MOVES and node.operator != "Shape":
-                reasons.append(f"{node.label}: no rule for this operator")
+                reasons.append(f"{node.label}: {refusal(node.operator)}")
             continue
         try:
             outputs = _evaluated(graph, network, node, [values[name] if name else None for name in node.inputs])
@@ -98,7 +99,7 @@ def _evaluated(graph: Graph, network: Network, node: Node, operands: Sequence[Va
     constants = [value if isinstance(value, np.ndarray) else None for value in operands]
     move, rule = MOVES.get(node.operator), RULES.get(node.operator)
     if depends and move is None and rule is None:
-        raise NotAuditableError("no rule for this operator")
+        raise NotAuditableError(refusal(node.operator))
     unread = node.attributes.keys() - (move or rule or (None, frozenset[str]()))[1]
     if unread and (move is not None or depends):
         raise NotAuditableError(f"no rule for attribute {', '.join(sorted(unread))}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from flint import arb
 
@@ -74,6 +76,17 @@ def _add(network: Network, node: Node, operands: Operands) -> Tensor:
         return Tensor(shifted(network, ids.ravel(), balls(sign * constant), 1).reshape(ids.shape))
     ids, constant = broadcast(tensor(operands, 1), floats(operands, 0))
     return Tensor(shifted(network, ids.ravel(), balls(constant), sign).reshape(ids.shape))
+
+
+@rule("Sum", "Mean")
+def _sum(network: Network, node: Node, operands: Operands) -> Tensor:
+    if len(operands) > 2:
+        raise NotAuditableError("more than two operands, which may be added in any order")
+    total = tensor(operands)
+    if len(operands) == 1:
+        return total
+    total = _add(network, replace(node, operator="Add"), operands)
+    return total if node.operator == "Sum" else _scaled(network, total.ids, exact_weights(np.full(total.shape, 0.5)), 1)
 
 
 def _scaled(network: Network, ids: np.ndarray, factors: Weights, roundings: int) -> Tensor:

@@ -12,7 +12,7 @@ from service.audit.balls import NotAuditableError, root, upper
 from service.audit.graph import Node
 from service.audit.maps import Shared, ball_weights, exact_weights
 from service.audit.network import Facts, Network, Tensor
-from service.audit.nonexpansive import each_group, largest_of, smallest_of, sorted_pairs
+from service.audit.nonexpansive import each, each_group, largest_of, smallest_of, sorted_pairs
 from service.audit.operators.table import Operands, image_axis, is_given, rule, tensor
 
 
@@ -50,6 +50,12 @@ def _sums(network: Network, groups: np.ndarray, mean: bool) -> np.ndarray:
 def _reduce_sum(network: Network, node: Node, operands: Operands) -> Tensor:
     groups, shape = _reduced(node, operands, tensor(operands))
     return Tensor(_sums(network, groups, node.operator == "ReduceMean").reshape(shape))
+
+
+@rule("ReduceL1", attributes=_ATTRIBUTES)
+def _reduce_l1(network: Network, node: Node, operands: Operands) -> Tensor:
+    groups, shape = _reduced(node, operands, tensor(operands))
+    return Tensor(_sums(network, each(network, groups, abs), mean=False).reshape(shape))
 
 
 @rule("ReduceMax", "ReduceMin", attributes=_ATTRIBUTES)
