@@ -42,7 +42,13 @@ def sliced(matrix: np.ndarray, bits: int) -> tuple[list[np.ndarray], float]:
 
 
 def partial_products(left: list[np.ndarray], right: list[np.ndarray], bits: int) -> Iterator[np.ndarray]:
-    """Yield matrices whose sum is the product of two sliced matrices, up to `dropped`; the largest one is first."""
+    """Yield matrices whose sum is the product of two sliced matrices, up to `dropped`; the largest one is first.
+
+    Args:
+        left: slices of the first matrix.
+        right: slices of the second one.
+        bits: digits of a slice.
+    """
     for k, n in _PAIRS:
         if left[k].any() and right[n].any():
             yield np.ldexp(_exact_product(left[k], right[n]), -bits * (k + n + 2))
@@ -82,7 +88,11 @@ class RunningSum:
 
 
 def rounded_product(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, arb]:
-    """Return the product of two matrices in float64, and a bound of the Frobenius norm of its error."""
+    """Return the product of two matrices in float64, and a bound of the Frobenius norm of its error.
+
+    Raises:
+        NotAuditableError: the product overflows, or numpy computes it wrongly.
+    """
     inner = left.shape[1]
     scales = [math.frexp(float(np.max(np.abs(matrix), initial=0.0)))[1] for matrix in (left, right)]
     one, other = (np.ldexp(matrix, -scale) for matrix, scale in zip((left, right), scales, strict=True))
