@@ -16,12 +16,15 @@ from client import Client
 from flint import arb, ctx, fmpq
 from onnx import helper
 
+from service.api.app import create_app
 from service.artefact.card import digest
 from service.audit import Verdict, audit
 from service.audit.balls import power
 from service.audit.derivation import Derivation, derive
 from service.audit.preprocessing import ModelInput
 from service.certificate import certified_radius, certify, two_class_logits
+from service.inference.classifier import Classifier
+from service.settings import Settings
 
 DIGITS = 192
 Json = dict[str, Any]
@@ -70,6 +73,12 @@ def archive(client: Client, image: bytes, artefact: Path, **options: Any) -> Arc
     return Archived(ask(client, image, model=artefact.name, **options), image, artefact)
 
 
+def served(folder: Path, runner: Any) -> Client:
+    """Return a client of one model, whose folder has its name."""
+    loaded = {folder.name: Classifier.load(folder, "cpu", 1)}
+    return Client(create_app(Settings(default_model=folder.name), loaded), runner)
+
+
 def rational(value: arb) -> Fraction:
     """Return a number that a ball of radius 0 holds."""
     exact = value.fmpq()
@@ -91,7 +100,7 @@ def derived(model: bytes, *images: np.ndarray) -> Derivation:
 def computed(model: bytes, pixels: np.ndarray, dtype: type) -> np.ndarray:
     """Return the logits that ONNX Runtime computes for 8-bit pixels, 1 x K."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    logits = session.run(None, {"image": (pixels / 255).astype(dtype)[None]})[0].astype(np.float64)
+    logits = np.asarray(session.run(None, {"image": (pixels / 255).astype(dtype)[None]})[0], np.float64)
     return two_class_logits(logits) if logits.shape[1] == 1 else logits
 
 

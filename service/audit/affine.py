@@ -11,15 +11,16 @@ import numpy as np
 from flint import arb
 
 from service.audit.balls import NotAuditableError, hypotenuse, largest_magnitude, root, smaller, upper
-from service.audit.matrices import Matrix, diagonal, product, stacked
+from service.audit.maps import LinearMap, Shared, exact_weights, signs
+from service.audit.matrices import Matrix, identity, stacked
 from service.audit.moves import ZERO
-from service.audit.network import Base, Facts, Layer, Network, Values
+from service.audit.network import Base, Facts, Network, Values
 
 
 def linear(
     network: Network,
     ids: np.ndarray,
-    operator: Matrix,
+    operator: LinearMap,
     roundings: int,
     bias: Sequence[arb] | None = None,
     constants: Sequence[arb] | None = None,
@@ -41,20 +42,16 @@ def linear(
     Raises:
         NotAuditableError: x does not depend on the image, overflow cannot be excluded, or a matrix is too large.
     """
-    ids = network.on_one_base(ids)
+    ids, base, forms = _forms(network, ids)
     facts = network.facts(ids)
-    base = next((network.layer_of(i).base for i in ids.tolist() if i != ZERO), None)
-    if base is None:
-        raise NotAuditableError("it does not depend on the image")
-    matrix = product(operator, _forms(network, ids), network.bits)
-    added = list(bias) if bias is not None else [arb(0)] * len(matrix.rows)
-    values = [
-        [y + b for y, b in zip(operator.apply(network.at(point, ids.tolist())), added, strict=True)]
-        for point in range(len(network.values))
-    ]
+    matrix = operator.times(forms)
+    added = list(bias) if bias is not None else [arb(0)] * matrix.height
+    values = [operator.apply(network.at(point, ids.tolist())) for point in range(len(network.values))]
+    if bias is not None:
+        values = [[y + b for y, b in zip(products, added, strict=True)] for products in values]
     sizes = [abs(b) for b in (added if constants is None else constants)]
     peak = largest_magnitude(sizes)
-    row, total = operator.largest_row, operator.largest_sum
+    row, total = operator.row_bounds()
     reach = smaller(upper(row * facts.computed), upper(total * facts.largest))
     network.require_no_overflow(upper(reach + peak))
     injected = upper(operator.norm * facts.injected) if facts.injected > 0 else arb(0)
@@ -63,31 +60,34 @@ def linear(
         gamma = network.format.gamma(roundings)
         underflow = upper(arb(4 * (roundings + 2)) * network.format.tiny * (arb(1) + facts.largest + row))
         lost = gamma * (operator.absolute_norm * facts.computed + hypotenuse(sizes))
-        injected = upper(injected + lost + underflow * root(arb(len(matrix.rows))))
+        injected = upper(injected + lost + underflow * root(arb(matrix.height)))
         injected_max = upper(injected_max + gamma * (reach + peak) + underflow)
     return network.add(base, matrix, values, injected, injected_max)
 
 
-def _forms(network: Network, ids: np.ndarray) -> Matrix:
-    """Return the matrix of numbers on one base, as rows in their order; the number 0 is a row of zeros."""
-    owners: dict[int, tuple[Layer, list[int]]] = {}
-    for position, number in enumerate(ids.tolist()):
-        if number != ZERO:
-            layer = network.layer_of(number)
-            owners.setdefault(layer.start, (layer, []))[1].append(position)
-    joined = stacked(
-        [
-            (layer.matrix, (ids[positions] - layer.start).tolist(), [1] * len(positions))
-            for layer, positions in owners.values()
-        ]
-    )
+def _forms(network: Network, ids: np.ndarray) -> tuple[np.ndarray, Base, Matrix]:
+    """Return numbers on one base, that base, and their matrix in their order; the number 0 is a row of zeros."""
+    ids = network.on_one_base(ids)
+    present = ids != ZERO
+    if not present.any():
+        raise NotAuditableError("it does not depend on the image")
+    places = np.full(len(ids), -1)
+    parts: list[tuple[Matrix, np.ndarray, np.ndarray]] = []
+    height = 0
+    layers = network.layers_of(ids[present])
+    for layer in layers:
+        size = layer.matrix.height
+        here = present & (ids >= layer.start) & (ids < layer.start + size)
+        places[here] = ids[here] - layer.start + height
+        parts.append((layer.matrix, np.arange(size), np.ones(size, dtype=np.int64)))
+        height += size
+    chosen = stacked(parts).select(places)
+    if not chosen.defect > 0:
+        return ids, layers[0].base, chosen
     # A number that is used m times repeats the defect of its row.
-    most = int(np.unique(ids[ids != ZERO], return_counts=True)[1].max())
-    rows = [{} for _ in range(len(ids))]
-    order = [position for _, positions in owners.values() for position in positions]
-    for position, row in zip(order, joined.rows, strict=True):
-        rows[position] = row
-    return Matrix(rows, joined.width, joined.shift, upper(root(arb(most)) * joined.defect))
+    most = int(np.unique(ids[present], return_counts=True)[1].max())
+    defect = upper(root(arb(most)) * chosen.defect)
+    return ids, layers[0].base, Matrix(chosen.starts, chosen.columns, chosen.values, chosen.width, defect)
 
 
 def shifted(network: Network, ids: np.ndarray, constants: Sequence[arb], sign: int) -> np.ndarray:
@@ -99,14 +99,16 @@ def shifted(network: Network, ids: np.ndarray, constants: Sequence[arb], sign: i
         constants: c.
         sign: 1 or -1.
     """
-    signed = linear(network, ids, diagonal(len(ids), sign), 0)
-    facts = network.facts(signed)
-    layer = network.layer_of(int(signed[0]))
+    signed = ids if sign == 1 else linear(network, ids, signs(len(ids), sign), 0)
+    # In the order of the numbers themselves, their matrix and its norm are known.
+    order = np.argsort(signed, kind="stable")
+    ordered, base, matrix = _forms(network, signed[order])
+    facts = network.facts(ordered)
     values = [
-        [y + c for y, c in zip(network.at(point, signed.tolist()), constants, strict=True)]
+        [y + constants[place] for y, place in zip(network.at(point, ordered.tolist()), order.tolist(), strict=True)]
         for point in range(len(network.values))
     ]
-    return _rounded_once(network, layer.base, layer.matrix, values, facts, facts)
+    return _rounded_once(network, base, matrix, values, facts, facts)[np.argsort(order)]
 
 
 def add(network: Network, left: np.ndarray, right: np.ndarray, sign: int) -> np.ndarray:
@@ -128,13 +130,13 @@ def add(network: Network, left: np.ndarray, right: np.ndarray, sign: int) -> np.
     together = np.concatenate([left, right])
     if network.shares_base(together):
         n = len(left)
-        rows = [{i: 1, n + i: sign} for i in range(n)]
-        exact = linear(network, together, Matrix(rows, 2 * n, 0, arb(0)), 0)
+        places = np.arange(2 * n).reshape(2, n).T
+        exact = linear(network, together, Shared(exact_weights(np.array([[1.0, sign]])), places, 2 * n), 0)
         layer = network.layer_of(int(exact[0]))
         return _rounded_once(network, layer.base, layer.matrix, values, both, network.facts(exact))
     base = Base(both.lipschitz, both.swing, both.error, both.error_max)
     zero = Facts(*([arb(0)] * 8))
-    return _rounded_once(network, base, diagonal(len(left)), values, zero, both)
+    return _rounded_once(network, base, identity(len(left)), values, zero, both)
 
 
 def _rounded_once(

@@ -1,9 +1,8 @@
-"""Balls of python-flint used as bounds, and decimal-free copies of floats and balls as scaled integers."""
+"""Balls of python-flint used as bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from flint import arb
 
@@ -61,38 +60,3 @@ def largest_magnitude(values: Iterable[arb]) -> arb:
 def hypotenuse(parts: Iterable[arb]) -> arb:
     """Return an upper bound of `sqrt(sum of squares)`."""
     return root(sum((part * part for part in parts), arb(0)))
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Numbers `numerator / 2**shift`, each off by at most `error`."""
-
-    numerators: list[int]
-    shift: int
-    error: arb
-
-
-def float_numbers(values: Iterable[float], bits: int) -> Numbers:
-    """Return floats exactly, except that digits more than `bits` below the largest float are cut off."""
-    ratios = [value.as_integer_ratio() for value in values]
-    places = [denominator.bit_length() - 1 for _, denominator in ratios]
-    top = max((n.bit_length() - place for (n, _), place in zip(ratios, places, strict=True) if n), default=0)
-    shift = min(max(places, default=0), bits - top)
-    cut = any(place > shift for place in places)
-    numerators = [_shifted(n, shift - place) for (n, _), place in zip(ratios, places, strict=True)]
-    return Numbers(numerators, shift, power(-shift) if cut else arb(0))
-
-
-def ball_numbers(values: Sequence[arb], bits: int) -> Numbers:
-    """Return the centres of balls with `bits` digits; the radii enter the error."""
-    parts = [value.mid().man_exp() for value in values]
-    pairs = [(int(mantissa), int(exponent)) for mantissa, exponent in parts]
-    top = max((mantissa.bit_length() + exponent for mantissa, exponent in pairs if mantissa), default=0)
-    shift = bits - top
-    radius = largest_magnitude(value.rad() for value in values)
-    numerators = [_shifted(mantissa, exponent + shift) for mantissa, exponent in pairs]
-    return Numbers(numerators, shift, upper(radius + power(-shift)))
-
-
-def _shifted(number: int, places: int) -> int:
-    return number << places if places >= 0 else number >> -places

@@ -13,9 +13,11 @@ from service.audit.balls import NotAuditableError, power, root, smaller, upper
 from service.audit.constants import PerBatch, fold, of_batch, per_batch, picked, shape_of
 from service.audit.formats import FORMATS
 from service.audit.graph import Graph, Node, read_graph
+from service.audit.matrices import difference_norm
 from service.audit.moves import MOVES, ZERO
 from service.audit.network import Base, Network, Tensor
 from service.audit.operators import RULES
+from service.audit.operators.refused import refusal
 from service.audit.operators.table import Value
 from service.audit.preprocessing import ModelInput
 
@@ -53,7 +55,7 @@ def derive(model_bytes: bytes, inputs: Sequence[ModelInput], input_shape: tuple[
         raise NotAuditableError(f"the graph takes images {graph.input_shape}, the card states {input_shape}")
     size = math.prod(graph.input_shape)
     points = [[power(-1)] * size, *(list(one.pixels) for one in inputs)]
-    network = Network(FORMATS[graph.dtype], digits, [[] for _ in points])
+    network = Network(FORMATS[graph.dtype], [[] for _ in points])
     ids = network.add_base(_box(network, inputs[0], size), points)
     values: dict[str, Value] = {**graph.constants, graph.input_name: Tensor(ids.reshape(graph.input_shape))}
     reasons: list[str] = []
@@ -61,7 +63,7 @@ def derive(model_bytes: bytes, inputs: Sequence[ModelInput], input_shape: tuple[
         if any(name and name not in values for name in node.inputs):
             # An operand comes from a node without a rule; such nodes are reported all at once.
             if node.operator not in RULES and node.operator not in MOVES and node.operator != "Shape":
-                reasons.append(f"{node.label}: no rule for this operator")
+                reasons.append(f"{node.label}: {refusal(node.operator)}")
             continue
         try:
             outputs = _evaluated(graph, network, node, [values[name] if name else None for name in node.inputs])
@@ -97,7 +99,7 @@ def _evaluated(graph: Graph, network: Network, node: Node, operands: Sequence[Va
     constants = [value if isinstance(value, np.ndarray) else None for value in operands]
     move, rule = MOVES.get(node.operator), RULES.get(node.operator)
     if depends and move is None and rule is None:
-        raise NotAuditableError("no rule for this operator")
+        raise NotAuditableError(refusal(node.operator))
     unread = node.attributes.keys() - (move or rule or (None, frozenset[str]()))[1]
     if unread and (move is not None or depends):
         raise NotAuditableError(f"no rule for attribute {', '.join(sorted(unread))}")
@@ -178,10 +180,5 @@ def _margin_bound(network: Network, left: int, right: int) -> arb:
     one, other = network.layer_of(left), network.layer_of(right)
     if one.base is not other.base:
         return upper(sum((network.facts(np.array([i])).lipschitz for i in (left, right)), arb(0)))
-    shift = max(one.matrix.shift, other.matrix.shift)
-    difference = dict(one.matrix.scaled_row(left - one.start, shift))
-    for column, number in other.matrix.scaled_row(right - other.start, shift).items():
-        difference[column] = difference.get(column, 0) - number
-    squared = sum(number * number for number in difference.values())
-    length = root(arb(squared)) * power(-shift) + one.matrix.defect + other.matrix.defect
+    length = difference_norm((one.matrix, left - one.start), (other.matrix, right - other.start))
     return upper(length * one.base.lipschitz)

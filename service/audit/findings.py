@@ -35,6 +35,11 @@ def undecided(reason: str) -> Finding:
     return Finding(Conclusion.UNDECIDED, reason)
 
 
+def one_line(text: str) -> str:
+    """Return a text with escapes for characters that are not printable, so that no member adds a line to a report."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def as_json(value: object) -> str:
     """Return a value of an answer as JSON writes it; text in quotes."""
     if isinstance(value, bool):

@@ -1,109 +1,165 @@
-"""Matrices whose entries are known exactly, with proved bounds of their norms.
+"""Sparse matrices of float64 entries, with proved bounds of their norms.
 
-Entries are integers over a power of two, so that sums and products have no error. Other numbers (a third, a square
-root) are cut off far below the largest entry, and `defect` accounts for the difference. Bounds are rounded upwards.
+Where an entry is not exactly the number that it stands for (a third, a rounded product), `defect` accounts for the
+difference. Bounds are rounded upwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from flint import arb
 
-from service.audit.balls import NotAuditableError, Numbers, hypotenuse, power, root, smaller, upper
-from service.audit.norms import (
-    LARGEST_BLOCK,
-    LARGEST_MATRIX,
-    Row,
-    absolute_squared_norm_bound,
-    squared_norm_bound,
-    to_dense,
-)
+from service.audit.balls import NotAuditableError, hypotenuse, power, root, upper
+from service.audit.blocks import distinct_blocks, taken
+from service.audit.norms import LARGEST_MATRIX, absolute_norm, spectral_norm
+from service.audit.slices import length
 
-# Products of more scalar multiplications than this are dense.
-_SPARSE_PRODUCT = 20_000_000
+# Entries of the rows whose norms are computed together.
+_CHUNK = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matrix:
-    """`rows / 2**shift`, up to a difference whose Frobenius norm is at most `defect`."""
+    """Entries by row, up to a difference whose Frobenius norm is at most `defect`."""
 
-    rows: Sequence[Row]
+    starts: np.ndarray
+    """Position of the first entry of each row, and the number of entries."""
+    columns: np.ndarray
+    """Of the entries; different within a row."""
+    values: np.ndarray
+    """Of the entries; none is zero."""
     width: int
-    shift: int
     defect: arb
 
-    @cached_property
-    def unit(self) -> arb:
-        """The value of the numerator 1."""
-        return power(-self.shift)
+    @property
+    def height(self) -> int:
+        """Number of rows."""
+        return len(self.starts) - 1
 
     @cached_property
-    def squares(self) -> list[int]:
-        """Squared norm of each row of numerators."""
-        return [sum(v * v for v in row.values()) for row in self.rows]
-
-    @cached_property
-    def sums(self) -> list[int]:
-        """Sum of the absolute values of each row of numerators."""
-        return [sum(map(abs, row.values())) for row in self.rows]
+    def is_identity(self) -> bool:
+        """Whether it is the identity, exactly."""
+        places = np.arange(self.height)
+        return (
+            self.height == self.width
+            and not self.defect > 0
+            and np.array_equal(self.columns, places)
+            and bool((self.values == 1.0).all())
+        )
 
     @cached_property
     def frobenius(self) -> arb:
         """Upper bound of the Frobenius norm."""
-        return upper(root(arb(sum(self.squares))) * self.unit + self.defect)
+        return upper(hypotenuse(map(arb, self._bounds_of_rows[0].tolist())) + self.defect)
 
     @cached_property
     def norm(self) -> arb:
         """Upper bound of the spectral norm."""
-        return upper(root(arb(squared_norm_bound(self.rows))) * self.unit + self.defect)
+        return self._largest(spectral_norm)
 
     @cached_property
     def absolute_norm(self) -> arb:
         """Upper bound of the spectral norm of the matrix of absolute values."""
-        bound = root(arb(absolute_squared_norm_bound(self.rows, self.width))) * self.unit + self.defect
-        return smaller(upper(bound), self.frobenius)
+        return self._largest(absolute_norm)
+
+    def _largest(self, bound: Callable[[np.ndarray], arb]) -> arb:
+        if np.diff(self.starts).max(initial=0) <= 1 and np.unique(self.columns).size == self.columns.size:
+            # A diagonal in some order.
+            return upper(arb(float(np.max(np.abs(self.values), initial=0.0))) + self.defect)
+        found = arb(0)
+        for block in distinct_blocks(self.starts, self.columns, self.values, self.width):
+            one = bound(block)
+            found = one if one > found else found
+        return upper(found + self.defect)
 
     @cached_property
-    def largest_row(self) -> arb:
-        """Upper bound of the Euclidean norm of every row."""
-        return self.row_bounds(range(len(self.rows)))[0]
+    def _bounds_of_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Euclidean norm and sum of absolute values of each row, without the defect; upper bounds."""
+        # A few rows at a time: temporary arrays stay small.
+        cuts = np.unique(np.searchsorted(self.starts, np.arange(0, len(self.values) + _CHUNK, _CHUNK)))
+        cuts = np.unique(np.clip([0, *cuts.tolist(), self.height], 0, self.height)).tolist()
+        bounds = [self._some_rows(first, last) for first, last in pairwise(cuts)]
+        return np.concatenate([norms for norms, _ in bounds]), np.concatenate([sums for _, sums in bounds])
 
-    @cached_property
-    def largest_sum(self) -> arb:
-        """Upper bound of the sum of absolute values of every row."""
-        return self.row_bounds(range(len(self.rows)))[1]
+    def _some_rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        starts = self.starts[first : last + 1]
+        sizes = np.abs(self.values[starts[0] : starts[-1]])
+        starts = starts - starts[0]
+        peaks = _by_row(np.maximum, sizes, starts)
+        # Powers of two; none is so large that it overflows itself.
+        exponents = np.clip(np.frexp(peaks)[1], -1000, 1000)
+        scaled = np.ldexp(sizes, -np.repeat(exponents, np.diff(starts)))
+        squares, sums = _by_row(np.add, np.square(scaled), starts), _by_row(np.add, scaled, starts)
+        roundings = float(np.max(np.diff(starts), initial=0)) + 8.0
+        slack = 1.0 + 4.0 * roundings * 2.0**-53
+        # Squares that underflow; an entry that does so itself is below 2**-1000, too.
+        lost = np.where(peaks > 0.0, roundings * 2.0**-1000, 0.0)
+        norms, sums = np.sqrt(squares * slack + lost) * slack, sums * slack + lost
+        with np.errstate(over="ignore"):
+            norms, sums = (np.nextafter(np.ldexp(bounds, exponents), np.inf) for bounds in (norms, sums))
+        return np.where(peaks > 0.0, norms, 0.0), np.where(peaks > 0.0, sums, 0.0)
 
-    def row_bounds(self, positions: Iterable[int]) -> tuple[arb, arb]:
-        """Return upper bounds of the Euclidean norms and of the sums of absolute values of some rows."""
-        chosen = list(positions)
-        square = max((self.squares[p] for p in chosen), default=0)
-        total = max((self.sums[p] for p in chosen), default=0)
+    def row_bounds(self, positions: np.ndarray | None = None) -> tuple[arb, arb]:
+        """Return upper bounds of the Euclidean norms and of the sums of absolute values of some rows, or of all."""
+        norms, sums = self._bounds_of_rows
+        if positions is not None:
+            norms, sums = norms[positions], sums[positions]
         return (
-            upper(root(arb(square)) * self.unit + self.defect),
-            upper(arb(total) * self.unit + root(arb(self.width)) * self.defect),
+            upper(arb(float(np.max(norms, initial=0.0))) + self.defect),
+            upper(arb(float(np.max(sums, initial=0.0))) + root(arb(self.width)) * self.defect),
         )
 
-    def scaled_row(self, position: int, shift: int) -> Row:
-        """Return one row with numerators over `2**shift`, not smaller than `self.shift`."""
-        places = shift - self.shift
-        row = self.rows[position]
-        return {column: v << places for column, v in row.items()} if places else row
+    def select(self, positions: np.ndarray) -> Matrix:
+        """Return some rows, each as often as it is named; -1 is a row of zeros.
 
-    def apply(self, vector: Sequence[arb]) -> list[arb]:
-        """Return the product with a vector of balls."""
-        blur = arb(0)
-        if self.defect > 0:
-            blur = arb(0, upper(self.defect * hypotenuse(vector)))
-        return [sum((vector[i] * v for i, v in row.items()), arb(0)) * self.unit + blur for row in self.rows]
+        The caller accounts for rows that are named more than once, whose defects repeat.
+        """
+        if len(positions) == self.height and np.array_equal(positions, np.arange(self.height)):
+            return self
+        present = np.flatnonzero(positions >= 0)
+        entries = taken(self.starts, positions[present])
+        require_size(len(entries))
+        lengths = np.zeros(len(positions), dtype=np.int64)
+        lengths[present] = np.diff(self.starts)[positions[present]]
+        return Matrix(starts_of(lengths), self.columns[entries], self.values[entries], self.width, self.defect)
+
+    def dense_row(self, position: int) -> np.ndarray:
+        """Return one row as a dense vector."""
+        row = np.zeros(self.width)
+        here = slice(int(self.starts[position]), int(self.starts[position + 1]))
+        row[self.columns[here]] = self.values[here]
+        return row
 
 
-def diagonal(size: int, sign: int = 1) -> Matrix:
-    """Return the identity, or its negative."""
-    return Matrix([{i: sign} for i in range(size)], size, 0, arb(0))
+def _by_row(combine: np.ufunc, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Combine the non-negative entries of each row; 0 for an empty one."""
+    found = np.zeros(len(starts) - 1)
+    filled = np.flatnonzero(np.diff(starts))
+    if len(filled):
+        found[filled] = combine.reduceat(values, starts[filled])
+    return found
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Return the positions of the first entries of rows of these lengths, and the number of entries."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def from_dense(values: np.ndarray, defect: arb) -> Matrix:
+    """Return a dense matrix as a sparse one."""
+    rows, columns = np.nonzero(values)
+    starts = starts_of(np.bincount(rows, minlength=values.shape[0]))
+    return Matrix(starts, columns.astype(np.int32), values[rows, columns], values.shape[1], defect)
+
+
+def identity(size: int) -> Matrix:
+    """Return the identity."""
+    return Matrix(np.arange(size + 1), np.arange(size, dtype=np.int32), np.ones(size), size, arb(0))
 
 
 def require_size(entries: int) -> None:
@@ -116,96 +172,26 @@ def require_size(entries: int) -> None:
         raise NotAuditableError(f"its matrix has {entries} entries, more than {LARGEST_MATRIX}")
 
 
-def gathered(positions: np.ndarray, picks: np.ndarray, numbers: Numbers, width: int) -> Matrix:
-    """Return the matrix whose row r holds number `picks[r, t]` at column `positions[r, t]`, for each t.
-
-    Args:
-        positions: rows x terms; -1 is no column. Numbers on one place add up.
-        picks: rows x terms, indices into `numbers`.
-        numbers: the entries.
-        width: number of columns.
-
-    Raises:
-        NotAuditableError: the matrix is too large.
-    """
-    require_size(positions.size)
-    numerators = numbers.numerators
-    rows: list[Row] = []
-    for columns, chosen in zip(positions.tolist(), picks.tolist(), strict=True):
-        row: Row = {}
-        for column, pick in zip(columns, chosen, strict=True):
-            number = numerators[pick]
-            if column >= 0 and number:
-                row[column] = row.get(column, 0) + number
-        rows.append(row)
-    # Entries that fall on one place add their errors, so that the count is not under a root.
-    defect = upper(numbers.error * positions.size) if numbers.error > 0 else arb(0)
-    return Matrix(rows, width, numbers.shift, defect)
-
-
-def product(left: Matrix, right: Matrix, bits: int) -> Matrix:
-    """Return `left right`.
-
-    Args:
-        left: rows x inner.
-        right: inner x columns.
-        bits: digits of the numerators of the result, see `trimmed`.
-
-    Raises:
-        NotAuditableError: the result is too large.
-    """
-    cost = sum(sum(len(right.rows[i]) for i in row) for row in left.rows)
-    size = max(len(left.rows), len(right.rows), right.width)
-    dense = cost > _SPARSE_PRODUCT and size <= LARGEST_BLOCK
-    rows = _dense_product(left, right) if dense else _sparse_product(left, right)
-    defect = arb(0)
-    if left.defect > 0 or right.defect > 0:
-        defect = upper(left.frobenius * right.defect + left.defect * (right.frobenius + right.defect))
-    return trimmed(Matrix(rows, right.width, left.shift + right.shift, defect), bits)
-
-
-def _sparse_product(left: Matrix, right: Matrix) -> list[Row]:
-    rows: list[Row] = []
-    entries = 0
-    for row in left.rows:
-        total: Row = {}
-        for i, factor in row.items():
-            for column, v in right.rows[i].items():
-                total[column] = total.get(column, 0) + factor * v
-        rows.append({column: v for column, v in total.items() if v})
-        entries += len(rows[-1])
-        require_size(entries)
-    return rows
-
-
-def _dense_product(left: Matrix, right: Matrix) -> list[Row]:
-    result = to_dense(left.rows, left.width) * to_dense(right.rows, right.width)
-    entries = [int(v) for v in result.entries()]
-    width = right.width
-    return [
-        {column: v for column, v in enumerate(entries[r * width : (r + 1) * width]) if v} for r in range(len(left.rows))
-    ]
-
-
-def trimmed(matrix: Matrix, bits: int) -> Matrix:
-    """Return the same matrix with numerators of `bits` digits, where they have more than twice that number."""
-    longest = max((v.bit_length() for row in matrix.rows for v in row.values()), default=0)
-    if longest <= 2 * bits:
-        return matrix
-    places = longest - bits
-    count = sum(map(len, matrix.rows))
-    rows = [{column: v >> places for column, v in row.items() if v >> places} for row in matrix.rows]
-    lost = upper(power(places - matrix.shift) * root(arb(count)))
-    return Matrix(rows, matrix.width, matrix.shift - places, upper(matrix.defect + lost))
-
-
-def stacked(parts: Sequence[tuple[Matrix, Sequence[int], Sequence[int]]]) -> Matrix:
+def stacked(parts: Sequence[tuple[Matrix, np.ndarray, np.ndarray]]) -> Matrix:
     """Stack rows of several matrices: each part is a matrix, positions of its rows, and how often each is repeated."""
-    shift = max(matrix.shift for matrix, _, _ in parts)
-    rows: list[Row] = []
-    defects: list[arb] = []
-    for matrix, positions, counts in parts:
-        for position, count in zip(positions, counts, strict=True):
-            rows.extend([matrix.scaled_row(position, shift)] * count)
-        defects.append(root(arb(max(counts, default=0))) * matrix.defect)
-    return Matrix(rows, parts[0][0].width, shift, hypotenuse(defects))
+    chosen = [matrix.select(np.repeat(positions, counts)) for matrix, positions, counts in parts]
+    if len(chosen) == 1 and chosen[0] is parts[0][0]:
+        return chosen[0]
+    defects = [root(arb(int(np.max(counts, initial=0)))) * matrix.defect for matrix, _, counts in parts]
+    lengths = np.concatenate([np.diff(matrix.starts) for matrix in chosen])
+    require_size(int(lengths.sum()))
+    return Matrix(
+        starts_of(lengths),
+        np.concatenate([matrix.columns for matrix in chosen]),
+        np.concatenate([matrix.values for matrix in chosen]),
+        chosen[0].width,
+        hypotenuse(defects),
+    )
+
+
+def difference_norm(left: tuple[Matrix, int], right: tuple[Matrix, int]) -> arb:
+    """Return an upper bound of the Euclidean norm of the difference of two rows."""
+    (one, i), (other, j) = left, right
+    # Each difference is rounded once.
+    rounded = length(one.dense_row(i) - other.dense_row(j)) * (arb(1) + power(-52))
+    return upper(rounded + one.defect + other.defect)

@@ -138,6 +138,18 @@ def _pad(node: Node, inputs: Arrays) -> list[np.ndarray]:
     return [np.pad(array, widths, mode=mode)]  # type: ignore[reportCallIssue, reportArgumentType]
 
 
+def _expand(node: Node, inputs: Arrays) -> list[np.ndarray]:
+    array, target = first_operand(inputs), _integers(inputs, 1)
+    return [np.broadcast_to(array, np.broadcast_shapes(array.shape, tuple(target)))]
+
+
+def _tile(node: Node, inputs: Arrays) -> list[np.ndarray]:
+    array, repeats = first_operand(inputs), _integers(inputs, 1)
+    if len(repeats) != array.ndim or min(repeats, default=1) < 1:
+        raise NotAuditableError(f"repeats {repeats} of {array.ndim} axes")
+    return [np.tile(array, repeats)]
+
+
 def _identity(node: Node, inputs: Arrays) -> list[np.ndarray]:
     training = inputs[2] if len(inputs) > 2 else None
     if training is not None and training.any():
@@ -169,6 +181,7 @@ MOVES: dict[str, tuple[Move, frozenset[str]]] = {
     "Concat": (_concat, frozenset({"axis"})),
     "DepthToSpace": (_depth_to_space, frozenset({"blocksize", "mode"})),
     "Dropout": (_identity, frozenset({"seed"})),
+    "Expand": (_expand, frozenset()),
     "Flatten": (_flatten, frozenset({"axis"})),
     "Gather": (_gather, frozenset({"axis"})),
     "Identity": (_identity, frozenset()),
@@ -178,6 +191,7 @@ MOVES: dict[str, tuple[Move, frozenset[str]]] = {
     "SpaceToDepth": (_space_to_depth, frozenset({"blocksize"})),
     "Split": (_split, frozenset({"axis", "num_outputs"})),
     "Squeeze": (_squeeze, frozenset()),
+    "Tile": (_tile, frozenset()),
     "Transpose": (_transpose, frozenset({"perm"})),
     "Unsqueeze": (_unsqueeze, frozenset()),
 }

@@ -29,7 +29,7 @@ from service.audit.balls import (
     upper,
 )
 from service.audit.formats import Format
-from service.audit.matrices import Matrix, diagonal, stacked
+from service.audit.matrices import Matrix, identity, stacked
 from service.audit.moves import ZERO
 
 
@@ -107,8 +107,6 @@ class Network:
     """The layers of one graph so far."""
 
     format: Format
-    bits: int
-    """Digits of numbers whose binary expansion is cut off."""
     values: Values
     """By point and identity."""
     layers: list[Layer] = field(default_factory=list[Layer])
@@ -135,16 +133,16 @@ class Network:
         """
         start = len(self.values[0])
         for known, new in zip(self.values, values, strict=True):
-            if len(new) != len(matrix.rows):
+            if len(new) != matrix.height:
                 raise NotAuditableError("its operands do not fit")
             known.extend(new)
         self.layers.append(Layer(start, base, matrix, injected, smaller(injected_max, injected)))
         self._starts.append(start)
-        return np.arange(start, start + len(matrix.rows))
+        return np.arange(start, start + matrix.height)
 
     def add_base(self, base: Base, values: Values) -> np.ndarray:
         """Append a layer that is a base itself; return the identities of its numbers."""
-        return self.add(base, diagonal(len(values[0])), values, arb(0), arb(0))
+        return self.add(base, identity(len(values[0])), values, arb(0), arb(0))
 
     def at(self, point: int, ids: Iterable[int]) -> list[arb]:
         """Return enclosures of the exact numbers at one point."""
@@ -154,6 +152,11 @@ class Network:
     def layer_of(self, number: int) -> Layer:
         """Return the layer that a number belongs to."""
         return self.layers[int(np.searchsorted(self._starts, number, side="right")) - 1]
+
+    def layers_of(self, ids: np.ndarray) -> list[Layer]:
+        """Return the layers that some numbers belong to, in their order; none of the numbers is `ZERO`."""
+        owners = np.unique(np.searchsorted(self._starts, ids.ravel(), side="right") - 1)
+        return [self.layers[owner] for owner in owners.tolist()]
 
     def facts(self, ids: np.ndarray) -> Facts:
         """Return bounds of the vector of these numbers; one that occurs twice counts twice."""
@@ -166,12 +169,10 @@ class Network:
     def _bounds(self, used: np.ndarray) -> Facts:
         unique, counts = np.unique(used, return_counts=True)
         owners = np.searchsorted(self._starts, unique, side="right") - 1
-        parts: dict[Base, list[tuple[Layer, list[int], list[int]]]] = {}
+        parts: dict[Base, list[tuple[Layer, np.ndarray, np.ndarray]]] = {}
         for owner in np.unique(owners).tolist():
             layer, here = self.layers[owner], owners == owner
-            parts.setdefault(layer.base, []).append(
-                (layer, (unique[here] - layer.start).tolist(), counts[here].tolist())
-            )
+            parts.setdefault(layer.base, []).append((layer, unique[here] - layer.start, counts[here]))
         zero = arb(0)
         injected_max, error_max, swing_max = zero, zero, zero
         lipschitz: list[arb] = []
@@ -184,7 +185,7 @@ class Network:
             swing.append(upper(norm * base.swing))
             drift.append(upper(norm * base.error))
             for layer, positions, repeats in group:
-                injected.append(upper(root(arb(max(repeats))) * layer.injected))
+                injected.append(upper(root(arb(int(repeats.max()))) * layer.injected))
                 injected_max = larger(injected_max, layer.injected_max)
                 row, total = layer.matrix.row_bounds(positions)
                 moved = smaller(upper(row * base.error), upper(total * base.error_max))
@@ -217,9 +218,7 @@ class Network:
 
     def shares_base(self, ids: np.ndarray) -> bool:
         """Return whether all of these numbers are functions of one base."""
-        present = ids[ids != ZERO]
-        owners = np.unique(np.searchsorted(self._starts, present, side="right") - 1).tolist()
-        return len({id(self.layers[owner].base) for owner in owners}) == 1
+        return len({id(layer.base) for layer in self.layers_of(ids[ids != ZERO])}) == 1
 
     def on_one_base(self, ids: np.ndarray) -> np.ndarray:
         """Return the same numbers as functions of one base: a new one where they are not."""

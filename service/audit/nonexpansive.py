@@ -33,15 +33,35 @@ def each(
         roundings: number of roundings of each result.
     """
     unique, inverse = np.unique(ids, return_inverse=True)
-    values = [[function(value) for value in network.at(point, unique.tolist())] for point in range(len(network.values))]
+    made = varied(network, unique, lambda values: [function(value) for value in values], factor, roundings)
+    return made[inverse.reshape(ids.shape)]
+
+
+def varied(
+    network: Network,
+    ids: np.ndarray,
+    function: Callable[[list[arb]], list[arb]],
+    factor: arb | None = None,
+    roundings: int = 0,
+) -> np.ndarray:
+    """Append functions of each number, not the same of all; return the identities.
+
+    Args:
+        network: the layers so far.
+        ids: the numbers, flat.
+        function: enclosures of the functions of all numbers, in their order.
+        factor: bound of their slopes; default: 1.
+        roundings: number of roundings of each result.
+    """
+    values = [function(network.at(point, ids.tolist())) for point in range(len(network.values))]
     rounding = None
     if roundings:
-        facts = network.facts(unique)
+        facts = network.facts(ids)
         scale = arb(1) if factor is None else factor
         network.require_no_overflow(upper(facts.largest * scale))
         lost = network.format.gamma(roundings) * scale * facts.computed
-        rounding = upper(lost + network.format.tiny * root(arb(len(unique))) * (arb(1) + scale))
-    return network.nonlinear(unique, values, factor, rounding)[inverse.reshape(ids.shape)]
+        rounding = upper(lost + network.format.tiny * root(arb(len(ids))) * (arb(1) + scale))
+    return network.nonlinear(ids, values, factor, rounding)
 
 
 def each_group(

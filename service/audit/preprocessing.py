@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from flint import arb, fmpz_mat
 
-from service.audit.balls import NotAuditableError, ball_numbers, root, upper
+from service.audit.balls import NotAuditableError, root, upper
 from service.audit.formats import FORMATS
 from service.audit.images import SentImage, Shape
-from service.audit.matrices import gathered
+from service.audit.maps import ball_weights
+from service.audit.norms import spectral_norm
 
 _GREY = (299, 587, 114)
 _CONVERSIONS = {(3, 1): "rgb_to_grey", (1, 3): "grey_to_rgb"}
@@ -45,7 +46,7 @@ def conversion_between(sent: int, wanted: int) -> str | None:
     return _CONVERSIONS.get((sent, wanted))
 
 
-def preprocess(image: SentImage, wanted: Shape, bits: int) -> ModelInput:
+def preprocess(image: SentImage, wanted: Shape) -> ModelInput:
     """Return the input of a model of images `wanted`.
 
     Rounding: no weight or pixel is negative, and every pixel of the result is an average of pixels, at most 1. So it is
@@ -55,7 +56,6 @@ def preprocess(image: SentImage, wanted: Shape, bits: int) -> ModelInput:
     Args:
         image: the image that was sent.
         wanted: channels, height and width of the model's input.
-        bits: digits of the weights.
 
     Raises:
         NotAuditableError: there is no conversion of the channels.
@@ -73,11 +73,11 @@ def preprocess(image: SentImage, wanted: Shape, bits: int) -> ModelInput:
     sums = ([1] * wanted[1], [1] * wanted[2])
     if height != wanted[1]:
         rows, sums = _triangle(height, wanted[1]), (_sums(_triangle(height, wanted[1])), sums[1])
-        norm, roundings = norm * _norm(rows, bits), roundings + height + 2
+        norm, roundings = norm * _norm(rows), roundings + height + 2
         pixels = _along_rows(rows, pixels, channels, height, width)
     if width != wanted[2]:
         columns, sums = _triangle(width, wanted[2]), (sums[0], _sums(_triangle(width, wanted[2])))
-        norm, roundings = norm * _norm(columns, bits), roundings + width + 2
+        norm, roundings = norm * _norm(columns), roundings + width + 2
         grid = fmpz_mat(channels * wanted[1], width, pixels)
         pixels = [int(v) for v in (grid * fmpz_mat(columns).transpose()).entries()]
     divisors = [denominator * s * t for s in sums[0] for t in sums[1]] * channels
@@ -101,11 +101,11 @@ def _sums(rows: list[list[int]]) -> list[int]:
     return [sum(row) for row in rows]
 
 
-def _norm(rows: list[list[int]], bits: int) -> arb:
+def _norm(rows: list[list[int]]) -> arb:
     """Spectral norm of the weights, each row divided by its sum."""
     shares = [arb(weight) / total for row, total in zip(rows, _sums(rows), strict=True) for weight in row]
-    m, n = len(rows), len(rows[0])
-    return gathered(np.tile(np.arange(n), (m, 1)), np.arange(m * n).reshape(m, n), ball_numbers(shares, bits), n).norm
+    weights = ball_weights(shares, len(rows))
+    return upper(spectral_norm(weights.floats) + weights.error)
 
 
 def _along_rows(rows: list[list[int]], pixels: list[int], channels: int, height: int, width: int) -> list[int]:

@@ -19,7 +19,7 @@ from flint import ctx
 from service.audit.balls import NotAuditableError
 from service.audit.comparison import against_derivation, proof
 from service.audit.derivation import Derivation, derive
-from service.audit.findings import Conclusion, Finding, undecided
+from service.audit.findings import Conclusion, Finding, one_line, undecided
 from service.audit.images import SentImage, read_image
 from service.audit.preprocessing import preprocess
 from service.audit.records import Answer, Artefact, read_answer, read_artefact
@@ -60,7 +60,7 @@ class Verdict:
             *((Conclusion.DOES_NOT_HOLD, reason) for reason in self.failed),
             *((Conclusion.UNDECIDED, reason) for reason in self.undecided),
         ] or [(Conclusion.HOLDS, self.proof)]
-        return tuple(f"{conclusion.value}: {reason}" for conclusion, reason in reasons)
+        return tuple(f"{conclusion.value}: {one_line(reason)}" for conclusion, reason in reasons)
 
 
 def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict:
@@ -122,7 +122,7 @@ def _derivation(answer: Answer, artefact: Artefact, images: Sequence[SentImage])
     derivation = None
     for digits in DIGITS:
         ctx.prec = digits
-        inputs = [preprocess(image, artefact.input_shape, digits) for image in images]
+        inputs = [preprocess(image, artefact.input_shape) for image in images]
         derivation = derive(artefact.model_bytes, inputs, artefact.input_shape, digits)
         logits = derivation.logits[0]
         if len(logits) != len(artefact.labels):

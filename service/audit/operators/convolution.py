@@ -9,18 +9,39 @@ import numpy as np
 from service.audit.affine import linear
 from service.audit.balls import NotAuditableError
 from service.audit.graph import Node
-from service.audit.matrices import gathered, require_size
+from service.audit.maps import Shared, exact_weights
 from service.audit.network import Network, Tensor
-from service.audit.operators.table import Operands, balls, floats, is_given, numbers, rule, tensor
+from service.audit.operators.table import Operands, balls, floats, is_given, rule, tensor
 from service.audit.operators.windows import pads_of, windows
 
 
 def _filter(
-    network: Network, x: Tensor, weight: np.ndarray, places: np.ndarray, picks: np.ndarray, bias: np.ndarray | None
+    network: Network, x: Tensor, weight: np.ndarray, window: np.ndarray, bias: np.ndarray | None, groups: int
 ) -> np.ndarray:
-    """Sums of weights `picks[o, t]` times numbers `places[o, t]`."""
-    operator = gathered(places, picks, numbers(network, weight), x.flat.size)
-    return linear(network, x.flat, operator, places.shape[1] + 1, None if bias is None else balls(bias))
+    """Append sums over the windows of one channel; return the identities, `O x places`.
+
+    Args:
+        network: the layers so far.
+        x: channels first.
+        weight: `O x channels of a group x taps`.
+        window: `places x taps`, -1 for padding.
+        bias: of each output channel.
+        groups: of channels.
+    """
+    outputs, channels = len(weight) // groups, weight.shape[1]
+    pixels = math.prod(x.shape[1:])
+    made: list[np.ndarray] = []
+    for group in range(groups):
+        numbers = x.flat[group * channels * pixels : (group + 1) * channels * pixels]
+        here = slice(group * outputs, (group + 1) * outputs)
+        # Places x channels x taps.
+        channel = np.arange(channels).reshape(1, -1, 1) * pixels
+        places = np.where(window[:, None, :] < 0, -1, window[:, None, :] + channel).reshape(len(window), -1)
+        operator = Shared(exact_weights(weight[here].reshape(outputs, -1)), places, numbers.size)
+        added = None if bias is None else balls(bias[here]) * len(window)
+        found = linear(network, numbers, operator, places.shape[1] + 1, added)
+        made.append(found.reshape(len(window), outputs).T)
+    return np.concatenate(made)
 
 
 def _operands(node: Node, operands: Operands, channels_axis: int) -> tuple[Tensor, np.ndarray, int]:
@@ -35,13 +56,13 @@ def _operands(node: Node, operands: Operands, channels_axis: int) -> tuple[Tenso
     return x, weight, groups
 
 
-def _channel_bias(operands: Operands, channels: int, pixels: int) -> np.ndarray | None:
+def _channel_bias(operands: Operands, channels: int) -> np.ndarray | None:
     if not is_given(operands, 2):
         return None
     bias = floats(operands, 2)
     if bias.shape != (channels,):
         raise NotAuditableError(f"a bias of shape {bias.shape} does not fit {channels} channels")
-    return np.repeat(bias, pixels)
+    return bias
 
 
 _ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
@@ -51,17 +72,9 @@ _ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "stride
 def _conv(network: Network, node: Node, operands: Operands) -> Tensor:
     x, weight, groups = _operands(node, operands, 1)
     after, window = windows(node, x.shape[1:], weight.shape[2:])
-    outputs, per_group, pixels = len(weight), weight.shape[1], math.prod(x.shape[1:])
-    require_size(outputs * window.shape[0] * per_group * window.shape[1])
-    first = np.arange(outputs) // (outputs // groups) * per_group
-    channel = (first[:, None] + np.arange(per_group)) * pixels
-    # O x places x channels x taps
-    places = np.where(window[:, None, :] < 0, -1, window[:, None, :] + channel[:, None, :, None])
-    picks = np.arange(weight.size).reshape(outputs, 1, per_group, -1)
-    picks = np.broadcast_to(picks, places.shape)
-    rows = outputs * window.shape[0]
-    bias = _channel_bias(operands, outputs, window.shape[0])
-    made = _filter(network, x, weight, places.reshape(rows, -1), picks.reshape(rows, -1), bias)
+    outputs = len(weight)
+    taps = weight.reshape(outputs, weight.shape[1], -1)
+    made = _filter(network, x, taps, window, _channel_bias(operands, outputs), groups)
     return Tensor(made.reshape(outputs, *after))
 
 
@@ -89,16 +102,8 @@ def _conv_transpose(network: Network, node: Node, operands: Operands) -> Tensor:
         outside |= (reached % strides[a] != 0) | (along < 0) | (along >= size[a])
         window = window * size[a] + along
     window = np.where(outside, -1, window)
-    inputs_per_group, outputs_per_group = weight.shape[0] // groups, weight.shape[1]
-    outputs, pixels, n_taps = outputs_per_group * groups, math.prod(size), math.prod(kernel)
-    require_size(outputs * window.shape[0] * inputs_per_group * n_taps)
-    out = np.arange(outputs)
-    channel = (out // outputs_per_group * inputs_per_group)[:, None] + np.arange(inputs_per_group)
-    places = np.where(window[:, None, :] < 0, -1, window[:, None, :] + channel[:, None, :, None] * pixels)
-    kernels = channel * outputs_per_group + (out % outputs_per_group)[:, None]
-    picks = kernels[:, None, :, None] * n_taps + np.arange(n_taps)
-    rows = outputs * window.shape[0]
-    bias = _channel_bias(operands, outputs, window.shape[0])
-    picks = np.broadcast_to(picks, places.shape)
-    made = _filter(network, x, weight, places.reshape(rows, -1), picks.reshape(rows, -1), bias)
-    return Tensor(made.reshape(outputs, *after))
+    inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+    # Groups x inputs x outputs x taps: as the weight of a convolution.
+    taps = weight.reshape(groups, inputs, outputs, -1).swapaxes(1, 2).reshape(groups * outputs, inputs, -1)
+    made = _filter(network, x, taps, window, _channel_bias(operands, groups * outputs), groups)
+    return Tensor(made.reshape(groups * outputs, *after))

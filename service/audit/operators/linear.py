@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from flint import arb
 
 from service.audit.affine import add, linear, shifted
-from service.audit.balls import NotAuditableError, Numbers, ball_numbers, upper
+from service.audit.balls import NotAuditableError, upper
 from service.audit.graph import Node
-from service.audit.matrices import diagonal, gathered, require_size
+from service.audit.maps import Diagonal, Shared, Weights, ball_weights, exact_weights, signs
 from service.audit.network import Network, Tensor
 from service.audit.operators.table import (
     Operands,
@@ -16,7 +18,6 @@ from service.audit.operators.table import (
     broadcast,
     floats,
     is_given,
-    numbers,
     rule,
     tensor,
 )
@@ -27,10 +28,7 @@ def _dense(network: Network, x_LN: np.ndarray, weight_NM: np.ndarray, bias_M: np
     (lead, n), m = x_LN.shape, weight_NM.shape[1]
     if weight_NM.shape[0] != n or n == 0 or m == 0:
         raise NotAuditableError(f"a weight {weight_NM.shape} does not fit {n} numbers")
-    require_size(lead * n * m)
-    picks_MN = np.arange(n * m).reshape(n, m).T
-    positions = np.repeat(np.arange(lead * n).reshape(lead, 1, n), m, axis=1).reshape(lead * m, n)
-    operator = gathered(positions, np.tile(picks_MN, (lead, 1)), numbers(network, weight_NM), lead * n)
+    operator = Shared(exact_weights(weight_NM.T), np.arange(lead * n).reshape(lead, n), lead * n)
     bias = None if bias_M is None else balls(bias_M) * lead
     return linear(network, x_LN.ravel(), operator, n + 1, bias).reshape(lead, m)
 
@@ -80,17 +78,26 @@ def _add(network: Network, node: Node, operands: Operands) -> Tensor:
     return Tensor(shifted(network, ids.ravel(), balls(constant), sign).reshape(ids.shape))
 
 
-def _scaled(network: Network, ids: np.ndarray, factors: Numbers, roundings: int) -> Tensor:
-    places = np.arange(ids.size).reshape(-1, 1)
-    operator = gathered(places, places, factors, ids.size)
-    return Tensor(linear(network, ids.ravel(), operator, roundings).reshape(ids.shape))
+@rule("Sum", "Mean")
+def _sum(network: Network, node: Node, operands: Operands) -> Tensor:
+    if len(operands) > 2:
+        raise NotAuditableError("more than two operands, which may be added in any order")
+    total = tensor(operands)
+    if len(operands) == 1:
+        return total
+    total = _add(network, replace(node, operator="Add"), operands)
+    return total if node.operator == "Sum" else _scaled(network, total.ids, exact_weights(np.full(total.shape, 0.5)), 1)
+
+
+def _scaled(network: Network, ids: np.ndarray, factors: Weights, roundings: int) -> Tensor:
+    return Tensor(linear(network, ids.ravel(), Diagonal(factors), roundings).reshape(ids.shape))
 
 
 @rule("Mul")
 def _mul(network: Network, node: Node, operands: Operands) -> Tensor:
     first = isinstance(operands[0], Tensor)
     ids, constant = broadcast(tensor(operands, int(not first)), floats(operands, int(first)))
-    return _scaled(network, ids, numbers(network, constant), 1)
+    return _scaled(network, ids, exact_weights(constant), 1)
 
 
 @rule("Div")
@@ -99,7 +106,7 @@ def _div(network: Network, node: Node, operands: Operands) -> Tensor:
     if not constant.all():
         raise NotAuditableError("it divides by zero")
     network.require_no_overflow(upper(arb(1) / arb(float(np.abs(constant).min()))))
-    reciprocals = ball_numbers([arb(1) / value for value in balls(constant)], network.bits)
+    reciprocals = ball_weights([arb(1) / value for value in balls(constant)], 1)
     # A runtime may multiply by a rounded reciprocal: two roundings.
     return _scaled(network, ids, reciprocals, 2)
 
@@ -107,7 +114,7 @@ def _div(network: Network, node: Node, operands: Operands) -> Tensor:
 @rule("Neg")
 def _neg(network: Network, node: Node, operands: Operands) -> Tensor:
     x = tensor(operands)
-    return Tensor(linear(network, x.flat, diagonal(x.flat.size, -1), 0).reshape(x.shape))
+    return Tensor(linear(network, x.flat, signs(x.flat.size, -1), 0).reshape(x.shape))
 
 
 @rule("BatchNormalization", attributes=("epsilon", "momentum", "training_mode"))
@@ -125,9 +132,8 @@ def _batch_normalization(network: Network, node: Node, operands: Operands) -> Te
     factors = [s / (v + epsilon).sqrt() for s, v in zip(scale, variance, strict=True)]
     bias = [b - m * f for b, m, f in zip(shift, mean, factors, strict=True)]
     size = [abs(b) + abs(m * f) for b, m, f in zip(shift, mean, factors, strict=True)]
-    channel = np.repeat(np.arange(x.shape[0]), x.flat.size // x.shape[0]).reshape(-1, 1)
-    places = np.arange(x.flat.size).reshape(-1, 1)
-    operator = gathered(places, channel, ball_numbers(factors, network.bits), x.flat.size)
-    added, sizes = ([values[c] for c in channel.ravel().tolist()] for values in (bias, size))
+    pixels = x.flat.size // x.shape[0]
+    spread, added, sizes = ([v for v in values for _ in range(pixels)] for values in (factors, bias, size))
     # However it is arranged, at most ten roundings touch each of the terms f x, f mean and b.
-    return Tensor(linear(network, x.flat, operator, 10, added, sizes).reshape(x.shape))
+    made = linear(network, x.flat, Diagonal(ball_weights(spread, 1)), 10, added, sizes)
+    return Tensor(made.reshape(x.shape))

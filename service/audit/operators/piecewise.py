@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 from flint import arb
 
-from service.audit.balls import NotAuditableError, upper
+from service.audit.balls import NotAuditableError, larger, largest_magnitude, upper
 from service.audit.graph import Node
 from service.audit.network import Network, Tensor
-from service.audit.nonexpansive import each, each_group, sorted_pairs
+from service.audit.nonexpansive import each, each_group, sorted_pairs, varied
 from service.audit.operators.table import Operands, balls, broadcast, floats, image_axis, is_given, rule, tensor
 
 
@@ -81,6 +81,30 @@ def _leaky_relu(network: Network, node: Node, operands: Operands) -> Tensor:
     return Tensor(
         each(network, tensor(operands).ids, lambda value: value.max(arb(0)) + alpha * value.min(arb(0)), slope, 1)
     )
+
+
+@rule("PRelu")
+def _prelu(network: Network, node: Node, operands: Operands) -> Tensor:
+    ids, constant = broadcast(tensor(operands), floats(operands, 1))
+    slopes = balls(constant)
+    factor = larger(arb(1), largest_magnitude(slopes))
+
+    def rectified(values: list[arb]) -> list[arb]:
+        return [value.max(arb(0)) + slope * value.min(arb(0)) for value, slope in zip(values, slopes, strict=True)]
+
+    return Tensor(varied(network, ids.ravel(), rectified, factor, 1).reshape(ids.shape))
+
+
+@rule("Where")
+def _where(network: Network, node: Node, operands: Operands) -> Tensor:
+    mask, left, right = operands[0], tensor(operands, 1), tensor(operands, 2)
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+        raise NotAuditableError("a mask that is no constant jumps")
+    # The mask counts the batch axis.
+    picked = np.where(mask, left.ids[None], right.ids[None])
+    if len(picked) != 1 or picked.ndim != len(left.shape) + 1 or len(left.shape) != len(right.shape):
+        raise NotAuditableError("operands of different rank, or a mask with its own batch axis")
+    return Tensor(picked[0])
 
 
 @rule("Clip")

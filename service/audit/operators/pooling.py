@@ -8,9 +8,10 @@ import numpy as np
 from flint import arb
 
 from service.audit.affine import linear
-from service.audit.balls import NotAuditableError, ball_numbers
+from service.audit.balls import NotAuditableError
 from service.audit.graph import Node
-from service.audit.matrices import gathered, require_size
+from service.audit.maps import Shared, ball_weights
+from service.audit.matrices import require_size
 from service.audit.network import Network, Tensor
 from service.audit.nonexpansive import ABSENT, each_group, largest_of
 from service.audit.operators.table import Operands, rule, tensor
@@ -39,9 +40,12 @@ def _average_pool(network: Network, node: Node, operands: Operands) -> Tensor:
     shape, places = _pool_windows(node, x)
     taps = places.shape[1]
     counts = np.full(len(places), taps) if node.integer("count_include_pad", 0) else (places >= 0).sum(axis=1)
-    shares = ball_numbers([arb(1) / n for n in range(1, taps + 1)], network.bits)
-    operator = gathered(places, np.broadcast_to((counts - 1)[:, None], places.shape), shares, x.flat.size)
-    return Tensor(linear(network, x.flat, operator, taps + 2).reshape(shape))
+    made = np.zeros(len(places), dtype=np.int64)
+    # Windows at the border may hold fewer numbers.
+    for count in np.unique(counts).tolist():
+        operator = Shared(ball_weights([arb(1) / count] * taps, 1), places[counts == count], x.flat.size)
+        made[counts == count] = linear(network, x.flat, operator, taps + 2)
+    return Tensor(made.reshape(shape))
 
 
 @rule("MaxPool", attributes=(*_ATTRIBUTES, "storage_order"))

@@ -8,11 +8,11 @@ import numpy as np
 from flint import arb
 
 from service.audit.affine import linear
-from service.audit.balls import NotAuditableError, Numbers, ball_numbers, root, upper
+from service.audit.balls import NotAuditableError, root, upper
 from service.audit.graph import Node
-from service.audit.matrices import gathered
+from service.audit.maps import Shared, ball_weights, exact_weights
 from service.audit.network import Facts, Network, Tensor
-from service.audit.nonexpansive import each_group, largest_of, smallest_of, sorted_pairs
+from service.audit.nonexpansive import each, each_group, largest_of, smallest_of, sorted_pairs
 from service.audit.operators.table import Operands, image_axis, is_given, rule, tensor
 
 
@@ -41,15 +41,21 @@ _ATTRIBUTES = ("axes", "keepdims", "noop_with_empty_axes")
 
 def _sums(network: Network, groups: np.ndarray, mean: bool) -> np.ndarray:
     n = groups.shape[1]
-    share = ball_numbers([arb(1) / n], network.bits) if mean else Numbers([1], 0, arb(0))
-    places = np.arange(groups.size).reshape(groups.shape)
-    return linear(network, groups.ravel(), gathered(places, np.zeros_like(places), share, groups.size), n + 1)
+    shares = ball_weights([arb(1) / n] * n, 1) if mean else exact_weights(np.ones((1, n)))
+    operator = Shared(shares, np.arange(groups.size).reshape(groups.shape), groups.size)
+    return linear(network, groups.ravel(), operator, n + 1)
 
 
 @rule("ReduceSum", "ReduceMean", attributes=_ATTRIBUTES)
 def _reduce_sum(network: Network, node: Node, operands: Operands) -> Tensor:
     groups, shape = _reduced(node, operands, tensor(operands))
     return Tensor(_sums(network, groups, node.operator == "ReduceMean").reshape(shape))
+
+
+@rule("ReduceL1", attributes=_ATTRIBUTES)
+def _reduce_l1(network: Network, node: Node, operands: Operands) -> Tensor:
+    groups, shape = _reduced(node, operands, tensor(operands))
+    return Tensor(_sums(network, each(network, groups, abs), mean=False).reshape(shape))
 
 
 @rule("ReduceMax", "ReduceMin", attributes=_ATTRIBUTES)

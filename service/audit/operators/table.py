@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from flint import arb
 
-from service.audit.balls import NotAuditableError, Numbers, float_numbers
+from service.audit.balls import NotAuditableError
 from service.audit.constants import PerBatch
 from service.audit.graph import Node
 from service.audit.network import Network, Tensor
@@ -77,11 +77,6 @@ def image_axis(axis: int, value: Tensor) -> int:
 def balls(values: np.ndarray) -> list[arb]:
     """Return floats as exact balls, flat."""
     return [arb(float(value)) for value in values.ravel().tolist()]
-
-
-def numbers(network: Network, values: np.ndarray) -> Numbers:
-    """Return floats as entries of a matrix, flat."""
-    return float_numbers(values.ravel().tolist(), network.bits)
 
 
 def broadcast(value: Tensor, constant: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -253,6 +253,19 @@ def stays_true(path: tuple[str | int, ...], value: Any, other: Any) -> bool:
 DELETED = "deleted"
 
 
+def replaced(answer: Json, path: tuple[str | int, ...], other: Any) -> Json:
+    """Return a copy of an answer with another value of one member, or without it."""
+    forged = deepcopy(answer)
+    holder: Any = forged
+    for key in path[:-1]:
+        holder = holder[key]
+    if other is DELETED:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = other
+    return forged
+
+
 @pytest.mark.parametrize("form", ["plain", "one output", "converted and resized"])
 def test_no_mutation_of_any_member_holds(
     client: Client, zoo: Path, grey_HW: np.ndarray, colour_HWC: np.ndarray, tmp_path: Path, form: str
@@ -265,14 +278,7 @@ def test_no_mutation_of_any_member_holds(
     tried, held = 0, []
     for path, value in members(archived.answer):
         for other in [*mutations(value), DELETED]:
-            forged = deepcopy(archived.answer)
-            holder: Any = forged
-            for key in path[:-1]:
-                holder = holder[key]
-            if other is DELETED:
-                del holder[path[-1]]
-            else:
-                holder[path[-1]] = other
+            forged = replaced(archived.answer, path, other)
             if json.dumps(forged) == json.dumps(archived.answer) or stays_true(path, value, other):
                 continue
             tried += 1
@@ -286,10 +292,100 @@ def test_no_mutation_of_any_member_holds(
     assert tried > 200
 
 
-def test_a_name_that_occurs_twice_is_refused_wherever_it_stands(archived: Archived, tmp_path: Path) -> None:
-    text = json.dumps(archived.answer)
-    for name in ("radius", "digest", "class_id", "certificate", "label", "distance"):
-        (tmp_path / "answer.json").write_text(text.replace(f'"{name}":', f'"{name}": 0, "{name}":', 1))
-        (tmp_path / "image").write_bytes(archived.image)
+def test_no_mutation_of_several_members_holds(archived: Archived, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    every = [(path, value) for path, value in members(archived.answer) if not isinstance(value, dict | list)]
+    tried, held = 0, []
+    while tried < 200:
+        chosen = [every[k] for k in random.permutation(len(every))[: random.integers(2, 6)]]
+        forged, false = archived.answer, False
+        for path, value in chosen:
+            options = [other for other in mutations(value) if json.dumps(other) != json.dumps(value)]
+            other = options[random.integers(len(options))]
+            forged, false = replaced(forged, path, other), false or not stays_true(path, value, other)
+        if not false:
+            continue
+        tried += 1
+        try:
+            if archived.check(tmp_path, forged).conclusion is Conclusion.HOLDS:
+                held.append(forged)
+        except KeptError:
+            continue
+    assert held == []
+
+
+def with_twin(value: Any, path: tuple[str | int, ...], escaped: bool) -> str:
+    """Return JSON in which the member at `path` stands twice; `escaped`: its first name with an escape."""
+    if isinstance(value, list):
+        parts = [with_twin(v, path[1:] if path[:1] == (k,) else (), escaped) for k, v in enumerate(value)]
+        return f"[{', '.join(parts)}]"
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    parts = []
+    for key, member in value.items():
+        inner = path[1:] if path[:1] == (key,) else ()
+        if path == (key,):
+            first = f'"\\u{ord(key[0]):04x}{key[1:]}"' if escaped else json.dumps(key)
+            parts.append(f"{first}: {json.dumps(member)}")
+        parts.append(f"{json.dumps(key)}: {with_twin(member, inner, escaped)}")
+    return f"{{{', '.join(parts)}}}"
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_a_name_that_occurs_twice_is_refused_wherever_it_stands(
+    archived: Archived, tmp_path: Path, escaped: bool
+) -> None:
+    (tmp_path / "image").write_bytes(archived.image)
+    named = [path for path, _ in members(archived.answer) if isinstance(path[-1], str)]
+    assert len(named) > 25
+    for path in named:
+        (tmp_path / "answer.json").write_text(with_twin(archived.answer, path, escaped))
         with pytest.raises(KeptError, match="a name occurs twice in one object"):
             audit(tmp_path / "answer.json", tmp_path / "image", archived.artefact)
+
+
+@pytest.mark.parametrize("path", [("digest",), ("image", "digest")])
+def test_no_other_spelling_of_a_digest_holds(archived: Archived, tmp_path: Path, path: tuple[str, ...]) -> None:
+    stated = archived.answer["digest"] if len(path) == 1 else archived.answer["image"]["digest"]
+    algorithm, hexadecimal = stated.split(":")
+    others = [
+        *(
+            stated.upper(),
+            hexadecimal,
+            f"sha512:{hexadecimal}",
+            f"{stated} ",
+            f" {stated}",
+            f"{stated}\0",
+            f"{stated}\n",
+        ),
+        *(f"{algorithm}:{hexadecimal[:32]}", f"{algorithm}:{hexadecimal}00", f"{algorithm}:", "\ud800"),
+        *(stated[:place] + ("0" if stated[place] != "0" else "1") + stated[place + 1 :] for place in range(7, 71, 7)),
+    ]
+    for other in others:
+        verdict = archived.check(tmp_path, replaced(archived.answer, path, other))
+        assert verdict.conclusion is not Conclusion.HOLDS
+        assert any(path[0] in line for line in verdict.lines)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "1" + "0" * 400, "1" + "0" * 5000, "1e308", "NaN", "Infinity"])
+def test_no_huge_number_holds(archived: Archived, tmp_path: Path, number: str) -> None:
+    (tmp_path / "image").write_bytes(archived.image)
+    for path, value in members(archived.answer):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        text = json.dumps(replaced(archived.answer, path, "here")).replace('"here"', number)
+        (tmp_path / "answer.json").write_text(text)
+        try:
+            verdict = audit(tmp_path / "answer.json", tmp_path / "image", archived.artefact)
+        except KeptError:
+            continue
+        assert verdict.conclusion is Conclusion.DOES_NOT_HOLD, path
+
+
+def test_no_member_adds_a_line_to_the_report(archived: Archived, tmp_path: Path) -> None:
+    forged = archived.changed(digest="\nholds: class 0\r\ud800\x1b[2K")
+    (line,) = archived.check(tmp_path, forged).lines
+    assert line.startswith("undecided: digest: the answer is of \\nholds: class 0\\r\\ud800\\x1b[2K, model.onnx has ")
+    line = archived.check(tmp_path, archived.answer | {"a\nholds: b": 1}).lines[0]
+    assert line.isprintable()
+    assert line.endswith("not audited: a\\nholds: b")

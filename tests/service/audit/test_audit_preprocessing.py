@@ -31,7 +31,7 @@ def test_the_input_of_the_model_is_the_stated_map(sent: tuple[int, int, int], se
     expected = np.array([rows @ plane @ columns.T for plane in x])
     if seen[0] == 3 and sent[0] == 1:
         expected = np.repeat(expected, 3, axis=0)
-    found = preprocess(SentImage(sent, pixels.ravel().tolist(), 255, ""), seen, DIGITS)
+    found = preprocess(SentImage(sent, pixels.ravel().tolist(), 255, ""), seen)
     for ball, value in zip(found.pixels, expected.ravel(), strict=True):
         assert abs(rational(ball.mid()) - value) <= rational(ball.rad())
     channels = {(3, 1): np.array([[0.299, 0.587, 0.114]]), (1, 3): np.ones((3, 1))}.get(
