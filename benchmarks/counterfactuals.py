@@ -1,7 +1,7 @@
 """Cost and distance of counterfactuals: `python benchmarks/counterfactuals.py --data DIR [MODEL ...]`.
 
 Searches on evenly spaced test images of the models in `--models`, without and with a random target, in batches of 16,
-and counts runs of both graphs. Then times the search beside as many runs of the transport graph alone, alternating, in
+and counts runs of both graphs. Then times the search beside as many runs of the gradient graph alone, alternating, in
 batches of 1, 8 and 16, one thread. `--write` replaces the tables of `docs/counterfactuals.md`.
 """
 
@@ -151,7 +151,7 @@ def _quality(name: str, view: View, questions: Questions, targeted: bool) -> str
 
 
 def _times(name: str, view: View, questions: Questions) -> str:
-    """Speed: time of the runs of the transport graph alone over that of the search that needs as many."""
+    """Speed: time of the runs of the gradient graph alone over that of the search that needs as many."""
     image_NCHW, n_images = questions.image_NCHW, len(questions.image_NCHW)
     weights_NK = np.zeros((n_images, 1 if view.single_output else questions.n_classes))
     weights_NK[:, 0] = 1.0

@@ -1,8 +1,9 @@
-"""Export of a trained network as an artefact: fold, emit both graphs, prove, compare, measure, write.
+"""Export of a trained network as an artefact: fold, emit `model.onnx`, prove, compare, measure, write.
 
+What is compared and measured are the graphs that the server runs: it writes them from `model.onnx` (`service.network`).
 The export is refused, and nothing written, where the server's certifier cannot bound the graph, where a proved bound is
 above the declared one, where logits of ONNX Runtime differ from those of torch by more than the proved error, or where
-the transport gradient differs from autograd's.
+the gradient differs from autograd's.
 
 Axes: N batch, C channels, H height, W width, K classes.
 """
@@ -28,14 +29,16 @@ from jaxtyping import Float64
 from models.data.labelled import LabelledImages
 from models.nets.networks import LipschitzNetwork
 from models.nets.onnx_graph import GraphBuilder
-from service.artefact.card import MODEL_FILE, TRANSPORT_FILE, Card, CertifiedAccuracy, InputShape, write_artefact
+from service.artefact.card import Card, CertifiedAccuracy, InputShape, write_artefact
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
+from service.network.graphs import forward_graph, gradient_graph
+from service.network.reader import read
 from service.runtime.engine import Engine
 
 BOUND_TOLERANCE = 1e-3
 """Largest relative excess of the proved bound over the declared one; a larger one means that a layer is misstated."""
 GRADIENT_TOLERANCE = 1e-9
-"""Largest absolute difference between transport gradient and autograd, both float64, gradients of order 1."""
+"""Largest absolute difference between the served gradient and autograd, both float64, gradients of order 1."""
 MEASURED_AT_ONCE = 250
 """Test images in one batch."""
 PROBES = 64
@@ -46,43 +49,19 @@ class ExportRefusedError(Exception):
     """The artefact would contradict its certificate; nothing was written."""
 
 
-@dataclass(frozen=True)
-class Graphs:
-    """The serialised graphs of docs/architecture.md, section "The two graphs"."""
-
-    model: bytes
-    transport: bytes
-
-
-def emit_graphs(network: LipschitzNetwork) -> Graphs:
-    """Return the forward and the transport graph; equal networks give equal bytes.
-
-    `model.onnx`: image -> logits. `transport.onnx`: image, margin_weights -> logits and the gradient of
-    `sum_k margin_weights[k] logits[k]` with respect to the image.
-    """
+def emit_graph(network: LipschitzNetwork) -> bytes:
+    """Return `model.onnx`, image -> logits; equal networks give equal bytes."""
     folded = network.fold()
-    forward = GraphBuilder("model")
-    hidden, _ = folded.body.emit(forward, forward.input("image", network.input_shape))
-    logits, _ = folded.head.emit(forward, hidden)
-
-    transport = GraphBuilder("transport")
-    image = transport.input("image", network.input_shape)
-    margin_weights = transport.input("margin_weights", [network.outputs])
-    hidden, body_pullback = folded.body.emit(transport, image)
-    transport_logits, head_pullback = folded.head.emit(transport, hidden)
-    gradient = body_pullback(head_pullback(margin_weights))
-    return Graphs(
-        model=forward.build({"logits": logits}),
-        transport=transport.build({"logits": transport_logits, "gradient": gradient}),
-    )
+    graph = GraphBuilder(network.input_shape)
+    return graph.build(folded.head.emit(graph, folded.body.emit(graph, graph.image)))
 
 
-def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) -> Certificate:
+def prove(network: LipschitzNetwork, model_bytes: bytes, lipschitz_constant: float) -> Certificate:
     """Return the proof of the server's certifier, compared with the declared Lipschitz constant.
 
     Args:
         network: the trained network.
-        graphs: its graphs, by `emit_graphs`.
+        model_bytes: its graph, by `emit_graph`.
         lipschitz_constant: declared for f (one output) or for the body (several outputs: `K_ij` is
             `lipschitz_constant * ||w_i - w_j||`).
 
@@ -90,7 +69,7 @@ def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) 
         UnsupportedModelError: the certifier has no bound; the message names every node.
         ExportRefusedError: a proved bound is above the declared one by more than `BOUND_TOLERANCE`.
     """
-    certificate = certify(graphs.model)
+    certificate = certify(model_bytes)
     rows = network.fold().head.weight()
     rows = torch.cat([rows, -rows]) if len(rows) == 1 else rows
     declared_KK = (
@@ -108,13 +87,13 @@ def prove(network: LipschitzNetwork, graphs: Graphs, lipschitz_constant: float) 
     return certificate
 
 
-def compare(network: LipschitzNetwork, graphs: Graphs, certificate: Certificate, seed: int = 0) -> None:
-    """Compare both graphs, run on random images, with the folded network in torch.
+def compare(network: LipschitzNetwork, model_bytes: bytes, certificate: Certificate, seed: int = 0) -> None:
+    """Compare both graphs of the server, run on random images, with the folded network in torch.
 
     Args:
         network: the trained network.
-        graphs: its graphs, by `emit_graphs`.
-        certificate: of `graphs.model`.
+        model_bytes: its graph, by `emit_graph`.
+        certificate: of `model_bytes`.
         seed: of the images and margin weights.
 
     Raises:
@@ -128,23 +107,25 @@ def compare(network: LipschitzNetwork, graphs: Graphs, certificate: Certificate,
     variable = torch.from_numpy(images).requires_grad_()
     expected = folded(variable)
     (expected_gradient,) = torch.autograd.grad((expected * torch.from_numpy(weights)).sum(), variable)
-    logits = run_graph(graphs.model, {"image": images})["logits"]
-    transport = run_graph(graphs.transport, {"image": images, "margin_weights": weights})
+    served = read(model_bytes)
+    logits = run_graph(forward_graph(served).content, {"image": images})["logits"]
+    beside = run_graph(gradient_graph(served).content, {"image": images, "margin_weights": weights})
 
     # Torch is a float64 evaluation in some order as well: each side is within logit_error of the exact value.
     allowed = 2 * certificate.logit_error
-    for file, found in ((MODEL_FILE, logits), (TRANSPORT_FILE, transport["logits"])):
+    for graph, found in (("of the logits", logits), ("of the gradient", beside["logits"])):
         difference = float(np.max(np.abs(found - expected.detach().numpy())))
         if not difference <= allowed:
             raise ExportRefusedError(
-                f"logits of {file} differ from torch by {difference:.3g}, the proved error allows {allowed:.3g}: "
-                "a layer emits other nodes than it evaluates; nothing was written"
+                f"logits by the graph {graph} differ from torch by {difference:.3g}, the proved error allows "
+                f"{allowed:.3g}: a layer emits other nodes than it evaluates; nothing was written"
             )
-    difference = float(np.max(np.abs(transport["gradient"] - expected_gradient.numpy())))
+    difference = float(np.max(np.abs(beside["gradient"] - expected_gradient.numpy())))
     if not difference <= GRADIENT_TOLERANCE:
         raise ExportRefusedError(
-            f"the gradient of {TRANSPORT_FILE} differs from autograd by {difference:.3g}, allowed is "
-            f"{GRADIENT_TOLERANCE:.3g}: a layer emits a wrong adjoint; nothing was written"
+            f"the gradient that the server derives from the graph differs from autograd by {difference:.3g}, allowed "
+            f"is {GRADIENT_TOLERANCE:.3g}: the backward pass of a layer is not the derivative of its forward pass; "
+            "nothing was written"
         )
 
 
@@ -163,18 +144,20 @@ class Measured:
     n: int
 
 
-def measure(graphs: Graphs, certificate: Certificate, test: LabelledImages, epsilons: tuple[float, ...]) -> Measured:
+def measure(
+    model_bytes: bytes, certificate: Certificate, test: LabelledImages, epsilons: tuple[float, ...]
+) -> Measured:
     """Return the share of right and of certified answers on a test set, from the engine that the server uses.
 
     An image counts as certified at epsilon if its class is right and its proved radius is above epsilon.
 
     Args:
-        graphs: the exported graphs.
-        certificate: of `graphs.model`.
+        model_bytes: the exported graph.
+        certificate: of `model_bytes`.
         test: the test set.
         epsilons: L2 radii, pixels in [0, 1].
     """
-    engine = Engine(graphs.model, "cpu", torch.get_num_threads())
+    engine = Engine(forward_graph(read(model_bytes)).content, "cpu", torch.get_num_threads())
     logits: list[np.ndarray] = []
     # In batches: the intermediate values of a convolutional network on a whole test set would fill the memory.
     for start in range(0, len(test), MEASURED_AT_ONCE):
@@ -205,7 +188,7 @@ def export_artefact(
     wall_time_s: float,
     devices: str | None = None,
 ) -> Measured:
-    """Write `model.onnx`, `transport.onnx` and `card.json` to `folder`, in place of an earlier artefact.
+    """Write `model.onnx` and `card.json` to `folder`, in place of an earlier artefact.
 
     Args:
         network: the trained network.
@@ -224,10 +207,10 @@ def export_artefact(
         UnsupportedModelError, ExportRefusedError, ArtefactError: the artefact would contradict its certificate; the
             folder is unchanged.
     """
-    graphs = emit_graphs(network)
-    certificate = prove(network, graphs, lipschitz_constant)
-    compare(network, graphs, certificate)
-    measured = measure(graphs, certificate, test, epsilons)
+    model_bytes = emit_graph(network)
+    certificate = prove(network, model_bytes, lipschitz_constant)
+    compare(network, model_bytes, certificate)
+    measured = measure(model_bytes, certificate, test, epsilons)
     channels, height, width = network.input_shape
     card = Card(
         name=folder.name,
@@ -248,7 +231,7 @@ def export_artefact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as workspace:
         fresh, replaced = Path(workspace) / "new", Path(workspace) / "old"
-        write_artefact(fresh, card, graphs.model, graphs.transport)
+        write_artefact(fresh, card, model_bytes)
         if folder.exists():
             folder.rename(replaced)
         fresh.rename(folder)

@@ -15,7 +15,7 @@ import torch
 
 from models.data.datasets import load_dataset
 from models.data.labelled import DataSet, LabelledImages
-from models.export import code_version, emit_graphs, environment, export_artefact, prove
+from models.export import code_version, emit_graph, environment, export_artefact, prove
 from models.nets.networks import LipschitzNetwork, convolutional_network, dense_network
 from models.recipes import AnyRecipe, ImageRecipe, Network, SquaresRecipe, TwoMoonsRecipe
 from models.toys import (
@@ -118,7 +118,7 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
         run = replace(run, identity={**run.identity, "data": data.card["digest"]})
     network = build_network(recipe.network, input_shape, outputs)
     # A network that the server cannot certify is refused before the training, not hours later.
-    prove(network, emit_graphs(network), recipe.lipschitz_constant)
+    prove(network, emit_graph(network), recipe.lipschitz_constant)
     trained = _fit(network, run, options)
     folder = options.out / recipe.name
     card = {

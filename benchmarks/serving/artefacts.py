@@ -24,10 +24,10 @@ import torch
 from onnx import numpy_helper, shape_inference
 
 from models.data.published import load_mnist
-from models.export import emit_graphs
+from models.export import emit_graph
 from models.nets.networks import convolutional_network
 from models.recipes import Stage
-from service.artefact.card import MODEL_FILE, TRANSPORT_FILE, Card, InputShape, read_card, write_artefact
+from service.artefact.card import MODEL_FILE, Card, InputShape, read_card, write_artefact
 from service.pixels.images import encode_png
 
 REFERENCE_CHANNELS = {"reference": 512, "reference-x4": 1024, "reference-x16": 2048}
@@ -51,13 +51,8 @@ class Subject:
 
     @property
     def model(self) -> Path:
-        """Path of the forward graph."""
+        """Path of the model."""
         return self.zoo / self.name / MODEL_FILE
-
-    @property
-    def transport(self) -> Path:
-        """Path of the gradient graph."""
-        return self.zoo / self.name / TRANSPORT_FILE
 
 
 def prepare(name: str, folder: Path, shipped: Path) -> Subject:
@@ -85,7 +80,6 @@ def build_reference(name: str, channels: int, folder: Path) -> None:
     stage = Stage(channels=channels, blocks=3, window=7)
     # Random rows are turned into orthogonal ones by `fold`.
     network = convolutional_network(_INPUT, [stage], "none", [], _CLASSES)
-    graphs = emit_graphs(network)
     card = Card(
         name=name,
         labels=[str(label) for label in range(_CLASSES)],
@@ -93,7 +87,7 @@ def build_reference(name: str, channels: int, folder: Path) -> None:
         recipe={"reference": {"channels": channels}},
         seed=_SEED,
     )
-    write_artefact(folder, card, graphs.model, graphs.transport)
+    write_artefact(folder, card, emit_graph(network))
 
 
 def _channels_of(folder: Path) -> object:

@@ -196,7 +196,7 @@ def _counterfactuals(results: Results) -> Claim:
         f"`{subject}` {got:.2f}" for subject in (REFERENCE, "mnist") if (got := runs_over_raw("ours-all", subject))
     ]
     return Claim(
-        "counterfactual requests, 16 clients: images/s over raw runs of the transport graph for the same number of "
+        "counterfactual requests, 16 clients: images/s over raw runs of the gradient graph for the same number of "
         "steps; mean steps",
         tuple(figures),
         f"a process for each CPU: {', '.join(several)}" if several else "",

@@ -46,7 +46,7 @@ class CellResult:
     cpu_ms_per_image: float
     """Processor time of the server."""
     raw_images_per_s: float
-    """Mean of the raw runs before and after; of the transport graph for `counterfactual`."""
+    """Mean of the raw runs before and after; of the gradient graph for `counterfactual`."""
     raw_one_ms: float | None
     """Median raw time of one image, where there is one client."""
     answers_npy: bool
@@ -166,7 +166,7 @@ class _Turn:
     def _cell(
         self, server: Server, instance: Instance, cell: Cell, request: Request, raw: Raw, answers_npy: bool
     ) -> CellResult:
-        raw_run = raw.transport_images_per_s if cell.load == "counterfactual" else raw.images_per_s
+        raw_run = raw.gradient_images_per_s if cell.load == "counterfactual" else raw.images_per_s
         before = raw_run(self.effort.raw_s)
         used = server.usage().cpu_s
         load = run_wrk(server.port, request, cell.clients, self.effort.seconds_of(cell))

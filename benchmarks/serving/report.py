@@ -198,7 +198,7 @@ def _other_loads(results: Results, contestants: Sequence[Contestant]) -> str:
         return ""
     header = ["", "artefact", "", "clients", "images/s", "over raw", "p50 / p99, ms", "CPU ms/image"]
     return (
-        "## Other requests\n\nFor counterfactuals raw is a run of `transport.onnx` (logits and gradient) for each of "
+        "## Other requests\n\nFor counterfactuals raw is a run of the gradient graph (logits and gradient) for each of "
         "the search's steps, mean over the test images; what the search classifies besides is not in it.\n\n"
         + table(header, rows)
     )

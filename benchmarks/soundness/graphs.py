@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,40 +12,37 @@ from builders import Graphs
 from graph_builder import GraphBuilder
 from onnx import TensorProto, numpy_helper
 
-from service.artefact.files import MODEL_FILE, TRANSPORT_FILE
+from service.artefact.files import MODEL_FILE
 
 
 def shipped(folder: Path) -> Graphs:
-    """Return the graphs of an artefact."""
+    """Return the graph of an artefact."""
     model_bytes = (folder / MODEL_FILE).read_bytes()
     graph = onnx.load_model_from_string(model_bytes).graph
     shape = tuple(axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim[1:])
     n_outputs = graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    return Graphs(model_bytes, (folder / TRANSPORT_FILE).read_bytes(), shape, n_outputs)  # type: ignore[arg-type]
+    return Graphs(model_bytes, shape, n_outputs)  # type: ignore[arg-type]
 
 
 def in_float32(graphs: Graphs) -> Graphs:
     """Return the network with every tensor in float32: weights are stored so already, biases are rounded."""
 
-    def convert(content: bytes) -> bytes:
-        model = onnx.load_model_from_string(content)
-        for tensor in model.graph.initializer:
-            if tensor.data_type == TensorProto.DOUBLE:
-                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-        for value in (*model.graph.input, *model.graph.output):
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-        for node in model.graph.node:
-            for attribute in node.attribute:
-                if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.DOUBLE:
-                    attribute.i = TensorProto.FLOAT
-        onnx.checker.check_model(model, full_check=True)
-        return model.SerializeToString(deterministic=True)
-
-    return Graphs(convert(graphs.model), convert(graphs.transport), graphs.shape, graphs.n_outputs)
+    model = onnx.load_model_from_string(graphs.model)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.DOUBLE:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.DOUBLE:
+                attribute.i = TensorProto.FLOAT
+    onnx.checker.check_model(model, full_check=True)
+    return replace(graphs, model=model.SerializeToString(deterministic=True))
 
 
 def with_planted_biases(graphs: Graphs, constant: float, half: bool) -> Graphs:
-    """Return the graphs with `constant` added to the bias of every hidden layer and compensated in the next bias.
+    """Return the graph with `constant` added to the bias of every hidden layer and compensated in the next bias.
 
     The compensation `W constant` is rounded once: in real arithmetic only the last roundings of the stored biases
     change; in floating point everything between the two biases passes through numbers as large as `constant`.
@@ -54,36 +52,28 @@ def with_planted_biases(graphs: Graphs, constant: float, half: bool) -> Graphs:
         constant: the same for both units of a pair, so sorting preserves its order.
         half: add it to every second pair only.
     """
-
-    def plant(content: bytes) -> bytes:
-        model = onnx.load_model_from_string(content)
-        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
-        gemms = [node for node in model.graph.node if node.op_type == "Gemm"]
-        added_M = np.zeros(0)
-        for layer, node in enumerate(gemms):
-            weight_MN = numpy_helper.to_array(tensors[casts.get(node.input[1], node.input[1])])
-            bias = tensors[node.input[2]]
-            bias_M = numpy_helper.to_array(bias)
-            total_M = [Fraction(value) for value in bias_M.tolist()]
-            if layer > 0:
-                total_M = [
-                    total - Fraction(constant) * sum((Fraction(w) for w in row_N[added_M].tolist()), Fraction(0))
-                    for total, row_N in zip(total_M, weight_MN, strict=True)
-                ]
-            if layer < len(gemms) - 1:
-                added_M = np.ones(len(bias_M), bool)
-                added_M[: len(bias_M) // 2 : 2] = not half
-                added_M[len(bias_M) // 2 :: 2] = not half
-                total_M = [
-                    total + Fraction(constant) * int(a) for total, a in zip(total_M, added_M.tolist(), strict=True)
-                ]
-            bias.CopyFrom(
-                numpy_helper.from_array(np.array([float(t) for t in total_M]).astype(bias_M.dtype), bias.name)
-            )
-        return model.SerializeToString(deterministic=True)
-
-    return Graphs(plant(graphs.model), plant(graphs.transport), graphs.shape, graphs.n_outputs)
+    model = onnx.load_model_from_string(graphs.model)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
+    gemms = [node for node in model.graph.node if node.op_type == "Gemm"]
+    added_M = np.zeros(0)
+    for layer, node in enumerate(gemms):
+        weight_MN = numpy_helper.to_array(tensors[casts.get(node.input[1], node.input[1])])
+        bias = tensors[node.input[2]]
+        bias_M = numpy_helper.to_array(bias)
+        total_M = [Fraction(value) for value in bias_M.tolist()]
+        if layer > 0:
+            total_M = [
+                total - Fraction(constant) * sum((Fraction(w) for w in row_N[added_M].tolist()), Fraction(0))
+                for total, row_N in zip(total_M, weight_MN, strict=True)
+            ]
+        if layer < len(gemms) - 1:
+            added_M = np.ones(len(bias_M), bool)
+            added_M[: len(bias_M) // 2 : 2] = not half
+            added_M[len(bias_M) // 2 :: 2] = not half
+            total_M = [total + Fraction(constant) * int(a) for total, a in zip(total_M, added_M.tolist(), strict=True)]
+        bias.CopyFrom(numpy_helper.from_array(np.array([float(t) for t in total_M]).astype(bias_M.dtype), bias.name))
+    return replace(graphs, model=model.SerializeToString(deterministic=True))
 
 
 def hadamard(size: int) -> np.ndarray:

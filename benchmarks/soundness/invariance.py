@@ -9,17 +9,20 @@ import numpy as np
 import onnxruntime
 
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
+from service.network.graphs import forward_graph
+from service.network.reader import read
 from service.runtime import provider
-from service.runtime.session import DISABLED_OPTIMIZERS, session_options
+from service.runtime.session import session_options
 
 BATCHES = (1, 2, 3, 7, 16, 64, 256)
 THREADS = (1, 2, 3, 4)
-LEVELS = {
-    "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
+LEVELS = (
+    onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+)
+"""The first is that of the service."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,20 @@ class Variation:
         return self.radii / (2.0 * self.logit_error)
 
 
-def vary(model_bytes: bytes, image_NCHW: np.ndarray, rewriting: bool) -> Variation:
-    """Run every combination of `BATCHES`, `THREADS` and `LEVELS`.
+def vary(model_bytes: bytes, image_NCHW: np.ndarray, optimised: bool) -> Variation:
+    """Run the served graph in every combination of `BATCHES`, `THREADS` and, where optimised, `LEVELS`.
 
     Args:
-        model_bytes: a graph that can be certified.
+        model_bytes: a model that can be certified.
         image_NCHW: the images; batches are filled up with them, starting at another one each time.
-        rewriting: leave on the optimisers that `service/runtime/session.py` switches off, which fold one layer into the
-            weights of another: what the runtime does by default.
+        optimised: run at the other levels too, at which the runtime folds one layer into the weights of another.
     """
     certificate = certify(model_bytes)
+    graph = forward_graph(read(model_bytes)).content
     logits, radii, classes, certified, bounds = [], [], [], [], []
     for threads in THREADS:
-        for level in LEVELS.values():
-            session = _session(model_bytes, threads, level, rewriting)
+        for level in LEVELS if optimised else LEVELS[:1]:
+            session = _session(graph, threads, level)
             for size in BATCHES:
                 raw_NK = _in_batches(session, image_NCHW, size)
                 answer = certified_radius(raw_NK, certificate.margin_bounds_KK, certificate.logit_error)
@@ -101,16 +104,11 @@ def lost_radius(certificate: Certificate, logits_NK: np.ndarray) -> tuple[float,
     return float(np.median(lost_N)), float(np.median(radii.radius_N))
 
 
-def _session(model_bytes: bytes, threads: int, level: object, rewriting: bool) -> onnxruntime.InferenceSession:
+def _session(graph: bytes, threads: int, level: object) -> onnxruntime.InferenceSession:
     # The server's own options, but for what is varied.
     options = session_options(threads)
     options.graph_optimization_level = level  # type: ignore[assignment]
-    return onnxruntime.InferenceSession(
-        model_bytes,
-        sess_options=options,
-        providers=[provider.CPU],
-        disabled_optimizers=[] if rewriting else DISABLED_OPTIMIZERS,
-    )
+    return onnxruntime.InferenceSession(graph, sess_options=options, providers=[provider.CPU])
 
 
 def _in_batches(session: onnxruntime.InferenceSession, image_NCHW: np.ndarray, size: int) -> np.ndarray:

@@ -3,9 +3,9 @@
 Each attack returns one distance for each image, to the nearest image of another class that it found: an upper bound of
 the distance that the certified radius bounds from below. An image strictly inside the radius to which the service
 assigns another class would refute the certificate: the run stops there, with both images. The attacks see the served
-graphs: the forward pass is `model.onnx`; `transport.onnx` computes vector-Jacobian products, so the backward pass is
-that graph with the incoming gradient as `margin_weights`. Their results are judged by the served path alone, in exact
-arithmetic.
+graphs: the forward pass is the graph of the logits; the graph of the gradient computes vector-Jacobian products, so the
+backward pass is that graph with the incoming gradient as `margin_weights`. Their results are judged by the served path
+alone, in exact arithmetic.
 
 Axes: N batch, C channels, H height, W width, K classes.
 """
@@ -210,7 +210,6 @@ def run_attacks(
                     **(settings or {}),
                     "format": FORMAT,
                     "model": classifier.digest,
-                    "transport": classifier.card.graphs.get("transport.onnx"),
                     "images": digest_of(batch.image_NCHW),
                     "attack": attack.name,
                     "library": attack.library,

@@ -32,7 +32,7 @@ class ServedModel(torch.nn.Module):
         self._classifier = classifier
 
     def forward(self, image_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        """Return the logits by `model.onnx`; `transport.onnx` is their adjoint."""
+        """Return the logits by the forward graph; the gradient graph is their adjoint."""
         return _Served.apply(image_NCHW, self._classifier)  # type: ignore[return-value]
 
 

@@ -181,7 +181,6 @@ def _measure(
             key = {
                 **settings,
                 "model": classifier.digest,
-                "transport": classifier.card.graphs.get("transport.onnx"),
                 "images": digest_of(part_NCHW),
                 "measured": "counterfactuals",
             }

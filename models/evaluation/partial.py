@@ -1,6 +1,6 @@
 """Cache of a long measurement: finished parts on disk, each under the settings that made it.
 
-A part is found again only under identical settings (digests of the graphs and of the images among them): a stale part
+A part is found again only under identical settings (digests of the model and of the images among them): a stale part
 is never read, but measured again. Each file appears whole or not at all, also after a crash.
 """
 

@@ -1,15 +1,15 @@
 """A small builder of ONNX graphs, in which every node is written explicitly instead of traced.
 
-The builder has only the features that the two graphs of an artefact need: float64 values with a dynamic batch
-axis, weights stored as float32 and cast to float64 (half the bytes, still exact numbers to the certifier),
-names that depend on the order of calls only, so that the same network gives the same bytes.
+The builder has only the features that `model.onnx` needs: one input `image` and one output `logits`, float64 values
+with a dynamic batch axis, weights stored as float32 and cast to float64 (half the bytes, still exact numbers to the
+certifier), names that depend on the order of calls only, so that the same network gives the same bytes.
 
 Shapes in this module leave the batch axis out: a `Value` of shape `(1, 28, 28)` is `N x 1 x 28 x 28`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,19 +39,15 @@ class Value:
 class GraphBuilder:
     """Collects nodes and initialisers in the order of the calls and serialises them deterministically."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._inputs: list[Value] = []
+    image: Value
+    """The input, float64."""
+
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        self.image = Value("image", tuple(image_shape))
         self._nodes: list[onnx.NodeProto] = []
         self._initialisers: list[onnx.TensorProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._counts: dict[str, int] = {}
-
-    def input(self, name: str, shape: Sequence[int]) -> Value:
-        """Declare a float64 input `N x shape`."""
-        value = Value(name, tuple(shape))
-        self._inputs.append(value)
-        return value
 
     def weight(self, array: Float64[np.ndarray, ...]) -> str:
         """Store float64 numbers that are exact in float32, as a float32 initialiser cast to float64.
@@ -115,21 +111,20 @@ class GraphBuilder:
         """Permute the axes; `axes` counts the batch axis, which must stay first."""
         return self.node("Transpose", [x], [x.shape[a - 1] for a in axes[1:]], perm=list(axes))
 
-    def build(self, outputs: Mapping[str, Value]) -> bytes:
-        """Name the outputs, check the model and serialise it; equal calls give equal bytes.
+    def build(self, logits: Value) -> bytes:
+        """Name the output, check the model and serialise it; equal calls give equal bytes.
 
         Raises:
             onnx.checker.ValidationError: the graph is not valid ONNX.
         """
-        names = {value.name: name for name, value in outputs.items()}
         for node in self._nodes:
-            node.input[:] = [names.get(n, n) for n in node.input]
-            node.output[:] = [names.get(n, n) for n in node.output]
+            node.input[:] = ["logits" if name == logits.name else name for name in node.input]
+            node.output[:] = ["logits" if name == logits.name else name for name in node.output]
         graph = helper.make_graph(
             self._nodes,
-            self._name,
-            [_value_info(v.name, v.shape) for v in self._inputs],
-            [_value_info(name, v.shape) for name, v in outputs.items()],
+            "model",
+            [_value_info(self.image)],
+            [_value_info(Value("logits", logits.shape))],
             self._initialisers,
         )
         model = helper.make_model(
@@ -146,7 +141,7 @@ class GraphBuilder:
         return f"{stem}_{self._counts[stem]}"
 
     def _constant(self, array: np.ndarray, stem: str) -> tuple[str, bool]:
-        # Forward and adjoint share their weights: equal content is stored once.
+        # Shapes and axes recur in every layer: equal content is stored once.
         key = (array.dtype.str, array.shape, array.tobytes())
         if key in self._constants:
             return self._constants[key], True
@@ -156,5 +151,5 @@ class GraphBuilder:
         return name, False
 
 
-def _value_info(name: str, shape: Sequence[int]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.DOUBLE, [BATCH_AXIS, *shape])
+def _value_info(value: Value) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(value.name, TensorProto.DOUBLE, [BATCH_AXIS, *value.shape])

@@ -178,22 +178,22 @@ def test_planted_biases_break_no_radius_of_a_shipped_model() -> None:
 
 
 @pytest.mark.parametrize("single", [False, True])
-@pytest.mark.parametrize("rewriting", [False, True])
-def test_batch_threads_and_optimisation_move_no_radius_by_more_than_the_error(single: bool, rewriting: bool) -> None:
+@pytest.mark.parametrize("optimised", [False, True])
+def test_batch_threads_and_optimisation_move_no_radius_by_more_than_the_error(single: bool, optimised: bool) -> None:
     own = artefact("mnist-0-8")
     random = np.random.default_rng(11)
     image_NCHW = random.integers(0, 256, (9, 1, 28, 28)) / 255
-    seen = vary((in_float32(own) if single else own).model, image_NCHW, rewriting)
+    seen = vary((in_float32(own) if single else own).model, image_NCHW, optimised)
     assert seen.logits_over_2e <= 1.0
     assert seen.radii_over_2e <= 1.0
     assert seen.classes_changed == 0
 
 
-@pytest.mark.parametrize("rewriting", [False, True])
+@pytest.mark.parametrize("optimised", [False, True])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_convolutions_give_the_same_in_every_setting_up_to_the_error(normalised: bool, rewriting: bool) -> None:
+def test_convolutions_give_the_same_in_every_setting_up_to_the_error(normalised: bool, optimised: bool) -> None:
     image_NCHW = np.random.default_rng(12).integers(0, 256, (5, 3, 8, 8)) / 255
-    seen = vary(residual(4, 1, 8, normalised), image_NCHW, rewriting)
+    seen = vary(residual(4, 1, 8, normalised), image_NCHW, optimised)
     assert seen.logits_over_2e <= 1.0
     assert seen.radii_over_2e <= 1.0
 

@@ -24,7 +24,7 @@ from benchmarks.serving.load import MARKER, LoadError, Request, lua_script, pars
 from benchmarks.serving.measure import CellResult, StartResult
 from benchmarks.serving.processes import Server, ServerError
 from benchmarks.serving.results import Results, Run, SubjectFacts
-from models.export import emit_graphs
+from models.export import emit_graph
 from models.nets.networks import dense_network
 
 CONTESTANTS = all_contestants()
@@ -122,7 +122,7 @@ def test_the_script_sends_every_body_with_the_headers_quoted() -> None:
 def test_multiply_adds_of_a_dense_network_are_the_sizes_of_its_matrices() -> None:
     torch.manual_seed(0)
     network = dense_network((1, 6, 4), [16, 8], 5)
-    model = onnx.load_model_from_string(emit_graphs(network).model)
+    model = onnx.load_model_from_string(emit_graph(network))
     assert multiply_adds(model) == 24 * 16 + 16 * 8 + 8 * 5
 
 

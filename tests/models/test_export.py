@@ -1,4 +1,4 @@
-"""What is exported computes what torch computes, its adjoint is autograd's, and what does not hold is not written."""
+"""What is served computes what torch computes, its gradient is autograd's, and what does not hold is not written."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from models import export
 from models.data.labelled import LabelledImages
-from models.export import ExportRefusedError, compare, emit_graphs, export_artefact, measure, prove, run_graph
+from models.export import ExportRefusedError, compare, emit_graph, export_artefact, measure, prove, run_graph
 from models.nets.layers.base import Chain, Layer
 from models.nets.layers.convolution import OrthogonalConv2d
 from models.nets.layers.linear import OrthogonalDense, UnitHead
@@ -27,6 +27,8 @@ from models.nets.onnx_graph import IR_VERSION, OPSET, GraphBuilder, Value
 from models.recipes import Stage
 from service.certificate import UnsupportedModelError
 from service.inference.classifier import Classifier
+from service.network.graphs import forward_graph, gradient_graph
+from service.network.reader import read
 
 LABELS = ["zero", "one", "two"]
 
@@ -56,47 +58,44 @@ def write(network: LipschitzNetwork, folder: Path, **changes: Any) -> export.Mea
     return export_artefact(network, folder, **{**settings, **changes})
 
 
+def served_gradient(layer: Layer, image: np.ndarray, cotangent: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the value of a layer and its vector-Jacobian product, by the graph that a server derives from it."""
+    graph = GraphBuilder(image.shape[1:])
+    value = layer.emit(graph, graph.image)
+    assert value.shape == cotangent.shape[1:]
+    content = gradient_graph(read(graph.build(value))).content
+    return run_graph(content, {"image": image, "margin_weights": cotangent})
+
+
 @each_layer
-def test_every_layer_and_its_adjoint_in_onnx_equal_torch_and_autograd(
+def test_every_layer_and_its_gradient_in_onnx_equal_torch_and_autograd(
     make: Callable[[], Layer], shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(1)
     layer = trained(make())
-    folded = layer.fold()
     x = torch.randn(5, *shape, dtype=torch.float64, requires_grad=True)
-    y = folded(x)
+    y = layer.fold()(x)
     cotangent = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, x, cotangent)
 
-    graph = GraphBuilder("layer")
-    value, pullback = layer.emit(graph, graph.input("x", shape))
-    adjoint = pullback(graph.input("cotangent", y.shape[1:]))
-    built = graph.build({"y": value, "adjoint": adjoint})
-    found = run_graph(built, {"x": x.detach().numpy(), "cotangent": cotangent.numpy()})
-    np.testing.assert_allclose(found["y"], y.detach().numpy(), rtol=0, atol=1e-13)
-    np.testing.assert_allclose(found["adjoint"], expected.numpy(), rtol=0, atol=1e-13)
-    assert value.shape == tuple(y.shape[1:])
+    found = served_gradient(layer, x.detach().numpy(), cotangent.numpy())
+    np.testing.assert_allclose(found["logits"], y.detach().numpy(), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(found["gradient"], expected.numpy(), rtol=0, atol=1e-13)
 
 
-def test_adjoint_of_l2_pooling_is_zero_at_an_empty_window() -> None:
-    graph = GraphBuilder("layer")
-    value, pullback = L2Pool2d(2).emit(graph, graph.input("x", (1, 2, 2)))
-    built = graph.build({"y": value, "adjoint": pullback(graph.input("cotangent", (1, 1, 1)))})
-    found = run_graph(built, {"x": np.zeros((1, 1, 2, 2)), "cotangent": np.ones((1, 1, 1, 1))})
-    assert (found["adjoint"] == 0).all()
+def test_gradient_of_l2_pooling_is_zero_at_an_empty_window() -> None:
+    found = served_gradient(L2Pool2d(2), np.zeros((1, 1, 2, 2)), np.ones((1, 1, 1, 1)))
+    assert (found["gradient"] == 0).all()
 
 
-def test_at_a_tie_the_adjoint_of_group_sort_still_is_a_permutation() -> None:
-    graph = GraphBuilder("layer")
-    value, pullback = GroupSort2().emit(graph, graph.input("x", (4,)))
-    built = graph.build({"y": value, "adjoint": pullback(graph.input("cotangent", (4,)))})
-    found = run_graph(built, {"x": np.ones((1, 4)), "cotangent": np.array([[1.0, 2.0, 3.0, 4.0]])})
-    assert sorted(found["adjoint"][0]) == [1, 2, 3, 4]
+def test_at_a_tie_the_gradient_of_group_sort_still_is_a_permutation() -> None:
+    found = served_gradient(GroupSort2(), np.ones((1, 4)), np.array([[1.0, 2.0, 3.0, 4.0]]))
+    assert sorted(found["gradient"][0]) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_graphs_have_the_face_that_the_server_expects(outputs: int) -> None:
-    graphs = emit_graphs(small_network(outputs))
+    model_bytes = emit_graph(small_network(outputs))
 
     def face(values: Any) -> dict[str, tuple[int, list[str | int]]]:
         return {
@@ -105,28 +104,29 @@ def test_graphs_have_the_face_that_the_server_expects(outputs: int) -> None:
         }
 
     image, logits = (TensorProto.DOUBLE, ["N", 1, 4, 4]), (TensorProto.DOUBLE, ["N", outputs])
-    model, transport = (onnx.load_model_from_string(graph) for graph in (graphs.model, graphs.transport))
-    assert face(model.graph.input) == {"image": image}
-    assert face(model.graph.output) == {"logits": logits}
-    assert face(transport.graph.input) == {"image": image, "margin_weights": logits}
-    assert face(transport.graph.output) == {"logits": logits, "gradient": image}
-    for graph in (model, transport):
+    network = read(model_bytes)
+    derived = [graph.content for graph in (forward_graph(network), gradient_graph(network))]
+    model, forward, gradient = (onnx.load_model_from_string(content) for content in (model_bytes, *derived))
+    for graph in (model, forward):
+        assert face(graph.graph.input) == {"image": image}
+        assert face(graph.graph.output) == {"logits": logits}
+    assert face(gradient.graph.input) == {"image": image, "margin_weights": logits}
+    assert face(gradient.graph.output) == {"logits": logits, "gradient": image}
+    for graph in (model, forward, gradient):
         assert graph.ir_version == IR_VERSION
         assert [(o.domain, o.version) for o in graph.opset_import] == [("", OPSET)]
 
 
 def test_weights_are_stored_once_as_float32_and_the_head_is_one_gemm() -> None:
-    graphs = emit_graphs(small_network())
-    for content in (graphs.model, graphs.transport):
-        graph = onnx.load_model_from_string(content).graph
-        weights = [i for i in graph.initializer if i.data_type == TensorProto.FLOAT]
-        assert sorted(tuple(w.dims) for w in weights) == [(3, 8), (8, 12), (12, 16)]
-    (last,) = [n for n in onnx.load_model_from_string(graphs.model).graph.node if "logits" in n.output]
+    graph = onnx.load_model_from_string(emit_graph(small_network())).graph
+    weights = [i for i in graph.initializer if i.data_type == TensorProto.FLOAT]
+    assert sorted(tuple(w.dims) for w in weights) == [(3, 8), (8, 12), (12, 16)]
+    (last,) = [n for n in graph.node if "logits" in n.output]
     assert last.op_type == "Gemm"
 
 
 def test_equal_networks_give_equal_bytes() -> None:
-    assert emit_graphs(small_network()) == emit_graphs(small_network())
+    assert emit_graph(small_network()) == emit_graph(small_network())
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_equal_networks_give_equal_bytes() -> None:
     ids=["one output", "three outputs", "convolutional", "global maximum", "global norm", "full sort"],
 )
 def test_certifier_proves_the_declared_constant_of_what_is_exported(network: LipschitzNetwork) -> None:
-    graphs = emit_graphs(network)
-    certificate = prove(network, graphs, 1.0)
-    compare(network, graphs, certificate)
+    model_bytes = emit_graph(network)
+    certificate = prove(network, model_bytes, 1.0)
+    compare(network, model_bytes, certificate)
     declared = network.fold().declared_margin_bounds_KK().numpy()
     off_diagonal = ~np.eye(len(declared), dtype=bool)
     ratio = certificate.margin_bounds_KK[off_diagonal] / declared[off_diagonal]
@@ -172,14 +172,14 @@ def test_export_replaces_an_older_artefact_whole(tmp_path: Path) -> None:
     (tmp_path / "small" / "leftover").touch()
     write(small_network(), tmp_path / "small", seed=8)
     assert json.loads((tmp_path / "small" / "card.json").read_text())["seed"] == 8
-    assert {path.name for path in (tmp_path / "small").iterdir()} == {"model.onnx", "transport.onnx", "card.json"}
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {"model.onnx", "card.json"}
 
 
 def test_measured_accuracy_counts_right_images_with_a_larger_proved_radius() -> None:
     network, test = small_network(), small_test_set()
-    graphs = emit_graphs(network)
-    certificate = prove(network, graphs, 1.0)
-    measured = measure(graphs, certificate, test, (0.0, 0.05, 100.0))
+    model_bytes = emit_graph(network)
+    certificate = prove(network, model_bytes, 1.0)
+    measured = measure(model_bytes, certificate, test, (0.0, 0.05, 100.0))
     logits = network.fold()(test.pixels(torch.float64)).detach().numpy()
     right, wide = 0, 0
     for row, label in zip(logits, test.labels_N.tolist(), strict=True):
@@ -199,28 +199,26 @@ class Stretching(OrthogonalDense):
         return folded
 
 
-class WrongAdjoint(Flatten):
-    """Forgets the sign in its adjoint."""
+class WrongBackward(Flatten):
+    """Evaluates the identity, whose gradient has the other sign in torch."""
 
-    def emit(self, graph: GraphBuilder, x: Value) -> Any:
-        y, pullback = super().emit(graph, x)
-        return y, lambda g: graph.node("Neg", [pullback(g)], x.shape)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return 2 * y.detach() - y
 
 
 class WrongForward(Flatten):
     """Evaluates the identity, emits the negative."""
 
-    def emit(self, graph: GraphBuilder, x: Value) -> Any:
-        y, pullback = super().emit(graph, x)
-        return graph.node("Neg", [y], y.shape), pullback
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        return graph.node("Neg", [super().emit(graph, x)], [x.size])
 
 
 class Unproved(Flatten):
     """Emits an operator without a rule."""
 
-    def emit(self, graph: GraphBuilder, x: Value) -> Any:
-        y, pullback = super().emit(graph, x)
-        return graph.node("Exp", [y], y.shape), pullback
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        return graph.node("Exp", [super().emit(graph, x)], [x.size])
 
 
 @pytest.mark.parametrize(
@@ -228,11 +226,11 @@ class Unproved(Flatten):
     [
         (lambda: [Flatten(), Stretching(16, 8)], ExportRefusedError, "proved Lipschitz bound"),
         (lambda: [Normalize([0.0], [0.5]), Flatten(), OrthogonalDense(16, 8)], ExportRefusedError, "declares"),
-        (lambda: [WrongAdjoint(), OrthogonalDense(16, 8)], ExportRefusedError, "wrong adjoint"),
+        (lambda: [WrongBackward(), OrthogonalDense(16, 8)], ExportRefusedError, "differs from autograd"),
         (lambda: [WrongForward(), OrthogonalDense(16, 8)], ExportRefusedError, "differ from torch"),
         (lambda: [Unproved(), OrthogonalDense(16, 8)], UnsupportedModelError, "Exp"),
     ],
-    ids=["stretching layer", "undeclared normalisation", "wrong adjoint", "wrong forward", "no rule"],
+    ids=["stretching layer", "undeclared normalisation", "wrong backward", "wrong forward", "no rule"],
 )
 def test_network_that_breaks_the_promise_is_refused_and_nothing_is_left_behind(
     tmp_path: Path, body: Callable[[], list[Layer]], error: type[Exception], message: str

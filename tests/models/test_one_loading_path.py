@@ -45,7 +45,7 @@ def write(folder: Path) -> Path:
     card = card_for(graphs, folder.name).model_copy(
         update={"labels": ["0", "1", "2"], "data": data, "recipe": {"epsilons": [0.1]}}
     )
-    write_artefact(folder, card, graphs.model, graphs.transport)
+    write_artefact(folder, card, graphs.model)
     return folder
 
 

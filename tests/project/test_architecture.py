@@ -147,6 +147,7 @@ PLANTED = [
     ("models-and-service", "models/data/published.py", "from service import settings"),
     ("models-and-service", "models/unplaced.py", "import service.metrics"),
     ("models-and-service", "models/export.py", "import service.inference.classifier"),
+    ("models-and-service", "models/nets/layers/base.py", "import service.network.operators"),
     ("models-and-service", "models/evaluation/measure.py", "import service.settings"),
     ("models-and-service", "models/evaluation/measure.py", "import service.api.schema"),
 ]

@@ -3,8 +3,8 @@
 Each layer states its constant in `lipschitz_constant`; all are 1 except that of `Normalize`, and a composition has at
 most the product. That is the claim of the trainer; `service.certificate` proves the bound from the exported bytes.
 
-A layer emits itself once, as a pair: the forward value and its pullback, the function that emits the adjoint
-(the vector-Jacobian product) of that value. So `model.onnx` and `transport.onnx` come from the same lines.
+A layer emits its forward nodes alone. Its gradient is derived from `model.onnx` by `service.network`, and the export
+compares it with torch's autograd.
 
 Weights are trained in float32 through a parametrisation. `fold()` gives the layer that is served: the
 parametrisation evaluated in float64, rounded to float32, held in float64.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.nets.onnx_graph import GraphBuilder, Value
-
-Pullback = Callable[[Value], Value]
-"""Emits the adjoint nodes: from the cotangent of a layer's value to that of its input."""
 
 
 class Layer(nn.Module):
@@ -33,8 +30,8 @@ class Layer(nn.Module):
         """Return a float64 layer without parametrisation, whose weights are exact in float32."""
         return copy.deepcopy(self).double()
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write the forward nodes; the returned pullback writes the adjoint nodes when called.
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write the forward nodes and return their value.
 
         Layers with weights are emitted as folded: the nodes compute the same function as `fold()`.
 
@@ -65,19 +62,11 @@ class Chain(Layer):
         """Return the chain of the folded layers."""
         return Chain([layer.fold() for layer in self._layers()])
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write the layers in order, their adjoints in reverse order."""
-        pullbacks: list[Pullback] = []
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write the layers in order."""
         for layer in self._layers():
-            x, pullback = layer.emit(graph, x)
-            pullbacks.append(pullback)
-
-        def reverse(g: Value) -> Value:
-            for pullback in reversed(pullbacks):
-                g = pullback(g)
-            return g
-
-        return x, reverse
+            x = layer.emit(graph, x)
+        return x
 
 
 def rounded_to_float32(weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.nets.layers.base import Chain, Layer, Pullback, float64_array
+from models.nets.layers.base import Chain, Layer, float64_array
 from models.nets.layers.linear import OrthogonalMatrix
 from models.nets.onnx_graph import GraphBuilder, Value
 from models.recipes import Parametrisation
@@ -34,23 +34,13 @@ class Shift2d(Layer):
         """Return `y[n, c, i, j] = x[n, c, i - dy_c, j - dx_c]`, zero outside."""
         return _Shift.apply(x, self.offsets)
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write a circular shift (Gather by a permutation) and a 0/1 mask; the adjoint masks and permutes back."""
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write a circular shift (Gather by a permutation) and a 0/1 mask."""
         source, mask = self._permutation(x.shape)
-        inverse = np.argsort(source)
-        mask_name = graph.float64(mask)
-
-        def gather(value: Value, index: np.ndarray) -> Value:
-            return graph.node("Gather", [value, graph.int64(index)], value.shape, axis=1)
-
+        inside = graph.float64(mask)
         flat = graph.reshape(x, [x.size])
-        y = graph.reshape(graph.node("Mul", [gather(flat, source), mask_name], flat.shape), x.shape)
-
-        def pullback(g: Value) -> Value:
-            masked = graph.node("Mul", [graph.reshape(g, [x.size]), mask_name], [x.size])
-            return graph.reshape(gather(masked, inverse), x.shape)
-
-        return y, pullback
+        shifted = graph.node("Gather", [flat, graph.int64(source)], flat.shape, axis=1)
+        return graph.reshape(graph.node("Mul", [shifted, inside], flat.shape), x.shape)
 
     def _permutation(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         C, H, W = shape
@@ -103,21 +93,14 @@ class ChannelAffine(Layer):
         """Return the 1 x 1 convolution."""
         return _mix_channels(x, self.weight_OC, self.bias_O)
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
         """Write MatMul on `N x C x P`, since ONNX Runtime's CPU provider has no float64 Conv."""
         C, H, W = x.shape
         out = self.bias_O.shape[0]
-        weight = float64_array(self.weight_OC)
         bias = graph.float64(float64_array(self.bias_O)[:, None])
-        mixed = graph.node("MatMul", [graph.weight(weight), graph.reshape(x, [C, H * W])], [out, H * W])
-        y = graph.reshape(graph.node("Add", [mixed, bias], mixed.shape), [out, H, W])
-
-        def pullback(g: Value) -> Value:
-            flat = graph.reshape(g, [out, H * W])
-            back = graph.node("MatMul", [graph.weight(np.ascontiguousarray(weight.T)), flat], [C, H * W])
-            return graph.reshape(back, x.shape)
-
-        return y, pullback
+        weight = graph.weight(float64_array(self.weight_OC))
+        mixed = graph.node("MatMul", [weight, graph.reshape(x, [C, H * W])], [out, H * W])
+        return graph.reshape(graph.node("Add", [mixed, bias], mixed.shape), [out, H, W])
 
 
 class OrthogonalConv2d(Layer):
@@ -148,7 +131,7 @@ class OrthogonalConv2d(Layer):
         """Return shift and mixing as two layers."""
         return Chain([self.shift.fold(), ChannelAffine(self.matrix.fold(), self.bias_O.detach().double())])
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
         """Write the nodes of `Shift2d`, then those of `ChannelAffine`."""
         return self.fold().emit(graph, x)
 

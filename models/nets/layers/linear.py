@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.nets.layers.base import Layer, Pullback, float64_array, rounded_to_float32
+from models.nets.layers.base import Layer, float64_array, rounded_to_float32
 from models.nets.onnx_graph import GraphBuilder, Value
 from models.recipes import Parametrisation
 
@@ -105,11 +105,10 @@ class Affine(Layer):
         """Return `W x + b`."""
         return F.linear(x, self.weight_OD, self.bias_O)
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write one Gemm; the adjoint is `g -> g W`."""
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write one Gemm."""
         W = graph.weight(float64_array(self.weight_OD))
-        y = graph.node("Gemm", [x, W, graph.float64(float64_array(self.bias_O))], [self.bias_O.shape[0]], transB=1)
-        return y, lambda g: graph.node("MatMul", [g, W], x.shape)
+        return graph.node("Gemm", [x, W, graph.float64(float64_array(self.bias_O))], [self.bias_O.shape[0]], transB=1)
 
 
 class OrthogonalDense(Layer):
@@ -132,7 +131,7 @@ class OrthogonalDense(Layer):
         """Return the same map with its matrix evaluated."""
         return Affine(self.matrix.fold(), self.bias_O.detach().double())
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
         """Write the nodes of the folded layer."""
         return self.fold().emit(graph, x)
 
@@ -161,6 +160,6 @@ class UnitHead(Layer):
         """Return the same map with its rows normalised."""
         return Affine(rounded_to_float32(F.normalize(self.raw.detach().double(), dim=1)), self.bias_K.detach().double())
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
         """Write the nodes of the folded layer."""
         return self.fold().emit(graph, x)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from models.nets.layers.base import Layer, Pullback
+from models.nets.layers.base import Layer
 from models.nets.onnx_graph import GraphBuilder, Value
 
 
@@ -32,17 +32,11 @@ class SpaceToDepth(Layer):
         windows = x.reshape(x.shape[0], C, h, k, w, k)
         return windows.permute(0, 1, 3, 5, 2, 4).reshape(x.shape[0], C * k * k, h, w)
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write Reshape, Transpose, Reshape; the adjoint is the inverse."""
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write Reshape, Transpose, Reshape."""
         C, h, k, w, _ = windowed_shape(x.shape, self.kernel_size)
         windows = graph.reshape(x, [C, h, k, w, k])
-        y = graph.reshape(graph.transpose(windows, [0, 1, 3, 5, 2, 4]), [C * k * k, h, w])
-
-        def pullback(g: Value) -> Value:
-            deep = graph.reshape(g, [C, k, k, h, w])
-            return graph.reshape(graph.transpose(deep, [0, 1, 4, 2, 5, 3]), x.shape)
-
-        return y, pullback
+        return graph.reshape(graph.transpose(windows, [0, 1, 3, 5, 2, 4]), [C * k * k, h, w])
 
 
 class Flatten(Layer):
@@ -52,9 +46,9 @@ class Flatten(Layer):
         """Return the pixels in row-major order."""
         return x.flatten(1)
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write Flatten; the adjoint reshapes back."""
-        return graph.node("Flatten", [x], [x.size], axis=1), lambda g: graph.reshape(g, x.shape)
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write Flatten."""
+        return graph.node("Flatten", [x], [x.size], axis=1)
 
 
 class Normalize(Layer):
@@ -78,12 +72,11 @@ class Normalize(Layer):
         """Return `(x - mean) / std`."""
         return (x - x.new_tensor(self.mean_C)[:, None, None]) / x.new_tensor(self.std_C)[:, None, None]
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write Sub, Div; the adjoint divides."""
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write Sub, Div."""
         mean = graph.float64(np.array(self.mean_C)[:, None, None])
         std = graph.float64(np.array(self.std_C)[:, None, None])
-        y = graph.node("Div", [graph.node("Sub", [x, mean], x.shape), std], x.shape)
-        return y, lambda g: graph.node("Div", [g, std], x.shape)
+        return graph.node("Div", [graph.node("Sub", [x, mean], x.shape), std], x.shape)
 
 
 def windowed_shape(shape: tuple[int, ...], k: int) -> tuple[int, int, int, int, int]:

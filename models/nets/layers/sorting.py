@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.nets.layers.base import Layer, Pullback
+from models.nets.layers.base import Layer
 from models.nets.onnx_graph import GraphBuilder, Value
 
 
@@ -29,22 +29,14 @@ class GroupSort2(Layer):
         _require_even(x.shape[1])
         return _Sort.apply(x)
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write Split, Max, Min, Concat; the adjoint undoes the permutation with Where."""
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write Split, Max, Min, Concat."""
         _require_even(x.shape[0])
         half = (x.shape[0] // 2, *x.shape[1:])
         split = graph.int64([half[0], half[0]])
         a, b = graph.nodes("Split", [x, split], [half, half], axis=1)
-        y = graph.node("Concat", [graph.node("Max", [a, b], half), graph.node("Min", [a, b], half)], x.shape, axis=1)
-
-        def pullback(g: Value) -> Value:
-            kept = graph.node("GreaterOrEqual", [a, b], half)
-            upper, lower = graph.nodes("Split", [g, split], [half, half], axis=1)
-            to_a = graph.node("Where", [kept, upper, lower], half)
-            to_b = graph.node("Where", [kept, lower, upper], half)
-            return graph.node("Concat", [to_a, to_b], x.shape, axis=1)
-
-        return y, pullback
+        upper, lower = graph.node("Max", [a, b], half), graph.node("Min", [a, b], half)
+        return graph.node("Concat", [upper, lower], x.shape, axis=1)
 
 
 class _Sort(torch.autograd.Function):
@@ -70,11 +62,10 @@ class FullSort(Layer):
         """Return the features in descending order, the order of ONNX TopK."""
         return torch.sort(x, dim=1, descending=True).values
 
-    def emit(self, graph: GraphBuilder, x: Value) -> tuple[Value, Pullback]:
-        """Write TopK of all features; the adjoint scatters the cotangent to the places of the values."""
-        y, order = graph.nodes("TopK", [x, graph.int64([x.shape[0]])], [x.shape, x.shape], axis=1, largest=1, sorted=1)
-        # Every place is written once, so the data that ScatterElements starts from does not matter.
-        return y, lambda g: graph.node("ScatterElements", [g, order, g], x.shape, axis=1)
+    def emit(self, graph: GraphBuilder, x: Value) -> Value:
+        """Write TopK of all features; its second output, their order, is not used."""
+        count = graph.int64([x.shape[0]])
+        return graph.nodes("TopK", [x, count], [x.shape, x.shape], axis=1, largest=1, sorted=1)[0]
 
 
 def _require_even(channels: int) -> None:

@@ -44,7 +44,7 @@ def write_digit_classifier(folder: Path, graphs: Graphs) -> None:
     labels = ["0", "1", "2"]
     data = {"name": "MNIST", "options": {"dataset": "mnist", "classes": labels}}
     card = card_for(graphs).model_copy(update={"labels": labels, "data": data, "recipe": {"epsilons": EPSILONS}})
-    write_artefact(folder, card, graphs.model, graphs.transport)
+    write_artefact(folder, card, graphs.model)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_command_ends_with_130_when_it_is_interrupted(artefact: Path, monkeypatc
 
 def test_artefact_whose_card_names_no_images_is_refused(artefact: Path, tmp_path: Path) -> None:
     graphs = random_groupsort(0)
-    write_artefact(tmp_path / "cats", card_for(graphs, "cats"), graphs.model, graphs.transport)
+    write_artefact(tmp_path / "cats", card_for(graphs, "cats"), graphs.model)
     with pytest.raises(EvaluationError, match=r"does not say which images.*models train"):
         evaluate(tmp_path / "cats", Path("unused"), provider="cpu")
 
