@@ -62,7 +62,7 @@ class Card(_Contract):
     """Label of each class, in class order."""
     input: InputShape
     graphs: dict[Literal["model.onnx", "transport.onnx"], Digest] = Field(default_factory=dict)
-    """Digest of `model.onnx`; `write_artefact` fills it in. In older cards that of `transport.onnx` stands beside it."""
+    """Digest of `model.onnx`; `write_artefact` fills it in. Older cards hold that of `transport.onnx`, too."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Data set: name, source, licence, checksums, number of images."""
     loss: dict[str, Any] = Field(default_factory=dict)

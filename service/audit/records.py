@@ -18,7 +18,8 @@ from service.errors import KeptError
 
 _ANSWER_CURE = "keep the JSON object that POST /predict answers, as it was received"
 _CARD_CURE = "copy the artefact again"
-_FOLDER = "the folder with model.onnx, transport.onnx and card.json (--model)"
+_MODEL = "model.onnx"
+_FOLDER = "the folder with model.onnx and card.json (--model)"
 _Found = TypeVar("_Found", bound="_Record")
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Bound = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -112,16 +113,11 @@ class Artefact:
     labels: list[str]
     input_shape: tuple[int, int, int]
     """Channels, height, width."""
-    stated: dict[str, str]
-    """Digest of each graph, as the card has it."""
-    found: dict[str, str]
-    """Digest of each graph, as its bytes give it."""
+    stated_digest: str
+    """Of `model.onnx`, as the card has it."""
+    digest: str
+    """Of `model.onnx`, as its bytes give it."""
     model_bytes: bytes
-
-    @property
-    def digest(self) -> str:
-        """Digest of the bytes of `model.onnx`."""
-        return self.found["model.onnx"]
 
 
 def sha256(content: bytes) -> str:
@@ -172,18 +168,16 @@ def read_artefact(folder: Path) -> Artefact:
     """
     path = folder / "card.json"
     card = _record(_Card, _json(path, _FOLDER, _CARD_CURE), path, _CARD_CURE)
-    files = ("model.onnx", "transport.onnx")
-    for file in files:
-        if file not in card.graphs:
-            raise KeptError(f"{path}: `graphs.{file}` is missing; {_CARD_CURE}")
-    contents = {file: read_bytes(folder / file, _FOLDER) for file in files}
+    if _MODEL not in card.graphs:
+        raise KeptError(f"{path}: `graphs.{_MODEL}` is missing; {_CARD_CURE}")
+    model_bytes = read_bytes(folder / _MODEL, _FOLDER)
     return Artefact(
         name=card.name,
         labels=card.labels,
         input_shape=(card.input.channels, card.input.height, card.input.width),
-        stated={file: card.graphs[file] for file in files},
-        found={file: sha256(content) for file, content in contents.items()},
-        model_bytes=contents["model.onnx"],
+        stated_digest=card.graphs[_MODEL],
+        digest=sha256(model_bytes),
+        model_bytes=model_bytes,
     )
 
 

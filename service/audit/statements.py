@@ -109,12 +109,11 @@ def against_card(answer: Answer, artefact: Artefact, sent: SentImage) -> Iterato
         artefact: the artefact whose `model.onnx` the answer names.
         sent: the image.
     """
-    for file, stated in artefact.stated.items():
-        if stated != artefact.found[file]:
-            yield undecided(
-                f"{file}: the card states the digest {stated}, the file has {artefact.found[file]}; the artefact has "
-                "been changed"
-            )
+    if artefact.stated_digest != artefact.digest:
+        yield undecided(
+            f"model.onnx: the card states the digest {artefact.stated_digest}, the file has {artefact.digest}; the "
+            "artefact has been changed"
+        )
     if answer.model != artefact.name:
         yield failed(f"model: {answer.model!r}, the artefact is {artefact.name!r}")
     if len(answer.logits) != len(artefact.labels):

@@ -69,7 +69,7 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
     Args:
         answer_file: the JSON answer of POST /predict.
         image_file: the image file or npy array that was sent.
-        artefact_folder: holds `model.onnx`, `transport.onnx` and `card.json`.
+        artefact_folder: holds `model.onnx` and `card.json`.
 
     Raises:
         KeptError: a file is missing or is not what it should be; the message says what to do.

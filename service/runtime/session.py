@@ -2,8 +2,8 @@
 
 The analysis covers correctly rounded operations summed in any order. So: no TF32 and no other emulation of a format by
 narrower ones, a convolution algorithm that does not depend on the batch, no graph optimisation (every node of the graph
-is one kernel), subnormal numbers preserved. No node of a GPU session runs on the CPU: a provider that is not available is an error, never a silent
-fallback.
+is one kernel), subnormal numbers preserved. No node of a GPU session runs on the CPU: a provider that is not available
+is an error, never a silent fallback.
 
 CUDA graphs, which would spare the launch of each operator, are left out: their gain has not been measured.
 """
