@@ -33,7 +33,7 @@ from service.settings import Settings
 
 Result = TypeVar("Result")
 
-# Decoded in some 50 microseconds, or refused from the header.
+# Decoded in some 30 microseconds, or refused from the header.
 _AT_ONCE_BYTES = 8 * 1024
 _AT_ONCE_PIXELS = 4096
 

@@ -308,9 +308,8 @@ def turned() -> Image.Exif:
 def test_a_png_without_optional_chunks_has_the_pixels_that_pillow_reads(
     channels: int, height: int, width: int, data: st.DataObject
 ) -> None:
-    rows = data.draw(st.lists(st.binary(min_size=width * channels, max_size=width * channels), min_size=height))[
-        :height
-    ]
+    row_bytes = width * channels
+    rows = data.draw(st.lists(st.binary(min_size=row_bytes, max_size=row_bytes), min_size=height, max_size=height))
     filters = data.draw(st.lists(st.integers(0, 5), min_size=height, max_size=height))  # there is no filter 5
     file = png_of_chunks(
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, channels - 1, 0, 0, 0)),
