@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.inference.classifier import Classifier
+from service.runtime.provider import CUDA
 
 # Largest share of a worker, in images.
 _MOST_SHARE = 32
@@ -44,16 +45,18 @@ class Pace:
 def measure_pace(classifier: Classifier) -> Pace:
     """Return the pace of a model, from passes of one and of several black images; the first pass also loads the model.
 
-    The two sizes take turns: other work on the machine then slows both, and their ratio decides.
+    The two sizes take turns, and on the CPU the clock is the processor time of this thread: other work on the machine,
+    and the event loop that holds the GIL, would make shares too small. On a GPU the thread waits.
     """
+    clock = time.perf_counter if classifier.provider == CUDA else time.thread_time
     view = classifier.view(classifier.input_shape)
     seconds = dict.fromkeys((1, _SEVERAL), math.inf)
     for is_warm in (False, True, True, True):
         for count in seconds:
             image_NCHW = np.zeros((count, *classifier.input_shape))
-            start = time.perf_counter()
+            start = clock()
             view.classify(image_NCHW)
             if is_warm:
-                seconds[count] = min(seconds[count], time.perf_counter() - start)
+                seconds[count] = min(seconds[count], clock() - start)
     image_s = max((seconds[_SEVERAL] - seconds[1]) / (_SEVERAL - 1), seconds[1] / _MOST_SHARE)
     return Pace(max(seconds[1] - image_s, 0.0), image_s)
