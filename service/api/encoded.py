@@ -12,7 +12,7 @@ from service.pixels.images import decode_base64, decode_image
 from service.shapes import Float64, UInt8
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class EncodedImage:
     """An image file, or its base64 text."""
 
