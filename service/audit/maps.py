@@ -55,11 +55,6 @@ class Diagonal:
         self._largest = upper(arb(float(np.max(np.abs(self._floats), initial=0.0))) + factors.error)
 
     @property
-    def height(self) -> int:
-        """Number of rows."""
-        return len(self._floats)
-
-    @property
     def norm(self) -> arb:
         """Upper bound of the spectral norm."""
         return self._largest
@@ -116,11 +111,6 @@ class Shared:
         used = np.bincount(places[places >= 0], minlength=1)
         self._repeats = int(used.max())
         self._reach = root(arb(self._repeats)) * (length(weights.floats) + weights.error)
-
-    @property
-    def height(self) -> int:
-        """Number of rows."""
-        return len(self._places) * len(self._weights.floats)
 
     @cached_property
     def _matrix(self) -> Matrix:

@@ -18,6 +18,8 @@ from service.errors import KeptError
 
 _ANSWER_CURE = "keep the JSON object that POST /predict answers, as it was received"
 _CARD_CURE = "copy the artefact again"
+# Graphs whose digests the card states; the first alone is read.
+_GRAPHS = ("model.onnx", "transport.onnx")
 _FOLDER = "the folder with model.onnx, transport.onnx and card.json (--model)"
 _Found = TypeVar("_Found", bound="_Record")
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -172,16 +174,15 @@ def read_artefact(folder: Path) -> Artefact:
     """
     path = folder / "card.json"
     card = _record(_Card, _json(path, _FOLDER, _CARD_CURE), path, _CARD_CURE)
-    files = ("model.onnx", "transport.onnx")
-    for file in files:
+    for file in _GRAPHS:
         if file not in card.graphs:
             raise KeptError(f"{path}: `graphs.{file}` is missing; {_CARD_CURE}")
-    contents = {file: read_bytes(folder / file, _FOLDER) for file in files}
+    contents = {file: read_bytes(folder / file, _FOLDER) for file in _GRAPHS}
     return Artefact(
         name=card.name,
         labels=card.labels,
         input_shape=(card.input.channels, card.input.height, card.input.width),
-        stated={file: card.graphs[file] for file in files},
+        stated={file: card.graphs[file] for file in _GRAPHS},
         found={file: sha256(content) for file, content in contents.items()},
         model_bytes=contents["model.onnx"],
     )
