@@ -159,7 +159,7 @@ class Shared:
         return self._multiplied(right, upper(defect)) if scaled is None else scaled
 
     def _scaled(self, right: Matrix, defect: arb) -> Matrix | None:
-        """Return the product where each row of the right matrix has one entry or none, on different columns."""
+        """Return the product where each row of the right matrix has at most one entry, on different columns."""
         lengths = np.append(np.diff(right.starts), 0)
         if lengths.max() > 1:
             return None
