@@ -14,12 +14,12 @@ import numpy as np
 from service.artefact.engines import gradient_outputs, load_engine, model_logits, probe
 from service.artefact.files import MODEL_FILE, digest, read_file
 from service.artefact.findings import Findings, Verified
-from service.artefact.splices import Splice
+from service.artefact.splices import Ranges, Splice
 from service.certificate import certify
 from service.errors import ArtefactError
-from service.network.graphs import Graph, forward_graph, gradient_graph
+from service.network.graphs import forward_graph, gradient_graph
 from service.network.operators import UnsupportedModelError
-from service.network.reader import read_draft
+from service.network.reader import read_draft, stored_arrays
 
 
 def verify(folder: Path) -> Findings:
@@ -58,7 +58,8 @@ def verify_model(folder: Path, model_bytes: bytes) -> Verified:
             f"the graph has no proved Lipschitz bound, so it is not served: {error}\n"
             "Change the network to operators that the certifier knows, and export it again.",
         ) from error
-    forward, gradient = (load_engine(path, graph.content, "cpu", 1) for graph in graphs)
+    contents = [graph.content for graph in graphs]
+    forward, gradient = (load_engine(path, content, "cpu", 1) for content in contents)
     image_NCHW = probe(certificate)
     try:
         logits_NK = model_logits(forward, image_NCHW)
@@ -68,12 +69,12 @@ def verify_model(folder: Path, model_bytes: bytes) -> Verified:
     # Each side is within `logit_error` of the exact logits. A NaN is refused, too.
     if gradient_NCHW.shape != image_NCHW.shape or not _agree(again_NK, logits_NK, 2.0 * certificate.logit_error):
         raise ArtefactError(path, "ONNX Runtime computes other logits beside a gradient than alone; report this model.")
-    return Verified(certificate, logits_NK, *(_spliced(graph, model_bytes) for graph in graphs))
+    ranges = Ranges.in_file(model_bytes, stored_arrays(model_bytes))
+    forward_pieces, gradient_pieces = (
+        Splice.of(content, graph.pieces, ranges) for content, graph in zip(contents, graphs, strict=True)
+    )
+    return Verified(certificate, logits_NK, forward_pieces, gradient_pieces)
 
 
 def _agree(one: np.ndarray, other: np.ndarray, allowed: float) -> bool:
     return one.shape == other.shape and bool((np.abs(one - other) <= allowed).all())
-
-
-def _spliced(graph: Graph, model_bytes: bytes) -> Splice:
-    return Splice.of(graph.content, graph.stored, model_bytes)

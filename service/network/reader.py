@@ -111,6 +111,11 @@ def read_draft(model_bytes: bytes) -> Draft:
     )
 
 
+def stored_arrays(model_bytes: bytes) -> list[np.ndarray]:
+    """Return the weights of an ONNX file that `read_draft` has read, in the order of the file."""
+    return [tensor_array(tensor) for tensor in onnx.load_model_from_string(model_bytes).graph.initializer]
+
+
 def _parsed(model_bytes: bytes) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(model_bytes)
