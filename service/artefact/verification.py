@@ -16,14 +16,15 @@ from service.artefact.files import MODEL_FILE, digest, read_file
 from service.artefact.findings import Findings, Verified
 from service.artefact.splices import Ranges, Splice
 from service.certificate import certify
+from service.certificate.proof_limits import NO_LIMITS, ProofLimits, within
 from service.errors import ArtefactError
 from service.network.graphs import forward_graph, gradient_graph
 from service.network.operators import UnsupportedModelError
 from service.network.reader import read_draft, stored_arrays
 
 
-def verify(folder: Path) -> Findings:
-    """Read, prove and run the model in `folder`; a fault is in the findings, not raised.
+def verify(folder: Path, limits: ProofLimits = NO_LIMITS) -> Findings:
+    """Read, prove and run the model in `folder`, each proof within `limits`; a fault is in the findings, not raised.
 
     The graphs run on the CPU also where a GPU will serve them: whatever fails there alone is a fault of the GPU.
     """
@@ -31,27 +32,29 @@ def verify(folder: Path) -> Findings:
     try:
         model_bytes = read_file(folder / MODEL_FILE)
         found = digest(model_bytes)
-        return Findings(found, verify_model(folder, model_bytes))
+        return Findings(found, verify_model(folder, model_bytes, limits))
     except ArtefactError as error:
         return Findings(found, None, (error.file, error.reason))
 
 
-def verify_model(folder: Path, model_bytes: bytes) -> Verified:
+def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMITS) -> Verified:
     """Prove `model.onnx`, and run the graphs that are written from it.
 
     Args:
         folder: of the artefact, for messages.
         model_bytes: content of `model.onnx`.
+        limits: of the proof.
 
     Raises:
-        ArtefactError: the model has no proof, or a graph cannot be run.
+        ArtefactError: the model has no proof within the limits, or a graph cannot be run.
     """
     path = folder / MODEL_FILE
     try:
-        draft = read_draft(model_bytes)
-        certificate = certify(draft)
-        network = draft.network()
-        graphs = forward_graph(network), gradient_graph(network)
+        with within(limits):
+            draft = read_draft(model_bytes)
+            certificate = certify(draft)
+            network = draft.network()
+            graphs = forward_graph(network), gradient_graph(network)
     except UnsupportedModelError as error:
         raise ArtefactError(
             path,

@@ -131,6 +131,8 @@ def _parsed(model_bytes: bytes) -> onnx.ModelProto:
             )
         onnx.checker.check_model(model_bytes)
     except (DecodeError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        if "alloc failed" in str(error):
+            raise MemoryError from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError([f"not a valid ONNX model: {first_line}"]) from error
     return model
