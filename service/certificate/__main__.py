@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
         "input_shape": list(certificate.input_shape),
         "precision": certificate.precision,
         "lipschitz_bound": certificate.lipschitz_bound,
-        "margin_bounds": certificate.margin_bounds_KK.tolist(),
+        "margin_bounds": certificate.margin_table(),
         "logit_error": certificate.logit_error,
         "nodes": [
             {
