@@ -7,7 +7,6 @@ import numpy as np
 from service.certificate.rounding import add_up, mul_up
 from service.shapes import Float64
 
-
 MOST_TABLED_CLASSES = 256
 
 
