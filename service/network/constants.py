@@ -112,7 +112,7 @@ def _constant_of_shape(node: Node, arrays: list[Array]) -> list[Array]:
     value = node.attributes.get("value", np.zeros(1, np.float32))
     if not isinstance(value, np.ndarray) or value.size != 1:
         raise Refusal("value must be one number")
-    return [np.full(shape, value.reshape(()), value.dtype)]
+    return [np.broadcast_to(value.reshape(()), shape)]
 
 
 @evaluates("Range")
@@ -161,7 +161,7 @@ def _concat(node: Node, arrays: list[Array]) -> list[Array]:
 @evaluates("Expand")
 def _expand(node: Node, arrays: list[Array]) -> list[Array]:
     shape = _limited(np.broadcast_shapes(arrays[0].shape, tuple(integers(arrays[1], "the shape"))))
-    return [np.broadcast_to(arrays[0], shape).copy()]
+    return [np.broadcast_to(arrays[0], shape)]
 
 
 @evaluates("Flatten")

@@ -11,7 +11,7 @@ has 8e5."""
 LARGEST_WEIGHT = 1 << 28
 """Elements of a weight that the file holds."""
 LARGEST_CONSTANT = 1 << 22
-"""Elements of all constants that the file computes together, beside some copies of those that it holds."""
+"""Elements of a constant that the file computes; of all of them, repetitions of numbers and copies of weights apart."""
 COPIES_OF_WEIGHTS = 4
 """Computed constants may be that many times as large as all stored ones: casts and transpositions of weights."""
 MOST_AXES = 32
@@ -48,6 +48,9 @@ def limit_elements(shape: Sequence[int], most: int) -> None:
         raise Refusal(size_error(math.prod(shape), most))
 
 
-def quoted(text: str, most: int = LONGEST_QUOTATION) -> str:
-    """Return a text that a file wrote, or a part of it that fits into a message."""
-    return text if len(text) <= most else text[: most - 3] + "..."
+def quoted(text: str | bytes, most: int = LONGEST_QUOTATION) -> str:
+    """Return a text that a file wrote, or a part of it that fits into a message, on one line; bytes: no UTF-8."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    shown = "".join(c if c.isprintable() else "?" for c in text[:most])
+    return shown if len(text) <= most else shown[: most - 3] + "..."

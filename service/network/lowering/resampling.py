@@ -10,6 +10,7 @@ import numpy as np
 
 from service.network.limits import MOST_AXES, limit_tensor
 from service.network.lowering.table import (
+    PROBE_BATCH,
     Folded,
     Inputs,
     Known,
@@ -137,7 +138,7 @@ def _resampled(
             raise Refusal("sizes must be one integer for each axis")
         for axis, size in zip(axes, numbers, strict=True):
             if axis == 0:
-                if size != reading.batch:
+                if size != reading.batch or not (sizes.on_batch or reading.batch != PROBE_BATCH):
                     raise Refusal("sizes give the batch axis a length of its own; name the spatial axes with `axes`")
                 continue
             if sizes.on_batch and size == reading.batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -58,7 +59,7 @@ class Reading:
     """Elements that constants which the file computes may still have."""
 
     def count(self, node: Node, operands: Sequence[np.ndarray | None], results: Sequence[np.ndarray]) -> None:
-        """Count constants that the file computes, views of others apart.
+        """Count constants that the file computes, other than views: repetitions and parts of others.
 
         Args:
             node: which computes them; a Constant holds its own.
@@ -73,7 +74,10 @@ class Reading:
             return
         views = [one for one in operands if one is not None]
         self.constants_left -= sum(
-            array.size for array in results if not any(np.may_share_memory(array, one) for one in views)
+            # A repeated number takes the place of one.
+            math.prod(n for n, stride in zip(array.shape, array.strides, strict=True) if stride)
+            for array in results
+            if not any(np.may_share_memory(array, one) for one in views)
         )
         if self.constants_left < 0:
             raise Refusal("too large to analyse: all constants that the file computes, together")
