@@ -61,7 +61,9 @@ def evaluate(node: Node, arrays: list[Array | None]) -> list[Array]:
     if evaluator is None:
         raise Refusal(ROUNDS)
     try:
-        results = evaluator(node, arrays)  # type: ignore[arg-type]
+        # A cast that overflows is not finite.
+        with np.errstate(all="ignore"):
+            results = evaluator(node, arrays)  # type: ignore[arg-type]
     except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
         raise Refusal(f"its constant inputs do not fit: {error}") from error
     for result in results:
