@@ -17,6 +17,8 @@ _SHORTEST = 1024
 """Bytes of an array that is looked for in the file."""
 _PREFIX = 64
 """Bytes that are looked for before an array is compared."""
+_ATTEMPTS = 16
+"""Places that are compared before all of an array is looked for."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def _places(graph: bytes, stored: Sequence[np.ndarray], file: bytes) -> list[tup
         if start >= 0 and found >= 0:
             places.append((start, len(content), Range(found, len(content), widened=False)))
         elif start >= 0 and array.dtype == np.float64:
-            narrow = array.astype("<f4")
+            with np.errstate(over="ignore"):
+                narrow = array.astype("<f4")
             found = _find(file, narrow.tobytes()) if np.array_equal(narrow, array) else -1
             if found >= 0:
                 places.append((start, len(content), Range(found, narrow.nbytes, widened=True)))
@@ -92,8 +95,13 @@ def _places(graph: bytes, stored: Sequence[np.ndarray], file: bytes) -> list[tup
 
 
 def _find(content: bytes, part: bytes) -> int:
-    """Return where `part` stands in `content`, or -1; a search for all of it would prepare tables of its size."""
+    """Return where `part` stands in `content`, or -1.
+
+    A search for all of it prepares tables: worth it only where its first bytes are frequent, zeros for example.
+    """
     position = content.find(part[:_PREFIX])
-    while position >= 0 and content[position : position + len(part)] != part:
+    for _ in range(_ATTEMPTS):
+        if position < 0 or content[position : position + len(part)] == part:
+            return position
         position = content.find(part[:_PREFIX], position + 1)
-    return position
+    return content.find(part, position) if position >= 0 else -1

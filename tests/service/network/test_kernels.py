@@ -12,8 +12,10 @@ import os
 import sys
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from exact_graphs import Program
@@ -83,6 +85,35 @@ def contradictions(made: Variant, seed: int) -> list[str]:
                 found.append(f"{name}: off by {as_float(worst)!r} against {bound!r}")
             tally()[name] += 1
     return found
+
+
+FUNCTIONS = {
+    *((name, np.float64) for name in ("Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "PRelu", "Selu", "Softplus")),
+    *((name, np.float64) for name in ("Softsign", "ThresholdedRelu")),
+    ("HardSwish", np.float32),
+}
+"""Operators without a kernel of a format: ONNX Runtime computes the function body that the specification gives them."""
+
+
+def test_the_operators_that_are_no_kernel_are_known(tmp_path: Path) -> None:
+    found: set[tuple[str, type]] = set()
+    options = session_options(1)
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    for operator in VARIANTS:
+        for seed in range(1, 7):
+            made = variant(operator, seed)
+            if made is None:
+                continue
+            try:
+                written = write(read(made.model))
+                onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"])
+            except Exception:  # Refused, or without a kernel.
+                continue
+            loaded = onnx.load(options.optimized_model_filepath)
+            if len(loaded.graph.node) != len(onnx.load_model_from_string(written).graph.node):
+                found.add((operator, made.dtype))
+    assert found <= FUNCTIONS
+    assert ("Softplus", np.float64) in found
 
 
 def test_every_operator_of_the_table_has_variants() -> None:
