@@ -19,6 +19,8 @@ _SHORTEST = 1024
 """Bytes of an array that is looked for in the file."""
 _PREFIX = 64
 """Bytes that are looked for before an array is compared."""
+_ATTEMPTS = 16
+"""Places that are compared."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,7 @@ class Ranges:
             if array.nbytes < _SHORTEST:
                 continue
             part = array.tobytes()
-            # A search for all of it would prepare tables of its size.
-            start = file.find(part[:_PREFIX], end)
-            while start >= 0 and not file.startswith(part, start):
-                start = file.find(part[:_PREFIX], start + 1)
+            start = _start(file, part, end)
             if start < 0:
                 continue
             end = start + len(part)
@@ -62,6 +61,20 @@ class Ranges:
             if array.dtype == np.float32:
                 found.setdefault(Constant(array.astype(np.float64)), Range(start, len(part), widened=True))
         return cls(found)
+
+
+def _start(file: bytes, part: bytes, first: int) -> int:
+    """Return where `part` stands behind `first`, or -1; a search for all of it would prepare tables of its size.
+
+    Not found is a piece that is no range. So a file of zeros, with which everything begins, is not compared with itself
+    at each of its places.
+    """
+    for _ in range(_ATTEMPTS):
+        first = file.find(part[:_PREFIX], first)
+        if first < 0 or file.startswith(part, first):
+            return first
+        first += 1
+    return -1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from service.certificate.facts import LocalError
 from service.certificate.limits import fits
-from service.certificate.rounding import add_up, div_up, down, mul_up, sqrt_up
+from service.certificate.rounding import FLOAT64, add_up, div_up, down, mul_up, sqrt_up
 from service.certificate.rules.operands import (
     Array,
     Operands,
@@ -33,6 +33,9 @@ zero, since runtimes compute `alpha (exp(x) - 1)` as it stands. numpy's own func
 The largest error measured of ONNX Runtime, in each format that it has kernels for: `benchmarks/ACTIVATIONS.md`. Not
 all runtimes keep it: onnx's reference evaluator computes Erf in float32 whatever the format.
 """
+
+_LARGEST_EXPONENT = 700.0
+"""Largest x whose exp(x) is far from overflow in float64."""
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
@@ -128,8 +131,14 @@ def softplus(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """log(1 + exp(x)): its slope is the sigmoid, so 1-Lipschitz.
 
     Args: see `Rule`.
+
+    Raises:
+        Refusal: exp(x) may overflow.
     """
     view = data_operand(inputs[0])
+    if context.precision is FLOAT64 and context.domain.joint(view).largest > _LARGEST_EXPONENT:
+        # No kernel of this format: ONNX Runtime computes exp, a sum and log, as the specification's function body.
+        raise Refusal(f"exp(x) may overflow: x may exceed {_LARGEST_EXPONENT:g}; use float32, whose kernel avoids it")
     # max(1, y) <= max(1, log 2 + max(x, 0)) <= 1 + |x|.
     return [_activated(context, view, lambda x: np.logaddexp(0.0, x), slope=1.0, scale=1.0, growth=1.0)]
 

@@ -56,3 +56,13 @@ def test_another_file_is_refused() -> None:
     splice = Splice.of(joined([DOUBLE]), [DOUBLE], Ranges.in_file(DOUBLE.tobytes(), [DOUBLE]))
     with pytest.raises(ValueError, match="not made of this file"):
         splice.join((DOUBLE + 1.0).tobytes())
+
+
+def test_zeros_before_an_array_are_not_compared_one_by_one() -> None:
+    first, second = np.zeros(100_000), np.zeros(100_000)
+    second[-1] = 1.0
+    # Twice as many zeros as the file is said to hold.
+    file = np.zeros(100_000).tobytes() + first.tobytes() + second.tobytes()
+    splice = Splice.of(joined([first, second]), [first, second], Ranges.in_file(file, [first, second]))
+    assert splice.pieces == (Range(0, 800_000, widened=False), second.tobytes())
+    assert splice.join(file) == joined([first, second])

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from random_graphs import GraphBuilder
 
-from service.network.limits import LARGEST_TENSOR
+from service.network.limits import LARGEST_CONSTANT, LARGEST_TENSOR
 from service.network.lowering import LOWERINGS
 from service.network.operators import Network, UnsupportedModelError
 from service.network.reader import read
@@ -244,7 +244,8 @@ TOO_LARGE: dict[str, Build] = {
 
 @pytest.mark.parametrize("kind", TOO_LARGE)
 def test_sizes_that_a_file_states_are_not_believed(kind: str) -> None:
-    assert f"at most {LARGEST_TENSOR}" in reasons(model_of(TOO_LARGE[kind], (4, 4), 4))
+    most = LARGEST_CONSTANT if kind[0].islower() or kind in ("ConstantOfShape", "Range") else LARGEST_TENSOR
+    assert f"at most {most}" in reasons(model_of(TOO_LARGE[kind], (4, 4), 4))
 
 
 def test_an_image_that_no_machine_holds_is_refused() -> None:
