@@ -71,9 +71,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
     evidence = commands.add_parser(
         "evidence",
         help="Write the evidence folder of an artefact.",
-        description="Write one folder for the engineer who signs for a classifier: derivation, bounds, norm certificates, "
-        "exact test vectors, assumptions; index.html for a browser, evidence.json for a machine. Ends with the verdict of "
-        "check.py, a second program in that folder: `accepted: ...` (exit status 0) or `refused: REASON` (3).",
+        description="Write one folder for the engineer who signs for a classifier: derivation, bounds, norm "
+        "certificates, exact test vectors, assumptions; index.html for a browser, evidence.json for a machine. Ends "
+        "with the verdict of check.py, a second program in that folder: `accepted: ...` (exit status 0) or `refused: "
+        "REASON` (3).",
     )
     evidence.add_argument("artefact", type=Path, metavar="ARTEFACT", help="the folder of the model")
     evidence.add_argument(

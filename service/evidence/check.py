@@ -119,15 +119,12 @@ def tensor(data: bytes) -> tuple[str, np.ndarray]:
 
 
 class Step(NamedTuple):
-    """A node: it makes a flat vector of `h[reads]`, h the one before it; a `move` computes nothing.
-
-    dense: reads blocks x n, constant W (m x n); sort: reads 2 x pairs; largest: reads groups x n.
-    """
+    """A node: it makes a flat vector of `h[reads]`, h the one before it; a `move` computes nothing."""
 
     label: str
     kind: str
-    reads: np.ndarray = np.zeros(0, int)
-    constant: np.ndarray = np.zeros(0)
+    reads: np.ndarray = np.zeros(0, int)  # dense: blocks x n; sort: 2 x pairs; largest: groups x n
+    constant: np.ndarray = np.zeros(0)  # dense: W, m x n
     bias: np.ndarray = np.zeros(0)
 
 
@@ -159,6 +156,9 @@ class Chain:
         if all(name in self.constants for name in names):
             require(operator == "Cast" and numbers["to"] == [11], f"{label}: a constant that is computed")
             self.constants[node[2][0].decode()] = self.constants[names[0]].astype(float)
+            return
+        if operator == "Identity":
+            self.values[node[2][0].decode()] = self.values[names[0]]
             return
         known = operator in " ".join(THEOREMS.values()).split() and numbers.get("transA", [0]) == [0] and not node[7]
         ones = all(one[2] == [np.float32(1).tobytes()] for one in given.values() if one[2])
@@ -291,8 +291,7 @@ class Walk:
 
     def margins(self, n_outputs: int) -> dict[tuple[int, int], Fraction]:
         """`K_ij = L ||w_i - w_j||` for logits `W h + b`; one output f stands for `(f, -f)`."""
-        require(self.head, "bounds: the logits are no linear forms of one tensor")
-        weight, lipschitz = self.head or (np.zeros(0), Fraction(0))
+        weight, lipschitz = self.head or (np.zeros((0, 0)), Fraction(0))
         weight = np.concatenate([weight, -weight]) if n_outputs == 1 else weight
         pairs = [(i, j) for j in range(len(weight)) for i in range(j)]
         return {(i, j): up(lipschitz * root(squares(weight[i] - weight[j]) * (1 + 4 * U))) for i, j in pairs}
@@ -325,8 +324,8 @@ def read(folder: Path) -> tuple[dict[str, Any], Chain]:
     parts = {"model.onnx": model, "card.json": files["card.json"], **graphs}
     digests = {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in parts.items()}
     require(identity["digests"] == digests and card["graphs"]["model.onnx"] == digests["model.onnx"], "digests: others")
-    chain, runs = Chain(model), Chain(graphs["forward"])
-    require(chain.digest.digest() == runs.digest.digest(), "forward: it computes something else than model.onnx")
+    chain, runs = Chain(model), Chain(graphs["forward"]).digest.digest()
+    require(chain.digest.digest() == runs, "forward: it computes something else than model.onnx")
     shape = [card["input"][axis] for axis in ("channels", "height", "width")]
     stated = (identity[name] for name in ("name", "labels", "input_shape", "n_outputs"))
     require([*stated] == [card["name"], card["labels"], shape, chain.n_outputs], "identity: not that of the card")
@@ -340,8 +339,7 @@ def check_vector(vector: dict[str, Any], logits: list[Fraction], bounds: dict[st
     name, error = vector["name"], Fraction(bounds["logit_error"])
     ends = [[Fraction(end) for end in pair] for pair in vector["exact_logits"]]
     f = [Fraction(value) for value in vector["runtime_logits"]]
-    pairs = zip(ends, logits, strict=True)
-    require(all(low <= exact <= high for (low, high), exact in pairs), f"{name}: exact_logits are others")
+    require(all(a <= x <= b for (a, b), x in zip(ends, logits, strict=True)), f"{name}: exact_logits are others")
     width, far = max(high - low for low, high in ends), max(abs(a - b) for a, b in zip(f, logits, strict=True))
     require(width <= Fraction(vector["width"]) <= 2 * width + UNDERFLOW, f"{name}: another width of exact_logits")
     require(far <= error, f"{name}: the runtime is off by {float(far)!r}, more than logit_error")
@@ -358,13 +356,14 @@ def check(folder: Path) -> str:
     """Return the line about an accepted folder; raise `ValueError` otherwise."""
     evidence, chain = read(folder)
     vectors, nodes, claims, bounds = (evidence[name] for name in ("test_vectors", "derivation", "norms", "bounds"))
-    images = [np.load(folder / vector["file"]) for vector in vectors]
-    require(all((one.dtype, one.shape) == (np.uint8, chain.shape) for one in images), "test_vectors: not 8-bit images")
+    files = [np.load(folder / vector["file"]) for vector in vectors]
+    images = [one.astype(np.uint8, casting="safe").reshape(chain.shape) for one in files]
+    head = "x".join(map(str, chain.shape)).encode() + b"\n"
+    found = [f"sha256:{hashlib.sha256(head + (one / 255.0).tobytes()).hexdigest()}" for one in images]
+    require(found == [vector["digest"] for vector in vectors], "test_vectors: other images")
     columns = [np.full(math.prod(chain.shape), 255), *(2 * one.astype(int).ravel() for one in images)]
-    walk, norms = (
-        Walk(chain, np.stack(columns, axis=1).astype(object)),
-        iter([Fraction(c["norm_bound"]) for c in claims]),
-    )
+    walk = Walk(chain, np.stack(columns, axis=1).astype(object))
+    norms = iter([Fraction(one["norm_bound"]) for one in claims])
     require([one["node"] for one in nodes] == [s.label for s in chain.steps], "derivation: not the nodes of model.onnx")
     dense = [step.label for step in chain.steps if step.kind == "dense"]
     require([one["node"] for one in claims] == dense, "norms: not the dense nodes of model.onnx")
@@ -379,15 +378,15 @@ def check(folder: Path) -> str:
     confirm(error, stated, "logit_error", Fraction(101, 100))
     same = stated == evidence["replication"]["bound"] and bounds["lipschitz_bound"] == nodes[-1]["lipschitz_bound"]
     require(same and {len(k), *map(len, k)} == {max(2, chain.n_outputs)}, "bounds: two values, or not K x K")
-    for (i, j), bound in walk.margins(chain.n_outputs).items():
+    require(margins := walk.margins(chain.n_outputs), "bounds: the logits are no linear forms of one tensor")
+    for (i, j), bound in margins.items():
         confirm(bound, k[i][j], f"margin_bounds[{i}][{j}]", Fraction(1000001, 1000000))
         require(k[i][j] == k[j][i] and k[i][i] == k[j][j] == 0, "margin_bounds: not symmetric")
     for column, vector in enumerate(vectors, 1):
         logits = [Fraction(int(v), 255 << walk.scale) for v in walk.x[:, column]]
         logits += [-logits[0]] if len(logits) == 1 else []
         check_vector(vector, logits, bounds, evidence["identity"]["labels"])
-    counts = f"{len(nodes)} nodes, {len(dense)} norms, {len(vectors)} test vectors, logit error {float(error):.4g}"
-    return f"{evidence['identity']['name']}: {counts}"
+    return f"{len(nodes)} nodes, {len(dense)} norms, {len(vectors)} test vectors, logit error {float(error):.4g}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -87,7 +88,8 @@ def _statement(epsilon: float | None, successes: int, n: int) -> Statement:
         low=low,
         high=high,
         statement=f"An image drawn like the {n} test images, independently of them, {event} with a probability between "
-        f"{low:.4f} and {high:.4f} (95 % confidence, Clopper-Pearson; {successes} of {n}).",
+        f"{math.floor(low * 1e4) / 1e4:.4f} and {math.ceil(high * 1e4) / 1e4:.4f} (95 % confidence, Clopper-Pearson; "
+        f"{successes} of {n}).",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from html import escape
 
@@ -51,8 +52,8 @@ def render(evidence: Evidence, evidence_sha256: str, pictures: Sequence[Picture]
     identity, bounds = evidence.identity, evidence.bounds
     pairs = [k for i, row in enumerate(bounds.margin_bounds) for k in row[:i]]
     claims = [
-        (f"{max(pairs):.9g}", "largest K_ij: L2 Lipschitz bound of a difference of logits"),
-        (f"{bounds.logit_error:.4g}", "E: bound of |computed − exact logit|, any order of summation"),
+        (_upper(max(pairs), 9), "largest K_ij: L2 Lipschitz bound of a difference of logits"),
+        (_upper(bounds.logit_error, 4), "E: bound of |computed − exact logit|, any order of summation"),
         (f"{len(evidence.norms)}", "norms with a certificate that check.py proves again"),
         (f"{len(evidence.test_vectors)}", "test vectors with exact logits"),
     ]
@@ -69,7 +70,7 @@ def render(evidence: Evidence, evidence_sha256: str, pictures: Sequence[Picture]
         ("How to check this folder", _checking(evidence_sha256)),
     ]
     body = "".join(
-        f"<section><h2>{number}. {title}</h2>{text}</section>\n" for number, (title, text) in _numbered(sections)
+        f"<section><h2>{number}. {title}</h2>{text}</section>\n" for number, (title, text) in enumerate(sections, 1)
     )
     boxes = "".join(f"<div><b>{value}</b>{escape(text)}</div>" for value, text in claims)
     return (
@@ -84,8 +85,13 @@ def render(evidence: Evidence, evidence_sha256: str, pictures: Sequence[Picture]
     )
 
 
-def _numbered(sections: Sequence[tuple[str, str]]) -> Iterable[tuple[int, tuple[str, str]]]:
-    return enumerate(sections, 1)
+def _upper(bound: float, digits: int) -> str:
+    """Return an upper bound with few digits, rounded upwards."""
+    return str(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(bound))).lower()
+
+
+def _lower(bound: float, digits: int) -> str:
+    return str(Context(prec=digits, rounding=ROUND_FLOOR).create_decimal(Decimal(bound))).lower()
 
 
 def _table(
@@ -130,8 +136,8 @@ def _promise(evidence: Evidence, pairs: Sequence[float]) -> str:
     text = (
         "<p>If the service computes logits f with class i at an image x of [0, 1]<sup>d</sup> and states the radius</p>"
         "<p><code>r = min over j ≠ i of (f_i − f_j − 4 E) / K_ij</code> (rounded down, at least 0),</p>"
-        "<p>then for every image x' of the box with ‖x' − x‖<sub>2</sub> &lt; r the exact network gives class i, and so "
-        "does this service: in every batch, with any number of threads, in any order of summation.</p>"
+        "<p>then for every image x' of the box with ‖x' − x‖<sub>2</sub> &lt; r the exact network gives class i, and "
+        "so does this service: in every batch, with any number of threads, in any order of summation.</p>"
         f"<p>E = <code>{bounds.logit_error!r}</code>; Lipschitz bound of all logits together: "
         f"<code>{bounds.lipschitz_bound!r}</code>.</p>"
     )
@@ -141,12 +147,12 @@ def _promise(evidence: Evidence, pairs: Sequence[float]) -> str:
             "them are in evidence.json.</p>"
         )
     rows = [
-        [labels[i], *(f"{k:.6f}" if i != j else "" for j, k in enumerate(row))]
+        [labels[i], *(_upper(k, 7) if i != j else "" for j, k in enumerate(row))]
         for i, row in enumerate(bounds.margin_bounds)
     ]
     return (
         text
-        + "<p>K_ij, rounded to six decimals; all digits are in evidence.json:</p>"
+        + "<p>K_ij, rounded upwards; all digits are in evidence.json:</p>"
         + _table(["", *labels], rows, range(1, len(labels) + 1), narrow=True)
     )
 
@@ -161,13 +167,13 @@ def _replication(evidence: Evidence) -> str:
 
 def _derivation(evidence: Evidence) -> str:
     rows = [
-        [str(n), one.node, f"{one.lipschitz_bound:.9f}", f"{one.error:.3e}", one.theorem, one.source]
+        [str(n), one.node, _upper(one.lipschitz_bound, 10), _upper(one.error, 4), one.theorem, one.source]
         for n, one in enumerate(evidence.derivation, 1)
     ]
     head = ["", "node", "Lipschitz bound", "error", "theorem", "source"]
     return (
         "<p>For every image of the box. Lipschitz bound: L2, from the image to the output of the node. Error: L2 norm "
-        "of computed minus exact output.</p>" + _table(head, rows, (0, 2, 3))
+        "of computed minus exact output. Both rounded upwards.</p>" + _table(head, rows, (0, 2, 3))
     )
 
 
@@ -204,8 +210,8 @@ def _figure(vector: TestVector, picture: Picture, labels: Sequence[str]) -> str:
     more = f'<p class="dim">{len(labels) - 5} further classes in evidence.json.</p>' if len(labels) > 5 else ""
     return (
         f'<figure><img alt="" src="data:image/png;base64,{image}"><figcaption>{escape(vector.name)}</figcaption>'
-        f"<p>class <b>{escape(vector.label)}</b>, radius <b>{vector.radius:.6g}</b><br>next: "
-        f"{escape(labels[vector.runner_up])}<br>largest difference {vector.largest_difference:.2e}</p>"
+        f"<p>class <b>{escape(vector.label)}</b>, radius <b>{_lower(vector.radius, 6)}</b><br>next: "
+        f"{escape(labels[vector.runner_up])}<br>largest difference {_upper(vector.largest_difference, 3)}</p>"
         + _table(["class", "exact", "computed"], rows, (1, 2))
         + f"{more}</figure>"
     )
@@ -218,7 +224,7 @@ def _domain(evidence: Evidence) -> str:
             "accuracy" if one.epsilon is None else f"certified at {one.epsilon:.6g}",
             f"{one.successes} of {one.n}",
             f"{one.share:.4f}",
-            f"{one.low:.4f} to {one.high:.4f}",
+            f"{_lower(one.low, 4)} to {_upper(one.high, 4)}",
             one.statement,
         ]
         for one in domain.statements
