@@ -32,7 +32,7 @@
       ├─ ProviderError                   the requested execution provider is not available
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
       ├─ PortError                       the address to listen on is not available
-      └─ KeptError                       an audited file is missing or of another kind
+      └─ KeptError                       a file of an audit or of evidence is missing or of another kind
 
 The message of every error states the cause, the expected value and the remedy; `service.api.problem` maps each class to
 an HTTP status.
@@ -255,4 +255,4 @@ class PortError(LipcertError):
 
 
 class KeptError(LipcertError):
-    """An audited file is missing or of another kind than expected."""
+    """A file of an audit, or a path of an evidence folder, is missing or of another kind than expected."""
