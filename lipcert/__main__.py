@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": "serve models over HTTP, as `python -m service`",
     "audit": "audit an archived answer, as `python -m service audit`",
     "certify": "prove bounds of an ONNX file, as `python -m service.certificate`",
+    "import": "make an artefact of an ONNX file, as `python -m service import`",
     "train": "train, export and measure a recipe, as `python -m models train`",
     "evaluate": "measure and attack an artefact, as `python -m models evaluate`",
 }
@@ -46,9 +47,9 @@ def _run(command: str, arguments: list[str]) -> int:
         from models.__main__ import main as train_or_evaluate
 
         return train_or_evaluate([command, *arguments], "lipcert")
-    from service.__main__ import main as serve_or_audit
+    from service.__main__ import main as serve_import_or_audit
 
-    return serve_or_audit([command, *arguments], "lipcert")
+    return serve_import_or_audit([command, *arguments], "lipcert")
 
 
 if __name__ == "__main__":
