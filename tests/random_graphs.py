@@ -389,6 +389,46 @@ def activation(g: Maker, x: str, shape: Shape) -> Named:
     return g.one(operator, x), shape
 
 
+def gated(g: Maker, x: str, shape: Shape) -> Named:
+    """Products of two tensors: activations as exporters write them out, gates of channels, and others."""
+    kind = g.integer(0, 9)
+    if kind == 0:
+        factors = [x, g.one("Sigmoid", x)]
+    elif kind == 1:
+        inner = g.one(g.pick(["Div", "Mul"]), x, g.scalar(g.pick([math.sqrt(2.0), -0.5, 1.0])))
+        whole = g.one("Add", g.scalar(g.pick([1.0, 0.25])), g.one(g.pick(["Erf", "Tanh"]), inner))
+        factors = [g.one("Mul", x, g.scalar(0.5)), whole]
+    elif kind == 2:
+        factors = [g.one("Tanh", g.one("Softplus", x)), x]
+    elif kind == 3:
+        shifted = g.one("Clip", g.one("Add", x, g.scalar(3.0)), g.scalar(0.0), g.scalar(6.0))
+        factors = [x, g.one("Div", shifted, g.scalar(6.0)) if g.flag() else g.one("HardSigmoid", x)]
+    elif kind == 4:
+        # Cubes, as they are and as exporters write them.
+        square = g.pick([g.one("Mul", x, x), g.one("Pow", x, g.scalar(2.0))])
+        cube = g.one("Mul", *((square, x) if g.flag() else (x, square)))
+        factors = [x, g.one("Tanh", g.one("Add", x, g.one("Mul", cube, g.scalar(0.044715))))]
+    elif kind == 5:
+        # Two functions of one tensor whose elements lie elsewhere in the other: no function of one number.
+        order = g.numbers(*g.permutation(shape[-1]))
+        factors = [x, g.one("Sigmoid", g.one("Gather", x, order, axis=len(shape)))]
+    elif kind == 6:
+        mean = g.one("ReduceMean", x, g.numbers(len(shape)), keepdims=1)
+        factors = [x, g.one(g.pick(["Sigmoid", "Tanh", "Neg"]), mean)]
+    elif kind == 7:
+        same = [name for name, other in g.made if other == shape] + [x]
+        factors = [g.one("Sub", g.pick(same), g.scalar(g.pick([0.5, 3.0]))), g.one("Relu", x)]
+    elif kind == 8:
+        factors = [g.one("Sub", g.scalar(1.0), x), g.one("Neg", g.one("Mul", x, g.one("Sigmoid", x)))]
+    else:
+        own = tuple(size if g.flag() else 1 for size in shape)
+        factors = [g.one("Mul", x, g.constant(g.offsets(*own))), g.one("Sigmoid", x)]
+    made = g.one("Mul", *factors)
+    if g.rarely():
+        made = g.one(g.pick(["Add", "Sub"]), made, g.one("Mul", x, g.scalar(0.5)))
+    return made, shape
+
+
 def pointwise(g: Maker, x: str, shape: Shape) -> Named:
     operator = g.pick(["Relu", "Abs", "Neg", "Clip", "Max", "Min", "Identity", "Dropout", "Cast"])
     if operator == "Clip":
@@ -893,7 +933,7 @@ STEPS: dict[str, Step] = {
     for step in (
         *(dense, with_constant, number, conv, same_conv, periodic_conv, conv_transpose, pool, batch_normalization),
         *(im2col, activation, pointwise, along_axis, sort, pairs, parts, reduce, centre, roots, strange_squares, move),
-        *(framed, blocks),
+        *(framed, blocks, gated),
         *(resize, residual, square_dense, branches, cancelling, gradient_step, gradient_step_of_convolutions),
         *(two_convolutions, overflowing, log_probabilities),
     )
