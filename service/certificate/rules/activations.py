@@ -14,7 +14,7 @@ import numpy as np
 
 from service.certificate.facts import LocalError
 from service.certificate.limits import fits
-from service.certificate.rounding import add_up, div_up, down, mul_up, sqrt_up
+from service.certificate.rounding import FLOAT64, add_up, div_up, down, mul_up, sqrt_up
 from service.certificate.rules.operands import (
     Array,
     Operands,
@@ -128,8 +128,13 @@ def softplus(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     """log(1 + exp(x)): its slope is the sigmoid, so 1-Lipschitz.
 
     Args: see `Rule`.
+
+    Raises:
+        Refusal: exp(x) may overflow in float64, in which ONNX Runtime computes the formula as it stands.
     """
     view = data_operand(inputs[0])
+    if context.precision is FLOAT64:
+        context.no_overflow(2.0 * math.exp(min(context.domain.joint(view).largest, 709.0)))
     # max(1, y) <= max(1, log 2 + max(x, 0)) <= 1 + |x|.
     return [_activated(context, view, lambda x: np.logaddexp(0.0, x), slope=1.0, scale=1.0, growth=1.0)]
 
