@@ -14,6 +14,7 @@ COMMANDS = {
     "audit": "audit an archived answer, as `python -m service audit`",
     "evidence": "write the evidence folder of an artefact, as `python -m service evidence`",
     "certify": "prove bounds of an ONNX file, as `python -m service.certificate`",
+    "import": "make an artefact of an ONNX file, as `python -m service import`",
     "train": "train, export and measure a recipe, as `python -m models train`",
     "evaluate": "measure and attack an artefact, as `python -m models evaluate`",
 }

@@ -2,12 +2,14 @@
 `service.settings`.
 
 `python -m service audit ANSWER.json IMAGE --model ARTEFACT`: audit an archived answer, see docs/audit.md.
+`python -m service import FILE.onnx --out DIR`: make an artefact of an ONNX file, see docs/import.md.
 
 `python -m service evidence ARTEFACT --out DIR`: write the evidence folder of an artefact, see docs/evidence.md.
 
-Exit status: 0 stopped on request, the answer holds, or the second program accepts the folder; 1 a model, the provider
-or the port is not available, or the answer does not hold; 2 a setting, the command, a file to be audited or DIR is not
-valid; 3 the audit is undecided, or the second program refuses the folder; 70 the GPU was lost while serving.
+Exit status: 0 stopped on request, the answer holds, the file is imported, or the second program accepts the folder; 1 a
+model, the provider or the port is not available, or the answer does not hold; 2 a setting, the command, a file to be
+audited or DIR is not valid, or a file is not imported; 3 the audit is undecided, or the second program refuses the
+folder; 70 the GPU was lost while serving.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import json
 import logging
 import signal
 import sys
@@ -24,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from service.artefact.pool import VerifierPool
-from service.errors import KeptError, LipcertError, SettingsError
+from service.errors import ImportRefusedError, KeptError, LipcertError, SettingsError
 from service.processes.serving import run_server
 from service.runtime.cpus import usable_cpus
 
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
 
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=program, description="Serve certified classifiers; audit their answers; write evidence."
+        prog=program, description="Serve certified classifiers; import others; audit answers; write evidence."
     )
     parser.set_defaults(run=_serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -82,7 +85,86 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     evidence.add_argument("--images", type=Path, metavar="DIR", help="image files that become test vectors, too")
     evidence.set_defaults(run=_evidence)
+    _describe_import(
+        commands.add_parser(
+            "import",
+            help="Make an artefact of an ONNX file.",
+            description="Read an ONNX classifier of any origin, prove it and write it as an artefact that the service "
+            "serves. Prints one JSON object with the proved bound and error, or, with exit status 2, every reason "
+            "against it on stderr, one per line.",
+        )
+    )
     return parser
+
+
+def _describe_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.onnx")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of models; written: DIR/NAME")
+    parser.add_argument("--name", metavar="NAME", help="name of the model; default: that of the file")
+    parser.add_argument(
+        "--labels",
+        metavar="A,B,C",
+        help="labels in class order, or a file with one on each line; default: class 0, class 1, ...",
+    )
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        metavar="C,H,W",
+        help="shape of the images, where the input of the file has another one: flat, or channels last",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="report, and write nothing")
+    parser.add_argument("--force", action="store_true", help="replace an artefact of that name")
+    parser.add_argument("--max-seconds", type=_positive, metavar="S", help="most time; default: no limit")
+    parser.add_argument("--max-bytes", type=_positive, metavar="B", help="most memory; default: no limit")
+    parser.set_defaults(run=_import)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    sizes = text.split(",")
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"{text} does not name three sizes, as 3,32,32 does")
+    channels, height, width = (int(_positive(size)) for size in sizes)
+    return channels, height, width
+
+
+def _positive(text: str) -> float:
+    number = float(text) if "." in text else int(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _import(chosen: argparse.Namespace) -> int:
+    from service.artefact.importing import ImportLimits, ImportOrder, import_model
+
+    try:
+        order = ImportOrder(
+            chosen.file,
+            chosen.out,
+            name=chosen.name,
+            labels=_labels(chosen.labels),
+            shape=chosen.shape,
+            dry_run=chosen.dry_run,
+            force=chosen.force,
+        )
+        report = import_model(order, ImportLimits(chosen.max_seconds, chosen.max_bytes and int(chosen.max_bytes)))
+    except ImportRefusedError as error:
+        sys.stderr.write("".join(f"{chosen.file}: {reason}\n" for reason in error.reasons))
+        return 2
+    sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    return 0
+
+
+def _labels(text: str | None) -> tuple[str, ...] | None:
+    """Return the labels of a list, or of the lines of a file."""
+    if text is None:
+        return None
+    try:
+        if not Path(text).is_file():
+            return tuple(part.strip() for part in text.split(","))
+        return tuple(line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise ImportRefusedError([f"the labels cannot be read: {error}"]) from error
 
 
 def _audit(chosen: argparse.Namespace) -> int:

@@ -32,7 +32,8 @@
       ├─ ProviderError                   the requested execution provider is not available
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
       ├─ PortError                       the address to listen on is not available
-      └─ KeptError                       a file of an audit or of evidence is missing or of another kind
+      ├─ KeptError                       a file of an audit or of evidence is missing or of another kind
+      └─ ImportRefusedError              an ONNX file cannot become an artefact
 
 The message of every error states the cause, the expected value and the remedy; `service.api.problem` maps each class to
 an HTTP status.
@@ -256,3 +257,15 @@ class PortError(LipcertError):
 
 class KeptError(LipcertError):
     """A file of an audit, or a path of an evidence folder, is missing or of another kind than expected."""
+
+
+class ImportRefusedError(LipcertError):
+    """An ONNX file cannot become an artefact; nothing was written.
+
+    Attributes:
+        reasons: all that stands in the way, one line each.
+    """
+
+    def __init__(self, reasons: Iterable[str]) -> None:
+        self.reasons = tuple(" ".join(reason.split()) for reason in reasons)
+        super().__init__("\n".join(self.reasons))

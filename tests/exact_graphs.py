@@ -151,7 +151,19 @@ class Balls(Numbers):
 FLOATS, RATIONALS, BALLS = Floats(), Rationals(), Balls()
 IRRATIONAL = frozenset(
     [
-        *("BatchNormalization", "Celu", "Elu", "Erf", "LogSoftmax", "LpPool", "Pow", "ReduceL2", "Selu", "Sigmoid"),
+        *(
+            "BatchNormalization",
+            "Celu",
+            "Elu",
+            "Erf",
+            "GlobalLpPool",
+            "LogSoftmax",
+            "LpPool",
+            "Pow",
+            "ReduceL2",
+            "Selu",
+            "Sigmoid",
+        ),
         *("Softmax", "Softplus", "Sqrt", "Tanh"),
     ]
 )
@@ -628,6 +640,7 @@ OPERATORS.update(
         "Gather": _simple(lambda numbers, i, a: np.take(i[0], i[1], axis=a.get("axis", 0))),
         "Gemm": _simple(_gemm),
         "GlobalAveragePool": _over_the_channel(_mean),
+        "GlobalLpPool": _over_the_channel(_norm),
         "GlobalMaxPool": _over_the_channel(lambda numbers, x: numbers.largest(x)),
         "HardSigmoid": _elementwise(_hard_sigmoid),
         "HardSwish": _elementwise(_hard_swish),

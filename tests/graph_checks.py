@@ -79,9 +79,10 @@ class Bounds:
         names = {f"{operator} {outputs[0]!r}": outputs[0] for operator, _, outputs, _ in program.nodes}
         found: dict[str, float] = {}
         for certificate in self.certificates:
-            for node in certificate.nodes:
-                name = names[node.node]
-                found[name] = min(found.get(name, np.inf), getattr(node, fact))
+            # Of several operators for one node, the last gives its output.
+            last = {names[node.node]: getattr(node, fact) for node in certificate.nodes}
+            for name, bound in last.items():
+                found[name] = min(found.get(name, np.inf), bound)
         return found
 
 

@@ -210,9 +210,9 @@ def number(g: Maker, x: str, shape: Shape) -> Named:
     return g.one(operator, x, g.scalar(value)), shape
 
 
-def image_of(g: Maker, x: str, shape: Shape) -> Named:
-    """Any tensor as channels and one or two spatial axes."""
-    if len(shape) in (2, 3):
+def image_of(g: Maker, x: str, shape: Shape, most: int = 2) -> Named:
+    """Any tensor as channels and spatial axes: one or two, or as many as it has, up to `most`."""
+    if 2 <= len(shape) <= most + 1:
         return x, shape
     if len(shape) > 3:
         return g.reshaped(x, (shape[0], shape[1], math.prod(shape[2:])))
@@ -224,7 +224,7 @@ def image_of(g: Maker, x: str, shape: Shape) -> Named:
 
 
 def conv(g: Maker, x: str, shape: Shape) -> Named:
-    x, shape = image_of(g, x, shape)
+    x, shape = image_of(g, x, shape, 3)
     channels, *size = shape
     if g.rarely():
         # A convolution that changes nothing but where the image ends.
@@ -262,7 +262,7 @@ def windows_of(
 
 def same_conv(g: Maker, x: str, shape: Shape) -> Named:
     """A convolution that keeps the shape."""
-    x, shape = image_of(g, x, shape)
+    x, shape = image_of(g, x, shape, 3)
     channels, *size = shape
     kernel = [g.pick([1, 2, 3]) for _ in size]
     groups = g.pick([1, channels])
@@ -298,7 +298,7 @@ def periodic_conv(g: Maker, x: str, shape: Shape) -> Named:
 
 
 def conv_transpose(g: Maker, x: str, shape: Shape) -> Named:
-    x, shape = image_of(g, x, shape)
+    x, shape = image_of(g, x, shape, 3)
     channels, *size = shape
     groups = g.pick([n for n in (1, 2) if channels % n == 0])
     per_group = g.integer(1, 2)
@@ -319,7 +319,7 @@ def conv_transpose(g: Maker, x: str, shape: Shape) -> Named:
 
 
 def pool(g: Maker, x: str, shape: Shape) -> Named:
-    x, shape = image_of(g, x, shape)
+    x, shape = image_of(g, x, shape, 3)
     channels, *size = shape
     operator = g.pick(["MaxPool", "AveragePool", "AveragePool", "LpPool"])
     kernel = [g.integer(1, min(n, 3)) for n in size]
@@ -340,6 +340,19 @@ def pool(g: Maker, x: str, shape: Shape) -> Named:
     pads = [g.integer(0, k - 1) for k in (*kernel, *kernel)]
     after = windows_of(size, kernel, strides, dilations, pads)
     return g.one(operator, x, pads=pads, **attributes), (channels, *after)
+
+
+def volume(g: Maker, x: str, shape: Shape) -> Named:
+    """Convolutions and pools of three spatial axes."""
+    x, (n,) = g.flat(x, shape)
+    sides: list[int] = []
+    for _ in range(3):
+        rest = n // math.prod(sides)
+        sides.append(g.pick([k for k in range(1, min(rest, 4) + 1) if rest % k == 0]))
+    x, shape = g.reshaped(x, (n // math.prod(sides), *sides))
+    if g.rarely():
+        return g.one("GlobalLpPool", x, **({} if g.flag() else {"p": 2})), (shape[0], 1, 1, 1)
+    return g.pick([conv, same_conv, conv_transpose, pool, pool])(g, x, shape)
 
 
 def batch_normalization(g: Maker, x: str, shape: Shape) -> Named:
@@ -387,6 +400,46 @@ def activation(g: Maker, x: str, shape: Shape) -> Named:
     if operator == "HardSigmoid" and g.flag():
         return g.one(operator, x, alpha=g.pick([0.5, 2.0, -1.0]), beta=g.pick([0.5, -1.0])), shape
     return g.one(operator, x), shape
+
+
+def gated(g: Maker, x: str, shape: Shape) -> Named:
+    """Products of two tensors: activations as exporters write them out, gates of channels, and others."""
+    kind = g.integer(0, 9)
+    if kind == 0:
+        factors = [x, g.one("Sigmoid", x)]
+    elif kind == 1:
+        inner = g.one(g.pick(["Div", "Mul"]), x, g.scalar(g.pick([math.sqrt(2.0), -0.5, 1.0])))
+        whole = g.one("Add", g.scalar(g.pick([1.0, 0.25])), g.one(g.pick(["Erf", "Tanh"]), inner))
+        factors = [g.one("Mul", x, g.scalar(0.5)), whole]
+    elif kind == 2:
+        factors = [g.one("Tanh", g.one("Softplus", x)), x]
+    elif kind == 3:
+        shifted = g.one("Clip", g.one("Add", x, g.scalar(3.0)), g.scalar(0.0), g.scalar(6.0))
+        factors = [x, g.one("Div", shifted, g.scalar(6.0)) if g.flag() else g.one("HardSigmoid", x)]
+    elif kind == 4:
+        # Cubes, as they are and as exporters write them.
+        square = g.pick([g.one("Mul", x, x), g.one("Pow", x, g.scalar(2.0))])
+        cube = g.one("Mul", *((square, x) if g.flag() else (x, square)))
+        factors = [x, g.one("Tanh", g.one("Add", x, g.one("Mul", cube, g.scalar(0.044715))))]
+    elif kind == 5:
+        # Two functions of one tensor whose elements lie elsewhere in the other: no function of one number.
+        order = g.numbers(*g.permutation(shape[-1]))
+        factors = [x, g.one("Sigmoid", g.one("Gather", x, order, axis=len(shape)))]
+    elif kind == 6:
+        mean = g.one("ReduceMean", x, g.numbers(len(shape)), keepdims=1)
+        factors = [x, g.one(g.pick(["Sigmoid", "Tanh", "Neg"]), mean)]
+    elif kind == 7:
+        same = [name for name, other in g.made if other == shape] + [x]
+        factors = [g.one("Sub", g.pick(same), g.scalar(g.pick([0.5, 3.0]))), g.one("Relu", x)]
+    elif kind == 8:
+        factors = [g.one("Sub", g.scalar(1.0), x), g.one("Neg", g.one("Mul", x, g.one("Sigmoid", x)))]
+    else:
+        own = tuple(size if g.flag() else 1 for size in shape)
+        factors = [g.one("Mul", x, g.constant(g.offsets(*own))), g.one("Sigmoid", x)]
+    made = g.one("Mul", *factors)
+    if g.rarely():
+        made = g.one(g.pick(["Add", "Sub"]), made, g.one("Mul", x, g.scalar(0.5)))
+    return made, shape
 
 
 def pointwise(g: Maker, x: str, shape: Shape) -> Named:
@@ -893,7 +946,7 @@ STEPS: dict[str, Step] = {
     for step in (
         *(dense, with_constant, number, conv, same_conv, periodic_conv, conv_transpose, pool, batch_normalization),
         *(im2col, activation, pointwise, along_axis, sort, pairs, parts, reduce, centre, roots, strange_squares, move),
-        *(framed, blocks),
+        *(framed, blocks, gated, volume),
         *(resize, residual, square_dense, branches, cancelling, gradient_step, gradient_step_of_convolutions),
         *(two_convolutions, overflowing, log_probabilities),
     )

@@ -51,6 +51,15 @@ class CertifiedAccuracy(_Contract):
     n: PositiveInt
 
 
+class Origin(_Contract):
+    """ONNX file that `model.onnx` was imported from."""
+
+    file: str
+    """Name of the file, without its folder."""
+    digest: Digest
+    """Of the bytes that were imported; those of `model.onnx` are the canonical form of the same network."""
+
+
 class Card(_Contract):
     """Identity, origin and measurements of an artefact."""
 
@@ -63,6 +72,8 @@ class Card(_Contract):
     input: InputShape
     graphs: dict[Literal["model.onnx", "transport.onnx"], Digest] = Field(default_factory=dict)
     """Digest of `model.onnx`; `write_artefact` fills it in. Older cards hold that of `transport.onnx`, too."""
+    origin: Origin | None = None
+    """Where an imported model comes from; null for a model that was trained here."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Data set: name, source, licence, checksums, number of images."""
     loss: dict[str, Any] = Field(default_factory=dict)

@@ -45,7 +45,7 @@ class Certificate:
     """`E >= |computed logit - exact logit|`, any order of summation, the rounding of the input included."""
     nodes: tuple[NodeReport, ...]
 
-    def margin_table(self) -> list[list[float]] | None:
+    def margin_table(self) -> list[list[float | None]] | None:
         """Return `margin_bounds_KK` as lists; null above `MOST_TABLED_CLASSES` classes, where an answer states its own.
 
         A thousand classes are a million numbers, of which a radius needs one row.

@@ -139,7 +139,7 @@ def _evidence(
     model_file: Path, model_bytes: bytes, card: Card, card_bytes: bytes, verified: Verified, pictures: Sequence[Picture]
 ) -> Evidence:
     certificate, operators = verified.certificate, read(model_bytes).operators
-    forward = verified.forward.join(model_bytes)
+    forward, gradient = verified.forward.join(model_bytes), verified.gradient.join(model_bytes)
     channels, height, width = certificate.input_shape
     return Evidence(
         format=1,
@@ -153,7 +153,7 @@ def _evidence(
                 MODEL_FILE: digest(model_bytes),
                 CARD_FILE: digest(card_bytes),
                 "forward": digest(forward),
-                "gradient": f"sha256:{verified.gradient.digest.hex()}",
+                "gradient": digest(gradient),
             },
         ),
         made=_made(),

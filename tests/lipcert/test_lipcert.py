@@ -40,6 +40,7 @@ def test_certify_prints_what_the_certifier_prints(model_file: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["certify", "missing.onnx"], 2, "missing.onnx: cannot be read"),
+        (["import", "missing.onnx", "--out", "out"], 2, "missing.onnx: it cannot be read"),
         (["train", "nonsense", "--out", "out"], 1, "error: no recipe 'nonsense'"),
         (["evaluate", "missing"], 1, "card.json"),
     ],
@@ -88,6 +89,7 @@ def test_unknown_command_is_refused_with_those_that_exist(capsys: pytest.Capture
     [
         ("serve", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
         ("audit", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
+        ("import", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
         ("certify", {"onnxruntime", "pydantic", "uvicorn", "models"}),
         ("train", {"torch", "numpy", "onnx", "onnxruntime", "uvicorn"}),
         ("evaluate", {"torch", "numpy", "onnx", "onnxruntime", "uvicorn"}),

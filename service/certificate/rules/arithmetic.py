@@ -19,6 +19,7 @@ from service.certificate.rules.operands import (
     limit_size,
     optional_operand,
 )
+from service.certificate.rules.products import COMPOSED, composed_sum, product
 from service.certificate.rules.table import Context, rule
 from service.certificate.values import Affine, LinearStep, Value, View, affine_of
 from service.network.operators import Operator, Refusal
@@ -195,6 +196,7 @@ def _sum_of_branches(context: Context, left: View, right: View, sign: float) -> 
     if sign > 0.0:
         downhill = min(downhill, mul_up(context.joint.gradient_step(right, left, 1.0), other.lipschitz))
     lipschitz = context.smaller(both.lipschitz, downhill, _GRADIENT_STEP)
+    lipschitz = context.smaller(lipschitz, composed_sum(context, left, right, sign), COMPOSED)
     if sign < 0.0 and _centres(left, right):
         lipschitz = context.smaller(lipschitz, one.lipschitz, _CENTRING)
     step = LinearStep(
@@ -231,16 +233,13 @@ def _centres(left: View, right: View) -> bool:
 
 @rule("Mul")
 def multiply(context: Context, node: Operator, inputs: Operands) -> list[Value]:
-    """Product with a constant: a diagonal map, whose norm is the largest absolute factor.
+    """Product with a constant: a diagonal map, whose norm is the largest absolute factor; of two tensors: `product`.
 
     Args: see `Rule`.
-
-    Raises:
-        Refusal: both factors depend on the image.
     """
     left, right = inputs[0], inputs[1]
     if isinstance(left, View) and isinstance(right, View):
-        raise Refusal("a product of two tensors that both depend on the image has no Lipschitz constant")
+        return [product(context, left, right)]
     if isinstance(left, View):
         return [_scaled(context, left, float_operand(right, "the factor"), divide=False)]
     return [_scaled(context, data_operand(right), float_operand(left, "the factor"), divide=False)]

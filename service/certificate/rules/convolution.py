@@ -37,8 +37,8 @@ _PATCHES = "Kernel as a matrix W on patches, an element in at most m of them: ||
 
 def _kernel(value: Value | None) -> Array:
     weight = float_operand(value, "the weight")
-    if weight.ndim not in (3, 4):
-        raise Refusal(f"a kernel with {weight.ndim - 2} spatial axes; the rule covers 1 and 2")
+    if weight.ndim not in (3, 4, 5):
+        raise Refusal(f"a kernel with {weight.ndim - 2} spatial axes; the rule covers 1 to 3")
     return weight
 
 

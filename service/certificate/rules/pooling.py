@@ -25,8 +25,8 @@ POOL_ATTRIBUTES = ("dilations", "kernel_shape", "pads", "strides")
 def _read_pool(node: Operator, shape: tuple[int, ...]) -> Windows:
     """Return the windows of a pool of an image `C x *S`; refuse more of them than fit into an array."""
     axes = len(shape) - 1
-    if axes not in (1, 2):
-        raise Refusal(f"{axes} spatial axes; the rule covers 1 and 2")
+    if axes not in (1, 2, 3):
+        raise Refusal(f"{axes} spatial axes; the rule covers 1 to 3")
     kernel = node.integers("kernel_shape")
     windows = windows_of(node, shape[1:], kernel)
     limit_size((shape[0], *windows.padded), (shape[0], *windows.after, *kernel), (shape[0], *windows.whole_strides))

@@ -25,6 +25,7 @@ from service.certificate.rules.operands import (
     limit_size,
 )
 from service.certificate.rules.pooling import POOL_ATTRIBUTES, pool_windows
+from service.certificate.rules.products import product, square
 from service.certificate.rules.reductions import REDUCE_ATTRIBUTES, grouped_axes, with_axes
 from service.certificate.rules.table import RULES, Context, Rule, RuleEntry, rule
 from service.certificate.values import Constant, Squares, SquareTerm, Value, View, identity_of, stand_in
@@ -246,6 +247,9 @@ def _multiply(context: Context, node: Operator, inputs: Operands) -> list[Value]
             if one.sign_of is not other:
                 raise Refusal("the sign of a sum of squares is multiplied with something else")
             return [one.sign_of]
+    if not isinstance(left, Constant) and not isinstance(right, Constant):
+        one, other = (square(context, value) if isinstance(value, Squares) else value for value in inputs)
+        return [product(context, data_operand(one), data_operand(other))]
     if isinstance(left, Constant):
         left, right = right, left
     return [_scaled(context, _sum_of_squares(left), float_operand(right, "the factor"))]

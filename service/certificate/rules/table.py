@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from service.certificate.facts import Facts, LocalError
+from service.certificate.formulas import Formula
 from service.certificate.joint import Joint
 from service.certificate.rounding import Precision, gamma_up
 from service.certificate.rules.operands import Array, Operands
@@ -42,6 +43,8 @@ class Context:
     domain: Domain
     precision: Precision
     sorted_pairs: dict[frozenset[Identity], Source] = field(default_factory=dict[frozenset[Identity], Source])
+    formulas: dict[Source, tuple[View, Formula]] = field(default_factory=dict[Source, tuple[View, Formula]])
+    """Sources that are elementwise functions of a tensor, the same function for each element."""
     joint: Joint = field(init=False)
     theorem: str | None = None
     """Theorem that gave the bound of the current node, where it is not the first line of its rule."""

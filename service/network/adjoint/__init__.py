@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from service.network.adjoint import choices, elementwise, linear, rearrangements
 from service.network.adjoint.builder import PULLBACKS, Builder
 from service.network.adjoint.elementwise import sorted_pair
 from service.network.operators import Network, Operator, Tensor, UnsupportedModelError
 
 MODULES = (choices, elementwise, linear, rearrangements)
+
+
+def without_gradient(operators: Sequence[Operator]) -> list[str]:
+    """Return the reasons against a gradient: the operators without a pullback."""
+    return [
+        f"{operator.label or operator.kind}: no gradient of this operator"
+        for operator in operators
+        if operator.kind not in PULLBACKS
+    ]
 
 
 def differentiate(network: Network) -> Network:
@@ -19,11 +30,7 @@ def differentiate(network: Network) -> Network:
     Raises:
         UnsupportedModelError: operators without a pullback; the message names them.
     """
-    missing = [
-        f"{operator.label or operator.kind}: no gradient of this operator"
-        for operator in network.operators
-        if operator.kind not in PULLBACKS
-    ]
+    missing = without_gradient(network.operators)
     if missing:
         raise UnsupportedModelError(missing)
     b = Builder(network)
@@ -91,4 +98,4 @@ def _is_pair(operator: Operator) -> bool:
     )
 
 
-__all__ = ["MODULES", "PULLBACKS", "differentiate"]
+__all__ = ["MODULES", "PULLBACKS", "differentiate", "without_gradient"]

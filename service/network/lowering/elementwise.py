@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -166,4 +167,50 @@ def _power(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
     exponent = float(array.item())
     if exponent == 1.0:
         return [x]
+    if exponent == 3.0:
+        return [_product(reading, node, _product(reading, node, x, x), x)]
     return reading.emit(node, [x, Constant(np.array(exponent, reading.precision))], x.shape)
+
+
+# --- activations that are products of simpler ones --------------------------------------------------------------------
+
+
+def _one(reading: Reading, node: Node, kind: str, *operands: Tensor | float) -> Tensor:
+    """Return the result of an operator on tensors of one shape and numbers of the network's precision."""
+    stated = [one if isinstance(one, Tensor) else Constant(np.array(one, reading.precision)) for one in operands]
+    (shape,) = {one.shape for one in operands if isinstance(one, Tensor)}
+    (result,) = reading.emit(node.called(kind), stated, shape)
+    return result
+
+
+def _product(reading: Reading, node: Node, left: Tensor, right: Tensor | float) -> Tensor:
+    return _one(reading, node, "Mul", left, right)
+
+
+@lowers("Gelu", versions=(20,), attributes=("approximate",))
+def _gelu(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
+    """Return `x / 2 (1 + erf(x / sqrt 2))`, or with tanh; the irrational constants are the nearest of the precision."""
+    x = tensor_operand(operand(inputs, 0))
+    if node.text("approximate", "none", ("none", "tanh")) == "none":
+        inner = _one(reading, node, "Erf", _product(reading, node, x, math.sqrt(0.5)))
+    else:
+        cube = _product(reading, node, _product(reading, node, _product(reading, node, x, 0.044715), x), x)
+        argument = _product(reading, node, _one(reading, node, "Add", x, cube), math.sqrt(2.0 / math.pi))
+        inner = _one(reading, node, "Tanh", argument)
+    return [_product(reading, node, _product(reading, node, x, 0.5), _one(reading, node, "Add", inner, 1.0))]
+
+
+@lowers("Mish", versions=(18, 22))
+def _mish(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
+    """Return `x tanh(softplus(x))`."""
+    x = tensor_operand(operand(inputs, 0))
+    return [_product(reading, node, x, _one(reading, node, "Tanh", _one(reading, node, "Softplus", x)))]
+
+
+@lowers("Swish", versions=(24,), attributes=("alpha",))
+def _swish(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
+    """Return `x sigmoid(alpha x)`."""
+    x = tensor_operand(operand(inputs, 0))
+    alpha = node.number("alpha", 1.0)
+    scaled = x if alpha == 1.0 else _product(reading, node, x, alpha)
+    return [_product(reading, node, x, _one(reading, node, "Sigmoid", scaled))]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from service.network.lowering.table import Inputs, Known, Reading, lowers, operand, tensor_operand
 from service.network.nodes import Node
-from service.network.operators import Refusal
+from service.network.operators import Constant, Refusal
 
 Pads = list[tuple[int, int]]
 _SAME = ("SAME_UPPER", "SAME_LOWER")
@@ -147,3 +149,16 @@ def _global_pool(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known
     if len(x.shape) < 2:
         raise Refusal("it needs channels and at least one spatial axis")
     return reading.emit(node, [x], (x.shape[0], *[1] * (len(x.shape) - 1)))
+
+
+@lowers("GlobalLpPool", versions=(2, 22), attributes=("p",))
+def _global_lp_pool(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
+    """Return ReduceL2 over the spatial axes."""
+    x = tensor_operand(operand(inputs, 0))
+    if len(x.shape) < 2:
+        raise Refusal("it needs channels and at least one spatial axis")
+    if node.integer("p", 2) != 2:
+        raise Refusal("p other than 2 has no proved rule")
+    axes = Constant(np.arange(2, len(x.shape) + 1))
+    shape = (x.shape[0], *[1] * (len(x.shape) - 1))
+    return reading.emit(node.called("ReduceL2"), [x, axes], shape, keepdims=1, noop_with_empty_axes=0)

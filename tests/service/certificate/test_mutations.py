@@ -37,6 +37,7 @@ from service.certificate.rules import (
     operands,
     piecewise,
     pooling,
+    products,
     rearrangements,
     reductions,
     resizing,
@@ -48,7 +49,7 @@ from service.certificate.rules import (
 from service.network import operators
 
 RULES = (
-    *(activations, arithmetic, convolution, linear, operands, piecewise, pooling, rearrangements, reductions),
+    *(activations, arithmetic, convolution, linear, operands, piecewise, pooling, products, rearrangements, reductions),
     *(resizing, selections, squares, table, windows),
 )
 MODULES = (analysis, convolutions, descent, facts, joint, kernels, matrices, norms, torus, values, *RULES)
@@ -421,6 +422,36 @@ MUTANTS = [
             activations, "_activated", lambda *a, **k: activated(*a, **{**k, "slope": 0.9 * k["slope"]})
         ),
         ("activation",),
+    ),
+    Mutant(
+        0,
+        "one factor of a product taken for a constant",
+        lambda p: p.setattr(products, "add_up", max),
+        ("gated",),
+    ),
+    Mutant(
+        0,
+        "slopes of a function at the centre of its range",
+        lambda p: p.setattr(products, "_range", lambda context, base: (float(base.center.min()),) * 2),
+        ("gated",),
+    ),
+    Mutant(
+        0,
+        "functions of different elements taken for functions of one",
+        lambda p: p.setattr(products, "identity_of", lambda view: view.shape),
+        ("gated",),
+    ),
+    Mutant(
+        0,
+        "error of a product without those of its factors",
+        lambda p: p.setattr(
+            products,
+            "Facts",
+            lambda **bounds: facts.Facts(**{**bounds, "error": 0.0, "error_max": 0.0}),
+        ),
+        ("gated", "dense"),
+        3,
+        of_errors=True,
     ),
     Mutant(
         0,

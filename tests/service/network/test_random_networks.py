@@ -104,7 +104,9 @@ def test_gradients_are_slopes_but_for_kinks(first: int) -> None:
         if network is None:
             continue
         try:
-            certify(graph.model)
+            if certify(graph.model).logit_error > 1.0:
+                # Difference quotients may be rounding errors.
+                continue
             of_one = disagreements(network, seed)
         except (UnsupportedModelError, GraphError):
             continue
