@@ -34,7 +34,7 @@ ASSUMPTIONS = (
         "each operator is one kernel, which computes the operator of the ONNX specification.",
         tests=[
             "tests/service/runtime/test_session.py::test_every_node_of_a_graph_is_one_kernel",
-            "tests/service/network/test_reader.py::test_a_network_that_is_written_is_read_back",
+            "tests/service/network/test_random_networks.py::test_a_network_that_is_written_is_read_back",
         ],
     ),
     Assumption(
