@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -96,13 +97,9 @@ def _constant(node: Node, arrays: list[Array]) -> list[Array]:
     match name:
         case "value" if isinstance(value, np.ndarray):
             return [value]
-        case "value_float":
-            return [np.float32(value).reshape(())]  # type: ignore[arg-type]
-        case "value_floats":
+        case "value_float" | "value_floats":
             return [np.array(value, np.float32)]
-        case "value_int":
-            return [np.array(value, np.int64)]
-        case "value_ints":
+        case "value_int" | "value_ints":
             return [np.array(value, np.int64)]
         case _:
             raise Refusal(f"attribute {name} is not supported; store the constant as a dense tensor of numbers")
@@ -370,28 +367,21 @@ def _compare(node: Node, arrays: list[Array]) -> list[Array]:
     return [np.asarray(_COMPARISONS[node.kind](left, right))]
 
 
-@evaluates("Not")
-def _not(node: Node, arrays: list[Array]) -> list[Array]:
-    return [np.logical_not(arrays[0])]
-
-
-@evaluates("Abs", "Neg", "Relu", "Sign")
+@evaluates("Abs", "Neg", "Not", "Relu", "Sign")
 def _unary(node: Node, arrays: list[Array]) -> list[Array]:
     data = arrays[0]
     if data.dtype.kind == "i" and data.size and data.min() == np.iinfo(data.dtype).min:
         raise Refusal("the smallest integer has no opposite")
-    functions = {"Abs": np.abs, "Neg": np.negative, "Relu": lambda x: np.maximum(x, 0).astype(x.dtype), "Sign": np.sign}
+    if node.kind == "Relu":
+        return [np.maximum(data, 0).astype(data.dtype)]
+    functions = {"Abs": np.abs, "Neg": np.negative, "Not": np.logical_not, "Sign": np.sign}
     return [np.asarray(functions[node.kind](data))]
 
 
 @evaluates("Max", "Min")
 def _largest(node: Node, arrays: list[Array]) -> list[Array]:
     _limited(np.broadcast_shapes(*(array.shape for array in arrays)))
-    choose = np.maximum if node.kind == "Max" else np.minimum
-    result = arrays[0]
-    for array in arrays[1:]:
-        result = choose(result, array)
-    return [np.asarray(result)]
+    return [np.asarray(reduce(np.maximum if node.kind == "Max" else np.minimum, arrays))]
 
 
 @evaluates("Clip")
@@ -416,16 +406,13 @@ def _reduce(node: Node, arrays: list[Array]) -> list[Array]:
     chosen = tuple(_axis(axis, data.ndim) for axis in axes) if axes else None
     keep = node.flag("keepdims", 1)
     if node.kind != "ReduceProd":
-        reduce = np.max if node.kind == "ReduceMax" else np.min
-        return [np.asarray(reduce(data, axis=chosen, keepdims=keep))]
+        choose = np.max if node.kind == "ReduceMax" else np.min
+        return [np.asarray(choose(data, axis=chosen, keepdims=keep))]
     if data.dtype.kind not in "iu":
         raise Refusal(ROUNDS)
     # Of absolute values: each product on the way is within, too.
-    product = 1
-    for number in data.ravel().tolist():
-        product *= max(1, abs(number))
-        if product >= 2**24:
-            raise Refusal("a product of integers beyond 24 bits: runtimes compute it in formats of their own")
+    if reduce(lambda product, one: min(product * max(1, abs(one)), 2**24), data.ravel().tolist(), 1) >= 2**24:
+        raise Refusal("a product of integers beyond 24 bits: runtimes compute it in formats of their own")
     return [np.asarray(np.prod(data, axis=chosen, keepdims=keep, dtype=data.dtype))]
 
 

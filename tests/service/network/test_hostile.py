@@ -187,6 +187,12 @@ def _function(model: onnx.ModelProto) -> None:
     )
 
 
+def _sparse(model: onnx.ModelProto) -> None:
+    sparse = model.graph.sparse_initializer.add(dims=[4])
+    sparse.values.CopyFrom(numpy_helper.from_array(np.ones(1), "w"))
+    sparse.indices.CopyFrom(numpy_helper.from_array(np.zeros(1, np.int64), "i"))
+
+
 def _initializer(**fields: object) -> Edit:
     return lambda model: model.graph.initializer.append(TensorProto(name="w", **fields))  # type: ignore[arg-type]
 
@@ -222,6 +228,12 @@ NO_MODEL: dict[str, tuple[Callable[[], bytes], str]] = {
     "an output that is a weight": (
         lambda: edited(lambda model: (_initializer(data_type=11, dims=[4], double_data=[1.0] * 4)(model),
                                       setattr(model.graph.output[0], "name", "w"))), "does not depend on the image"),
+    "two images": (
+        lambda: edited(lambda model: model.graph.input.append(helper.make_tensor_value_info("x", 11, ["N", 4]))),
+        "2 inputs"),
+    "an opset before 7": (
+        lambda: edited(lambda model: setattr(model.opset_import[0], "version", 6)), "opsets 7 to"),
+    "a sparse weight": (lambda: edited(_sparse), "store them dense"),
     "two outputs": (
         lambda: edited(lambda model: model.graph.output.add().CopyFrom(model.graph.output[0])), "2 outputs"),
     "a node before its operand": (
@@ -246,6 +258,18 @@ NO_MODEL: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_bytes_that_are_no_model_end_in_one_line(kind: str) -> None:
     build, expected = NO_MODEL[kind]
     assert expected in "\n".join(reasons(build()))
+
+
+def test_a_constant_in_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "w").write_bytes(np.ones(4).tobytes())
+    monkeypatch.chdir(tmp_path)
+
+    def build(b: GraphBuilder) -> str:
+        place = onnx.StringStringEntryProto(key="location", value="w")
+        outside = TensorProto(data_type=11, dims=[4], data_location=1, external_data=[place])
+        return b.one("Add", "image", b.one("Constant", value=outside))
+
+    assert "outside the file" in reasons(model_of(build))[0]
 
 
 def test_numbers_beyond_the_format_are_no_warning(recwarn: pytest.WarningsRecorder) -> None:
