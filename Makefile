@@ -32,7 +32,7 @@ PEERS := .venv-peers
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs bench lock image clean
+.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence bench lock image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -89,6 +89,10 @@ soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they ar
 
 random-graphs: $(VENV)/test $(VENV)/project  ## certify 25,000 random graphs and look for a contradiction of a proof (half an hour), write its section of benchmarks/SOUNDNESS.md
 	$(RUN) benchmarks/random_graphs.py --write
+
+evidence: $(VENV)/test $(VENV)/project  ## write and check the evidence folder of every shipped model (two minutes), below build/evidence
+	rm -rf build/evidence
+	set -e; for model in models/zoo/*; do $(RUN) -m lipcert evidence $$model --out build/evidence/$${model##*/}; done
 
 bench: DATA ?= data
 bench: $(PEERS)/installed $(PEERS)-mlserver/installed $(PEERS)-triton/installed $(VENV)/test $(VENV)/project  ## measure the service beside ONNX Runtime alone and other servers (wrk; MNIST in DATA=DIR; half an hour), write benchmarks/RESULTS.md and its plots

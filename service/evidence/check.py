@@ -38,6 +38,7 @@ U, TINY, UNDERFLOW = Fraction(1, 2**53), Fraction(1, 2**1022), Fraction(1, 2**30
 
 
 def require(condition: object, reason: str) -> None:
+    """Raise `ValueError` with the reason unless the condition is true."""
     if not condition:
         raise ValueError(reason)
 
@@ -60,7 +61,7 @@ def squares(values: np.ndarray) -> Fraction:
     return Fraction(math.fsum(np.square(values).ravel())) * (1 + 4 * U) + UNDERFLOW
 
 
-def prove_norm(weight: np.ndarray, bound: Fraction, label: str) -> None:
+def _prove_norm(weight: np.ndarray, bound: Fraction, label: str) -> None:
     """Prove `||W||_2 <= bound`: `s I - W^T W` is positive semidefinite for `s = bound^2`.
 
     Let G be the computed Gram matrix of the smaller side n; its rounding is at most `gamma_m ||W||_F^2`. If a Cholesky
@@ -267,7 +268,7 @@ class Walk:
             largest = self.error_max + own + joint * Fraction(np.abs(constant).max())
             self._rounded(own + joint * root(squares(constant)), largest, TINY)
         elif step.kind == "dense":
-            prove_norm(constant, norm := next(norms), step.label)
+            _prove_norm(constant, norm := next(norms), step.label)
             (blocks, n), before, row = step.reads.shape, self.norm(), root(max(map(squares, constant)))
             made = np.dot(self.integers(constant), x.transpose(1, 0, 2).reshape(n, -1))
             made = made.reshape(len(constant), blocks, -1).transpose(1, 0, 2).reshape(len(constant) * blocks, -1)
@@ -297,7 +298,7 @@ class Walk:
         return {(i, j): up(lipschitz * root(squares(weight[i] - weight[j]) * (1 + 4 * U))) for i, j in pairs}
 
 
-def confirm(bound: Fraction, value: Any, where: str, slack: Fraction) -> None:
+def _confirm(bound: Fraction, value: Any, where: str, slack: Fraction) -> None:
     """Require a stated upper bound to be at least the one proved here, and not far above it."""
     require(bound <= Fraction(value) <= bound * slack, f"{where}: {value!r}, and {float(bound)!r} is proved here")
 
@@ -334,7 +335,7 @@ def read(folder: Path) -> tuple[dict[str, Any], Chain]:
     return evidence, chain
 
 
-def check_vector(vector: dict[str, Any], logits: list[Fraction], bounds: dict[str, Any], labels: list[str]) -> None:
+def _check_vector(vector: dict[str, Any], logits: list[Fraction], bounds: dict[str, Any], labels: list[str]) -> None:
     """Check one test vector against its exact logits."""
     name, error = vector["name"], Fraction(bounds["logit_error"])
     ends = [[Fraction(end) for end in pair] for pair in vector["exact_logits"]]
@@ -372,20 +373,20 @@ def check(folder: Path) -> str:
         require(theorem and node["operator"] in node["source"], f"{step.label}: another theorem or source")
         if step.kind != "move":
             walk.take(step, norms)
-        confirm(walk.lipschitz, node["lipschitz_bound"], f"{step.label}: lipschitz_bound", Fraction(10001, 10000))
-        confirm(walk.error, node["error"], f"{step.label}: error", Fraction(5, 4))
+        _confirm(walk.lipschitz, node["lipschitz_bound"], f"{step.label}: lipschitz_bound", Fraction(10001, 10000))
+        _confirm(walk.error, node["error"], f"{step.label}: error", Fraction(5, 4))
     error, stated, k = min(walk.error, walk.error_max), bounds["logit_error"], bounds["margin_bounds"]
-    confirm(error, stated, "logit_error", Fraction(101, 100))
+    _confirm(error, stated, "logit_error", Fraction(101, 100))
     same = stated == evidence["replication"]["bound"] and bounds["lipschitz_bound"] == nodes[-1]["lipschitz_bound"]
     require(same and {len(k), *map(len, k)} == {max(2, chain.n_outputs)}, "bounds: two values, or not K x K")
     require(margins := walk.margins(chain.n_outputs), "bounds: the logits are no linear forms of one tensor")
     for (i, j), bound in margins.items():
-        confirm(bound, k[i][j], f"margin_bounds[{i}][{j}]", Fraction(1000001, 1000000))
+        _confirm(bound, k[i][j], f"margin_bounds[{i}][{j}]", Fraction(1000001, 1000000))
         require(k[i][j] == k[j][i] and k[i][i] == k[j][j] == 0, "margin_bounds: not symmetric")
     for column, vector in enumerate(vectors, 1):
         logits = [Fraction(int(v), 255 << walk.scale) for v in walk.x[:, column]]
         logits += [-logits[0]] if len(logits) == 1 else []
-        check_vector(vector, logits, bounds, evidence["identity"]["labels"])
+        _check_vector(vector, logits, bounds, evidence["identity"]["labels"])
     return f"{len(nodes)} nodes, {len(dense)} norms, {len(vectors)} test vectors, logit error {float(error):.4g}"
 
 

@@ -26,6 +26,7 @@ code, td.n, th.n, .digest { font-family: ui-monospace, "SF Mono", Menlo, Consola
 .digest { overflow-wrap: anywhere }
 table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-size: .92em }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
+td:last-child { overflow-wrap: anywhere }
 thead th { background: var(--soft); font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
 tbody th { font-weight: 500; white-space: nowrap } table.narrow { width: auto }
 .claims { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; margin: 1.4rem 0 }
@@ -173,7 +174,8 @@ def _derivation(evidence: Evidence) -> str:
     head = ["", "node", "Lipschitz bound", "error", "theorem", "source"]
     return (
         "<p>For every image of the box. Lipschitz bound: L2, from the image to the output of the node. Error: L2 norm "
-        "of computed minus exact output. Both rounded upwards.</p>" + _table(head, rows, (0, 2, 3))
+        "of computed minus exact output; of the last node, of all logits together. Both rounded upwards.</p>"
+        + _table(head, rows, (0, 2, 3))
     )
 
 

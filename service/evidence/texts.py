@@ -68,8 +68,8 @@ ASSUMPTIONS = (
 REPLICATION = (
     "Approximated replication of the ML model description (the exact real-number network of model.onnx) by the "
     "implementation (the float64 or float32 graph in ONNX Runtime): for every image of [0, 1]^d, every batch, number "
-    "of threads and order of summation, each computed logit is within `bound` of the exact logit. A certified class is "
-    "the class of the exact network and of every such implementation."
+    "of threads and order of summation, each computed logit is within the bound of the exact logit. A certified class "
+    "is the class of the exact network and of every such implementation."
 )
 
 NOT_COVERED = (

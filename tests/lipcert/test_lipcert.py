@@ -90,6 +90,7 @@ def test_unknown_command_is_refused_with_those_that_exist(capsys: pytest.Capture
         ("serve", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
         ("audit", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
         ("import", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
+        ("evidence", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
         ("certify", {"onnxruntime", "pydantic", "uvicorn", "models"}),
         ("train", {"torch", "numpy", "onnx", "onnxruntime", "uvicorn"}),
         ("evaluate", {"torch", "numpy", "onnx", "onnxruntime", "uvicorn"}),
@@ -116,6 +117,7 @@ finally:
         (["train", "mnist", "--out", "out"], "torch", "pip install 'lipcert[cpu,train,evaluate]'"),
         (["evaluate", "models/zoo/mnist"], "onnxruntime", "pip install 'lipcert[cpu,train,evaluate]'"),
         (["serve"], "onnxruntime", "pip install 'lipcert[cpu]'"),
+        (["evidence", "models/zoo/mnist", "--out", "out"], "onnxruntime", "pip install 'lipcert[cpu]'"),
     ],
 )
 def test_command_without_its_library_says_what_to_install(arguments: list[str], library: str, advice: str) -> None:
