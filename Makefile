@@ -57,8 +57,8 @@ check-contracts:
 check-documents:
 	$(RUN) -m pytest --quiet $(DOCUMENT_TESTS)
 
-test: check  ## make check, then all other tests
-	$(RUN) -m pytest $(DOCUMENT_TESTS:%=--ignore=%)
+test: check  ## make check, then all other tests, a process for each of at most four CPUs
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(DOCUMENT_TESTS:%=--ignore=%)
 
 # The processes that tests start are measured as well.
 coverage: $(VENV)/test $(VENV)/project  ## run all tests, measure the lines of the product that they run, write docs/coverage.md

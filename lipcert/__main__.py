@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "serve": "serve models over HTTP, as `python -m service`",
     "audit": "audit an archived answer, as `python -m service audit`",
+    "evidence": "write the evidence folder of an artefact, as `python -m service evidence`",
     "certify": "prove bounds of an ONNX file, as `python -m service.certificate`",
     "import": "make an artefact of an ONNX file, as `python -m service import`",
     "train": "train, export and measure a recipe, as `python -m models train`",
@@ -47,9 +48,9 @@ def _run(command: str, arguments: list[str]) -> int:
         from models.__main__ import main as train_or_evaluate
 
         return train_or_evaluate([command, *arguments], "lipcert")
-    from service.__main__ import main as serve_import_or_audit
+    from service.__main__ import main as service
 
-    return serve_import_or_audit([command, *arguments], "lipcert")
+    return service([command, *arguments], "lipcert")
 
 
 if __name__ == "__main__":

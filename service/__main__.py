@@ -4,9 +4,12 @@
 `python -m service audit ANSWER.json IMAGE --model ARTEFACT`: audit an archived answer, see docs/audit.md.
 `python -m service import FILE.onnx --out DIR`: make an artefact of an ONNX file, see docs/import.md.
 
-Exit status: 0 stopped on request, or the answer holds, or the file is imported; 1 a model, the provider or the port is
-not available, or the answer does not hold; 2 a setting, the command or a file to be audited is not valid, or a file is
-not imported; 3 the audit is undecided; 70 the GPU was lost while serving.
+`python -m service evidence ARTEFACT --out DIR`: write the evidence folder of an artefact, see docs/evidence.md.
+
+Exit status: 0 stopped on request, the answer holds, the file is imported, or the second program accepts the folder; 1 a
+model, the provider or the port is not available, or the answer does not hold; 2 a setting, the command, a file to be
+audited or DIR is not valid, or a file is not imported; 3 the audit is undecided, or the second program refuses the
+folder; 70 the GPU was lost while serving.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
 
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=program, description="Serve certified classifiers; import others; audit answers."
+        prog=program, description="Serve certified classifiers; import others; audit answers; write evidence."
     )
     parser.set_defaults(run=_serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -68,6 +71,20 @@ def _parser(program: str) -> argparse.ArgumentParser:
     audit.add_argument("image", type=Path, metavar="IMAGE", help="the image file that was sent, or the npy array")
     audit.add_argument("--model", type=Path, required=True, metavar="ARTEFACT", help="the folder of the model")
     audit.set_defaults(run=_audit)
+    evidence = commands.add_parser(
+        "evidence",
+        help="Write the evidence folder of an artefact.",
+        description="Write one folder for the engineer who signs for a classifier: derivation, bounds, norm "
+        "certificates, exact test vectors, assumptions; index.html for a browser, evidence.json for a machine. Ends "
+        "with the verdict of check.py, a second program in that folder: `accepted: ...` (exit status 0) or `refused: "
+        "REASON` (3).",
+    )
+    evidence.add_argument("artefact", type=Path, metavar="ARTEFACT", help="the folder of the model")
+    evidence.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the new folder; must be empty if it exists"
+    )
+    evidence.add_argument("--images", type=Path, metavar="DIR", help="image files that become test vectors, too")
+    evidence.set_defaults(run=_evidence)
     _describe_import(
         commands.add_parser(
             "import",
@@ -158,6 +175,17 @@ def _audit(chosen: argparse.Namespace) -> int:
     verdict = audit(chosen.answer, chosen.image, chosen.model)
     sys.stdout.write("".join(f"{line}\n" for line in verdict.lines))
     return statuses[verdict.conclusion]
+
+
+def _evidence(chosen: argparse.Namespace) -> int:
+    if importlib.util.find_spec("onnxruntime") is None:
+        _log.error("evidence needs onnxruntime, which is not installed: `pip install 'lipcert[cpu]'`, or [gpu]")
+        return 1
+    from service.evidence.folder import write_evidence
+
+    verdict = write_evidence(chosen.artefact, chosen.out, chosen.images)
+    sys.stdout.write(f"{verdict.line}\n")
+    return 0 if verdict.accepted else 3
 
 
 def _serve(_: argparse.Namespace) -> int:

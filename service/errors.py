@@ -32,7 +32,7 @@
       ├─ ProviderError                   the requested execution provider is not available
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
       ├─ PortError                       the address to listen on is not available
-      ├─ KeptError                       an audited file is missing or of another kind
+      ├─ KeptError                       a file of an audit or of evidence is missing or of another kind
       └─ ImportRefusedError              an ONNX file cannot become an artefact
 
 The message of every error states the cause, the expected value and the remedy; `service.api.problem` maps each class to
@@ -256,7 +256,7 @@ class PortError(LipcertError):
 
 
 class KeptError(LipcertError):
-    """An audited file is missing or of another kind than expected."""
+    """A file of an audit, or a path of an evidence folder, is missing or of another kind than expected."""
 
 
 class ImportRefusedError(LipcertError):

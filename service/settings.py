@@ -55,6 +55,12 @@ class Settings(BaseSettings):
     """Execution provider: `auto` takes CUDA where it works, else warns and takes the CPU; `cuda` ends the start where
     CUDA does not work."""
 
+    proof_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Most seconds that the proof of one model may take at the start; 0 sets no limit."""
+
+    proof_bytes: Annotated[int, Field(ge=0)] = 0
+    """Most memory of a process that proves models at the start, in bytes; 0 sets no limit."""
+
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 1024 * 1024
     """Largest request body, in bytes; enforced while the body arrives."""
 

@@ -568,12 +568,15 @@ def _batch_normalization(numbers: Numbers, operands: Operands, attributes: dict[
 
 def _resize(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> Array:
     x = operands[0]
-    sizes = [int(size) for size in operands[3]] if len(operands) > 3 else None
-    if sizes is None:
-        scales = [Fraction(float(str_or)) for str_or in _floats_of(operands[2])]
-        sizes = [math.floor(n * scale) for n, scale in zip(x.shape, scales, strict=True)]
-    else:
-        scales = [Fraction(size, n) for n, size in zip(x.shape, sizes, strict=True)]
+    axes = [int(axis) % x.ndim for axis in attributes.get("axes", range(x.ndim))]
+    scales, sizes = [Fraction(1)] * x.ndim, list(x.shape)
+    for position, axis in enumerate(axes):
+        if len(operands) > 3:
+            sizes[axis] = int(operands[3][position])
+            scales[axis] = Fraction(sizes[axis], x.shape[axis])
+        else:
+            scales[axis] = Fraction(float(_floats_of(operands[2])[position]))
+            sizes[axis] = math.floor(x.shape[axis] * scales[axis])
     how = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
     rounding = attributes.get("nearest_mode", b"round_prefer_floor").decode()
     for axis in range(2, x.ndim):

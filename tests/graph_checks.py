@@ -233,7 +233,7 @@ class Search:
         moved = np.concatenate([centre_D[None], centre_D + STEP * np.eye(size)])
         values = self.program.evaluate(moved.reshape(-1, *self.shape), self.program.exact_numbers)
         value = values["logits" if name.startswith("margin") else name].reshape(size + 1, -1)
-        jacobian_DK = np.vectorize(_float, otypes=[np.float64])(value[1:] - value[0]) / STEP
+        jacobian_DK = np.vectorize(as_float, otypes=[np.float64])(value[1:] - value[0]) / STEP
         if name.startswith("margin") and jacobian_DK.shape[1] > 1:
             i, j = (int(k) for k in name.split()[1:])
             jacobian_DK = (jacobian_DK[:, i] - jacobian_DK[:, j])[:, None]
@@ -253,8 +253,8 @@ class Search:
         found = []
         for name, bound in self.lipschitz.items():
             y = values[name].reshape(2, -1)
-            if ((y[0] - y[1]) ** 2).sum() > _number(bound, square) ** 2 * square:
-                ratio = float(_float(((y[0] - y[1]) ** 2).sum()) / _float(square)) ** 0.5
+            if ((y[0] - y[1]) ** 2).sum() > as_number(bound, square) ** 2 * square:
+                ratio = float(as_float(((y[0] - y[1]) ** 2).sum()) / as_float(square)) ** 0.5
                 found.append(f"{name}: a secant of {ratio!r} against the bound {bound!r}")
         logits = values["logits"]
         logits = np.concatenate([logits, -logits], axis=1) if logits.shape[1] == 1 else logits
@@ -262,17 +262,17 @@ class Search:
             for j in range(i):
                 difference = (logits[0, i] - logits[0, j]) - (logits[1, i] - logits[1, j])
                 bound = float(self.bounds.margins_KK[i, j])
-                if difference**2 > _number(bound, square) ** 2 * square:
-                    ratio = (_float(difference**2) / _float(square)) ** 0.5
+                if difference**2 > as_number(bound, square) ** 2 * square:
+                    ratio = (as_float(difference**2) / as_float(square)) ** 0.5
                     found.append(f"margin {i} {j}: a secant of {ratio!r} against the bound {bound!r}")
         return found
 
 
-def _number(value: float, like: object) -> fmpq | arb:
+def as_number(value: float, like: object) -> fmpq | arb:
     return arb(value) if isinstance(like, arb) else fmpq(*value.as_integer_ratio())
 
 
-def _float(value: fmpq | arb) -> float:
+def as_float(value: fmpq | arb) -> float:
     return float(value) if isinstance(value, arb) else int(value.p) / int(value.q)
 
 
@@ -324,14 +324,14 @@ def error_findings(graph: Graph, bounds: Bounds, seed: int = 0, images: int = 3)
     for k in range(len(pixels_NX)):
         if not all(np.isfinite(array[k]).all() for array in computed.values()):
             return ["a computed value is not finite"]
-        worst = max((abs(off) for off in numbers.convert(computed["logits"][k]) - exact["logits"][k]), key=_float)
-        if worst > _number(bounds.logit_error, worst):
-            found.append(f"logits: off by {_float(worst)!r} against the bound {bounds.logit_error!r}")
+        worst = max((abs(off) for off in numbers.convert(computed["logits"][k]) - exact["logits"][k]), key=as_float)
+        if worst > as_number(bounds.logit_error, worst):
+            found.append(f"logits: off by {as_float(worst)!r} against the bound {bounds.logit_error!r}")
         for name, bound in errors.items():
             off = numbers.convert(computed[name][k].ravel()) - exact[name][k].ravel()
             square = (off * off).sum()
-            if square > _number(bound, square) ** 2:
-                found.append(f"{name}: off by {_float(square) ** 0.5!r} in L2 against the bound {bound!r}")
+            if square > as_number(bound, square) ** 2:
+                found.append(f"{name}: off by {as_float(square) ** 0.5!r} in L2 against the bound {bound!r}")
     return found
 
 

@@ -139,6 +139,6 @@ def describe_in_full(classifier: Classifier, default_model: str) -> ModelAnswer:
     return ModelAnswer(
         **dict(describe(classifier, default_model)),
         precision=classifier.certificate.precision,
-        margin_bounds=classifier.certificate.margin_bounds_KK.tolist(),
+        margin_bounds=classifier.certificate.margin_table(),
         card=classifier.card.model_dump(mode="json"),
     )

@@ -80,6 +80,8 @@ def create_app(
         redirect_slashes=False,
         dependencies=dependencies,
         lifespan=_closing(batcher),
+        # FastAPI would look for a provider of traces in each request, for 5 us; a tracer can be added as a middleware.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         generate_unique_id_function=lambda route: route.name,
         openapi_tags=[
             {"name": "predict", "description": "Classes, certified radii and counterfactuals."},

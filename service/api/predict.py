@@ -33,7 +33,7 @@ from service.settings import Settings
 
 Result = TypeVar("Result")
 
-# Decoded in some 50 microseconds, or refused from the header.
+# Decoded in some 30 microseconds, or refused from the header.
 _AT_ONCE_BYTES = 8 * 1024
 _AT_ONCE_PIXELS = 4096
 
@@ -80,7 +80,7 @@ class Service:
         head = read_head(request, accepted)
         limit = self.settings.max_body_bytes
         n_bytes = limit if head.length is None else min(limit, head.length)
-        async with self.batcher.place(n_bytes, min(self.settings.deadline_s, head.wait_s)):
+        with self.batcher.place(n_bytes, min(self.settings.deadline_s, head.wait_s)):
             content = await read_body(request, head, limit)
             return await self.batcher.ask(question_of(head, content), len(content))
 
@@ -128,7 +128,7 @@ class ImageQuestion:
         parse = parse_batch if self.is_batch else parse_predict
         options, images = parse(self.head, self.query, self.content)
         classifier = service.models[settings.default_model if options.model is None else options.model]
-        if isinstance(images, EncodedBatch | ArrayBatch):
+        if isinstance(images, (EncodedBatch, ArrayBatch)):
             pixels_NCHW = images.decode(classifier.input_shape, max_pixels, settings.max_batch, options.resize)
         else:
             pixels_NCHW = images.decode(classifier.input_shape, max_pixels)[np.newaxis]

@@ -207,8 +207,8 @@ class ModelAnswer(ModelSummary):
 
     precision: str
     """Floating-point type of its graph, to which `logit_error` refers."""
-    margin_bounds: list[list[float | None]]
-    """K x K: `K_ij` bounds the L2 Lipschitz constant of `f_i - f_j`."""
+    margin_bounds: list[list[float | None]] | None
+    """K x K: `K_ij` bounds the L2 Lipschitz constant of `f_i - f_j`; null above 256 classes."""
     card: dict[str, Any]
     """`card.json` of the artefact: data, loss, seed, accuracy, attacks, licence."""
 

@@ -51,6 +51,7 @@ class VerifierPool:
         self._result_of: dict[Path, BinaryIO] = {}
         self._findings: dict[Path, Findings] = {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._limits = (0.0, 0)
         descriptors: list[int] = []
         try:
             for _ in range(min(cpus, _MOST_PROCESSES)):
@@ -67,12 +68,14 @@ class VerifierPool:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def start(self, folders: Sequence[Path]) -> None:
+    def start(self, folders: Sequence[Path], limits: tuple[float, int] = (0.0, 0)) -> None:
         """Share the work out: the largest artefact first, each to the process with the least work.
 
         Args:
             folders: one artefact each; a process verifies those of its share in this order.
+            limits: of each proof, seconds and bytes: `service.certificate.proof_limits.ProofLimits`.
         """
+        self._limits = limits
         if self._process is None or self._process.stdin is None:
             return
         shares: list[list[Path]] = [[] for _ in self._results[: len(folders)]]
@@ -85,7 +88,7 @@ class VerifierPool:
             shares[self._results.index(self._result_of[folder])].append(folder)
         # A process that has ended is noticed when its results are missing.
         with contextlib.suppress(BrokenPipeError):
-            pickle.dump(shares, self._process.stdin)
+            pickle.dump((shares, limits), self._process.stdin)
             self._process.stdin.flush()
 
     def findings(self, folder: Path) -> Findings:
@@ -97,8 +100,9 @@ class VerifierPool:
         result = self._result_of.get(folder)
         if result is None:
             from service.artefact.verification import verify
+            from service.certificate.proof_limits import ProofLimits
 
-            return verify(folder)
+            return verify(folder, ProofLimits(*self._limits))
         while folder not in self._findings:
             try:
                 about, findings = pickle.load(result)
@@ -174,11 +178,12 @@ def main(results: Sequence[int]) -> None:
         results: descriptors of the pipes.
     """
     from service.artefact.verification import verify
+    from service.certificate.proof_limits import ProofLimits
 
     others: list[int] = []
     status = 1
     try:
-        shares = pickle.load(sys.stdin.buffer)
+        shares, limits = pickle.load(sys.stdin.buffer)
         mine = 0
         # No thread has started yet; a fork would lose it.
         for share in range(1, len(shares)):
@@ -194,7 +199,7 @@ def main(results: Sequence[int]) -> None:
                 os.close(descriptor)
         with os.fdopen(results[mine], "wb") as pipe:
             for folder in shares[mine]:
-                pickle.dump((folder, verify(folder)), pipe)
+                pickle.dump((folder, verify(folder, ProofLimits(*limits))), pipe)
                 pipe.flush()
         status = 0
     except (BrokenPipeError, EOFError):

@@ -7,16 +7,20 @@ The server joins them when the graph is first run; it holds no second copy of th
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from service.network.operators import Constant
+
 _SHORTEST = 1024
 """Bytes of an array that is looked for in the file."""
 _PREFIX = 64
 """Bytes that are looked for before an array is compared."""
+_ATTEMPTS = 16
+"""Places that are compared."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +34,68 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Ranges:
+    """The arrays of a file, and of the same numbers in float64, by their content."""
+
+    of: dict[Constant, Range]
+
+    @classmethod
+    def in_file(cls, file: bytes, held: Sequence[np.ndarray]) -> Ranges:
+        """Return where arrays stand in a file.
+
+        Args:
+            file: its bytes.
+            held: arrays that it holds, in their order.
+        """
+        found: dict[Constant, Range] = {}
+        end = 0
+        for array in held:
+            if array.nbytes < _SHORTEST:
+                continue
+            part = array.tobytes()
+            start = _start(file, part, end)
+            if start < 0:
+                continue
+            end = start + len(part)
+            found.setdefault(Constant(array), Range(start, len(part), widened=False))
+            if array.dtype == np.float32:
+                found.setdefault(Constant(array.astype(np.float64)), Range(start, len(part), widened=True))
+        return cls(found)
+
+
+def _start(file: bytes, part: bytes, first: int) -> int:
+    """Return where `part` stands behind `first`, or -1; a search for all of it would prepare tables of its size.
+
+    Not found is a piece that is no range. So a file of zeros, with which everything begins, is not compared with itself
+    at each of its places.
+    """
+    for _ in range(_ATTEMPTS):
+        first = file.find(part[:_PREFIX], first)
+        if first < 0 or file.startswith(part, first):
+            return first
+        first += 1
+    return -1
+
+
+@dataclass(frozen=True)
 class Splice:
     """A graph as literal bytes and ranges of a file."""
 
     pieces: tuple[bytes | Range, ...]
-    digest: bytes
-    """SHA-256 of the graph."""
+    checksum: int
+    """CRC-32 of the graph: the file has a digest, and this is about how its ranges were joined."""
 
     @classmethod
-    def of(cls, graph: bytes, stored: Sequence[np.ndarray], file: bytes) -> Splice:
-        """Take a graph apart.
+    def of(cls, graph: bytes, pieces: Sequence[bytes | np.ndarray], ranges: Ranges) -> Splice:
+        """Return a graph with ranges of a file in place of arrays that stand there.
 
         Args:
             graph: its bytes.
-            stored: arrays that it holds.
-            file: in which they may stand, too.
+            pieces: the same, in parts.
+            ranges: of the file.
         """
-        pieces: list[bytes | Range] = []
-        done = 0
-        for start, length, found in sorted(_places(graph, stored, file)):
-            if start >= done:
-                pieces += [graph[done:start], found]
-                done = start + length
-        return cls((*pieces, graph[done:]), hashlib.sha256(graph).digest())
+        found = [piece if isinstance(piece, bytes) else _found(piece, ranges) for piece in pieces]
+        return cls(tuple(found), zlib.crc32(graph))
 
     def join(self, file: bytes) -> bytes:
         """Return the graph.
@@ -60,40 +103,19 @@ class Splice:
         Raises:
             ValueError: the file is not the one that the graph was taken apart with.
         """
-        graph = b"".join(piece if isinstance(piece, bytes) else _content(piece, file) for piece in self.pieces)
-        if hashlib.sha256(graph).digest() != self.digest:
+        graph = b"".join(_content(piece, file) for piece in self.pieces)
+        if zlib.crc32(graph) != self.checksum:
             raise ValueError("the graph is not made of this file")
         return graph
 
 
-def _content(piece: Range, file: bytes) -> bytes | memoryview:
+def _found(array: np.ndarray, ranges: Ranges) -> bytes | Range:
+    found = ranges.of.get(Constant(array)) if array.nbytes >= _SHORTEST else None
+    return array.tobytes() if found is None else found
+
+
+def _content(piece: bytes | Range, file: bytes) -> bytes | memoryview:
+    if isinstance(piece, bytes):
+        return piece
     content = memoryview(file)[piece.start : piece.start + piece.length]
-    if not piece.widened:
-        return content
-    return np.frombuffer(content, "<f4").astype("<f8").tobytes()
-
-
-def _places(graph: bytes, stored: Sequence[np.ndarray], file: bytes) -> list[tuple[int, int, Range]]:
-    """Return position and length in the graph, and the range of the file, of each array that stands in both."""
-    places: list[tuple[int, int, Range]] = []
-    for array in stored:
-        content = array.tobytes()
-        if len(content) < _SHORTEST:
-            continue
-        start, found = _find(graph, content), _find(file, content)
-        if start >= 0 and found >= 0:
-            places.append((start, len(content), Range(found, len(content), widened=False)))
-        elif start >= 0 and array.dtype == np.float64:
-            narrow = array.astype("<f4")
-            found = _find(file, narrow.tobytes()) if np.array_equal(narrow, array) else -1
-            if found >= 0:
-                places.append((start, len(content), Range(found, narrow.nbytes, widened=True)))
-    return places
-
-
-def _find(content: bytes, part: bytes) -> int:
-    """Return where `part` stands in `content`, or -1; a search for all of it would prepare tables of its size."""
-    position = content.find(part[:_PREFIX])
-    while position >= 0 and content[position : position + len(part)] != part:
-        position = content.find(part[:_PREFIX], position + 1)
-    return position
+    return np.frombuffer(content, "<f4").astype("<f8").tobytes() if piece.widened else content

@@ -14,16 +14,17 @@ import numpy as np
 from service.artefact.engines import gradient_outputs, load_engine, model_logits, probe
 from service.artefact.files import MODEL_FILE, digest, read_file
 from service.artefact.findings import Findings, Verified
-from service.artefact.splices import Splice
+from service.artefact.splices import Ranges, Splice
 from service.certificate import certify
+from service.certificate.proof_limits import NO_LIMITS, ProofLimits, within
 from service.errors import ArtefactError
-from service.network.graphs import Graph, forward_graph, gradient_graph
+from service.network.graphs import forward_graph, gradient_graph
 from service.network.operators import UnsupportedModelError
-from service.network.reader import read_draft
+from service.network.reader import read_draft, stored_arrays
 
 
-def verify(folder: Path) -> Findings:
-    """Read, prove and run the model in `folder`; a fault is in the findings, not raised.
+def verify(folder: Path, limits: ProofLimits = NO_LIMITS) -> Findings:
+    """Read, prove and run the model in `folder`, each proof within `limits`; a fault is in the findings, not raised.
 
     The graphs run on the CPU also where a GPU will serve them: whatever fails there alone is a fault of the GPU.
     """
@@ -31,34 +32,37 @@ def verify(folder: Path) -> Findings:
     try:
         model_bytes = read_file(folder / MODEL_FILE)
         found = digest(model_bytes)
-        return Findings(found, verify_model(folder, model_bytes))
+        return Findings(found, verify_model(folder, model_bytes, limits))
     except ArtefactError as error:
         return Findings(found, None, (error.file, error.reason))
 
 
-def verify_model(folder: Path, model_bytes: bytes) -> Verified:
+def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMITS) -> Verified:
     """Prove `model.onnx`, and run the graphs that are written from it.
 
     Args:
         folder: of the artefact, for messages.
         model_bytes: content of `model.onnx`.
+        limits: of the proof.
 
     Raises:
-        ArtefactError: the model has no proof, or a graph cannot be run.
+        ArtefactError: the model has no proof within the limits, or a graph cannot be run.
     """
     path = folder / MODEL_FILE
     try:
-        draft = read_draft(model_bytes)
-        certificate = certify(draft)
-        network = draft.network()
-        graphs = forward_graph(network), gradient_graph(network)
+        with within(limits):
+            draft = read_draft(model_bytes)
+            certificate = certify(draft)
+            network = draft.network()
+            graphs = forward_graph(network), gradient_graph(network)
     except UnsupportedModelError as error:
         raise ArtefactError(
             path,
             f"the graph has no proved Lipschitz bound, so it is not served: {error}\n"
             "Change the network to operators that the certifier knows, and export it again.",
         ) from error
-    forward, gradient = (load_engine(path, graph.content, "cpu", 1) for graph in graphs)
+    contents = [graph.content for graph in graphs]
+    forward, gradient = (load_engine(path, content, "cpu", 1) for content in contents)
     image_NCHW = probe(certificate)
     try:
         logits_NK = model_logits(forward, image_NCHW)
@@ -68,12 +72,12 @@ def verify_model(folder: Path, model_bytes: bytes) -> Verified:
     # Each side is within `logit_error` of the exact logits. A NaN is refused, too.
     if gradient_NCHW.shape != image_NCHW.shape or not _agree(again_NK, logits_NK, 2.0 * certificate.logit_error):
         raise ArtefactError(path, "ONNX Runtime computes other logits beside a gradient than alone; report this model.")
-    return Verified(certificate, logits_NK, *(_spliced(graph, model_bytes) for graph in graphs))
+    ranges = Ranges.in_file(model_bytes, stored_arrays(model_bytes))
+    forward_pieces, gradient_pieces = (
+        Splice.of(content, graph.pieces, ranges) for content, graph in zip(contents, graphs, strict=True)
+    )
+    return Verified(certificate, logits_NK, forward_pieces, gradient_pieces)
 
 
 def _agree(one: np.ndarray, other: np.ndarray, allowed: float) -> bool:
     return one.shape == other.shape and bool((np.abs(one - other) <= allowed).all())
-
-
-def _spliced(graph: Graph, model_bytes: bytes) -> Splice:
-    return Splice.of(graph.content, graph.stored, model_bytes)

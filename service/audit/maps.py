@@ -55,11 +55,6 @@ class Diagonal:
         self._largest = upper(arb(float(np.max(np.abs(self._floats), initial=0.0))) + factors.error)
 
     @property
-    def height(self) -> int:
-        """Number of rows."""
-        return len(self._floats)
-
-    @property
     def norm(self) -> arb:
         """Upper bound of the spectral norm."""
         return self._largest
@@ -117,11 +112,6 @@ class Shared:
         self._repeats = int(used.max())
         self._reach = root(arb(self._repeats)) * (length(weights.floats) + weights.error)
 
-    @property
-    def height(self) -> int:
-        """Number of rows."""
-        return len(self._places) * len(self._weights.floats)
-
     @cached_property
     def _matrix(self) -> Matrix:
         return self._times(identity(self._width))
@@ -169,7 +159,7 @@ class Shared:
         return self._multiplied(right, upper(defect)) if scaled is None else scaled
 
     def _scaled(self, right: Matrix, defect: arb) -> Matrix | None:
-        """Return the product where each row of the right matrix has one entry or none, on different columns."""
+        """Return the product where each row of the right matrix has at most one entry, on different columns."""
         lengths = np.append(np.diff(right.starts), 0)
         if lengths.max() > 1:
             return None

@@ -32,7 +32,7 @@ class Matrix:
     columns: np.ndarray
     """Of the entries; different within a row."""
     values: np.ndarray
-    """Of the entries; none is zero."""
+    """Of the entries; rarely zero."""
     width: int
     defect: arb
 
@@ -91,7 +91,7 @@ class Matrix:
         sizes = np.abs(self.values[starts[0] : starts[-1]])
         starts = starts - starts[0]
         peaks = _by_row(np.maximum, sizes, starts)
-        # Powers of two; none is so large that it overflows itself.
+        # Powers of two that do not overflow themselves.
         exponents = np.clip(np.frexp(peaks)[1], -1000, 1000)
         scaled = np.ldexp(sizes, -np.repeat(exponents, np.diff(starts)))
         squares, sums = _by_row(np.add, np.square(scaled), starts), _by_row(np.add, scaled, starts)

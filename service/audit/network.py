@@ -154,7 +154,7 @@ class Network:
         return self.layers[int(np.searchsorted(self._starts, number, side="right")) - 1]
 
     def layers_of(self, ids: np.ndarray) -> list[Layer]:
-        """Return the layers that some numbers belong to, in their order; none of the numbers is `ZERO`."""
+        """Return the layers that some numbers belong to, in their order; `ZERO` belongs to no layer."""
         owners = np.unique(np.searchsorted(self._starts, ids.ravel(), side="right") - 1)
         return [self.layers[owner] for owner in owners.tolist()]
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from service.certificate.analysis import certify
+from service.certificate.proof_limits import ProofLimits, within
 from service.network.operators import UnsupportedModelError
 
 
@@ -24,14 +25,18 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
         description="Prove L2 Lipschitz and rounding-error bounds of an ONNX classifier for images in [0, 1].",
     )
     parser.add_argument("file", type=Path, metavar="FILE.onnx")
-    file: Path = parser.parse_args(arguments).file
+    parser.add_argument("--max-seconds", type=float, default=0.0, help="that the proof may take; default: no limit")
+    parser.add_argument("--max-bytes", type=int, default=0, help="of memory, of the process; default: no limit")
+    options = parser.parse_args(arguments)
+    file: Path = options.file
     try:
         model_bytes = file.read_bytes()
     except OSError as error:
         sys.stderr.write(f"{file}: cannot be read: {error.strerror}\n")
         return 2
     try:
-        certificate = certify(model_bytes)
+        with within(ProofLimits(options.max_seconds, options.max_bytes)):
+            certificate = certify(model_bytes)
     except UnsupportedModelError as error:
         sys.stderr.write("".join(f"{file}: {reason}\n" for reason in error.reasons))
         return 2
@@ -40,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
         "input_shape": list(certificate.input_shape),
         "precision": certificate.precision,
         "lipschitz_bound": certificate.lipschitz_bound,
-        "margin_bounds": certificate.margin_bounds_KK.tolist(),
+        "margin_bounds": certificate.margin_table(),
         "logit_error": certificate.logit_error,
         "nodes": [
             {

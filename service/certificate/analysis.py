@@ -32,6 +32,12 @@ def certify(model: bytes | Draft) -> Certificate:
         UnsupportedModelError: some part cannot be read or has no proved rule; the message names every such part.
     """
     draft = read_draft(model) if isinstance(model, bytes) else model
+    # An overflow is an infinite bound, which each rule refuses.
+    with np.errstate(all="ignore"):
+        return _proved(draft)
+
+
+def _proved(draft: Draft) -> Certificate:
     reasons = list(draft.reasons)
     if draft.image is None:
         raise UnsupportedModelError(reasons)

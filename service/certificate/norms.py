@@ -42,14 +42,14 @@ def spectral_norm_bound(matrix_MN: Float64[np.ndarray, "M N"]) -> float:
     Raises:
         ValueError: an entry is not finite.
     """
-    if not np.isfinite(matrix_MN).all():
-        raise ValueError("the matrix has entries that are not finite")
     peak = float(np.max(np.abs(matrix_MN), initial=0.0))
+    if not math.isfinite(peak):
+        raise ValueError("the matrix has entries that are not finite")
     if peak == 0.0:
         return 0.0
     # A power of two changes no digit; entries of at most 1 keep the Gram matrix from over- and underflow.
     exponent = math.frexp(peak)[1]
-    scaled = np.ldexp(matrix_MN, -exponent)
+    scaled = _times_power_of_two(matrix_MN, np.array(-exponent))
     if scaled.shape[0] < scaled.shape[1]:
         scaled = scaled.T
     frobenius = norm_up(scaled)
@@ -131,12 +131,19 @@ def row_norms_up(matrix_MN: Float64[np.ndarray, "M N"]) -> Float64[np.ndarray, "
     peak_M = np.max(np.abs(matrix_MN), axis=1, initial=0.0)
     # One more than the exponent of the peak could overflow.
     exponent_M = np.minimum(np.frexp(peak_M)[1], 1000)
-    scaled_MN = np.ldexp(matrix_MN, -exponent_M[:, None])
+    scaled_MN = _times_power_of_two(matrix_MN, -exponent_M[:, None])
     total_M = np.sum(np.square(scaled_MN), axis=1) * (1.0 + gamma_up(2 * n + 8)) + 8.0 * max(n, 1) * SMALLEST_NORMAL
     # Three roundings of this line and the root: 2**-50 covers them.
     with np.errstate(over="ignore"):
         norm_M = np.ldexp(np.sqrt(total_M) * (1.0 + 2.0**-50), exponent_M)
     return np.where(peak_M > 0.0, np.nextafter(norm_M, np.inf), 0.0)
+
+
+def _times_power_of_two(matrix_MN: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+    """Return `np.ldexp(matrix, exponent)`; by a product, which is much faster, where the power is a normal number."""
+    if np.abs(exponent).max(initial=0) < 1000:
+        return matrix_MN * np.ldexp(1.0, exponent)
+    return np.ldexp(matrix_MN, exponent)
 
 
 def pairwise_distance_bounds(rows_KN: Float64[np.ndarray, "K N"]) -> Float64[np.ndarray, "K K"]:

@@ -7,6 +7,8 @@ import numpy as np
 from service.certificate.rounding import add_up, mul_up
 from service.shapes import Float64
 
+MOST_TABLED_CLASSES = 256
+
 
 @dataclass(frozen=True)
 class NodeReport:
@@ -42,6 +44,13 @@ class Certificate:
     logit_error: float
     """`E >= |computed logit - exact logit|`, any order of summation, the rounding of the input included."""
     nodes: tuple[NodeReport, ...]
+
+    def margin_table(self) -> list[list[float | None]] | None:
+        """Return `margin_bounds_KK` as lists; null above `MOST_TABLED_CLASSES` classes, where an answer states its own.
+
+        A thousand classes are a million numbers, of which a radius needs one row.
+        """
+        return self.margin_bounds_KK.tolist() if len(self.margin_bounds_KK) <= MOST_TABLED_CLASSES else None
 
     def after_preprocessing(self, norm: float, error_l2: float) -> "Certificate":
         """Return the certificate of this classifier behind a map of L2 Lipschitz bound `norm`.

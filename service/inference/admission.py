@@ -94,7 +94,7 @@ class Admission:
 
 @dataclass(eq=False, slots=True)
 class Place:
-    """The place and the deadline of one request: an asynchronous context around reading and answering it.
+    """The place and the deadline of one request: a context around reading and answering it, inside its task.
 
     At the deadline, or when the server stops, the coroutine inside is cancelled, and the context raises the reason:
     `DeadlineError`, or `BusyError`. `asyncio.timeout` does the same for another 4 microseconds, 3 % of a small request.
@@ -108,7 +108,7 @@ class Place:
     _timer: asyncio.TimerHandle = field(init=False)
     _is_stopped: bool = False
 
-    async def __aenter__(self) -> None:
+    def __enter__(self) -> None:
         self.admission.enter(self)
         task = asyncio.current_task()
         assert task is not None
@@ -116,7 +116,7 @@ class Place:
         self.loop = asyncio.get_running_loop()
         self._timer = self.loop.call_later(self.deadline_s, self.stop)
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is asyncio.CancelledError:

@@ -27,9 +27,9 @@ _Settled = tuple[Request[Any], Any, Exception | None]
 class Deliveries:
     """Answers of one batch, delivered together: waking the event loop for each would cost more than an answer."""
 
-    computed: list[Request[Any]] = field(default_factory=list[Request[Any]])
+    computed: list[Request[Any]] = field(default_factory=list)
     """Requests whose results are complete."""
-    _settled: list[_Settled] = field(default_factory=list[_Settled])
+    _settled: list[_Settled] = field(default_factory=list)
 
     def store(self, chunks: Sequence[Chunk], predictions: Sequence[Prediction]) -> list[Chunk]:
         """Hand the predictions of some chunks to their requests; return the chunks that were the last of theirs."""

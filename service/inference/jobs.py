@@ -44,9 +44,9 @@ class Request(Generic[Answer]):
     arrived: float
     """Clock of the loop, in seconds."""
     decoded: Decoded[Any] | None = None
-    images: dict[int, np.ndarray] = field(default_factory=dict[int, np.ndarray])
+    images: dict[int, np.ndarray] = field(default_factory=dict)
     """Pixels in [0, 1] of each computed chunk by its start; empty while the request waits for a search."""
-    predictions: list[Prediction | None] = field(default_factory=list[Prediction | None])
+    predictions: list[Prediction | None] = field(default_factory=list)
     """One for each image, as chunks are computed."""
     left: int = 0
     """Chunks still to compute."""

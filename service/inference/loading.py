@@ -30,7 +30,8 @@ def load_classifiers(settings: Settings, pool: VerifierPool | None = None) -> di
     """
     if pool is None:
         with VerifierPool(usable_cpus()) as new:
-            new.start(artefact_folders(settings.models, settings.default_model))
+            folders = artefact_folders(settings.models, settings.default_model)
+            new.start(folders, (settings.proof_seconds, settings.proof_bytes))
             return load_classifiers(settings, new)
     return load_on(settings.provider, lambda provider: _load_all(settings, pool, provider))
 

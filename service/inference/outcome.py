@@ -48,7 +48,7 @@ Options = TypeVar("Options", bound=ImageOptions)
 Options_co = TypeVar("Options_co", bound=ImageOptions, covariant=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Decoded(Generic[Options_co]):
     """A decoded request: images of one shape for one model."""
 
@@ -70,7 +70,7 @@ class Decoded(Generic[Options_co]):
         return Plan(view, explains=self.options.counterfactual)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Outcome(Generic[Options_co]):
     """Results for the images of one request, or of a part of it."""
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.inference.classifier import Classifier
+from service.runtime.provider import CUDA
 
 # Largest share of a worker, in images.
 _MOST_SHARE = 32
 # Shortest forward pass for which a second worker pays, in seconds.
 _LEAST_PASS_S = 0.003
+# Images of the larger pass that is measured.
+_SEVERAL = 8
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,20 @@ class Pace:
 
 
 def measure_pace(classifier: Classifier) -> Pace:
-    """Return the pace of a model, from passes of one and of four black images; the first pass also loads the model."""
+    """Return the pace of a model, from passes of one and of several black images; the first pass also loads the model.
+
+    The two sizes take turns, and on the CPU the clock is the processor time of this thread: other work on the machine,
+    and the event loop that holds the GIL, would make shares too small. On a GPU the thread waits.
+    """
+    clock = time.perf_counter if classifier.provider == CUDA else time.thread_time
     view = classifier.view(classifier.input_shape)
-    seconds: dict[int, float] = {}
-    for count in (1, 4):
-        image_NCHW = np.zeros((count, *classifier.input_shape))
-        view.classify(image_NCHW)
-        took: list[float] = []
-        for _ in range(3):
-            start = time.perf_counter()
+    seconds = dict.fromkeys((1, _SEVERAL), math.inf)
+    for is_warm in (False, True, True, True):
+        for count in seconds:
+            image_NCHW = np.zeros((count, *classifier.input_shape))
+            start = clock()
             view.classify(image_NCHW)
-            took.append(time.perf_counter() - start)
-        seconds[count] = min(took)
-    image_s = max((seconds[4] - seconds[1]) / 3.0, seconds[1] / _MOST_SHARE)
+            if is_warm:
+                seconds[count] = min(seconds[count], clock() - start)
+    image_s = max((seconds[_SEVERAL] - seconds[1]) / (_SEVERAL - 1), seconds[1] / _MOST_SHARE)
     return Pace(max(seconds[1] - image_s, 0.0), image_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class Passes:
         self._predict_waiting = predict_waiting
         self._paces: dict[str, Pace] = {}
         """By digest of the model."""
+        self._measuring = threading.Lock()
 
     def split(self, request: Request[Any], decoded: Decoded[Any], plan: Plan) -> list[Chunk]:
         """Return the chunks of a decoded request: one, or one for each forward pass or idle worker.
@@ -160,8 +162,11 @@ class Passes:
             run([chunk], deliveries)
 
     def _measure_pace(self, classifier: Classifier) -> Pace:
-        with self._queues.occupied():
-            pace = self._paces[classifier.digest] = measure_pace(classifier)
+        """Measure a pace once: two measurements at the same time would slow each other."""
+        with self._queues.occupied(), self._measuring:
+            pace = self._paces.get(classifier.digest)
+            if pace is None:
+                pace = self._paces[classifier.digest] = measure_pace(classifier)
         return pace
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import numpy as np
 from onnx import TensorProto, helper
 
-from service.network.limits import limit_tensor
+from service.network.limits import LARGEST_CONSTANT, limit_elements
 from service.network.nodes import Node, axes_of, integers, optional, slice_bounds, split_sizes
 from service.network.operators import Refusal
 
@@ -32,6 +33,8 @@ PICKING = frozenset(
     ["Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
 )
 """Operators allowed on integers that hold the batch size: each entry of the result is one of the first operand."""
+_LARGEST_ARITHMETIC = 1 << 18
+"""Elements of one result of arithmetic, which Python's integers compute."""
 EVALUATORS: dict[str, Evaluator] = {}
 
 
@@ -59,7 +62,9 @@ def evaluate(node: Node, arrays: list[Array | None]) -> list[Array]:
     if evaluator is None:
         raise Refusal(ROUNDS)
     try:
-        results = evaluator(node, arrays)  # type: ignore[arg-type]
+        # A cast that overflows is not finite.
+        with np.errstate(all="ignore"):
+            results = evaluator(node, arrays)  # type: ignore[arg-type]
     except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
         raise Refusal(f"its constant inputs do not fit: {error}") from error
     for result in results:
@@ -72,7 +77,7 @@ def _limited(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape; raise Refusal if an array of it is too large."""
     if any(size < 0 for size in shape):
         raise Refusal(f"a constant of shape {tuple(shape)}")
-    limit_tensor(shape)
+    limit_elements(shape, LARGEST_CONSTANT)
     return tuple(shape)
 
 
@@ -92,13 +97,9 @@ def _constant(node: Node, arrays: list[Array]) -> list[Array]:
     match name:
         case "value" if isinstance(value, np.ndarray):
             return [value]
-        case "value_float":
-            return [np.float32(value).reshape(())]  # type: ignore[arg-type]
-        case "value_floats":
+        case "value_float" | "value_floats":
             return [np.array(value, np.float32)]
-        case "value_int":
-            return [np.array(value, np.int64)]
-        case "value_ints":
+        case "value_int" | "value_ints":
             return [np.array(value, np.int64)]
         case _:
             raise Refusal(f"attribute {name} is not supported; store the constant as a dense tensor of numbers")
@@ -110,7 +111,7 @@ def _constant_of_shape(node: Node, arrays: list[Array]) -> list[Array]:
     value = node.attributes.get("value", np.zeros(1, np.float32))
     if not isinstance(value, np.ndarray) or value.size != 1:
         raise Refusal("value must be one number")
-    return [np.full(shape, value.reshape(()), value.dtype)]
+    return [np.broadcast_to(value.reshape(()), shape)]
 
 
 @evaluates("Range")
@@ -137,7 +138,7 @@ def _cast(node: Node, arrays: list[Array]) -> list[Array]:
         limits = np.iinfo(dtype)
         whole = np.trunc(data) if data.dtype.kind == "f" else data
         # Python compares integers with floats exactly.
-        if whole.size and not (limits.min <= min(whole.ravel().tolist()) and max(whole.ravel().tolist()) <= limits.max):
+        if whole.size and not (limits.min <= whole.min().item() and whole.max().item() <= limits.max):
             raise Refusal("a constant outside of the integers that it is cast to: processors differ in the result")
     return [data.astype(dtype)]
 
@@ -159,7 +160,7 @@ def _concat(node: Node, arrays: list[Array]) -> list[Array]:
 @evaluates("Expand")
 def _expand(node: Node, arrays: list[Array]) -> list[Array]:
     shape = _limited(np.broadcast_shapes(arrays[0].shape, tuple(integers(arrays[1], "the shape"))))
-    return [np.broadcast_to(arrays[0], shape).copy()]
+    return [np.broadcast_to(arrays[0], shape)]
 
 
 @evaluates("Flatten")
@@ -213,10 +214,18 @@ def _scatter_nd(node: Node, arrays: list[Array]) -> list[Array]:
     result = data.copy()
     depth = positions.shape[-1]
     places = tuple(_inside(positions[..., axis], data.shape[axis]) for axis in range(depth))
-    if depth and len(set(zip(*(place.ravel().tolist() for place in places), strict=True))) != places[0].size:
-        raise Refusal("it writes to one place twice, in an order that is not defined")
-    result[places] = updates  # type: ignore[reportArgumentType, reportCallIssue]
+    if not depth:
+        raise Refusal("positions of no axis")
+    _once(places, data.shape[:depth])
+    result[places] = updates.reshape(*positions.shape[:-1], *data.shape[depth:])  # type: ignore[reportArgumentType, reportCallIssue]
     return [result]
+
+
+def _once(places: Sequence[Array], shape: Sequence[int]) -> None:
+    """Refuse positions of an array of a shape that name one place twice."""
+    flat = np.ravel_multi_index(tuple(place.astype(np.int64) for place in places), tuple(shape))
+    if np.unique(flat).size != flat.size:
+        raise Refusal("it writes to one place twice, in an order that is not defined")
 
 
 @evaluates("ScatterElements")
@@ -225,17 +234,18 @@ def _scatter_elements(node: Node, arrays: list[Array]) -> list[Array]:
     if node.attributes.get("reduction", "none") != "none":
         raise Refusal(ROUNDS)
     axis = _axis(node.integer("axis", 0), data.ndim)
+    _limited([positions.size, data.ndim])
     grid = np.indices(positions.shape)
     places = [_inside(positions, data.shape[axis]) if index == axis else grid[index] for index in range(data.ndim)]
-    if len(set(zip(*(place.ravel().tolist() for place in places), strict=True))) != positions.size:
-        raise Refusal("it writes to one place twice, in an order that is not defined")
+    _once(places, data.shape)
     result = data.copy()
-    result[tuple(places)] = updates
+    result[tuple(places)] = updates.reshape(positions.shape)
     return [result]
 
 
 @evaluates("NonZero")
 def _non_zero(node: Node, arrays: list[Array]) -> list[Array]:
+    _limited([arrays[0].size, arrays[0].ndim])
     return [np.stack(np.nonzero(arrays[0])).astype(np.int64) if arrays[0].ndim else np.zeros((0, 1), np.int64)]
 
 
@@ -255,6 +265,9 @@ def _pad(node: Node, arrays: list[Array]) -> list[Array]:
     for axis, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         widths[axis] = (low, high)
     _limited([size + low + high for size, (low, high) in zip(data.shape, widths, strict=True)])
+    for n, pair in zip(data.shape, widths, strict=True):
+        if (mode == "reflect" and max(pair) >= max(n, 1)) or (mode == "wrap" and max(pair) > n):
+            raise Refusal(f"{mode} pads of {max(pair)} on an axis of {n}, which runtimes read in several ways")
     if mode != "constant":
         return [np.pad(data, widths, mode=mode)]  # type: ignore[call-overload]
     number = float(node.attributes.get("value", 0.0)) if value is None else value.reshape(()).item()  # type: ignore[arg-type]
@@ -264,6 +277,8 @@ def _pad(node: Node, arrays: list[Array]) -> list[Array]:
 @evaluates("Reshape")
 def _reshape(node: Node, arrays: list[Array]) -> list[Array]:
     target = integers(arrays[1], "the shape")
+    if min(target, default=0) < -1:
+        raise Refusal(f"a shape of {target}")
     if not node.flag("allowzero", 0):
         target = [arrays[0].shape[axis] if size == 0 else size for axis, size in enumerate(target)]
     return [arrays[0].reshape(target)]
@@ -352,28 +367,21 @@ def _compare(node: Node, arrays: list[Array]) -> list[Array]:
     return [np.asarray(_COMPARISONS[node.kind](left, right))]
 
 
-@evaluates("Not")
-def _not(node: Node, arrays: list[Array]) -> list[Array]:
-    return [np.logical_not(arrays[0])]
-
-
-@evaluates("Abs", "Neg", "Relu", "Sign")
+@evaluates("Abs", "Neg", "Not", "Relu", "Sign")
 def _unary(node: Node, arrays: list[Array]) -> list[Array]:
     data = arrays[0]
     if data.dtype.kind == "i" and data.size and data.min() == np.iinfo(data.dtype).min:
         raise Refusal("the smallest integer has no opposite")
-    functions = {"Abs": np.abs, "Neg": np.negative, "Relu": lambda x: np.maximum(x, 0).astype(x.dtype), "Sign": np.sign}
+    if node.kind == "Relu":
+        return [np.maximum(data, 0).astype(data.dtype)]
+    functions = {"Abs": np.abs, "Neg": np.negative, "Not": np.logical_not, "Sign": np.sign}
     return [np.asarray(functions[node.kind](data))]
 
 
 @evaluates("Max", "Min")
 def _largest(node: Node, arrays: list[Array]) -> list[Array]:
     _limited(np.broadcast_shapes(*(array.shape for array in arrays)))
-    choose = np.maximum if node.kind == "Max" else np.minimum
-    result = arrays[0]
-    for array in arrays[1:]:
-        result = choose(result, array)
-    return [np.asarray(result)]
+    return [np.asarray(reduce(np.maximum if node.kind == "Max" else np.minimum, arrays))]
 
 
 @evaluates("Clip")
@@ -398,12 +406,12 @@ def _reduce(node: Node, arrays: list[Array]) -> list[Array]:
     chosen = tuple(_axis(axis, data.ndim) for axis in axes) if axes else None
     keep = node.flag("keepdims", 1)
     if node.kind != "ReduceProd":
-        reduce = np.max if node.kind == "ReduceMax" else np.min
-        return [np.asarray(reduce(data, axis=chosen, keepdims=keep))]
+        choose = np.max if node.kind == "ReduceMax" else np.min
+        return [np.asarray(choose(data, axis=chosen, keepdims=keep))]
     if data.dtype.kind not in "iu":
         raise Refusal(ROUNDS)
     # Of absolute values: each product on the way is within, too.
-    if math.prod(max(1, abs(number)) for number in data.ravel().tolist()) >= 2**24:
+    if reduce(lambda product, one: min(product * max(1, abs(one)), 2**24), data.ravel().tolist(), 1) >= 2**24:
         raise Refusal("a product of integers beyond 24 bits: runtimes compute it in formats of their own")
     return [np.asarray(np.prod(data, axis=chosen, keepdims=keep, dtype=data.dtype))]
 
@@ -413,7 +421,7 @@ def _arithmetic(node: Node, arrays: list[Array]) -> list[Array]:
     left, right = arrays
     if left.dtype.kind not in "iu" or right.dtype != left.dtype:
         raise Refusal(ROUNDS)
-    _limited(np.broadcast_shapes(left.shape, right.shape))
+    limit_elements(np.broadcast_shapes(left.shape, right.shape), _LARGEST_ARITHMETIC)
     if node.kind in ("Div", "Mod") and not right.all():
         raise Refusal("it divides by zero")
     truncated = node.kind == "Mod" and node.flag("fmod", 0)

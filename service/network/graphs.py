@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
+from dataclasses import dataclass
 
 from service.network.adjoint import differentiate
-from service.network.operators import Constant, Network
-from service.network.writer import write
+from service.network.operators import Network
+from service.network.writer import Piece, joined, write_pieces
 
 
-class Graph(NamedTuple):
-    """One graph."""
+@dataclass(frozen=True)
+class Graph:
+    """A written graph."""
 
-    content: bytes
-    """Serialised."""
-    stored: tuple[np.ndarray, ...]
-    """Its constants, each once."""
+    pieces: list[Piece]
+    """Bytes and weights, in the order of the file."""
+
+    @property
+    def content(self) -> bytes:
+        """The serialised model."""
+        return joined(self.pieces)
 
 
 def forward_graph(network: Network) -> Graph:
     """Return the graph of input `image` and output `logits`."""
-    return Graph(write(network), _stored(network))
+    return Graph(write_pieces(network, ("image",), ("logits",)))
 
 
 def gradient_graph(network: Network) -> Graph:
@@ -34,10 +36,4 @@ def gradient_graph(network: Network) -> Graph:
     Raises:
         UnsupportedModelError: an operator has no gradient; the message names each.
     """
-    gradient = differentiate(network)
-    return Graph(write(gradient, ("image", "margin_weights"), ("logits", "gradient")), _stored(gradient))
-
-
-def _stored(network: Network) -> tuple[np.ndarray, ...]:
-    operands = (operand for operator in network.operators for operand in operator.operands)
-    return tuple(one.array for one in dict.fromkeys(operands) if isinstance(one, Constant))
+    return Graph(write_pieces(differentiate(network), ("image", "margin_weights"), ("logits", "gradient")))

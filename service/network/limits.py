@@ -10,6 +10,13 @@ LARGEST_TENSOR = 1 << 24
 has 8e5."""
 LARGEST_WEIGHT = 1 << 28
 """Elements of a weight that the file holds."""
+LARGEST_CONSTANT = 1 << 22
+"""Elements of a constant that the file computes; of all of them, repetitions of numbers and copies of weights apart."""
+COPIES_OF_WEIGHTS = 4
+"""Computed constants may be that many times as large as all stored ones: casts and transpositions of weights."""
+MOST_AXES = 32
+MOST_NUMBERS = 4096
+"""Integers in a list of axes, sizes, pads or bounds."""
 MOST_OPERATORS = 20_000
 LONGEST_QUOTATION = 300
 """Characters of a message about a node."""
@@ -24,12 +31,26 @@ def limit_tensor(shape: Sequence[int]) -> None:
     """Refuse a tensor or constant before it is made.
 
     Raises:
-        Refusal: it would have more than `LARGEST_TENSOR` elements.
+        Refusal: it would have more than `LARGEST_TENSOR` elements or `MOST_AXES` axes.
     """
-    if math.prod(shape) > LARGEST_TENSOR:
-        raise Refusal(size_error(math.prod(shape), LARGEST_TENSOR))
+    limit_elements(shape, LARGEST_TENSOR)
 
 
-def quoted(text: str, most: int = LONGEST_QUOTATION) -> str:
-    """Return a text that a file wrote, or a part of it that fits into a message."""
-    return text if len(text) <= most else text[: most - 3] + "..."
+def limit_elements(shape: Sequence[int], most: int) -> None:
+    """Refuse an array before it is made.
+
+    Raises:
+        Refusal: it would have more than `most` elements or `MOST_AXES` axes.
+    """
+    if len(shape) > MOST_AXES:
+        raise Refusal(f"{len(shape)} axes, at most {MOST_AXES}")
+    if math.prod(shape) > most:
+        raise Refusal(size_error(math.prod(shape), most))
+
+
+def quoted(text: str | bytes, most: int = LONGEST_QUOTATION) -> str:
+    """Return a text that a file wrote, or a part of it that fits into a message, on one line; bytes: no UTF-8."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    shown = "".join(c if c.isprintable() else "?" for c in text[:most])
+    return shown if len(text) <= most else shown[: most - 3] + "..."

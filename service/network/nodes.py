@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from service.network.limits import MOST_NUMBERS
 from service.network.operators import Refusal
 
 _NUMBERS = frozenset("biuf")
@@ -84,6 +85,8 @@ class Node:
             return None if default is None else list(default)
         if not isinstance(value, (list, tuple)) or not all(isinstance(one, int) for one in value):
             raise Refusal(f"attribute {name} must be a list of integers")
+        if len(value) > MOST_NUMBERS:
+            raise Refusal(f"attribute {name} lists {len(value)} integers, at most {MOST_NUMBERS}")
         return list(value)  # type: ignore[arg-type]
 
     def sizes(self, name: str, default: Sequence[int]) -> list[int]:
@@ -121,9 +124,11 @@ def optional(arrays: Sequence[np.ndarray | None], position: int) -> np.ndarray |
 
 
 def integers(array: np.ndarray | None, name: str) -> list[int]:
-    """Return the integers of a constant operand; raise Refusal if it is not one."""
+    """Return the integers of a constant operand; raise Refusal if it is not one, or holds too many."""
     if array is None or array.dtype.kind not in "iu":
         raise Refusal(f"{name} must be constant integers")
+    if array.size > MOST_NUMBERS:
+        raise Refusal(f"{name}: {array.size} integers, at most {MOST_NUMBERS}")
     return array.ravel().tolist()
 
 
@@ -202,11 +207,12 @@ def split_sizes(node: Node, arrays: Sequence[np.ndarray | None], length: int) ->
     if optional(arrays, 1) is not None or node.listed("split") is not None:
         sizes = node.integers("split", arrays, 1)
     else:
-        parts = node.integer("num_outputs", count)
+        if node.integer("num_outputs", count) != count:
+            raise Refusal(f"num_outputs other than the {count} outputs")
         if "num_outputs" not in node.attributes and length % max(1, count):
             raise Refusal(f"an axis of {length} does not split into {count} equal parts")
-        chunk = -(-length // max(1, parts))
-        sizes = [max(0, min(chunk, length - start)) for start in range(0, parts * chunk, max(1, chunk))]
+        chunk = -(-length // max(1, count))
+        sizes = [max(0, min(chunk, length - k * chunk)) for k in range(count)]
     if sum(sizes) != length or len(sizes) != count or min(sizes, default=0) < 1:
         raise Refusal(f"sizes {sizes} do not split an axis of {length} into {count}")
     return sizes
@@ -266,6 +272,10 @@ def tensor_array(tensor: onnx.TensorProto) -> np.ndarray:
     array = numpy_helper.to_array(tensor)
     if array.dtype.kind not in _NUMBERS:
         raise ValueError("does not hold numbers")
+    if array.dtype == np.bool_ and (set(tensor.int32_data) - {0, 1} or (array.view(np.uint8) > 1).any()):
+        raise ValueError("holds booleans other than 0 and 1, which runtimes read in two ways")
+    if tensor.int32_data and array.dtype.kind in "iu" and not np.array_equal(array.ravel(), tensor.int32_data):
+        raise ValueError(f"holds integers outside of {array.dtype.name}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 

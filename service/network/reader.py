@@ -16,7 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from service.network.constants import EVALUATORS, PICKING, ROUNDS, evaluate
-from service.network.limits import LARGEST_WEIGHT, quoted, size_error
+from service.network.limits import COPIES_OF_WEIGHTS, LARGEST_CONSTANT, LARGEST_WEIGHT, MOST_AXES, quoted, size_error
 from service.network.lowering import LOWERINGS
 from service.network.lowering.table import PROBE_BATCH, Folded, Inputs, Known, Reading, Unknown, constant_array
 from service.network.nodes import Node, decode, tensor_array, type_name
@@ -84,7 +84,8 @@ def read_draft(model_bytes: bytes) -> Draft:
     graph = model.graph
     values: dict[str, Known] = _stored(graph, reasons)
     image, precision, batch = _image(graph, values, reasons)
-    reading = Reading(precision, batch)
+    stored = sum(value.array.size for value in values.values() if isinstance(value, Folded))
+    reading = Reading(precision, batch, constants_left=LARGEST_CONSTANT + COPIES_OF_WEIGHTS * stored)
     if image is not None:
         name, shape = image
         try:
@@ -111,6 +112,11 @@ def read_draft(model_bytes: bytes) -> Draft:
     )
 
 
+def stored_arrays(model_bytes: bytes) -> list[np.ndarray]:
+    """Return the weights of an ONNX file that `read_draft` has read, in the order of the file."""
+    return [tensor_array(tensor) for tensor in onnx.load_model_from_string(model_bytes).graph.initializer]
+
+
 def _parsed(model_bytes: bytes) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(model_bytes)
@@ -126,6 +132,8 @@ def _parsed(model_bytes: bytes) -> onnx.ModelProto:
             )
         onnx.checker.check_model(model_bytes)
     except (DecodeError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        if "alloc failed" in str(error):
+            raise MemoryError from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError([f"not a valid ONNX model: {first_line}"]) from error
     return model
@@ -154,6 +162,8 @@ def _stored(graph: onnx.GraphProto, reasons: list[str]) -> dict[str, Known]:
     values: dict[str, Known] = {}
     for tensor in graph.initializer:
         try:
+            if len(tensor.dims) > MOST_AXES:
+                raise ValueError(f"has {len(tensor.dims)} axes, at most {MOST_AXES}")
             if math.prod(tensor.dims) > LARGEST_WEIGHT:
                 raise ValueError(size_error(math.prod(tensor.dims), LARGEST_WEIGHT))
             array = tensor_array(tensor)
@@ -310,4 +320,5 @@ def _folded(reading: Reading, node: Node, inputs: Inputs) -> list[Folded]:
         raise Refusal(ROUNDS)
     arrays = [None if value is None else constant_array(value, "an operand", batch_allowed=True) for value in inputs]
     results = evaluate(node, arrays)
+    reading.count(node, arrays, results)
     return [Folded(array, any(on_batch) and bool((array == reading.batch).any())) for array in results]

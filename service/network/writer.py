@@ -1,7 +1,8 @@
 """`Network` -> canonical ONNX: fixed IR, the lowest opset with all operators, numbered names, no inner declarations.
 
 Equal networks give equal bytes. The runtime runs these bytes with every graph optimisation off, so that each operator
-here is one kernel there.
+here is one kernel there. The weights are the last field of the graph, each as it lies in memory: a written graph is a
+list of pieces, bytes and arrays in turn, and nothing is copied before they are joined.
 """
 
 from __future__ import annotations
@@ -11,18 +12,35 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from service.network.operators import Constant, Network, Operand, Operator, Tensor
 
 OPSET = 18
 IR_VERSION = 9
 BATCH_AXIS = "N"
+Piece = bytes | np.ndarray
 _ELEMENTS = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}
 
 
 def write(network: Network, inputs: Sequence[str] = ("image",), outputs: Sequence[str] = ("logits",)) -> bytes:
     """Return the serialised model.
+
+    Args:
+        network: what to write.
+        inputs: names of its inputs.
+        outputs: names of its outputs.
+    """
+    return joined(write_pieces(network, inputs, outputs))
+
+
+def joined(pieces: Sequence[Piece]) -> bytes:
+    """Return the bytes of a written graph."""
+    return b"".join(piece if isinstance(piece, bytes) else piece.tobytes() for piece in pieces)
+
+
+def write_pieces(network: Network, inputs: Sequence[str], outputs: Sequence[str]) -> list[Piece]:
+    """Return the serialised model as pieces; the arrays are constants of the network.
 
     Args:
         network: what to write.
@@ -61,13 +79,18 @@ def write(network: Network, inputs: Sequence[str] = ("image",), outputs: Sequenc
         "network",
         [_declared(name, tensor, element) for name, tensor in zip(inputs, network.inputs, strict=True)],
         [_declared(name, tensor, element) for name, tensor in zip(outputs, network.outputs, strict=True)],
-        [numpy_helper.from_array(np.asarray(constant.array), name) for constant, name in stored.items()],
     )
     opset = max([OPSET, *(_opset(operator) for operator in network.operators)])
-    model = helper.make_model(
-        graph, producer_name="lipcert", ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", opset)]
+    model = onnx.ModelProto(
+        ir_version=IR_VERSION, producer_name="lipcert", opset_import=[helper.make_opsetid("", opset)]
     )
-    return model.SerializeToString(deterministic=True)
+    parts: list[Piece] = [graph.SerializeToString(deterministic=True)]
+    for constant, name in stored.items():
+        parts += _weight(name, constant.array)
+    return [
+        model.SerializeToString(deterministic=True) + _start(onnx.ModelProto.GRAPH_FIELD_NUMBER, _size(parts)),
+        *parts,
+    ]
 
 
 def _declared(name: str, tensor: Tensor, element: int) -> onnx.ValueInfoProto:
@@ -86,3 +109,30 @@ def _opset(operator: Operator) -> int:
     if operator.kind == "AveragePool" and set(dict(operator.attributes)["dilations"]) != {1}:  # type: ignore[arg-type]
         return 19
     return OPSET
+
+
+def _weight(name: str, array: np.ndarray) -> list[Piece]:
+    """Return an initialiser of a graph, field and all."""
+    element = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = onnx.TensorProto(dims=array.shape, data_type=element, name=name).SerializeToString(deterministic=True)
+    tensor += _start(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, array.nbytes)
+    # The format is little-endian.
+    content = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return [_start(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(tensor) + array.nbytes) + tensor, content]
+
+
+def _size(parts: Sequence[Piece]) -> int:
+    return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in parts)
+
+
+def _start(field: int, length: int) -> bytes:
+    """Return tag and length of a length-delimited field (Protocol Buffers, "Encoding")."""
+    return _varint(field << 3 | 2) + _varint(length)
+
+
+def _varint(number: int) -> bytes:
+    groups: list[int] = []
+    while number > 0x7F:
+        groups.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*groups, number])

@@ -20,6 +20,7 @@ import base64
 import binascii
 import hashlib
 import io
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _SEND = f"send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 _NPY_MAGIC = b"\x93NUMPY"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_START = _PNG_SIGNATURE + b"\0\0\0\rIHDR"
+_PNG_SIZE = struct.Struct(">II")
+# Depth, colour type, compression, filter and interlacing of a PNG header, and Pillow's mode.
+_PLAIN_PNG = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}
+# Pillow decodes as many bytes at a time.
+_PLAIN_BYTES = 64 * 1024
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _HASHED_AT_ONCE = 64 * 1024
 _GREY_MODES = frozenset({"1", "L"})
@@ -133,15 +140,36 @@ def decode_image(data: bytes, max_pixels: int, used_pixels: int = 0) -> UInt8[np
         ImageTooLargeError: more than `max_pixels`.
         ImageFormatError: alpha, 16 bits, CMYK, or several frames.
     """
-    picture = _open(data, max_pixels, used_pixels)
-    _refuse_lossy(picture)
-    picture = _load(picture, data)
+    picture = _plain_png(data, max_pixels - used_pixels)
+    if picture is None:
+        picture = _open(data, max_pixels, used_pixels)
+        _refuse_lossy(picture)
+        picture = _load(picture, data)
     if picture.mode in _GREY_MODES:
         grey = picture if picture.mode == "L" else picture.convert("L")
         width, height = grey.size
         return np.frombuffer(grey.tobytes(), np.uint8).reshape(1, height, width)
     channels = 1 if picture.mode == "P" and _has_grey_palette(picture) else 3
     return np.ascontiguousarray(np.moveaxis(np.asarray(picture.convert("RGB"))[..., :channels], -1, 0))
+
+
+def _plain_png(data: bytes, most_pixels: int) -> Image.Image | None:
+    """Return the image of a small PNG file with the chunks IHDR, one IDAT and IEND, 8-bit grey or RGB, not interlaced.
+
+    The result of `_open` and `_load` in half the time; null for any other file, and for one that they refuse.
+    """
+    mode = _PLAIN_PNG.get(data[24:29])
+    if mode is None or len(data) > _PLAIN_BYTES or not data.startswith(_PNG_START):
+        return None
+    width, height = _PNG_SIZE.unpack_from(data, 16)
+    is_single = data[37:41] == b"IDAT" and int.from_bytes(data[33:37], "big") == len(data) - 57
+    if not is_single or not 0 < width * height <= most_pixels:
+        return None
+    try:
+        check_png(data)
+        return Image.frombytes(mode, (width, height), data[41:-16], "zip", mode)
+    except Exception:
+        return None
 
 
 def _has_grey_palette(picture: Image.Image) -> bool:

@@ -80,7 +80,8 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
     """Load the models; return a function that serves on a socket, in this process or in one forked from it."""
     from service.artefact.card import artefact_folders
 
-    pool.start(artefact_folders(settings.models, settings.default_model))
+    folders = artefact_folders(settings.models, settings.default_model)
+    pool.start(folders, (settings.proof_seconds, settings.proof_bytes))
     from service.api.app import create_app
     from service.inference.loading import load_classifiers
     from service.processes.server import Server

@@ -113,7 +113,7 @@ def gather(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     view, axis = data_operand(inputs[0]), node.integer("axis") - 1
     positions = integer_array(inputs[1], "the positions")
     limit_size((*view.shape[:axis], *positions.shape, *view.shape[axis + 1 :]))
-    return [view.rearranged(np.take(view.index, positions, axis=axis))]
+    return [view.rearranged(np.asarray(np.take(view.index, positions, axis=axis)))]
 
 
 @rule("Concat", attributes=("axis",))

@@ -98,10 +98,14 @@ def _clip(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
     """State the limits as operands."""
     x = tensor_operand(operand(inputs, 0))
     if node.version < 11:
-        # The default limits are those of float32: no limits for finite numbers.
+        # The default limits are those of float32: no limits for its finite numbers.
+        largest = float(np.finfo(np.float32).max)
+        stated = reading.precision == "float64"
         limits: list[Operand] = [
-            Constant(np.array(node.number(name, 0.0), reading.precision)) if name in node.attributes else None
-            for name in ("min", "max")
+            Constant(np.array(node.number(name, default), reading.precision))
+            if stated or name in node.attributes
+            else None
+            for name, default in (("min", -largest), ("max", largest))
         ]
     elif node.attributes:
         raise Refusal("limits as attributes, which this opset does not have")

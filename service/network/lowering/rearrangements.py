@@ -59,7 +59,10 @@ def _flatten(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
 def _reshape(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
     """State the new shape in numbers; the batch axis must stay."""
     x = tensor_operand(operand(inputs, 0))
-    target = integers(constant_array(operand(inputs, 1), "the new shape", batch_allowed=True), "the new shape")
+    given = operand(inputs, 1)
+    target = integers(constant_array(given, "the new shape", batch_allowed=True), "the new shape")
+    if PROBE_BATCH in target and not (isinstance(given, Folded) and given.on_batch):
+        raise Refusal(f"the new shape {target} is too large")
     old = (reading.batch, *x.shape)
     if not node.flag("allowzero", 0):
         if any(size == 0 and position >= len(old) for position, size in enumerate(target)):

@@ -8,7 +8,9 @@ from fractions import Fraction
 
 import numpy as np
 
+from service.network.limits import MOST_AXES, limit_tensor
 from service.network.lowering.table import (
+    PROBE_BATCH,
     Folded,
     Inputs,
     Known,
@@ -45,6 +47,8 @@ def _resize(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
         rounding = node.text("nearest_mode", "round_prefer_floor", _NEAREST)
     place = 1 if node.version == 10 else 2
     scales, sizes = _given(inputs, place), (_given(inputs, 3) if node.version > 10 else None)
+    if node.version == 10 and mode == "nearest" and any(1.0 / one % 1.0 for one in _factors(scales) if one < 1.0):
+        raise Refusal("nearest pixels of a smaller image, which runtimes of opset 10 choose in two ways; use opset 11")
     return _resampled(reading, node, x, scales, sizes, mode, how, rounding)
 
 
@@ -54,11 +58,21 @@ def _upsample(reading: Reading, node: Node, inputs: Inputs) -> Sequence[Known]:
     x = tensor_operand(operand(inputs, 0))
     mode = node.text("mode", "nearest", ("nearest", "linear"))
     if node.version >= 9:
-        return _resampled(reading, node, x, _given(inputs, 1), None, mode, "asymmetric", "floor")
-    given = node.attributes.get("scales")
-    if not isinstance(given, tuple):
-        raise Refusal("it needs scales")
-    return _resampled(reading, node, x, Folded(np.array(given, np.float32)), None, mode, "asymmetric", "floor")
+        scales = _given(inputs, 1)
+    else:
+        given = node.attributes.get("scales")
+        if not isinstance(given, tuple):
+            raise Refusal("it needs scales")
+        scales = Folded(np.array(given, np.float32))
+    if any(factor < 1.0 for factor in _factors(scales)):
+        raise Refusal("Upsample to a smaller size, which the specification rules out; use Resize")
+    return _resampled(reading, node, x, scales, None, mode, "asymmetric", "floor")
+
+
+def _factors(scales: Folded | None) -> list[float]:
+    """Return the scales, those that `_resampled` refuses left out."""
+    array = np.zeros(0, np.float32) if scales is None else scales.array
+    return [factor for factor in array.ravel()[:MOST_AXES].tolist() if factor > 0.0]
 
 
 def _given(inputs: Inputs, position: int) -> Folded | None:
@@ -114,6 +128,7 @@ def _resampled(
                 raise Refusal(f"a scale of {factor}")
             length = 1 if axis == 0 else x.shape[axis - 1]
             size = math.floor(length * Fraction(factor))
+            limit_tensor([size])
             if size != math.floor(float(np.float32(length) * np.float32(factor))) or size < 1:
                 raise Refusal(f"{length} pixels scaled by {factor!r} may round to another size; give sizes")
             changed[axis] = (Fraction(factor), size)
@@ -123,7 +138,7 @@ def _resampled(
             raise Refusal("sizes must be one integer for each axis")
         for axis, size in zip(axes, numbers, strict=True):
             if axis == 0:
-                if size != reading.batch:
+                if size != reading.batch or not (sizes.on_batch or reading.batch != PROBE_BATCH):
                     raise Refusal("sizes give the batch axis a length of its own; name the spatial axes with `axes`")
                 continue
             if sizes.on_batch and size == reading.batch:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from service.network.limits import MOST_OPERATORS, limit_tensor
+from service.network.limits import COPIES_OF_WEIGHTS, LARGEST_CONSTANT, MOST_OPERATORS, limit_tensor
 from service.network.nodes import Node
 from service.network.operators import (
     Attribute,
@@ -54,6 +55,32 @@ class Reading:
     """The batch size that the file fixes; `PROBE_BATCH` where it is free."""
     operators: list[Operator] = field(default_factory=list[Operator])
     tensors: int = 0
+    constants_left: int = LARGEST_CONSTANT
+    """Elements that constants which the file computes may still have."""
+
+    def count(self, node: Node, operands: Sequence[np.ndarray | None], results: Sequence[np.ndarray]) -> None:
+        """Count constants that the file computes, other than views: repetitions and parts of others.
+
+        Args:
+            node: which computes them; a Constant holds its own.
+            operands: of the node.
+            results: of the node.
+
+        Raises:
+            Refusal: they are too large together.
+        """
+        if node.kind == "Constant":
+            self.constants_left += COPIES_OF_WEIGHTS * results[0].size
+            return
+        views = [one for one in operands if one is not None]
+        self.constants_left -= sum(
+            # A repeated number takes the place of one.
+            math.prod(n for n, stride in zip(array.shape, array.strides, strict=True) if stride)
+            for array in results
+            if not any(np.may_share_memory(array, one) for one in views)
+        )
+        if self.constants_left < 0:
+            raise Refusal("too large to analyse: all constants that the file computes, together")
 
     def tensor(self, shape: Sequence[int]) -> Tensor:
         """Return a new tensor; raise Refusal if it is empty or too large."""

@@ -11,6 +11,8 @@ from service.network.nodes import Node
 from service.network.operators import Constant, Refusal
 
 Pads = list[tuple[int, int]]
+_SAME = ("SAME_UPPER", "SAME_LOWER")
+_GAPS = "auto_pad of windows with gaps, which runtimes read in two ways; give the pads as numbers"
 _POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
 
 
@@ -29,7 +31,7 @@ def pads_of(node: Node, size: Sequence[int], extent: Sequence[int], strides: Seq
         strides: of the window.
 
     Raises:
-        Refusal: negative pads, or an unknown mode.
+        Refusal: negative pads, an unknown mode, or one that leaves pixels out.
     """
     mode = node.attributes.get("auto_pad", "NOTSET")
     if mode == "NOTSET":
@@ -41,11 +43,13 @@ def pads_of(node: Node, size: Sequence[int], extent: Sequence[int], strides: Seq
         raise Refusal("both auto_pad and pads; give one")
     if mode == "VALID":
         return [(0, 0)] * len(size)
-    if mode not in ("SAME_UPPER", "SAME_LOWER"):
+    if mode not in _SAME:
         raise Refusal(f"auto_pad {mode!r} has no proved rule")
     found: Pads = []
     for n, k, s in zip(size, extent, strides, strict=True):
-        total = max((-(-n // s) - 1) * s + k - n, 0)
+        total = (-(-n // s) - 1) * s + k - n
+        if total < 0:
+            raise Refusal(_GAPS)
         small, large = total // 2, total - total // 2
         found.append((small, large) if mode == "SAME_UPPER" else (large, small))
     return found
@@ -75,15 +79,16 @@ def _geometry(node: Node, shape: tuple[int, ...]) -> tuple[list[int], dict[str, 
     strides, dilations = node.sizes("strides", [1] * axes), node.sizes("dilations", [1] * axes)
     if axes < 1 or min(*kernel, *strides, *dilations) < 1:
         raise Refusal(f"kernel {kernel}, strides {strides} and dilations {dilations} must be 1 or more")
-    same = node.attributes.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
-    if same:
-        apart = any((-(-n // s) - 1) * s + k < n for n, k, s in zip(shape[1:], kernel, strides, strict=True))
-        if apart or set(dilations) != {1}:
-            raise Refusal("auto_pad of windows with gaps, which runtimes read in two ways; give the pads as numbers")
+    same = node.attributes.get("auto_pad", "NOTSET") in _SAME
+    if same and set(dilations) != {1}:
+        raise Refusal(_GAPS)
     extent = extent_of(kernel, dilations)
     pads = pads_of(node, shape[1:], extent, strides)
     if node.flag("ceil_mode", 0) and not same:
-        pads = [_ceiled(n, k, s, pad) for n, k, s, pad in zip(shape[1:], extent, strides, pads, strict=True)]
+        ceiled = [_ceiled(n, k, s, pad) for n, k, s, pad in zip(shape[1:], extent, strides, pads, strict=True)]
+        if ceiled != pads and node.attributes.get("auto_pad", "NOTSET") == "VALID":
+            raise Refusal("auto_pad VALID with ceil_mode, which runtimes read in two ways; give the pads as numbers")
+        pads = ceiled
     size = output_size(shape[1:], extent, strides, pads)
     if any(low >= k or high >= k for (low, high), k in zip(pads, extent, strict=True)):
         raise Refusal("pads as large as the window: a window holds padding only")

@@ -24,7 +24,7 @@ from service.certificate import UnsupportedModelError
 def test_networks_of_the_trainer_with_convolutions_and_normalisation_hold(tmp_path: Path) -> None:
     import torch
 
-    from models.export import emit_graphs
+    from models.export import emit_graph
     from models.nets.layers.base import Chain
     from models.nets.layers.pooling import L2Pool2d, ScaledAvgPool2d
     from models.nets.layers.reshaping import Normalize
@@ -41,7 +41,7 @@ def test_networks_of_the_trainer_with_convolutions_and_normalisation_hold(tmp_pa
     sort = dense_network((1, 4, 4), (12,), 1, activation="fullsort")
     assert any(isinstance(layer, FullSort) for layer in sort.body.modules())
     for network in (conv, detector, norms, LipschitzNetwork((2, 8, 8), body, pooled.head), sort):
-        assert server_agrees(emit_graphs(network).model, network.input_shape, 5)
+        assert server_agrees(emit_graph(network), network.input_shape, 5)
 
 
 def exact_logits(model: bytes, image: np.ndarray) -> list[arb]:

@@ -615,3 +615,11 @@ def test_a_chain_that_is_too_deep_is_refused() -> None:
         return b.one("MatMul", x, b.constant(np.eye(4)))
 
     assert "too many linear steps" in refusal(flat_model(build, 4, 4))
+
+
+@pytest.mark.parametrize(("classes", "tabled"), [(256, True), (257, False)])
+def test_margin_bounds_are_tabled_for_some_hundred_classes_only(classes: int, tabled: bool) -> None:
+    weight = np.random.default_rng(0).standard_normal((4, classes))
+    certificate = certify(flat_model(lambda b, x: b.one("Gemm", x, b.constant(weight)), 4, classes))
+    assert (certificate.margin_table() == certificate.margin_bounds_KK.tolist()) is tabled
+    assert tabled or certificate.margin_table() is None

@@ -25,7 +25,7 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 async def within(admission: Admission, work: Coroutine[Any, Any, Any], deadline_s: float, n_bytes: int = 0) -> Any:
-    async with admission.place(n_bytes, deadline_s):
+    with admission.place(n_bytes, deadline_s):
         return await work
 
 
@@ -62,7 +62,7 @@ def test_a_cancellation_from_outside_is_no_deadline() -> None:
     place = Admission(Limits()).place(0, LONG_S)
 
     async def work() -> None:
-        async with place:
+        with place:
             await asyncio.sleep(LONG_S)
 
     async def test() -> None:
@@ -105,15 +105,18 @@ def test_deadlines_of_all_lengths_at_once_are_kept_on_either_event_loop(
 def test_there_are_places_for_a_limited_number_of_requests_and_bytes() -> None:
     async def test() -> None:
         admission = Admission(Limits(max_requests=3, max_bytes=100))
-        async with admission.place(1000, LONG_S):  # alone it is admitted: its body has a limit as well
-            with pytest.raises(OverloadedError, match="1 requests"):
-                await within(admission, broken(), LONG_S, 1)
-        async with admission.place(60, LONG_S):
+        # Alone the first is admitted: its body has a limit as well.
+        with admission.place(1000, LONG_S), pytest.raises(OverloadedError, match="1 requests"):
+            await within(admission, broken(), LONG_S, 1)
+        with admission.place(60, LONG_S):
             with pytest.raises(OverloadedError):
                 await within(admission, broken(), LONG_S, 41)
-            async with admission.place(40, LONG_S), admission.place(0, LONG_S):
-                with pytest.raises(OverloadedError, match="3 requests"):
-                    await within(admission, broken(), LONG_S)
+            with (
+                admission.place(40, LONG_S),
+                admission.place(0, LONG_S),
+                pytest.raises(OverloadedError, match="3 requests"),
+            ):
+                await within(admission, broken(), LONG_S)
         assert await within(admission, at_once(), LONG_S, 100) == b"all"
 
     with pytest.warns(RuntimeWarning, match="never awaited"):
@@ -148,9 +151,8 @@ def test_closing_ends_requests_in_progress_and_refuses_further_ones() -> None:
         for task in (reading, late):
             with pytest.raises(BusyError):
                 await task
-        with pytest.raises(BusyError, match="stopping"):
-            async with admission.place(0, LONG_S):
-                pass
+        with pytest.raises(BusyError, match="stopping"), admission.place(0, LONG_S):
+            pass
 
     run(test)
 

@@ -155,13 +155,13 @@ async def reached(event: threading.Event) -> None:
 
 
 async def answer_to(batcher: Batcher, ask: Ask, n_bytes: int = 100, deadline_s: float = LONG_S) -> Said:
-    async with batcher.place(n_bytes, deadline_s):
+    with batcher.place(n_bytes, deadline_s):
         return await batcher.ask(ask, n_bytes)
 
 
 async def slept(batcher: Batcher, deadline_s: float) -> None:
     """A request whose body does not arrive."""
-    async with batcher.place(0, deadline_s):
+    with batcher.place(0, deadline_s):
         await asyncio.sleep(LONG_S)
 
 

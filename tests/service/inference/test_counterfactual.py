@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.export import emit_graphs
+from models.export import emit_graph
 from models.nets.layers.base import Chain
 from models.nets.layers.linear import Affine
 from models.nets.layers.pooling import GlobalMaxPool2d
@@ -184,8 +184,8 @@ def test_target_out_of_reach_is_answered_with_the_best_image_found() -> None:
 def brightest_pixel_above(threshold: float, side: int) -> Classifier:
     """Class 0 where any pixel is brighter: a detector under a global maximum, as for parasites or scratches."""
     head = Affine(torch.ones(1, 1, dtype=torch.float64), torch.tensor([-threshold], dtype=torch.float64))
-    graphs = emit_graphs(LipschitzNetwork((1, side, side), Chain([GlobalMaxPool2d(), Flatten()]), head))
-    return load(Graphs(graphs.model, (1, side, side), 1))
+    model = emit_graph(LipschitzNetwork((1, side, side), Chain([GlobalMaxPool2d(), Flatten()]), head))
+    return load(Graphs(model, (1, side, side), 1))
 
 
 def test_every_detection_under_a_maximum_is_taken_back() -> None:

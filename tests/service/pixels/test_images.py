@@ -303,6 +303,25 @@ def turned() -> Image.Exif:
     return exif
 
 
+@settings(deadline=None)
+@given(channels=st.sampled_from([1, 3]), height=st.integers(1, 6), width=st.integers(1, 6), data=st.data())
+def test_a_png_without_optional_chunks_has_the_pixels_that_pillow_reads(
+    channels: int, height: int, width: int, data: st.DataObject
+) -> None:
+    row_bytes = width * channels
+    rows = data.draw(st.lists(st.binary(min_size=row_bytes, max_size=row_bytes), min_size=height, max_size=height))
+    filters = data.draw(st.lists(st.integers(0, 5), min_size=height, max_size=height))  # there is no filter 5
+    file = png_of_chunks(
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, channels - 1, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"".join(bytes([kind]) + row for kind, row in zip(filters, rows, strict=True)))),
+        (b"IEND", b""),
+    )
+    assert is_read(file) == (5 not in filters)
+    if 5 not in filters:
+        pixels = np.asarray(Image.open(io.BytesIO(file))).reshape(height, width, channels)
+        assert np.array_equal(decode_image(file, LIMIT), np.moveaxis(pixels, -1, 0))
+
+
 @pytest.mark.parametrize("end", [(b"IEND", b"abc"), (b"I\0\0D", b""), (b"1234", b"")])
 def test_chunks_that_are_whole_and_make_no_png_are_refused(end: tuple[bytes, bytes]) -> None:
     header = (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
