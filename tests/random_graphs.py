@@ -405,6 +405,9 @@ def activation(g: Maker, x: str, shape: Shape) -> Named:
 def gated(g: Maker, x: str, shape: Shape) -> Named:
     """Products of two tensors: activations as exporters write them out, gates of channels, and others."""
     kind = g.integer(0, 9)
+    if g.rarely():
+        # The same function, with rounding errors.
+        x = g.one("Sub", g.one("Add", x, g.scalar(1e4)), g.scalar(1e4))
     if kind == 0:
         factors = [x, g.one("Sigmoid", x)]
     elif kind == 1:

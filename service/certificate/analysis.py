@@ -13,7 +13,7 @@ from service.certificate.limits import MOST_ELEMENTS_TOGETHER, fits
 from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up
 from service.certificate.rules import squares
 from service.certificate.rules.operands import Operands
-from service.certificate.rules.products import note_formula
+from service.certificate.rules.products import note_composition
 from service.certificate.rules.table import RULES, Context
 from service.certificate.statement import Certificate, NodeReport
 from service.certificate.values import Domain, Squares, Unknown, Value, View, affine_of, elements_of
@@ -131,7 +131,7 @@ def _results(context: Context, operator: Operator, inputs: Operands, reports: li
         if isinstance(result, View) and result.shape != tensor.shape:
             raise RuntimeError(f"{operator.label}: proved for {result.shape}, written as {tensor.shape}")
     if len(results) == 1:
-        note_formula(context, operator, inputs, results[0])
+        note_composition(context, operator, inputs, results[0])
     first = next((result for result in results if isinstance(result, View)), None)
     if first is not None:
         facts = context.domain.joint(first)

@@ -8,14 +8,17 @@ Notation as in `table`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from service.certificate import formulas
 from service.certificate.facts import Facts, LocalError
 from service.certificate.formulas import Formula, compose
-from service.certificate.rounding import add_up, down, mul_up, up
+from service.certificate.rounding import add_up, down, mul_up, sqrt_up, up
 from service.certificate.rules.operands import Operands, broadcast_shape
-from service.certificate.rules.table import Context
+from service.certificate.rules.table import Composition, Context
 from service.certificate.values import Squares, Value, View, identity_of
 from service.network.operators import Constant, Operator, Refusal
 
@@ -23,6 +26,9 @@ _SUMS = ("Add", "Sub")
 _ELEMENTWISE = frozenset(
     [*_SUMS, "Clip", "Div", "Erf", "HardSigmoid", "Mul", "Neg", "Relu", "Sigmoid", "Softplus", "Tanh"]
 )
+_ABOVE = 1.0 + 2.0**-9
+"""Slopes of operators, which are rounded down, times this are above the exact ones."""
+_EXACT = LocalError(0.0, 0.0)
 COMPOSED = "An elementwise function of one tensor: its largest slope on the range of the tensor (interval arithmetic)."
 _PRODUCT = "Product of bounded tensors: |u v - u' v'| <= max|u| |v - v'| + max|v| |u - u'|."
 
@@ -31,8 +37,8 @@ def product(context: Context, left: View, right: View) -> View:
     """Return `u v`, elementwise: `||u v - u' v'|| <= max|u| ||v - v'|| + max|v'| ||u - u'||`, and one rounding.
 
     The errors of the factors add in the same way, computed values being within the same bounds. Where both factors
-    are elementwise functions of one tensor `z`, the Lipschitz bound is also that of `z` times the largest slope of
-    their product on the range of `z`.
+    are elementwise functions of one tensor `z`, the Lipschitz bound is also that of `z` times the largest slope s of
+    their product on the range of `z`, and the error is s times that of `z`, and the errors since `z`.
 
     Args:
         context: of this analysis.
@@ -51,9 +57,6 @@ def product(context: Context, left: View, right: View) -> View:
     context.no_overflow(mul_up(reach, reach_other))
     context.theorem = _PRODUCT
     lipschitz = add_up(mul_up(reach, other.lipschitz), mul_up(reach_other, one.lipschitz))
-    composed = _composed(context, left, right, None)
-    if composed is not None:
-        lipschitz = context.smaller(lipschitz, composed_bound(context, *composed), COMPOSED)
     result = Facts(
         lipschitz=lipschitz,
         error=add_up(mul_up(reach, other.error), mul_up(reach_other, one.error)),
@@ -62,9 +65,24 @@ def product(context: Context, left: View, right: View) -> View:
         largest=mul_up(reach, reach_other),
     )
     center = left.center * right.center
-    view = context.source(center, result.plus(context.one_rounding(result, center.size)))
-    if composed is not None:
-        context.formulas[view.source] = composed
+    rounding = context.one_rounding(result, center.size)
+    result = result.plus(rounding)
+    u, v = composition_of(context, left), composition_of(context, right)
+    formula = _joined(u, v, None)
+    if formula is None:
+        return context.source(center, result)
+    # Of the computed base; the exact function of it is off from the computed v by no more than its own error.
+    beyond = add_up(reach_other, v.local.largest)
+    whole = Composition(u.base, formula, v.local.scaled(reach) + u.local.scaled(beyond) + rounding)
+    base, slope = context.domain.joint(u.base), _slope(context, whole)
+    result = replace(
+        result,
+        lipschitz=context.smaller(lipschitz, mul_up(slope, base.lipschitz), COMPOSED),
+        error=min(result.error, add_up(mul_up(slope, base.error), whole.local.l2)),
+        error_max=min(result.error_max, add_up(mul_up(slope, base.error_max), whole.local.largest)),
+    )
+    view = context.source(center, result)
+    context.compositions[view.source] = whole
     return view
 
 
@@ -77,21 +95,18 @@ def composed_sum(context: Context, left: View, right: View, sign: float) -> floa
         right: v, of the same shape.
         sign: 1 or -1.
     """
-    composed = _composed(context, left, right, sign)
+    u, v = composition_of(context, left), composition_of(context, right)
+    formula = _joined(u, v, sign)
     # Sums of functions without products in them are left to the rules of their operators.
-    return composed_bound(context, *composed) if composed is not None and composed[1].curved else np.inf
+    if formula is None or not formula.curved:
+        return np.inf
+    slope = _slope(context, Composition(u.base, formula, _EXACT))
+    return mul_up(slope, context.domain.joint(u.base).lipschitz)
 
 
-def composed_bound(context: Context, base: View, formula: Formula) -> float:
-    """Return the Lipschitz bound of an elementwise function of a tensor.
-
-    Args:
-        context: of this analysis.
-        base: the tensor.
-        formula: the function.
-    """
-    slope = formulas.slope_bound(formula, *_range(context, base))
-    return mul_up(slope, context.domain.joint(base).lipschitz) if np.isfinite(slope) else np.inf
+def _slope(context: Context, whole: Composition) -> float:
+    """Return the Lipschitz constant of the function on the range of its base; infinity where there is none."""
+    return formulas.slope_bound(whole.formula, *_range(context, whole.base))
 
 
 def square(context: Context, squares: Squares) -> View:
@@ -115,8 +130,9 @@ def square(context: Context, squares: Squares) -> View:
     rounding = LocalError.relative(context.gamma(squares.roundings + 2), facts.computed_norm, facts.largest)
     underflow = LocalError.of_each(squares.underflow, weights.size)
     result = context.source(weights * whole.center, facts.plus(rounding, underflow))
-    if (weights == 1.0).all() and whole.source in context.formulas:
-        context.formulas[result.source] = context.formulas[whole.source]
+    composed = context.compositions.get(whole.source)
+    if (weights == 1.0).all() and composed is not None:
+        context.compositions[result.source] = replace(composed, local=composed.local + rounding + underflow)
     return result
 
 
@@ -135,36 +151,35 @@ def _spread(view: View, shape: tuple[int, ...]) -> View:
 def _largest(context: Context, view: View) -> float:
     """Return a bound of the components of a tensor and of the computed one, by its formula where it has one."""
     facts = context.domain.joint(view)
-    base, formula = formula_of(context, view)
-    if formula is formulas.IDENTITY:
+    whole = composition_of(context, view)
+    if whole.formula is formulas.IDENTITY:
         return facts.largest
-    reach = formulas.value_bound(formula, *_range(context, base))
+    reach = formulas.value_bound(whole.formula, *_range(context, whole.base))
     return min(facts.largest, add_up(reach, facts.error_max))
 
 
 # --- elementwise functions of one tensor ------------------------------------------------------------------------------
 
 
-def formula_of(context: Context, view: View) -> tuple[View, Formula]:
-    """Return a tensor and the elementwise function of it that a view is; the view itself where no other is known."""
-    known = context.formulas.get(view.source)
+def composition_of(context: Context, view: View) -> Composition:
+    """Return a view as a function of another tensor; of itself where no other is known."""
+    known = context.compositions.get(view.source)
     if known is None or (view.index < 0).any():
-        return view, formulas.IDENTITY
-    base, formula = known
-    return base.rearranged(base.index.ravel()[view.index]), formula
+        return Composition(view, formulas.IDENTITY, _EXACT)
+    base = known.base.rearranged(known.base.index.ravel()[view.index])
+    repeated = mul_up(sqrt_up(float(max(1, view.repetition))), known.local.l2)
+    return Composition(base, known.formula, LocalError(repeated, known.local.largest))
 
 
-def _composed(context: Context, left: View, right: View, sign: float | None) -> tuple[View, Formula] | None:
+def _joined(u: Composition, v: Composition, sign: float | None) -> Formula | None:
     """Return `u + sign v`, or without a sign `u v`, as a function of one tensor; null where they are of several."""
-    (base, one), (other_base, other) = formula_of(context, left), formula_of(context, right)
-    if identity_of(base) != identity_of(other_base):
+    if identity_of(u.base) != identity_of(v.base):
         return None
-    signed = compose("Mul", other, numbers=(-1.0,)) if sign is not None and sign < 0.0 else other
-    formula = None if signed is None else compose("product" if sign is None else "sum", one, signed)
-    return None if formula is None else (base, formula)
+    signed = compose("Mul", v.formula, numbers=(-1.0,)) if sign is not None and sign < 0.0 else v.formula
+    return None if signed is None else compose("product" if sign is None else "sum", u.formula, signed)
 
 
-def note_formula(context: Context, node: Operator, inputs: Operands, result: Value) -> None:
+def note_composition(context: Context, node: Operator, inputs: Operands, result: Value) -> None:
     """Record the result of an operator that is an elementwise function of its operand, the same for each element.
 
     Args:
@@ -173,59 +188,79 @@ def note_formula(context: Context, node: Operator, inputs: Operands, result: Val
         inputs: its operands.
         result: the value of its result.
     """
-    if node.kind not in _ELEMENTWISE or not isinstance(result, View) or result.source in context.formulas:
+    if node.kind not in _ELEMENTWISE or not isinstance(result, View) or result.source in context.compositions:
         return
-    if not result.whole:
+    views = [_spread(value, result.shape) for value in inputs if isinstance(value, View)]
+    if not result.whole or len(views) > (2 if node.kind in _SUMS else 1):
         return
-    views = [value for value in inputs if isinstance(value, View)]
-    composed = None
-    if len(views) == 2 and node.kind in _SUMS:
-        left, right = (_spread(view, result.shape) for view in views)
-        composed = _composed(context, left, right, 1.0 if node.kind == "Add" else -1.0)
-    elif len(views) == 1:
-        base, inner = formula_of(context, _spread(views[0], result.shape))
-        formula = _elementwise(node, inputs, inner)
-        composed = None if formula is None else (base, formula)
-    if composed is not None:
-        context.formulas[result.source] = composed
+    parts = [composition_of(context, view) for view in views]
+    if len(parts) == 2:
+        u, v = parts
+        formula, slope = _joined(u, v, 1.0 if node.kind == "Add" else -1.0), 1.0
+    else:
+        formula, slope = _elementwise(node, inputs, parts[0].formula)
+    if formula is None:
+        return
+    # The rule of the operator gave at least `slope` times the errors of its operands, and its own: that is the rest.
+    before = [context.domain.joint(view) for view in views]
+    own = LocalError(
+        _rest(result.source.error, slope, [facts.error for facts in before]),
+        _rest(result.source.error_max, slope, [facts.error_max for facts in before]),
+    )
+    local = own
+    for part in parts:
+        local += part.local.scaled(mul_up(slope, _ABOVE))
+    context.compositions[result.source] = Composition(parts[0].base, formula, local)
 
 
-def _elementwise(node: Operator, inputs: Operands, inner: Formula) -> Formula | None:
-    """Return the formula of an operator with one operand that depends on the image; null where it has no formula."""
+def _rest(whole: float, slope: float, parts: Sequence[float]) -> float:
+    """Return `whole - slope (sum of parts)`, rounded up, and not below 0."""
+    for part in parts:
+        whole = up(whole - down(slope * part))
+    return max(0.0, whole)
+
+
+_Elementwise = tuple[Formula | None, float]
+
+
+def _elementwise(node: Operator, inputs: Operands, inner: Formula) -> _Elementwise:
+    """Return the formula of an operator with one operand that depends on the image, null where it has no formula, and
+    its slope, rounded down, by less than `_ABOVE` tells."""
     match node.kind:
         case "Sigmoid" | "Tanh" | "Erf" | "Softplus":
-            return compose(node.kind, inner)
+            return compose(node.kind, inner), {"Sigmoid": 0.25, "Erf": 1.128}.get(node.kind, 1.0)
         case "Neg":
-            return compose("Mul", inner, numbers=(-1.0,))
+            return compose("Mul", inner, numbers=(-1.0,)), 1.0
         case "Relu":
-            return compose("Clip", inner, numbers=(0.0, np.inf))
+            return compose("Clip", inner, numbers=(0.0, np.inf)), 1.0
         case "HardSigmoid":
-            scaled = compose("Mul", inner, numbers=(node.number("alpha"),))
+            alpha = node.number("alpha")
+            scaled = compose("Mul", inner, numbers=(alpha,))
             shifted = None if scaled is None else compose("sum", scaled, formulas.constant(node.number("beta")))
-            return None if shifted is None else compose("Clip", shifted, numbers=(0.0, 1.0))
+            return None if shifted is None else compose("Clip", shifted, numbers=(0.0, 1.0)), abs(alpha)
         case "Clip":
             limits = [_number(value) for value in (*inputs[1:], None, None)[:2]]
             low, high = (
                 default if limit is None else limit for limit, default in zip(limits, (-np.inf, np.inf), strict=True)
             )
-            return compose("Clip", inner, numbers=(low, high)) if low <= high else None
-        case "Add" | "Sub" | "Mul" | "Div":
-            return _with_number(node.kind, inputs, inner)
+            return compose("Clip", inner, numbers=(low, high)) if low <= high else None, 1.0
         case _:
-            return None
+            return _with_number(node.kind, inputs, inner)
 
 
-def _with_number(kind: str, inputs: Operands, inner: Formula) -> Formula | None:
+def _with_number(kind: str, inputs: Operands, inner: Formula) -> _Elementwise:
     left, right = inputs
     number = _number(right if isinstance(left, View) else left)
     if number is None:
-        return None
-    if kind in ("Mul", "Div"):
-        return compose(kind, inner, numbers=(number,))
+        return None, 0.0
+    if kind == "Mul":
+        return compose(kind, inner, numbers=(number,)), abs(number)
+    if kind == "Div":
+        return compose(kind, inner, numbers=(number,)), down(1.0 / abs(number))
     if kind == "Sub" and isinstance(left, View):
         number = -number
     signed = compose("Mul", inner, numbers=(-1.0,)) if kind == "Sub" and not isinstance(left, View) else inner
-    return None if signed is None else compose("sum", signed, formulas.constant(number))
+    return None if signed is None else compose("sum", signed, formulas.constant(number)), 1.0
 
 
 def _number(value: Value | None) -> float | None:

@@ -36,6 +36,17 @@ from service.network.operators import Operator, Refusal
 _JOINT = "Linear steps since the last nonlinear tensors, multiplied out: sum ||M_h|| L_h."
 
 
+@dataclass(frozen=True)
+class Composition:
+    """A tensor as an elementwise function of another one, the same function for each element."""
+
+    base: View
+    """The other tensor, of the same shape."""
+    formula: Formula
+    local: LocalError
+    """Bound of the difference between the computed tensor and the exact function of the computed base."""
+
+
 @dataclass
 class Context:
     """Shared by the rules during the analysis of one graph."""
@@ -43,7 +54,7 @@ class Context:
     domain: Domain
     precision: Precision
     sorted_pairs: dict[frozenset[Identity], Source] = field(default_factory=dict[frozenset[Identity], Source])
-    formulas: dict[Source, tuple[View, Formula]] = field(default_factory=dict[Source, tuple[View, Formula]])
+    compositions: dict[Source, "Composition"] = field(default_factory=dict[Source, "Composition"])
     """Sources that are elementwise functions of a tensor, the same function for each element."""
     joint: Joint = field(init=False)
     theorem: str | None = None

@@ -455,6 +455,13 @@ MUTANTS = [
     ),
     Mutant(
         0,
+        "errors between a tensor and a function of it dropped",
+        lambda p: p.setattr(products, "_rest", lambda *_: 0.0),
+        ("gated",),
+        of_errors=True,
+    ),
+    Mutant(
+        0,
         "LogSoftmax leaves the logits as they are",
         lambda p: p.setattr(activations, "_shifted_together", lambda view, lipschitz: view.source.affine),
         ("log_probabilities",),
