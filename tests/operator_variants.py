@@ -119,17 +119,20 @@ def makes(*operators: str) -> Callable[[Make], Make]:
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
-_ATTRIBUTES: dict[str, dict[str, Sequence[float]]] = {
+_ATTRIBUTES: dict[str, dict[str, Sequence[float | str]]] = {
     "Celu": {"alpha": (0.5, 2.0, 1e-3)},
     "Elu": {"alpha": (0.5, 2.0, -1.0, 0.0)},
+    "Gelu": {"approximate": ("none", "tanh")},
     "HardSigmoid": {"alpha": (0.5, -2.0, 0.0), "beta": (0.1, -3.0, 1e3)},
     "LeakyRelu": {"alpha": (0.5, -2.0, 0.0, 30.0)},
     "Selu": {"alpha": (0.5, 2.0), "gamma": (0.5, -2.0)},
+    "Swish": {"alpha": (1.0, 0.5, -2.0)},
     "ThresholdedRelu": {"alpha": (0.5, 2.0)},
 }
 
 
-@makes("Abs", "Erf", "HardSwish", "Identity", "Neg", "Relu", "Sigmoid", "Softplus", "Softsign", "Tanh", *_ATTRIBUTES)
+@makes("Abs", "Erf", "HardSwish", "Identity", "Mish", "Neg", "Relu", "Sigmoid", "Softplus", "Softsign")
+@makes("Tanh", *_ATTRIBUTES)
 def _unary(g: Draft) -> str:
     attributes = {name: g.pick(values) for name, values in _ATTRIBUTES.get(g.operator, {}).items()}
     return g.one(g.operator, g.image(*g.lengths(g.integer(1, 3))), **g.some(**attributes))
@@ -333,6 +336,11 @@ def _pool(g: Draft) -> str:
 @makes("GlobalAveragePool", "GlobalMaxPool")
 def _global_pool(g: Draft) -> str:
     return g.one(g.operator, g.image(*g.lengths(g.integer(2, 3))))
+
+
+@makes("GlobalLpPool")
+def _global_norm(g: Draft) -> str:
+    return g.one("GlobalLpPool", g.image(*g.lengths(g.integer(2, 3))), **g.some(p=2))
 
 
 @makes("Resize")

@@ -91,6 +91,7 @@ FUNCTIONS = {
     *((name, np.float64) for name in ("Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "PRelu", "Selu", "Softplus")),
     *((name, np.float64) for name in ("Softsign", "ThresholdedRelu")),
     ("HardSwish", np.float32),
+    ("Mish", np.float64),
 }
 """Operators without a kernel of a format: ONNX Runtime computes the function body that the specification gives them."""
 
