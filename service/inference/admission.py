@@ -84,8 +84,8 @@ class Admission:
         for place in list(self._places):
             # A closed loop has no request in progress.
             with contextlib.suppress(RuntimeError):
-                # After the answers that workers have handed to the loop before.
-                place.loop.call_soon_threadsafe(self._stop, place)
+                # A turn of the loop after the answers that workers have handed to it: their requests wake up first.
+                place.loop.call_soon_threadsafe(place.loop.call_soon, self._stop, place)
 
     def _stop(self, place: Place) -> None:
         if place in self._places:

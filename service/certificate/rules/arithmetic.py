@@ -233,7 +233,9 @@ def _centres(left: View, right: View) -> bool:
 
 @rule("Mul")
 def multiply(context: Context, node: Operator, inputs: Operands) -> list[Value]:
-    """Product with a constant: a diagonal map, whose norm is the largest absolute factor; of two tensors: `product`.
+    """Product with a constant: a diagonal map, whose norm is the largest absolute factor.
+
+    Of two tensors: see `products`.
 
     Args: see `Rule`.
     """

@@ -21,13 +21,16 @@ SAMPLES = ROOT / "service" / "static" / "samples"
 
 SECONDS, BYTES = 30.0, 10**9
 
-# CPU seconds and peak memory of the process itself; Linux counts the latter in KiB, macOS in bytes.
+# CPU seconds and peak memory of the process itself. On Linux `ru_maxrss` begins with that of its parent.
 AUDIT = """
-import resource, sys
+import re, resource, sys
+from pathlib import Path
 from service.__main__ import main
 status = main(sys.argv[1:])
 used = resource.getrusage(resource.RUSAGE_SELF)
-print("used", used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+linux = Path("/proc/self/status")
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", linux.read_text())[1]) * 1024 if linux.exists() else used.ru_maxrss
+print("used", used.ru_utime + used.ru_stime, peak)
 sys.exit(status)
 """
 

@@ -97,6 +97,8 @@ REFUSALS: list[Case] = [
     (IMAGE, node("MaxPool", kernel_shape=[2, 2], pads=[2, 0, 0, 0]), "padding only"),
     (IMAGE, node("MaxPool", kernel_shape=[2, 2], outputs=2), "indices of a maximum"),
     ((4,), node("GlobalMaxPool"), "at least one spatial axis"),
+    ((4,), node("GlobalLpPool"), "at least one spatial axis"),
+    (IMAGE, node("GlobalLpPool", p=3), "p other than 2"),
     # reductions
     ((4,), node("ReduceSum"), "names no axes"),
     ((4,), node("ReduceSum", [0]), "along the batch axis"),
