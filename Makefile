@@ -23,6 +23,8 @@ UV    := uv==0.13.9
 # In `make check`; `make test` runs each test once.
 CHECKS := check-lint check-types check-contracts check-documents
 DOCUMENT_TESTS := tests/project/test_documents.py tests/project/test_licences.py tests/project/test_readme.py
+# A file of tests stays in one process: its fixtures are made once. In the order of collection: long files come first.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Libraries whose models are certified for comparison: never in .venv.
 OTHERS := .venv-libraries
 # Servers that are measured beside this one.
@@ -58,12 +60,12 @@ check-documents:
 	$(RUN) -m pytest --quiet $(DOCUMENT_TESTS)
 
 test: check  ## make check, then all other tests, a process for each of at most four CPUs
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(DOCUMENT_TESTS:%=--ignore=%)
+	$(RUN) -m pytest $(PARALLEL) $(DOCUMENT_TESTS:%=--ignore=%)
 
 # The processes that tests start are measured as well.
 coverage: $(VENV)/test $(VENV)/project  ## run all tests, measure the lines of the product that they run, write docs/coverage.md
 	$(RUN) -m coverage erase
-	$(RUN) -m coverage run -m pytest
+	$(RUN) -m coverage run -m pytest $(PARALLEL)
 	$(RUN) -m coverage combine --quiet
 	$(RUN) -m coverage json --quiet -o build/coverage.json
 	$(RUN) docs/coverage.py build/coverage.json
