@@ -61,8 +61,7 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
             f"the graph has no proved Lipschitz bound, so it is not served: {error}\n"
             "Change the network to operators that the certifier knows, and export it again.",
         ) from error
-    contents = [graph.content for graph in graphs]
-    forward, gradient = (load_engine(path, content, "cpu", 1) for content in contents)
+    forward, gradient = (load_engine(path, graph.content, "cpu", 1) for graph in graphs)
     image_NCHW = probe(certificate)
     try:
         logits_NK = model_logits(forward, image_NCHW)
@@ -73,10 +72,7 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
     if gradient_NCHW.shape != image_NCHW.shape or not _agree(again_NK, logits_NK, 2.0 * certificate.logit_error):
         raise ArtefactError(path, "ONNX Runtime computes other logits beside a gradient than alone; report this model.")
     ranges = Ranges.in_file(model_bytes, stored_arrays(model_bytes))
-    forward_pieces, gradient_pieces = (
-        Splice.of(content, graph.pieces, ranges) for content, graph in zip(contents, graphs, strict=True)
-    )
-    return Verified(certificate, logits_NK, forward_pieces, gradient_pieces)
+    return Verified(certificate, logits_NK, *(Splice.of(graph.pieces, ranges) for graph in graphs))
 
 
 def _agree(one: np.ndarray, other: np.ndarray, allowed: float) -> bool:
