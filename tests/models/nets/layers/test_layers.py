@@ -170,7 +170,8 @@ def test_gradient_is_that_of_finite_differences(make: Callable[[], Layer], shape
     torch.manual_seed(11)
     layer = trained(make()).double()
     x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, (x,))
+    # Along random directions: of all entries of the Jacobian it takes minutes.
+    assert torch.autograd.gradcheck(layer, (x,), fast_mode=True)
 
 
 def test_cayley_stays_orthogonal_under_autocast() -> None:
