@@ -101,7 +101,7 @@ class Classifier:
         """Verify and load the artefact in `folder`, exactly as the server does, and run it once.
 
         Args:
-            folder: holds `model.onnx`, `transport.onnx` and `card.json`.
+            folder: holds `model.onnx` and `card.json`.
             provider: `auto` takes CUDA where it is available.
             threads: threads inside one operator, at least 1.
 
@@ -303,7 +303,7 @@ class View:
     def classify(self, image_NCHW: Float64[np.ndarray, "N C H W"]) -> tuple[Float64[np.ndarray, "N K"], Radii]:
         """Return logits and radii, the arrays behind `predict`, without the check of the pixels."""
         seen_NDAB = image_NCHW if self.preprocessing is None else self.preprocessing(image_NCHW)
-        (raw_NK,) = self.model.run(self.model.output_names[:1], {self.model.input_names[0]: seen_NDAB})
+        (raw_NK,) = self.model.run(("logits",), {"image": seen_NDAB})
         logits_NK = raw_NK.astype(np.float64, copy=False)
         if self.single_output:
             logits_NK = two_class_logits(logits_NK)
