@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 from typing import Any
 
 import numpy as np
 
+from service.api.body import NPY
 from service.api.schema import InputAnswer, ModelAnswer, ModelSummary, Options
-from service.inference.classifier import Classifier
+from service.inference.classifier import Classifier, Prediction
 from service.inference.outcome import Outcome
-from service.pixels.images import encode_png, image_digest
+from service.inference.references import Reference
+from service.pixels.images import encode_png, image_digest, to_unit
 from service.pixels.preprocessing import conversion_between
 
 Json = dict[str, Any]
 
 RECORDS = """A structured numpy array with one record per image and the fields `class_id`, `radius`, `certified`,
-`runner_up`, `lipschitz_bound`, `logit_error`, `logits`, and with a counterfactual also `counterfactual` (uint8,
-C x H x W), `counterfactual_class_id`, `counterfactual_distance`, `counterfactual_reached`."""
+`runner_up`, `lipschitz_bound`, `logit_error`, `logits`, `proof`, and with a counterfactual also `counterfactual`
+(uint8, C x H x W), `counterfactual_class_id`, `counterfactual_distance`, `counterfactual_reached`. Reference images are
+in JSON answers alone."""
 
 
 def in_words(outcome: Outcome[Options]) -> list[Json]:
@@ -55,6 +59,8 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
                 "runner_up": {"class_id": prediction.runner_up, "label": labels[prediction.runner_up]},
                 "lipschitz_bound": prediction.lipschitz_bound,
                 "logit_error": prediction.logit_error,
+                "proof": prediction.proof,
+                "references": references_in_words(prediction),
             },
             "counterfactual": None
             if prediction.counterfactual is None
@@ -71,6 +77,27 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
     ]
 
 
+def references_in_words(prediction: Prediction) -> list[Json]:
+    """Return the reference images of an answer with the fields of `ReferenceAnswer`."""
+    return [_reference_in_words(reference) for reference in prediction.references]
+
+
+def _reference_in_words(reference: Reference) -> Json:
+    pixels_CHW = reference.pixels_CHW
+    if pixels_CHW.dtype == np.uint8 and len(pixels_CHW) in (1, 3):
+        content, media_type = encode_png(pixels_CHW), "image/png"
+    else:
+        file = io.BytesIO()
+        np.save(file, pixels_CHW, allow_pickle=False)
+        content, media_type = file.getvalue(), NPY
+    return {
+        "class_id": reference.class_id,
+        "image": base64.b64encode(content).decode("ascii"),
+        "media_type": media_type,
+        "digest": image_digest(to_unit(pixels_CHW) if pixels_CHW.dtype == np.uint8 else pixels_CHW),
+    }
+
+
 def in_columns(outcome: Outcome[Any]) -> dict[str, np.ndarray]:
     """Return the numbers of the answers as arrays with one row per image, by the names in `RECORDS`."""
     predictions = outcome.predictions
@@ -82,6 +109,7 @@ def in_columns(outcome: Outcome[Any]) -> dict[str, np.ndarray]:
         "lipschitz_bound": np.array([prediction.lipschitz_bound for prediction in predictions], "<f8"),
         "logit_error": np.array([prediction.logit_error for prediction in predictions], "<f8"),
         "logits": np.stack([prediction.logits_K for prediction in predictions]).astype("<f8", copy=False),
+        "proof": np.array([prediction.proof for prediction in predictions], "<U4"),
     }
     found = [prediction.counterfactual for prediction in predictions if prediction.counterfactual is not None]
     if found:

@@ -1,9 +1,9 @@
 """The Open Inference Protocol, version 2 over REST, for the same models.
 
 Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
-`class_id`, `radius`, `certified`, `image_digest`, and with the parameter `counterfactual` also the counterfactuals.
-The `parameters` of a request are the options of `/predict` that concern images. Errors are RFC 9457 problem details
-with the member `error`, which the protocol requires.
+`class_id`, `radius`, `certified`, `proof`, `references` (the JSON list of `/predict`), `image_digest`, and with the
+parameter `counterfactual` also the counterfactuals. The `parameters` of a request are the options of `/predict` that
+concern images. Errors are RFC 9457 problem details with the member `error`, which the protocol requires.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 from service import __version__
-from service.api.answers import in_columns
+from service.api.answers import in_columns, references_in_words
 from service.api.body import JSON, Head
 from service.api.openapi import problem_responses
 from service.api.parsing import parse_json, refuse_query
@@ -43,6 +44,8 @@ _OUTPUTS: dict[str, OutputDatatype] = {
     "class_id": "INT64",
     "radius": "FP64",
     "certified": "BOOL",
+    "proof": "BYTES",
+    "references": "BYTES",
     "image_digest": "BYTES",
     "counterfactual": "UINT8",
     "counterfactual_class_id": "INT64",
@@ -215,6 +218,9 @@ def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> 
 
 def _outputs(outcome: Outcome[ImageOptions]) -> list[OutputTensor]:
     columns = in_columns(outcome)
+    columns["references"] = np.array(
+        [to_json(references_in_words(prediction)).decode() for prediction in outcome.predictions]
+    )
     columns["image_digest"] = np.array([image_digest(image_CHW) for image_CHW in outcome.image_NCHW])
     return [
         OutputTensor(name=name, datatype=datatype, shape=list(columns[name].shape), data=columns[name].ravel().tolist())

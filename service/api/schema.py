@@ -32,6 +32,16 @@ class ImageOptions(_Wire):
     counterfactual: bool = False
     """Whether to search, along the transport direction, for the nearest image of another class."""
 
+    proof: Literal["fast", "best"] = "fast"
+    """`best` searches, along the transport direction, for reference images at which a larger radius is proved."""
+
+    epsilon: Annotated[
+        Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None,
+        Expected("a finite number of at least 0, the required L2 radius"),
+    ] = None
+    """Required radius (L2, pixels in [0, 1]), to be answered by `robust_at_epsilon`. Where the fast proof does not
+    reach it, reference images are searched until one does."""
+
     target: Annotated[str | None, Expected("a label of the model as a string")] = None
     """Target label of the counterfactual, requires `counterfactual`; default: the nearest other class."""
 
@@ -51,12 +61,6 @@ class Options(ImageOptions):
 
     model: Annotated[str | None, Expected("the name of a model as a string, see /models")] = None
     """Name of the model, one of `GET /models`; default: the default model."""
-
-    epsilon: Annotated[
-        Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None,
-        Expected("a finite number of at least 0, the required L2 radius"),
-    ] = None
-    """Required radius (L2, pixels in [0, 1]), to be answered by `robust_at_epsilon`."""
 
 
 NO_OPTIONS = Options()
@@ -102,6 +106,20 @@ class ImageAnswer(_Wire):
     """Whether the image was resized to the model's size, as part of the certified map."""
 
 
+class ReferenceAnswer(_Wire):
+    """An image at which the radius is proved against one class; see "Reference images" in docs/soundness.md."""
+
+    class_id: int
+    """The class against which it is proved."""
+    image: str
+    """The image as base64, with the size and the channels of the image that was sent."""
+    media_type: Literal["image/png", "application/x-npy"]
+    """A PNG file, or an npy array C x H x W of pixels in [0, 1] where the image that was sent is not 8-bit grey or
+    RGB."""
+    digest: str
+    """As `ImageAnswer.digest`."""
+
+
 class CertificateAnswer(_Wire):
     """The certificate of this answer.
 
@@ -121,11 +139,17 @@ class CertificateAnswer(_Wire):
     """Whether `certified` and `epsilon <= radius`: every change with a norm strictly below epsilon leaves the class
     unchanged. Null without epsilon."""
     runner_up: ClassLabel
-    """The class j that determines the radius: the smallest `(f_i - f_j - 4 logit_error) / K_ij`."""
+    """The class j that determines the radius: the smallest `(f_i - f_j - 4 logit_error) / K_ij`, or with a reference
+    image `sqrt(((f_i - f_j - 4 logit_error) / K_ij)^2 - c)`, with the logits at that image and the cost c of the way
+    to it."""
     lipschitz_bound: float | None
     """Proved bound `K_ij` of the L2 Lipschitz constant of `f_i - f_j`, with respect to the image that was sent."""
     logit_error: float | None
     """Proved bound of |computed logit - exact logit| over all valid images."""
+    proof: Literal["fast", "best"]
+    """`best` if reference images were searched."""
+    references: list[ReferenceAnswer]
+    """One for each class against which the image that was sent proves less than `radius`."""
 
 
 class CounterfactualAnswer(_Wire):

@@ -6,7 +6,8 @@ It proves a `Network`; bytes go through the reader first.
 from typing import TYPE_CHECKING, Any
 
 from service.certificate.norms import spectral_norm_bound
-from service.certificate.radius import Radii, certified_radius, two_class_logits
+from service.certificate.radius import Radii, certified_radius, pair_radii, two_class_logits
+from service.certificate.reference import reference_cost, reference_radii
 from service.certificate.statement import Certificate, NodeReport
 from service.network.operators import UnsupportedModelError
 
@@ -20,6 +21,9 @@ __all__ = [
     "UnsupportedModelError",
     "certified_radius",
     "certify",
+    "pair_radii",
+    "reference_cost",
+    "reference_radii",
     "spectral_norm_bound",
     "two_class_logits",
 ]

@@ -69,20 +69,9 @@ def certified_radius(
     finite_N = np.all(np.isfinite(logits_NK), axis=1)
     safe_NK = np.where(finite_N[:, None], logits_NK, 0.0)
     class_id_N = np.argmax(safe_NK, axis=1)
-    with np.errstate(over="ignore"):
-        margin_NK = np.nextafter(safe_NK[row_N, class_id_N][:, None] - safe_NK, -np.inf)
-    surplus_NK = np.nextafter(margin_NK - 4.0 * logit_error, -np.inf)
-    bounds_NK = margin_bounds_KK[class_id_N]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        # K_ij = 0 means that the margin never changes: positive stays positive at any distance.
-        ratio_NK = np.where(
-            bounds_NK > 0.0,
-            np.nextafter(surplus_NK / bounds_NK, -np.inf),
-            np.where(surplus_NK > 0.0, np.finfo(np.float64).max, -np.inf),
-        )
-    ratio_NK[row_N, class_id_N] = np.inf
-    runner_up_N = np.argmin(ratio_NK, axis=1)
-    radius_N = np.where(finite_N, np.maximum(ratio_NK[row_N, runner_up_N], 0.0), 0.0)
+    radius_NK = pair_radii(safe_NK, class_id_N, margin_bounds_KK, logit_error)
+    runner_up_N = np.argmin(radius_NK, axis=1)
+    radius_N = np.where(finite_N, np.maximum(radius_NK[row_N, runner_up_N], 0.0), 0.0)
     return Radii(
         class_id_N=class_id_N.astype(np.int64),
         radius_N=radius_N,
@@ -90,3 +79,35 @@ def certified_radius(
         runner_up_N=runner_up_N.astype(np.int64),
         lipschitz_bound_N=margin_bounds_KK[class_id_N, runner_up_N],
     )
+
+
+def pair_radii(
+    logits_NK: Float64[np.ndarray, "N K"],
+    class_id_N: Int64[np.ndarray, " N"],
+    margin_bounds_KK: Float64[np.ndarray, "K K"],
+    logit_error: float,
+) -> Float64[np.ndarray, "N K"]:
+    """Return `(f_i - f_j - 4 E) / K_ij` of the class i of each image and every class j, rounded down.
+
+    Negative where nothing is proved; infinite for j = i.
+
+    Args:
+        logits_NK: computed logits, finite.
+        class_id_N: i.
+        margin_bounds_KK: as in `certified_radius`.
+        logit_error: likewise.
+    """
+    row_N = np.arange(len(logits_NK))
+    with np.errstate(over="ignore"):
+        margin_NK = np.nextafter(logits_NK[row_N, class_id_N][:, None] - logits_NK, -np.inf)
+    surplus_NK = np.nextafter(margin_NK - 4.0 * logit_error, -np.inf)
+    bounds_NK = margin_bounds_KK[class_id_N]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        # K_ij = 0 means that the margin never changes: positive stays positive at any distance.
+        radius_NK = np.where(
+            bounds_NK > 0.0,
+            np.nextafter(surplus_NK / bounds_NK, -np.inf),
+            np.where(surplus_NK > 0.0, np.finfo(np.float64).max, -np.inf),
+        )
+    radius_NK[row_N, class_id_N] = np.inf
+    return radius_NK

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from service.errors import (
     UnknownLabelError,
 )
 from service.inference.counterfactual import Counterfactual, Differentiable, find_counterfactuals
+from service.inference.references import Provable, Reference, find_references
 from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
 from service.runtime.engine import Runs
 from service.runtime.provider import Provider, Resolved, load_on
@@ -57,6 +58,10 @@ class Prediction(NamedTuple):
     """Bound of |computed logit - exact logit|."""
     counterfactual: Counterfactual | None = None
     """The nearest image found with another class; absent unless a request asks for it."""
+    proof: Literal["fast", "best"] = "fast"
+    """Whether reference images were searched for a larger radius: `best`."""
+    references: tuple[Reference, ...] = ()
+    """Images at which the radius is proved, one for each class whose radius at the image as sent is smaller."""
 
 
 class Classifier:
@@ -325,6 +330,42 @@ class View:
             logits_NK = two_class_logits(logits_NK)
         gradient = gradient_NDAB.astype(np.float64)
         return logits_NK, gradient if self.preprocessing is None else self.preprocessing.adjoint(gradient)
+
+
+def with_references(
+    model: Provable,
+    image_NCHW: Float64[np.ndarray, "N C H W"],
+    predictions: Sequence[Prediction],
+    enough: Sequence[float | None],
+) -> list[Prediction]:
+    """Return the answers of `View.predict` with the largest radii found, see `find_references`.
+
+    Args:
+        model: the view that gave the answers.
+        image_NCHW: the images, pixels in [0, 1].
+        predictions: one for each image.
+        enough: radius at which the search for an image ends; null for the largest radius.
+    """
+    if not predictions:
+        return []
+    proofs = find_references(
+        model,
+        image_NCHW,
+        class_id_N=np.array([prediction.class_id for prediction in predictions], np.int64),
+        logits_NK=np.array([prediction.logits_K for prediction in predictions], np.float64),
+        enough_N=np.array([np.inf if radius is None else radius for radius in enough], np.float64),
+    )
+    return [
+        prediction._replace(
+            radius=proof.radius,
+            certified=proof.radius > 0.0,
+            runner_up=proof.runner_up,
+            lipschitz_bound=proof.lipschitz_bound,
+            proof="best",
+            references=proof.references,
+        )
+        for prediction, proof in zip(predictions, proofs, strict=True)
+    ]
 
 
 def counterfactuals(

@@ -8,8 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from service.inference.classifier import Prediction
-from service.inference.outcome import Decoded, Options, Outcome, Plan
+from service.inference.classifier import Prediction, View
+from service.inference.outcome import Decoded, Options, Outcome
 
 Answer = TypeVar("Answer")
 Answer_co = TypeVar("Answer_co", covariant=True)
@@ -59,7 +59,7 @@ class Chunk:
     request: Request[Any]
     decoded: Decoded[Any]
     """The whole request."""
-    plan: Plan
+    view: View
     start: int
     """Index of the first image in the request."""
     pixels_NCHW: np.ndarray

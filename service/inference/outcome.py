@@ -1,6 +1,6 @@
 """The outcome of one request: images, options and results in one object, from the computation to the answer.
 
-A new option of `/predict` is computed here (`Decoded.plan`, `explain`); the batcher between schema and answer does
+A new option of `/predict` is computed here (`needs_gradients`, `explain`); the batcher between schema and answer does
 not know it.
 """
 
@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from service.inference.classifier import Classifier, Prediction, View, counterfactuals
-from service.inference.counterfactual import Differentiable
+from service.inference.classifier import Classifier, Prediction, View, counterfactuals, with_references
+from service.inference.references import Provable
 from service.shapes import Float64, UInt8
 
 
 class ImageOptions(Protocol):
     """Options that decide which results are computed."""
+
+    @property
+    def proof(self) -> Literal["fast", "best"]:
+        """Whether reference images are searched for the largest radius (`best`)."""
+        ...
+
+    @property
+    def epsilon(self) -> float | None:
+        """Radius that the client needs: reference images are searched where it is not proved without."""
+        ...
 
     @property
     def resize(self) -> bool:
@@ -36,14 +46,6 @@ class ImageOptions(Protocol):
         ...
 
 
-class Plan(NamedTuple):
-    """How the images of one request are computed."""
-
-    view: View
-    explains: bool
-    """Whether `explain`, which runs the transport graph, follows the prediction."""
-
-
 Options = TypeVar("Options", bound=ImageOptions)
 Options_co = TypeVar("Options_co", bound=ImageOptions, covariant=True)
 
@@ -57,8 +59,8 @@ class Decoded(Generic[Options_co]):
     """As sent: 0..255, or in [0, 1]."""
     options: Options_co
 
-    def plan(self) -> Plan:
-        """Return how the images are computed.
+    def view(self) -> View:
+        """Return the model for images of this shape.
 
         Raises:
             UnknownLabelError: the target is no label of the model.
@@ -66,8 +68,7 @@ class Decoded(Generic[Options_co]):
         """
         if self.options.target is not None:
             self.classifier.class_of(self.options.target)
-        view = self.classifier.view(self.pixels_NCHW.shape[1:], self.options.resize)
-        return Plan(view, explains=self.options.counterfactual)
+        return self.classifier.view(self.pixels_NCHW.shape[1:], self.options.resize)
 
 
 @dataclass(eq=False, slots=True)
@@ -96,24 +97,41 @@ def check_predictions(classifier: Classifier, options: ImageOptions, predictions
     classifier.check_targets(predictions, [_target(classifier, options)] * len(predictions))
 
 
-def explain(model: Differentiable, outcomes: Sequence[Outcome[Any]]) -> list[Prediction]:
-    """Return the predictions of all outcomes, in order, with the results that need gradients, computed in one batch.
+def needs_gradients(options: ImageOptions, predictions: Sequence[Prediction]) -> bool:
+    """Return whether `explain`, which runs the gradient graph, follows the predictions of a request.
+
+    Args:
+        options: those of the request.
+        predictions: one for each image of the request.
+    """
+    return options.counterfactual or any(_needs_references(options, prediction) for prediction in predictions)
+
+
+def explain(model: Provable, outcomes: Sequence[Outcome[Any]]) -> list[Prediction]:
+    """Return the predictions of all outcomes, in order, with the results that need gradients, each kind in one batch.
 
     Args:
         model: the view that made the predictions.
         outcomes: images of one shape; `check_predictions` has passed.
     """
+    image_NCHW = np.concatenate([outcome.image_NCHW for outcome in outcomes])
     predictions = [prediction for outcome in outcomes for prediction in outcome.predictions]
-    found = counterfactuals(
-        model,
-        np.concatenate([outcome.image_NCHW for outcome in outcomes]),
-        predictions,
-        [_target(outcome.classifier, outcome.options) for outcome in outcomes for _ in outcome.predictions],
-    )
-    return [
-        prediction._replace(counterfactual=counterfactual)
-        for prediction, counterfactual in zip(predictions, found, strict=True)
-    ]
+    owners = [outcome for outcome in outcomes for _ in outcome.predictions]
+    proved = [n for n, owner in enumerate(owners) if _needs_references(owner.options, predictions[n])]
+    enough = [None if owners[n].options.proof == "best" else owners[n].options.epsilon for n in proved]
+    for n, prediction in zip(
+        proved, with_references(model, image_NCHW[proved], [predictions[n] for n in proved], enough), strict=True
+    ):
+        predictions[n] = prediction
+    explained = [n for n, owner in enumerate(owners) if owner.options.counterfactual]
+    targets = [_target(owners[n].classifier, owners[n].options) for n in explained]
+    for n, found in zip(
+        explained,
+        counterfactuals(model, image_NCHW[explained], [predictions[n] for n in explained], targets),
+        strict=True,
+    ):
+        predictions[n] = predictions[n]._replace(counterfactual=found)
+    return predictions
 
 
 def compute(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], options: Options) -> Outcome[Options]:
@@ -128,9 +146,9 @@ def compute(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], 
         UnknownLabelError: the target is no label of the model; nothing is computed.
         InputError: the model does not take images of this shape, or an image already has the target class.
     """
-    view, explains = Decoded(classifier, image_NCHW, options).plan()
+    view = Decoded(classifier, image_NCHW, options).view()
     outcome = Outcome(classifier, options, image_NCHW, view.predict(image_NCHW))
-    if not explains:
+    if not needs_gradients(options, outcome.predictions):
         return outcome
     check_predictions(classifier, options, outcome.predictions)
     return replace(outcome, predictions=explain(view, [outcome]))
@@ -138,3 +156,9 @@ def compute(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], 
 
 def _target(classifier: Classifier, options: ImageOptions) -> int | None:
     return None if options.target is None else classifier.class_of(options.target)
+
+
+def _needs_references(options: ImageOptions, prediction: Prediction) -> bool:
+    if options.proof == "best":
+        return True
+    return options.epsilon is not None and prediction.certified and prediction.radius < options.epsilon

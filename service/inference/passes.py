@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from service.certificate import Radii
+from service.certificate import Certificate, Radii
 from service.inference.admission import Limits
-from service.inference.classifier import Classifier, View
+from service.inference.classifier import Classifier, Prediction, View
 from service.inference.deliveries import Deliveries
 from service.inference.jobs import Chunk, Request
-from service.inference.outcome import Decoded, Outcome, Plan, check_predictions, explain
+from service.inference.outcome import Decoded, Outcome, check_predictions, explain, needs_gradients
 from service.inference.pace import Pace, measure_pace
 from service.inference.queues import SEARCH_SHARE, Queues
 from service.metrics import Metrics
@@ -43,13 +43,13 @@ class Passes:
         """By digest of the model."""
         self._measuring = threading.Lock()
 
-    def split(self, request: Request[Any], decoded: Decoded[Any], plan: Plan) -> list[Chunk]:
+    def split(self, request: Request[Any], decoded: Decoded[Any], view: View) -> list[Chunk]:
         """Return the chunks of a decoded request: one, or one for each forward pass or idle worker.
 
         Args:
             request: not computed yet.
             decoded: its images.
-            plan: how they are computed.
+            view: the model for them.
         """
         count = len(decoded.pixels_NCHW)
         request.decoded = decoded
@@ -59,7 +59,7 @@ class Passes:
         pace = self._paces.get(decoded.classifier.digest)
         most = 1 if pace is None else count // pace.share
         shares = min(most, 1 + self._queues.idle) if most > 1 else 1
-        return _chunks(request, decoded, plan, max(-(-count // self._limits.forward_batch), shares))
+        return _chunks(request, decoded, view, max(-(-count // self._limits.forward_batch), shares))
 
     def predict(self, chunks: Sequence[Chunk], deliveries: Deliveries) -> None:
         """Predict chunks; those of one view share forward passes.
@@ -71,7 +71,7 @@ class Passes:
         latest: dict[int, list[Chunk]] = {}
         room: dict[int, int] = {}
         for chunk in chunks:
-            key = id(chunk.plan.view)
+            key = id(chunk.view)
             if key not in latest or room[key] < chunk.count:
                 if key in latest:
                     self._predict(latest[key], deliveries)
@@ -101,7 +101,7 @@ class Passes:
             pace = self._paces.get(classifier.digest) or self._measure_pace(classifier)
             self._queues.pays = pace.share
             image_NCHW = unit_images([chunk.pixels_NCHW for chunk in chunks])
-            predictions = first.plan.view.predict(image_NCHW)
+            predictions = first.view.predict(image_NCHW)
         except Exception as error:
             self._alone_or_fail(chunks, error, deliveries, self._predict)
             return
@@ -111,15 +111,16 @@ class Passes:
             chunk.request.images[chunk.start] = image_NCHW[offset : offset + chunk.count]
             offset += chunk.count
         for chunk in deliveries.store(chunks, predictions):
-            if chunk.plan.explains:
-                self._queue_search(chunk, deliveries)
+            request = chunk.request
+            predictions = [prediction for prediction in request.predictions if prediction is not None]
+            if needs_gradients(chunk.decoded.options, predictions):
+                self._queue_search(chunk, predictions, deliveries)
             else:
-                deliveries.computed.append(chunk.request)
+                deliveries.computed.append(request)
 
-    def _queue_search(self, chunk: Chunk, deliveries: Deliveries) -> None:
+    def _queue_search(self, chunk: Chunk, predictions: Sequence[Prediction], deliveries: Deliveries) -> None:
         """Queue the search of a predicted request; its gradients wait for those of other requests."""
-        request, decoded, plan = chunk.request, chunk.decoded, chunk.plan
-        predictions = [prediction for prediction in request.predictions if prediction is not None]
+        request, decoded = chunk.request, chunk.decoded
         try:
             check_predictions(decoded.classifier, decoded.options, predictions)
         except Exception as error:
@@ -127,14 +128,14 @@ class Passes:
             return
         request.images.clear()  # nine tenths of the memory of a request that waits
         most = max(1, self._limits.forward_batch // SEARCH_SHARE)
-        self._queues.put_searches(_chunks(request, decoded, plan, -(-len(predictions) // most)))
+        self._queues.put_searches(_chunks(request, decoded, chunk.view, -(-len(predictions) // most)))
 
     def _search(self, chunks: Sequence[Chunk], deliveries: Deliveries) -> None:
         chunks = [chunk for chunk in chunks if not chunk.request.future.done()]
         if not chunks:
             return
         try:
-            view = _PreemptibleView(chunks[0].plan.view, self._predict_waiting, lambda: self._is_abandoned(chunks))
+            view = _PreemptibleView(chunks[0].view, self._predict_waiting, lambda: self._is_abandoned(chunks))
             predictions = explain(view, [_predicted(chunk) for chunk in chunks])
         except _AbandonedError:
             return
@@ -170,7 +171,7 @@ class Passes:
         return pace
 
 
-def _chunks(request: Request[Any], decoded: Decoded[Any], plan: Plan, pieces: int) -> list[Chunk]:
+def _chunks(request: Request[Any], decoded: Decoded[Any], view: View, pieces: int) -> list[Chunk]:
     """Return the images in pieces of nearly one size, all still to compute."""
     pixels_NCHW = decoded.pixels_NCHW
     count = len(pixels_NCHW)
@@ -180,7 +181,7 @@ def _chunks(request: Request[Any], decoded: Decoded[Any], plan: Plan, pieces: in
     for piece in range(pieces):
         start, stop = count * piece // pieces, count * (piece + 1) // pieces
         images = pixels_NCHW[start:stop]
-        chunks.append(Chunk(request, decoded, plan, start, images, stop - start, (stop - start) * pixels))
+        chunks.append(Chunk(request, decoded, view, start, images, stop - start, (stop - start) * pixels))
     return chunks
 
 
@@ -206,6 +207,10 @@ class _PreemptibleView:
         self._view = view
         self._predict_waiting = predict_waiting
         self._is_abandoned = is_abandoned
+
+    @property
+    def certificate(self) -> Certificate:
+        return self._view.certificate
 
     def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
         return self._view.classify(image_NCHW)

@@ -183,7 +183,7 @@ class Queues:
 
     def _take_searches(self) -> list[Chunk]:
         """Return searches of one view, in order; those of other views stay in their places."""
-        view = self._searches[0].plan.view
+        view = self._searches[0].view
         images = sum(chunk.count for chunk in self._searches)
         room = min(max(1, self._limits.forward_batch // SEARCH_SHARE), max(1, -(-images // (1 + self.idle))))
         taken: list[Chunk] = []
@@ -192,7 +192,7 @@ class Queues:
         while self._searches and room > 0:
             chunk = self._searches.popleft()
             too_many = chunk.count > room or pixels + chunk.pixels > self._limits.max_pixels
-            if chunk.plan.view is not view or (taken and too_many):
+            if chunk.view is not view or (taken and too_many):
                 others.append(chunk)
                 continue
             taken.append(chunk)

@@ -96,7 +96,7 @@ class Workers:
                 continue
             try:
                 decoded = request.decoded or request.question.decode()
-                first, *others = self._passes.split(request, decoded, decoded.plan())
+                first, *others = self._passes.split(request, decoded, decoded.view())
             except Exception as error:
                 deliveries.fail(request, error)
                 continue

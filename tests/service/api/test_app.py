@@ -113,6 +113,8 @@ def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_
         "runner_up",
         "lipschitz_bound",
         "logit_error",
+        "proof",
+        "references",
     }
     assert set(answer["certificate"]["runner_up"]) == {"class_id", "label"}
     assert set(answer["counterfactual"]) == {"image", "media_type", "class_id", "label", "distance", "reached"}
@@ -176,11 +178,14 @@ def test_what_is_not_asked_for_is_null(client: Client, grey_HW: np.ndarray) -> N
 
 def test_robust_at_epsilon_is_whether_epsilon_is_at_most_the_radius(client: Client, grey_HW: np.ndarray) -> None:
     radius = FORMS["json"](client, grey_HW, {}).json()["certificate"]["radius"]
-    for epsilon, expected in ((0.0, True), (radius, True), (np.nextafter(radius, 9.0), False), (1e300, False)):
+    largest = FORMS["json"](client, grey_HW, {"proof": "best"}).json()["certificate"]["radius"]
+    assert radius <= largest
+    for epsilon, expected in ((0.0, True), (radius, True), (np.nextafter(largest, 9.0), False), (1e300, False)):
         for send in FORMS.values():
             certificate = send(client, grey_HW, {"epsilon": float(epsilon)}).json()["certificate"]
             assert certificate["epsilon"] == epsilon
             assert certificate["robust_at_epsilon"] is expected
+            assert certificate["proof"] == ("fast" if epsilon <= radius else "best")
 
 
 def test_the_radius_survives_json_exactly(

@@ -111,7 +111,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "too many images": (changed(shape=[5, 1, 4, 1]), 413, "1 to 4 per batch"),
     "too many pixels": (changed(shape=[1, 1, 100, 100]), 413, "2000 pixels"),
     "unknown field": ({**GOOD, "model": "grey"}, 422, "known fields"),
-    "unknown parameter": ({**GOOD, "parameters": {"epsilon": 1}}, 422, "parameters.epsilon is an unknown field"),
+    "unknown parameter": ({**GOOD, "parameters": {"model": "grey"}}, 422, "parameters.model is an unknown field"),
     "target alone": ({**GOOD, "parameters": {"target": "class 1"}}, 422, "set counterfactual=true"),
     "unknown target": (
         {**GOOD, "parameters": {"counterfactual": True, "target": "x"}},
