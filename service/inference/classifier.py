@@ -336,7 +336,8 @@ def with_references(
     model: Provable,
     image_NCHW: Float64[np.ndarray, "N C H W"],
     predictions: Sequence[Prediction],
-    enough: Sequence[float | None],
+    epsilons: Sequence[float | None],
+    largest: Sequence[bool],
 ) -> list[Prediction]:
     """Return the answers of `View.predict` with the largest radii found, see `find_references`.
 
@@ -344,7 +345,8 @@ def with_references(
         model: the view that gave the answers.
         image_NCHW: the images, pixels in [0, 1].
         predictions: one for each image.
-        enough: radius at which the search for an image ends; null for the largest radius.
+        epsilons: radius that is wanted for each image; null for none.
+        largest: whether the search for an image goes on for the largest radius when that is reached.
     """
     if not predictions:
         return []
@@ -353,7 +355,8 @@ def with_references(
         image_NCHW,
         class_id_N=np.array([prediction.class_id for prediction in predictions], np.int64),
         logits_NK=np.array([prediction.logits_K for prediction in predictions], np.float64),
-        enough_N=np.array([np.inf if radius is None else radius for radius in enough], np.float64),
+        epsilon_N=np.array([0.0 if epsilon is None else epsilon for epsilon in epsilons], np.float64),
+        largest_N=np.array(largest, np.bool_),
     )
     return [
         prediction._replace(

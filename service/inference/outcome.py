@@ -118,10 +118,14 @@ def explain(model: Provable, outcomes: Sequence[Outcome[Any]]) -> list[Predictio
     predictions = [prediction for outcome in outcomes for prediction in outcome.predictions]
     owners = [outcome for outcome in outcomes for _ in outcome.predictions]
     proved = [n for n, owner in enumerate(owners) if _needs_references(owner.options, predictions[n])]
-    enough = [None if owners[n].options.proof == "best" else owners[n].options.epsilon for n in proved]
-    for n, prediction in zip(
-        proved, with_references(model, image_NCHW[proved], [predictions[n] for n in proved], enough), strict=True
-    ):
+    improved = with_references(
+        model,
+        image_NCHW[proved],
+        [predictions[n] for n in proved],
+        [owners[n].options.epsilon for n in proved],
+        [owners[n].options.proof == "best" for n in proved],
+    )
+    for n, prediction in zip(proved, improved, strict=True):
         predictions[n] = prediction
     explained = [n for n, owner in enumerate(owners) if owner.options.counterfactual]
     targets = [_target(owners[n].classifier, owners[n].options) for n in explained]

@@ -26,16 +26,20 @@ from service.certificate import Certificate, pair_radii, reference_cost, referen
 from service.inference.closest import LEVELS, bounded, rows_dot
 from service.inference.counterfactual import Differentiable
 from service.pixels.images import to_unit
-from service.shapes import Float64, Int64, UInt8
+from service.shapes import Bool, Float64, Int64, UInt8
 
 # Chosen on 1,000 training images of `mnist` and of `fashion-mnist-robust`.
 _MAX_STEPS = 6
+# The same where a radius is wanted and nearly reached.
+_MAX_PATIENT_STEPS = 24
+_NEARLY = 0.9
 # Parts of the way to the best image of the linear margin.
 _PARTS = np.array([0.7, 0.35])
 # The next step of a pair goes at most this many times as far as the last one.
 _GROWTH = 1.5
 # Relative gain of the pair with the smallest radius below which a search ends.
 _WORTHWHILE = 1e-2
+_PATIENT = 1e-4
 # Pairs of one image in one step: the one with the smallest radius, and others with at most this many times its radius.
 _PAIRS = 2
 _NEAR = 1.05
@@ -86,7 +90,8 @@ def find_references(
     image_NCHW: Float64[np.ndarray, "N C H W"],
     class_id_N: Int64[np.ndarray, " N"],
     logits_NK: Float64[np.ndarray, "N K"],
-    enough_N: Float64[np.ndarray, " N"],
+    epsilon_N: Float64[np.ndarray, " N"],
+    largest_N: Bool[np.ndarray, " N"],
 ) -> list[Proof]:
     """Return the largest radius found for each image, with its proof.
 
@@ -95,22 +100,31 @@ def find_references(
         image_NCHW: pixels in [0, 1].
         class_id_N: predicted classes.
         logits_NK: as computed; an image with a radius of 0 has no reference images.
-        enough_N: radius at which the search for an image ends; infinite for the largest.
+        epsilon_N: radii that are wanted, 0 for none: the search takes more steps where little is missing.
+        largest_N: whether the search goes on for the largest radius when epsilon is reached.
     """
-    search = _Search(model, image_NCHW, class_id_N, logits_NK)
-    search.run(enough_N)
+    search = _Search(model, image_NCHW, class_id_N, logits_NK, epsilon_N)
+    search.run(largest_N)
     return search.proofs()
 
 
 class _Search:
     """Ascent of one batch; images leave the work as they finish."""
 
-    def __init__(self, model: Provable, image_NCHW: np.ndarray, class_id_N: np.ndarray, logits_NK: np.ndarray) -> None:
+    def __init__(
+        self,
+        model: Provable,
+        image_NCHW: np.ndarray,
+        class_id_N: np.ndarray,
+        logits_NK: np.ndarray,
+        epsilon_N: np.ndarray,
+    ) -> None:
         certificate = model.certificate
         self.model = model
         self.shape = image_NCHW.shape[1:]
         self.start_ND = image_NCHW.reshape(len(image_NCHW), -1)
         self.class_id_N = class_id_N
+        self.epsilon_N = epsilon_N
         self.bounds_NK = certificate.margin_bounds_KK[class_id_N]
         self.certificate = certificate
         finite_NK = np.where(np.all(np.isfinite(logits_NK), axis=1)[:, None], logits_NK, 0.0)
@@ -127,24 +141,28 @@ class _Search:
         self.steps_N = np.zeros(len(image_NCHW), np.int64)
         self.is_8bit_N = (to_unit(np.rint(self.start_ND * LEVELS).astype(np.uint8)) == self.start_ND).all(axis=1)
 
-    def run(self, enough_N: np.ndarray) -> None:
+    def run(self, largest_N: np.ndarray) -> None:
         """Step until no further step is worthwhile: all unfinished images at once, one gradient for each step."""
-        for _ in range(_MAX_STEPS):
-            index_M, rival_M = self._pairs(enough_N)
+        for step in range(_MAX_PATIENT_STEPS):
+            radius_N = self.radius_NK.min(axis=1)
+            short_N = (radius_N < self.epsilon_N) & (radius_N >= _NEARLY * self.epsilon_N)
+            live_N = largest_N | (radius_N < self.epsilon_N)
+            index_M, rival_M = self._pairs(live_N & (short_N | (step < _MAX_STEPS)))
             if len(index_M) == 0:
                 return
             before_M = self.radius_NK[index_M, rival_M]
             self._step(index_M, rival_M)
-            self.settled_NK[index_M, rival_M] = self.radius_NK[index_M, rival_M] <= before_M * (1.0 + _WORTHWHILE)
+            gain_M = self.radius_NK[index_M, rival_M] / before_M - 1.0
+            self.settled_NK[index_M, rival_M] = gain_M <= np.where(short_N[index_M], _PATIENT, _WORTHWHILE)
 
-    def _pairs(self, enough_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self, live_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return image and rival of the pairs of the next step: those that decide a radius, and those close behind."""
         order_NP = np.argsort(self.radius_NK, axis=1, kind="stable")[:, :_PAIRS]
         radius_NP = np.take_along_axis(self.radius_NK, order_NP, axis=1)
         settled_NP = np.take_along_axis(self.settled_NK, order_NP, axis=1)
         least_N = radius_NP[:, 0]
         farthest = np.sqrt(self.start_ND.shape[1])
-        live_N = (least_N > 0.0) & (least_N < np.minimum(enough_N, farthest)) & ~settled_NP[:, 0]
+        live_N = live_N & (least_N > 0.0) & (least_N < farthest) & ~settled_NP[:, 0]
         near_NP = radius_NP <= least_N[:, None] * _NEAR
         index_M, place_M = np.nonzero(live_N[:, None] & near_NP & ~settled_NP)
         return index_M, order_NP[index_M, place_M]
