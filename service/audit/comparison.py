@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 from flint import arb
 
@@ -11,19 +13,53 @@ from service.audit.balls import root
 from service.audit.derivation import Derivation
 from service.audit.findings import Finding, as_json, failed, undecided
 from service.audit.records import Answer, Counterfactual
+from service.audit.references import Point, farther, nearer
 
 # Relative difference of two quotients that are taken for equal when the runner-up is compared.
 _SAME_QUOTIENT = 1e-6
 
 
-def against_derivation(answer: Answer, derivation: Derivation, pixels: int) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class Derived:
+    """The proved numbers about one answer."""
+
+    derivation: Derivation
+    """Of the model that answered; its first image is the one that was sent."""
+    pixels: int
+    """Of that image."""
+    counterfactual: Sequence[arb] | None
+    """Exact logits."""
+    references: Mapping[int, Point]
+    """By class."""
+
+    def points(self, rival: int) -> list[Point]:
+        """Return the images at which a radius may be proved against a class."""
+        sent = Point(self.derivation.logits[0], Fraction(0))
+        return [sent, self.references[rival]] if rival in self.references else [sent]
+
+    def radius(self, class_id: int, rival: int, taken: arb) -> arb | None:
+        """Return the largest radius of a pair of classes, an exact number; null where the margin never changes.
+
+        Args:
+            class_id: of the image that was sent.
+            rival: the other class.
+            taken: what rounding may take of a margin.
+        """
+        bound = self.derivation.margin_bounds[class_id][rival]
+        found: arb | None = arb(0)
+        for point in self.points(rival):
+            found = farther(found, point.radius(point.logits[class_id] - point.logits[rival] - taken, bound))
+        return found
+
+
+def against_derivation(answer: Answer, derived: Derived) -> Iterator[Finding]:
     """Yield the members of an answer that the derivation contradicts or leaves open.
 
     Args:
         answer: the answer; members that contradict each other are reported elsewhere.
-        derivation: of the model that answered; its first image is the one that was sent, its second the counterfactual.
-        pixels: number of pixels of the image that was sent.
+        derived: what is proved about it.
     """
+    derivation = derived.derivation
     certificate, exact = answer.certificate, derivation.logits[0]
     yield from _logits(answer.logits, exact, derivation.logit_error)
     if certificate.logit_error is None or not arb(certificate.logit_error) >= derivation.logit_error:
@@ -32,7 +68,7 @@ def against_derivation(answer: Answer, derivation: Derivation, pixels: int) -> I
         return
     yield from _class(answer.class_id, exact, derivation.logit_error)
     if certificate.norm == "l2":
-        proved = proved_radius(derivation, answer.class_id, pixels)
+        proved = proved_radius(derived, answer.class_id)
         if proved is not None and not arb(certificate.radius) <= proved:
             yield _unproved("radius", certificate.radius, repr(rounded_down(proved)))
     runner_up = certificate.runner_up.class_id
@@ -40,9 +76,9 @@ def against_derivation(answer: Answer, derivation: Derivation, pixels: int) -> I
         bound = derivation.margin_bounds[answer.class_id][runner_up]
         if certificate.lipschitz_bound is None or not arb(certificate.lipschitz_bound) >= bound:
             yield _unproved("lipschitz_bound", certificate.lipschitz_bound, decimal(bound))
-        yield from _runner_up(answer, derivation, runner_up)
-    if answer.counterfactual is not None and len(derivation.logits) > 1:
-        yield from _counterfactual(answer.counterfactual, derivation.logits[1], derivation.logit_error)
+        yield from _runner_up(answer, derived, runner_up)
+    if answer.counterfactual is not None and derived.counterfactual is not None:
+        yield from _counterfactual(answer.counterfactual, derived.counterfactual, derivation.logit_error)
 
 
 def _unproved(member: str, stated: float | None, proved: str) -> Finding:
@@ -77,25 +113,25 @@ def _class(class_id: int, exact: Sequence[arb], error: arb) -> Iterator[Finding]
         )
 
 
-def _runner_up(answer: Answer, derivation: Derivation, runner_up: int) -> Iterator[Finding]:
-    """Compare the runner-up with the class of the smallest `(f_i - f_j - 4 E) / K_ij` by the audit's own bounds."""
-    exact, bounds = derivation.logits[0], derivation.margin_bounds[answer.class_id]
+def _runner_up(answer: Answer, derived: Derived, runner_up: int) -> Iterator[Finding]:
+    """Compare the runner-up with the class of the smallest radius by the audit's own bounds."""
     stated = answer.certificate.logit_error
     # Error terms of the answer and of the audit differ, and so do their logits.
-    blur = 8 * derivation.logit_error + 4 * arb(0.0 if stated is None else stated)
-
-    def quotient(j: int, blur: arb) -> arb:
-        surplus = exact[answer.class_id] - exact[j] + blur
-        return surplus / bounds[j] if bounds[j] > 0 else surplus * arb("inf")
-
-    own = quotient(runner_up, -blur)
-    for j in range(len(exact)):
+    blur = 8 * derived.derivation.logit_error + 4 * arb(0.0 if stated is None else stated)
+    own = derived.radius(answer.class_id, runner_up, blur)
+    for j in range(len(derived.derivation.logits[0])):
         if j in (answer.class_id, runner_up):
             continue
-        other = quotient(j, blur)
-        if other + abs(other) * _SAME_QUOTIENT < own:
+        other = derived.radius(answer.class_id, j, -blur)
+        if other is not None and (own is None or other * (1 + arb(_SAME_QUOTIENT)) < own):
             yield undecided(f"runner_up: class {runner_up}, by the audit's bounds class {j} decides the radius")
             return
+    certificate = answer.certificate
+    if runner_up in derived.references and own is not None and certificate.lipschitz_bound:
+        # By the answer's own terms, which are larger than the audit's.
+        least = own * derived.derivation.margin_bounds[answer.class_id][runner_up] / arb(certificate.lipschitz_bound)
+        if arb(certificate.radius) < least * (1 - arb(_SAME_QUOTIENT)):
+            yield failed(f"radius: {certificate.radius!r}, and the reference image of class {runner_up} gives more")
 
 
 def _counterfactual(found: Counterfactual, exact: Sequence[arb], error: arb) -> Iterator[Finding]:
@@ -109,48 +145,41 @@ def _counterfactual(found: Counterfactual, exact: Sequence[arb], error: arb) -> 
         yield undecided(f"counterfactual.class_id: {found.class_id}, and rounding decides the class of its image")
 
 
-def proved_radius(derivation: Derivation, class_id: int, pixels: int) -> arb | None:
+def proved_radius(derived: Derived, class_id: int) -> arb | None:
     """Return the proved radius of a class, an exact number; absent where it contains every valid image.
 
     Two images of the box are at most its diagonal apart, the root of the number of pixels.
 
     Args:
-        derivation: its first image is the one that was sent.
-        class_id: class of that image.
-        pixels: number of its pixels.
+        derived: what is proved about an answer.
+        class_id: class of the image that was sent.
     """
-    logits, error = derivation.logits[0], derivation.logit_error
+    taken = 2 * derived.derivation.logit_error
     found: arb | None = None
-    for j, logit in enumerate(logits):
-        if j == class_id:
-            continue
-        surplus = (logits[class_id] - logit - 2 * error).lower()
-        bound = derivation.margin_bounds[class_id][j]
-        if not surplus > 0:
-            return arb(0)
-        if bound > 0:
-            ratio = (surplus / bound).lower()
-            found = ratio if found is None or ratio < found else found
-    return None if found is not None and found > root(arb(pixels)) else found
+    for j in range(len(derived.derivation.logits[0])):
+        if j != class_id:
+            found = nearer(found, derived.radius(class_id, j, taken))
+    return None if found is not None and found > root(arb(derived.pixels)) else found
 
 
-def proof(answer: Answer, derivation: Derivation, pixels: int) -> str:
+def proof(answer: Answer, derived: Derived) -> str:
     """Return the report of an answer that holds, in one line.
 
     Args:
         answer: an answer without a finding.
-        derivation: of the model that answered.
-        pixels: number of pixels of the image that was sent.
+        derived: what is proved about it.
     """
-    certificate = answer.certificate
+    certificate, derivation = answer.certificate, derived.derivation
     bound = derivation.margin_bounds[answer.class_id][certificate.runner_up.class_id]
-    radius = proved_radius(derivation, answer.class_id, pixels)
+    radius = proved_radius(derived, answer.class_id)
     proved = "every valid image" if radius is None else repr(rounded_down(radius))
     parts = [
         f'class {answer.class_id} ("{answer.label}"), radius {certificate.radius!r} proved (audit: {proved}; Lipschitz '
         f"bound {decimal(bound)}, answer {as_json(certificate.lipschitz_bound)}; logit error "
         f"{decimal(derivation.logit_error)}, answer {as_json(certificate.logit_error)})"
     ]
+    if certificate.references:
+        parts.append(f"{len(certificate.references)} reference images confirmed")
     found = answer.counterfactual
     if found is not None:
         parts.append(

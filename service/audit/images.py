@@ -21,7 +21,7 @@ Shape = tuple[int, int, int]
 """Channels, height, width."""
 
 _NPY_MAGIC = b"\x93NUMPY"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = {"image/png": b"\x89PNG\r\n\x1a\n", "application/x-npy": _NPY_MAGIC}
 _MOST_PIXELS = 2**28
 
 
@@ -56,7 +56,7 @@ def read_image(path: Path, stated: Shape | None, channels: int) -> SentImage:
     """
     data = read_bytes(path, "the image file that was sent")
     if data.startswith(_NPY_MAGIC):
-        return _exact(_array(path, data, stated, channels))
+        return _exact(_with_axes(_array(str(path), data), stated, channels))
     try:
         pixels_CHW = decode_image(data, max_pixels=_MOST_PIXELS)
     except InputError as error:
@@ -67,39 +67,52 @@ def read_image(path: Path, stated: Shape | None, channels: int) -> SentImage:
     return _exact(pixels_CHW)
 
 
-def read_png(text: str) -> SentImage:
-    """Decode a PNG file that an answer holds as base64.
+def read_held(text: str, media_type: str) -> SentImage:
+    """Decode an image that an answer holds as base64.
+
+    Args:
+        text: base64 of a PNG file or an npy array C x H x W of uint8 or floats.
+        media_type: `image/png` or `application/x-npy`.
 
     Raises:
-        ValueError: the text is not base64 of a PNG file that the service reads.
+        ValueError: the text is not base64 of such a file.
     """
+    if media_type not in _SIGNATURES:
+        raise ValueError(f"its media_type is {media_type!r}, expected one of {', '.join(_SIGNATURES)}")
     try:
         data = base64.b64decode(text.encode("ascii"), validate=True)
-        if not data.startswith(_PNG_SIGNATURE):
-            raise ValueError("it is not a PNG file")
-        return _exact(decode_image(data, max_pixels=_MOST_PIXELS))
+        if not data.startswith(_SIGNATURES[media_type]):
+            raise ValueError(f"it is no file of the type {media_type}")
+        if media_type == "image/png":
+            return _exact(decode_image(data, max_pixels=_MOST_PIXELS))
+        return _exact(_array("it", data))
     except (UnicodeEncodeError, binascii.Error) as error:
         raise ValueError("it is not base64") from error
-    except InputError as error:
+    except (InputError, KeptError) as error:
         raise ValueError(str(error)) from error
 
 
-def _array(path: Path, data: bytes, stated: Shape | None, channels: int) -> np.ndarray:
+def _array(name: str, data: bytes) -> np.ndarray:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # A damaged header raises errors of any type.
-        raise KeptError(f"{path}: is not a whole npy file of numbers; name the file that was sent") from error
+        raise KeptError(f"{name}: is not a whole npy file of numbers; name the file that was sent") from error
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     if array.ndim == 2:
         array = array[None]
     integers, floats = array.dtype == np.uint8, array.dtype.kind == "f" and array.dtype.itemsize <= 8
     if array.ndim != 3 or not array.size or not (integers or floats):
-        raise KeptError(f"{path}: an array {array.shape} of {array.dtype}; uint8 or float images C x H x W were sent")
+        raise KeptError(f"{name}: an array {array.shape} of {array.dtype}; uint8 or float images C x H x W were sent")
     if floats:
         array = array.astype(np.float64)
         if not ((array >= 0.0) & (array <= 1.0)).all():
-            raise KeptError(f"{path}: a pixel is NaN, infinite or outside [0, 1], where nothing is promised")
+            raise KeptError(f"{name}: a pixel is NaN, infinite or outside [0, 1], where nothing is promised")
+    return array
+
+
+def _with_axes(array: np.ndarray, stated: Shape | None, channels: int) -> np.ndarray:
+    """Return C x H x W of an array that may have its channels last."""
     last = np.moveaxis(array, -1, 0)
     if stated is not None:
         return last if array.shape != stated and last.shape == stated else array

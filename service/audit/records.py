@@ -35,8 +35,9 @@ class _Record(BaseModel):
         yield from (f"{prefix}{name}" for name in self.model_extra or {})
         for name in type(self).model_fields:
             member = getattr(self, name)
-            if isinstance(member, _Record):
-                yield from member.unknown(f"{prefix}{name}.")
+            for one in member if isinstance(member, list) else [member]:
+                if isinstance(one, _Record):
+                    yield from one.unknown(f"{prefix}{name}.")
 
 
 class ClassLabel(_Record):
@@ -56,6 +57,16 @@ class AnswerImage(_Record):
     resized: bool
 
 
+class Reference(_Record):
+    """An image at which the radius is proved against one class."""
+
+    class_id: int
+    image: str
+    """PNG file or npy array as base64."""
+    media_type: str
+    digest: str
+
+
 class Certificate(_Record):
     """The promise of an answer; radius and bounds are L2, pixels in [0, 1]."""
 
@@ -68,6 +79,9 @@ class Certificate(_Record):
     runner_up: ClassLabel
     lipschitz_bound: _Bound | None
     logit_error: _Bound | None
+    # Both are absent in answers of versions without reference images.
+    proof: str | None = None
+    references: list[Reference] | None = None
 
 
 class Counterfactual(ClassLabel):

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from service.audit.balls import NotAuditableError
 from service.audit.findings import Finding, as_json, failed, undecided
-from service.audit.images import SentImage, read_png
+from service.audit.images import SentImage, read_held
 from service.audit.preprocessing import conversion_between
 from service.audit.records import Answer, Artefact, ClassLabel, Counterfactual
 
@@ -59,6 +59,8 @@ def _radius(answer: Answer, logit: float | None, rival: float | None) -> Iterato
     The service rounds each step down, so that the radius is at most the exact quotient, and little less.
     """
     certificate = answer.certificate
+    if any(reference.class_id == certificate.runner_up.class_id for reference in certificate.references or []):
+        return  # The logits that give it are those of the reference image.
     bound, error = certificate.lipschitz_bound, certificate.logit_error
     if logit is None or rival is None or bound is None or error is None:
         if certificate.radius > 0.0:
@@ -147,7 +149,7 @@ def _label(prefix: str, named: ClassLabel, labels: list[str]) -> Iterator[Findin
 def counterfactual_image(found: Counterfactual, sent: SentImage) -> SentImage | Finding:
     """Return the image of a counterfactual, or the reason why it is not one of the shape that was sent."""
     try:
-        image = read_png(found.image)
+        image = read_held(found.image, "image/png")
     except ValueError as error:
         return failed(f"counterfactual.image: {error}")
     if image.shape != sent.shape:

@@ -17,12 +17,13 @@ from pathlib import Path
 from flint import ctx
 
 from service.audit.balls import NotAuditableError
-from service.audit.comparison import against_derivation, proof
+from service.audit.comparison import Derived, against_derivation, proof
 from service.audit.derivation import Derivation, derive
 from service.audit.findings import Conclusion, Finding, one_line, undecided
 from service.audit.images import SentImage, read_image
 from service.audit.preprocessing import preprocess
 from service.audit.records import Answer, Artefact, read_answer, read_artefact
+from service.audit.references import Point, reference_images
 from service.audit.statements import (
     against_card,
     against_counterfactual,
@@ -78,13 +79,16 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
     artefact = read_artefact(artefact_folder)
     sent = read_image(image_file, answer.image.shape if answer.image else None, artefact.input_shape[0])
     findings = [*against_itself(answer), *against_image(answer, sent)]
-    images = [sent]
+    references, doubts = reference_images(answer, sent)
+    findings += doubts
+    images, shown = [sent], False
     if answer.counterfactual is not None:
         image = counterfactual_image(answer.counterfactual, sent)
         if isinstance(image, Finding):
             findings.append(image)
         else:
             images.append(image)
+            shown = True
             findings += against_counterfactual(answer, answer.counterfactual, sent, image)
     if artefact.digest != answer.digest:
         # Whatever is derived from these bytes says nothing about the answer.
@@ -96,13 +100,23 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
         )
         return _verdict(findings)
     findings += against_card(answer, artefact, sent)
+    held = list(references.items())
     try:
-        derivation = _derivation(answer, artefact, images)
+        derivation = _derivation(answer, artefact, [*images, *(reference.image for _, reference in held)])
     except NotAuditableError as error:
         return _verdict([*findings, *(undecided(f"class, logits and radius: {reason}") for reason in error.reasons)])
-    pixels = prod(sent.shape)
-    findings += against_derivation(answer, derivation, pixels)
-    return _verdict(findings) if findings else Verdict(proof(answer, derivation, pixels))
+    at_references = derivation.logits[len(images) :]
+    derived = Derived(
+        derivation,
+        pixels=prod(sent.shape),
+        counterfactual=derivation.logits[1] if shown else None,
+        references={
+            class_id: Point(logits, reference.cost)
+            for (class_id, reference), logits in zip(held, at_references, strict=True)
+        },
+    )
+    findings += against_derivation(answer, derived)
+    return _verdict(findings) if findings else Verdict(proof(answer, derived))
 
 
 def _verdict(findings: Sequence[Finding]) -> Verdict:

@@ -179,7 +179,7 @@ class _Search:
                 lipschitz_bound=float(self.bounds_NK[n, runner_up]),
                 references=tuple(
                     Reference(int(k), self._pixels(n, self.references[n][int(k)]))
-                    for k in np.flatnonzero(self.sent_NK[n] < radius)
+                    for k in np.flatnonzero((self.sent_NK[n] < radius) & (radius > 0.0))
                 ),
                 steps=steps,
             )

@@ -180,7 +180,7 @@ def test_robust_at_epsilon_is_whether_epsilon_is_at_most_the_radius(client: Clie
     radius = FORMS["json"](client, grey_HW, {}).json()["certificate"]["radius"]
     largest = FORMS["json"](client, grey_HW, {"proof": "best"}).json()["certificate"]["radius"]
     assert radius <= largest
-    for epsilon, expected in ((0.0, True), (radius, True), (np.nextafter(largest, 9.0), False), (1e300, False)):
+    for epsilon, expected in ((0.0, True), (radius, True), (1.5 * largest, False), (1e300, False)):
         for send in FORMS.values():
             certificate = send(client, grey_HW, {"epsilon": float(epsilon)}).json()["certificate"]
             assert certificate["epsilon"] == epsilon

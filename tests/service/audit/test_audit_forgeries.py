@@ -23,6 +23,11 @@ from service.errors import KeptError
 from service.pixels.images import decode_image
 
 
+def black_and_white(grey_HW: np.ndarray) -> np.ndarray:
+    """Pixels that the box stops at once, most of them in one direction."""
+    return np.where(grey_HW < 128, 0, 255).astype(np.uint8)
+
+
 @pytest.fixture
 def archived(client: Client, zoo: Path, grey_HW: np.ndarray) -> Archived:
     """An answer of the grey model with every member that it can have."""
@@ -152,7 +157,7 @@ FAILED: dict[str, tuple[Callable[[Json], object], list[str]]] = {
     "label of the counterfactual": (found(label="x"), ["counterfactual.label: 'x', class 0 of the card is"]),
     "distance": (found(distance=0.123456789), ["counterfactual.distance: 0.123456789, the images are 1.1"]),
     "picture": (another_picture, ["counterfactual.distance: "]),
-    "no picture": (found(image="AAAA"), ["counterfactual.image: it is not a PNG file"]),
+    "no picture": (found(image="AAAA"), ["counterfactual.image: it is no file of the type image/png"]),
     "text as a picture": (found(image="é"), ["counterfactual.image: it is not base64"]),
     "picture of another size": (
         found(image=base64.b64encode(encode(np.zeros((3, 3), np.uint8))).decode()),
@@ -235,7 +240,7 @@ def mutations(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value + "x", value[:-1], value[::-1] + "-", "", 3, None]
     if isinstance(value, list):
-        return [value[:-1], [*value, value[0]], value[::-1], [], {}]
+        return [value[:-1], [*value, *value[:1]], value[::-1], [], {}]
     return [None, [], {}]
 
 
@@ -247,6 +252,9 @@ def stays_true(path: tuple[str | int, ...], value: Any, other: Any) -> bool:
     if path == ("certificate", "logit_error"):
         # Less than the rounding of the radius, and still a bound.
         return isinstance(other, float) and abs(other / value - 1) < 1e-3
+    if path == ("certificate", "references"):
+        # Their order means nothing.
+        return other == value[::-1]
     return path == ("counterfactual",) and other in (None, DELETED)
 
 
@@ -266,14 +274,18 @@ def replaced(answer: Json, path: tuple[str | int, ...], other: Any) -> Json:
     return forged
 
 
-@pytest.mark.parametrize("form", ["plain", "one output", "converted and resized"])
+@pytest.mark.parametrize("form", ["plain", "one output", "converted and resized", "with reference images"])
 def test_no_mutation_of_any_member_holds(
     client: Client, zoo: Path, grey_HW: np.ndarray, colour_HWC: np.ndarray, tmp_path: Path, form: str
 ) -> None:
     name, pixels = {"plain": ("grey", grey_HW), "one output": ("binary", grey_HW)}.get(
         form, ("grey", np.tile(colour_HWC, (2, 2, 1)))
     )
-    archived = archive(client, encode(pixels), zoo / name, resize=True, epsilon=0.01, counterfactual=True)
+    proof = "fast"
+    if form == "with reference images":
+        name, pixels, proof = "grey", black_and_white(grey_HW), "best"
+    archived = archive(client, encode(pixels), zoo / name, resize=True, epsilon=0.01, counterfactual=True, proof=proof)
+    assert bool(archived.answer["certificate"]["references"]) == (proof == "best")
     assert archived.check(tmp_path).conclusion is Conclusion.HOLDS
     tried, held = 0, []
     for path, value in members(archived.answer):

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import builders
 import numpy as np
@@ -44,6 +44,8 @@ class Ask:
     classifier: Classifier
     pixels_NCHW: np.ndarray
     counterfactual: bool = False
+    proof: Literal["fast", "best"] = "fast"
+    epsilon: float | None = None
     target: int | None = None
     resize: bool = False
     at_once: bool = False
@@ -53,7 +55,13 @@ class Ask:
     @property
     def options(self) -> ImageOptions:
         target = None if self.target is None else self.classifier.labels[self.target]
-        return ImageOptions(resize=self.resize, counterfactual=self.counterfactual, target=target)
+        return ImageOptions(
+            resize=self.resize,
+            counterfactual=self.counterfactual,
+            target=target,
+            proof=self.proof,
+            epsilon=self.epsilon,
+        )
 
     def decode_at_once(self) -> Decoded[ImageOptions] | None:
         return self.decode() if self.at_once else None
@@ -179,7 +187,9 @@ def assert_is_answer_alone(said: Said, ask: Ask) -> None:
     for one, other in zip(said.predictions, alone.predictions, strict=True):
         assert one.class_id == other.class_id
         assert np.abs(one.logits_K - other.logits_K).max() <= 2 * other.logit_error
-        assert one.radius == pytest.approx(other.radius, rel=1e-9)
+        # Rounding in batches of other sizes may choose another reference image.
+        assert one.radius == pytest.approx(other.radius, rel=1e-9 if other.proof == "fast" else 0.02)
+        assert one.proof == other.proof
         found, expected = one.counterfactual, other.counterfactual
         if not ask.counterfactual:
             assert found is None
@@ -210,7 +220,15 @@ def test_many_different_requests_at_once_get_the_answers_they_get_alone(
             height, width = height + 2, width + 1
         count = int(random.choice([1, 1, 1, 2, 7, 23]))
         pixels_NCHW = images(count, number, (channels, height, width))
-        ask = Ask(classifier, pixels_NCHW, number % 4 == 1, None, resize, at_once=number % 2 == 0)
+        ask = Ask(
+            classifier,
+            pixels_NCHW,
+            counterfactual=number % 4 == 1,
+            proof="best" if number % 7 == 3 else "fast",
+            epsilon=0.1 if number % 5 == 2 else None,
+            resize=resize,
+            at_once=number % 2 == 0,
+        )
         if ask.counterfactual and number % 8 == 1:
             predicted = {one.class_id for one in classifier.predict(pixels_NCHW / 255.0, resize)}
             others = set(range(len(classifier.labels))) - predicted
