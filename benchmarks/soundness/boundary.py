@@ -20,9 +20,8 @@ import numpy as np
 
 from benchmarks.soundness.exact import just_inside, ratio
 from service.certificate import Certificate, Radii
-from service.inference.classifier import Classifier
+from service.inference.classifier import Classifier, with_references
 from service.pixels.distances import is_inside, squared_distance
-from service.pixels.preprocessing import preprocessing_between
 
 BATCH_SIZES = (1, 2, 3, 7, 16, 64, 256)
 """Every point that counts is classified in batches of each of these sizes."""
@@ -43,11 +42,13 @@ class View:
 
     def certificate(self, image_NCHW: np.ndarray) -> Certificate:
         """The certificate of images of this shape."""
-        sent, taken = image_NCHW.shape[1:], self.classifier.input_shape
-        if sent == taken:
-            return self.classifier.certificate
-        mapping = preprocessing_between(sent, taken)
-        return self.classifier.certificate.after_preprocessing(mapping.norm, mapping.error_l2)
+        return self.classifier.view(image_NCHW.shape[1:], self.resize).certificate
+
+    def largest(self, image_NCHW: np.ndarray) -> np.ndarray:
+        """Radii with reference images."""
+        view, count = self.classifier.view(image_NCHW.shape[1:], self.resize), len(image_NCHW)
+        proved = with_references(view, image_NCHW, view.predict(image_NCHW), [None] * count, [True] * count)
+        return np.array([prediction.radius for prediction in proved])
 
     def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
         """Logits N x K and radii, in one batch."""
@@ -101,6 +102,8 @@ class Search:
     image_NCHW: np.ndarray
     class_N: np.ndarray
     radius_N: np.ndarray
+    largest_N: np.ndarray
+    """Radii with reference images: no point may lie inside."""
     naive_N: np.ndarray
     """Radii without the rounding error, `min (f_i - f_j) / K_ij`: those of a certificate in real arithmetic."""
     point_NCHW: np.ndarray
@@ -112,16 +115,16 @@ class Search:
 
     def first(self, n: int) -> Search:
         """Return the search from the first n images; `pulled_flips` still refers to all."""
-        arrays = (self.image_NCHW, self.class_N, self.radius_N, self.naive_N, self.point_NCHW, self.found_N)
-        return Search(*(array[:n] for array in arrays), pulled_flips=self.pulled_flips)
+        arrays = (self.image_NCHW, self.class_N, self.radius_N, self.largest_N, self.naive_N, self.point_NCHW)
+        return Search(*(array[:n] for array in arrays), self.found_N[:n], self.pulled_flips)
 
     @property
     def violations(self) -> list[int]:
         """Images whose nearest point lies strictly inside the radius."""
         return [
             n
-            for n in np.flatnonzero(self.found_N & (self.radius_N > 0)).tolist()
-            if is_inside(self.image_NCHW[n], self.point_NCHW[n], float(self.radius_N[n]))
+            for n in np.flatnonzero(self.found_N & (self.largest_N > 0)).tolist()
+            if is_inside(self.image_NCHW[n], self.point_NCHW[n], float(self.largest_N[n]))
         ]
 
     @property
@@ -134,11 +137,11 @@ class Search:
 
     @property
     def ratios(self) -> np.ndarray:
-        """Distance over radius of each certified image from which a point was found."""
+        """Distance over radius with reference images of each certified image from which a point was found."""
         return np.array(
             [
-                ratio(self.image_NCHW[n], self.point_NCHW[n], float(self.radius_N[n]))
-                for n in np.flatnonzero(self.found_N & (self.radius_N > 0)).tolist()
+                ratio(self.image_NCHW[n], self.point_NCHW[n], float(self.largest_N[n]))
+                for n in np.flatnonzero(self.found_N & (self.largest_N > 0)).tolist()
             ]
         )
 
@@ -200,11 +203,12 @@ def search(
 def judge(
     view: View, image_NCHW: np.ndarray, class_N: np.ndarray, radius_N: np.ndarray, point_NCHW: np.ndarray
 ) -> Search:
-    """Classify the points, and the same pulled inside of the radius, in batches of all sizes."""
+    """Classify the points, and the same pulled inside of the largest radius, in batches of all sizes."""
+    largest_N = view.largest(image_NCHW)
     pulled_NCHW = np.stack(
         [
             just_inside(image, point, float(radius)) if radius > 0 and (image != point).any() else image
-            for image, point, radius in zip(image_NCHW, point_NCHW, radius_N, strict=True)
+            for image, point, radius in zip(image_NCHW, point_NCHW, largest_N, strict=True)
         ]
     )
     pulled_BN = view.classes_in_batches(pulled_NCHW) != class_N
@@ -212,10 +216,11 @@ def judge(
         image_NCHW=image_NCHW,
         class_N=class_N,
         radius_N=radius_N,
+        largest_N=largest_N,
         naive_N=naive_radius(view, image_NCHW),
         point_NCHW=point_NCHW,
         found_N=(view.classes_in_batches(point_NCHW) != class_N).any(axis=0),
-        pulled_flips=int((pulled_BN.any(axis=0) & (radius_N > 0)).sum()),
+        pulled_flips=int((pulled_BN.any(axis=0) & (largest_N > 0)).sum()),
     )
 
 

@@ -126,7 +126,8 @@ def examine(networks: list[Network], rng: np.random.Generator, images: int, effo
     for network in networks:
         image_NCHW = rng.uniform(0.2, 0.8, (images, *network.shape))
         predictions = network.classifier.predict(image_NCHW)
-        for image_CHW, prediction in zip(image_NCHW, predictions, strict=True):
+        largest = View(network.classifier).largest(image_NCHW).tolist()
+        for image_CHW, prediction, radius in zip(image_NCHW, predictions, largest, strict=True):
             exact = network.logits([Fraction(value) for value in image_CHW.ravel().tolist()])
             errors = [abs(Fraction(a) - b) for a, b in zip(prediction.logits_K.tolist(), exact, strict=True)]
             known.worst_error = max(known.worst_error, float(max(errors) / Fraction(prediction.logit_error)))
@@ -134,7 +135,7 @@ def examine(networks: list[Network], rng: np.random.Generator, images: int, effo
                 continue
             for square in network.squared_distances(image_CHW, prediction.class_id):
                 known.attained += 1
-                known.beyond += Fraction(prediction.radius) ** 2 > square
+                known.beyond += Fraction(radius) ** 2 > square
                 known.smallest = min(known.smallest, math.sqrt(square / Fraction(prediction.radius) ** 2))
         known.searches.append(search(View(network.classifier), image_NCHW, rng, effort))
     return known

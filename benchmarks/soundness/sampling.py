@@ -25,7 +25,7 @@ class Sampled:
 
 
 # Computed margins of the images that `near_boundary` makes, in units of E. A radius is positive above 4.
-_CERTIFIED_MARGINS = (4.0 + 1e-6, 4.001, 4.1, 6.0)
+_CERTIFIED_MARGINS = (4.0 + 1e-7, 4.001, 4.1, 6.0, 100.0)
 _NAIVE_MARGINS = (1e-4, 1e-3, 1e-2, 0.1)
 
 
@@ -46,7 +46,7 @@ def near_boundary(view: View, found: Search, rng: np.random.Generator, samples: 
         near_NCHW = _with_margin(view, image_NCHW, point_NCHW, class_N, factor * error)
         _, radii = view.classify(near_NCHW)
         naive = factor in _NAIVE_MARGINS
-        radius_N = naive_radius(view, near_NCHW) if naive else radii.radius_N
+        radius_N = naive_radius(view, near_NCHW) if naive else view.largest(near_NCHW)
         usable = np.flatnonzero((radii.class_id_N == class_N) & (radius_N > 0))
         if len(usable) == 0:
             continue

@@ -84,7 +84,7 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
             f"**Points strictly inside of the radius: {broken}.**",
             table(_SEARCH_HEADER, rows),
             "Rounding decides in front of the boundary. So images were placed there, with computed margins of "
-            "4.000001, 4.001, 4.1 and 6 times `logit_error`, and 49 points inside of each (tiny) radius classified: "
+            "4.0000001, 4.001, 4.1, 6 and 100 times `logit_error`, and 49 points inside of each radius classified: "
             "along the gradient, its signs, and random directions. The last two columns show that this attack is "
             "real: images with margins of 0.0001 to 0.1 times `logit_error`, and how many have another class inside "
             "of the radius that a certificate without rounding errors, `min (f_i - f_j) / K_ij`, would give them. "
@@ -381,8 +381,8 @@ def radius_lost(arguments: argparse.Namespace) -> Section:
 
 
 _SEARCH_HEADER = (
-    *("model", "image", "n", "certified", "found", "median radius", "smallest distance / radius"),
-    *("median distance / radius", "inside", "pulled, other class"),
+    *("model", "image", "n", "certified", "found", "median radius", "with reference images"),
+    *("smallest distance / radius", "median distance / radius", "inside", "pulled, other class"),
 )
 _NEAR_HEADER = ("model", "image", "images", "points inside", "other class", "images without E", "broken without E")
 
@@ -396,6 +396,7 @@ def _search_row(title: Sequence[str], found: Search) -> list[object]:
         int(certified_N.sum()),
         int(found.found_N.sum()),
         f"{np.median(found.radius_N):.4f}",
+        f"{np.median(found.largest_N):.4f}",
         floor(float(ratios.min()), 6) if len(ratios) else "-",
         floor(float(np.median(ratios)), 4) if len(ratios) else "-",
         len(found.violations),
