@@ -258,14 +258,16 @@ def best_of_linear(
     best_MD = sent_MD
     for _ in range(_NEWTON_STEPS):
         step_MD = slope_MD * step_M[:, None]
-        back_MD = np.clip(sent_MD - step_MD, 0.0, 1.0) + step_MD
+        low_MD, high_MD = step_MD > sent_MD, step_MD < sent_MD - 1.0
+        # Not by adding what was subtracted: unmoved pixels keep their bits.
+        back_MD = np.where(low_MD, step_MD, np.where(high_MD, 1.0 + step_MD, sent_MD))
         best_MD = np.clip(back_MD, 0.0, 1.0)
         missing_M = value_M + rows_dot(slope_MD, best_MD - sent_MD) - step_M
         wrong_M = np.abs(missing_M) > _NEWTON_ERROR * step_M
         if not wrong_M.any():
             break
         # Pixels that move with t: clipped on the way down, and not yet at the other end of the box.
-        moving_MD = (back_MD == best_MD) & (best_MD != sent_MD)
+        moving_MD = (low_MD | high_MD) & (back_MD == best_MD)
         fall_M = np.minimum(rows_dot(slope_MD * moving_MD, slope_MD) - 1.0, _FLATTEST)
         step_M = np.where(wrong_M, np.clip(step_M - missing_M / fall_M, 0.0, _LONGEST), step_M)
     return best_MD
