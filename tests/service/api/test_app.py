@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import struct
 import sys
@@ -186,6 +187,58 @@ def test_robust_at_epsilon_is_whether_epsilon_is_at_most_the_radius(client: Clie
             assert certificate["epsilon"] == epsilon
             assert certificate["robust_at_epsilon"] is expected
             assert certificate["proof"] == ("fast" if epsilon <= radius else "best")
+
+
+def black_and_white(grey_HW: np.ndarray) -> np.ndarray:
+    """Pixels at the ends of the box, where reference images gain most."""
+    return np.where(grey_HW < 128, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_best_proof_lists_the_images_that_prove_it(
+    client: Client, classifiers: Mapping[str, Classifier], grey_HW: np.ndarray, form: str
+) -> None:
+    pixels_HW = black_and_white(grey_HW)
+    fast = FORMS[form](client, pixels_HW, {}).json()["certificate"]
+    assert (fast["proof"], fast["references"]) == ("fast", [])
+    answer = FORMS[form](client, pixels_HW, {"proof": "best", "counterfactual": True}).json()
+    best = answer["certificate"]
+    assert best["proof"] == "best"
+    assert fast["radius"] < best["radius"] <= answer["counterfactual"]["distance"]
+    assert best["references"] != []
+    for reference in best["references"]:
+        assert reference["class_id"] != answer["class_id"]
+        assert reference["media_type"] == "image/png"
+        pixels_CHW = decode_image(base64.b64decode(reference["image"]), 2**20)
+        assert reference["digest"] == digest_of(pixels_CHW / 255)
+        # Its own answer: the margin from which the radius follows.
+        margin = classifiers["grey"].predict(pixels_CHW[None] / 255)[0]
+        assert margin.class_id == answer["class_id"]
+        way = np.linalg.norm(pixels_CHW / 255 - pixels_HW[None] / 255)
+        assert best["radius"] < margin.radius
+        assert way < margin.radius
+
+
+def test_reference_images_of_an_array_of_floats_are_arrays(client: Client, grey_HW: np.ndarray) -> None:
+    image_HW = 0.999 * black_and_white(grey_HW) / 255.0
+    answer = FORMS["npy body"](client, image_HW, {"proof": "best"}).json()
+    for reference in answer["certificate"]["references"]:
+        assert reference["media_type"] == "application/x-npy"
+        array_CHW = np.load(io.BytesIO(base64.b64decode(reference["image"])))
+        assert (array_CHW.shape, array_CHW.dtype) == ((1, HEIGHT, WIDTH), np.float64)
+        assert reference["digest"] == digest_of(array_CHW)
+    assert answer["certificate"]["references"] != []
+
+
+def test_arrays_of_records_say_which_proof_it_was(client: Client, grey_HW: np.ndarray) -> None:
+    for proof in ("fast", "best"):
+        response = client.post(
+            "/predict",
+            content=npy(grey_HW),
+            headers={"Content-Type": "application/x-npy", "Accept": "application/x-npy"},
+            params={"proof": proof},
+        )
+        assert np.load(io.BytesIO(response.content))["proof"].tolist() == [proof]
 
 
 def test_the_radius_survives_json_exactly(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,18 @@ def test_counterfactuals_come_where_they_are_asked_for(client: Client, levels_NC
     assert (found["counterfactual_distance"] >= found["radius"]).all()
     again = outputs(client.post(INFER, json=question(found["counterfactual"], "UINT8")).json())
     assert np.array_equal(again["class_id"], found["counterfactual_class_id"])
+
+
+def test_the_best_proof_is_that_of_predict(client: Client, levels_NCHW: np.ndarray) -> None:
+    asked = question(levels_NCHW, "UINT8", parameters={"proof": "best"})
+    found = outputs(client.post(INFER, json=asked).json())
+    batch = client.post("/predict/batch", content=npy(levels_NCHW), headers=NPY, params={"proof": "best"}).json()
+    for radius, proof, references, one in zip(
+        found["radius"], found["proof"], found["references"], batch["predictions"], strict=True
+    ):
+        assert proof == "best"
+        assert radius == one["certificate"]["radius"]
+        assert json.loads(references) == one["certificate"]["references"]
 
 
 def test_only_the_wanted_outputs_come_in_their_order(client: Client, levels_NCHW: np.ndarray) -> None:
