@@ -6,6 +6,7 @@ Their matrices are multiplied with those of the numbers that they act on, so tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from flint import arb
@@ -42,9 +43,10 @@ def linear(
     Raises:
         NotAuditableError: x does not depend on the image, overflow cannot be excluded, or a matrix is too large.
     """
-    ids, base, forms = _forms(network, ids)
+    given = ids
+    ids, base, operand = forms(network, ids)
     facts = network.facts(ids)
-    matrix = operator.times(forms)
+    matrix = operator.times(operand)
     added = list(bias) if bias is not None else [arb(0)] * matrix.height
     values = [operator.apply(network.at(point, ids.tolist())) for point in range(len(network.values))]
     if bias is not None:
@@ -56,17 +58,25 @@ def linear(
     network.require_no_overflow(upper(reach + peak))
     injected = upper(operator.norm * facts.injected) if facts.injected > 0 else arb(0)
     injected_max = smaller(upper(row * facts.injected), upper(total * facts.injected_max))
+    underflow = arb(0)
     if roundings:
         gamma = network.format.gamma(roundings)
         underflow = upper(arb(4 * (roundings + 2)) * network.format.tiny * (arb(1) + facts.largest + row))
         lost = gamma * (operator.absolute_norm * facts.computed + hypotenuse(sizes))
         injected = upper(injected + lost + underflow * root(arb(matrix.height)))
         injected_max = upper(injected_max + gamma * (reach + peak) + underflow)
-    return network.add(base, matrix, values, injected, injected_max)
+    results = network.add(base, matrix, values, injected, injected_max)
+    if constants is None:
+        network.origins.add_products(results, given, operator, roundings, bias, underflow)
+    return results
 
 
-def _forms(network: Network, ids: np.ndarray) -> tuple[np.ndarray, Base, Matrix]:
-    """Return numbers on one base, that base, and their matrix in their order; the number 0 is a row of zeros."""
+def forms(network: Network, ids: np.ndarray) -> tuple[np.ndarray, Base, Matrix]:
+    """Return numbers on one base, that base, and their matrix in their order; the number 0 is a row of zeros.
+
+    Raises:
+        NotAuditableError: no number depends on the image.
+    """
     ids = network.on_one_base(ids)
     present = ids != ZERO
     if not present.any():
@@ -102,16 +112,18 @@ def shifted(network: Network, ids: np.ndarray, constants: Sequence[arb], sign: i
     signed = ids if sign == 1 else linear(network, ids, signs(len(ids), sign), 0)
     # In the order of the numbers themselves, their matrix and its norm are known.
     order = np.argsort(signed, kind="stable")
-    ordered, base, matrix = _forms(network, signed[order])
+    ordered, base, matrix = forms(network, signed[order])
     facts = network.facts(ordered)
     values = [
         [y + constants[place] for y, place in zip(network.at(point, ordered.tolist()), order.tolist(), strict=True)]
         for point in range(len(network.values))
     ]
-    return _rounded_once(network, base, matrix, values, facts, facts)[np.argsort(order)]
+    made = _rounded_once(network, base, matrix, values, facts, facts)[np.argsort(order)]
+    network.origins.add_shifted(made, signed, constants, 4 * network.format.tiny)
+    return made
 
 
-def add(network: Network, left: np.ndarray, right: np.ndarray, sign: int) -> np.ndarray:
+def add(network: Network, left: np.ndarray, right: np.ndarray, sign: int, sharper: Base | None = None) -> np.ndarray:
     """Append `x + sign y`, elementwise; return the identities.
 
     One matrix where both have one base, else the bounds add (triangle inequality).
@@ -121,6 +133,7 @@ def add(network: Network, left: np.ndarray, right: np.ndarray, sign: int) -> np.
         left: x, flat.
         right: y, flat.
         sign: 1 or -1.
+        sharper: other bounds of the exact sum and of the errors of its operands.
     """
     both = network.facts(left) + network.facts(right)
     values = [
@@ -133,10 +146,16 @@ def add(network: Network, left: np.ndarray, right: np.ndarray, sign: int) -> np.
         places = np.arange(2 * n).reshape(2, n).T
         exact = linear(network, together, Shared(exact_weights(np.array([[1.0, sign]])), places, 2 * n), 0)
         layer = network.layer_of(int(exact[0]))
-        return _rounded_once(network, layer.base, layer.matrix, values, both, network.facts(exact))
-    base = Base(both.lipschitz, both.swing, both.error, both.error_max)
-    zero = Facts(*([arb(0)] * 8))
-    return _rounded_once(network, base, identity(len(left)), values, zero, both)
+        made = _rounded_once(network, layer.base, layer.matrix, values, both, network.facts(exact))
+    else:
+        base = Base(both.lipschitz, both.swing, both.error, both.error_max)
+        base = base if sharper is None else base.smaller(sharper)
+        both = replace(both, swing=base.swing, error=base.error, error_max=base.error_max)
+        zero = Facts(*([arb(0)] * 8))
+        made = _rounded_once(network, base, identity(len(left)), values, zero, both)
+    if sign == 1:
+        network.origins.add_sums(made, left, right, 4 * network.format.tiny)
+    return made
 
 
 def _rounded_once(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,6 +72,13 @@ class Diagonal:
         """Return the product with a vector of balls."""
         factors = self._floats.tolist() if self._factors.balls is None else self._factors.balls
         return [value * factor for value, factor in zip(vector, factors, strict=True)]
+
+    def rows(self) -> Iterator[tuple[list[int], Sequence[arb]]]:
+        """Yield the places and the factors of each result."""
+        balls = self._factors.balls
+        factors = [arb(factor) for factor in self._floats.tolist()] if balls is None else balls
+        for place, factor in enumerate(factors):
+            yield [place], [factor]
 
     def times(self, right: Matrix) -> Matrix:
         """Return the product with a matrix."""
@@ -143,6 +150,15 @@ class Shared:
         padded = [*vector, arb(0)]
         rows, columns = self._places.shape
         return (arb_mat(rows, columns, [padded[i] for i in self._places.ravel().tolist()]) * self._balls).entries()
+
+    def rows(self) -> Iterator[tuple[list[int], Sequence[arb]]]:
+        """Yield the places and the factors of each result; -1 is the number 0."""
+        height, width = self._weights.floats.shape
+        entries = self._balls.transpose().entries()
+        factors = [entries[row * width : (row + 1) * width] for row in range(height)]
+        for places in self._places.tolist():
+            for row in factors:
+                yield places, row
 
     def times(self, right: Matrix) -> Matrix:
         """Return the product with a matrix."""

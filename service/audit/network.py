@@ -31,6 +31,7 @@ from service.audit.balls import (
 from service.audit.formats import Format
 from service.audit.matrices import Matrix, identity, stacked
 from service.audit.moves import ZERO
+from service.audit.origins import Origins
 
 
 class Tensor:
@@ -59,6 +60,10 @@ class Base:
     error: arb
     error_max: arb
     """Bound of one component of the error."""
+
+    def smaller(self, other: Base) -> Base:
+        """Return the smaller bounds of the same tensor."""
+        return Base(*(smaller(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +117,7 @@ class Network:
     layers: list[Layer] = field(default_factory=list[Layer])
     pairs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict[tuple[int, int], tuple[int, int]])
     """Identities of the larger and the smaller number of each pair that was sorted."""
+    origins: Origins = field(default_factory=Origins)
     _starts: list[int] = field(default_factory=list[int])
     _facts: dict[bytes, Facts] = field(default_factory=dict[bytes, Facts])
 
@@ -152,6 +158,11 @@ class Network:
     def layer_of(self, number: int) -> Layer:
         """Return the layer that a number belongs to."""
         return self.layers[int(np.searchsorted(self._starts, number, side="right")) - 1]
+
+    def starts_of(self, ids: np.ndarray) -> np.ndarray:
+        """Return the first number of the layer of each number."""
+        starts = np.array(self._starts)
+        return starts[np.searchsorted(starts, ids, side="right") - 1]
 
     def layers_of(self, ids: np.ndarray) -> list[Layer]:
         """Return the layers that some numbers belong to, in their order; `ZERO` belongs to no layer."""
@@ -229,7 +240,12 @@ class Network:
         return self.nonlinear(unique, values)[inverse.reshape(ids.shape)]
 
     def nonlinear(
-        self, used: np.ndarray, values: Values, factor: arb | None = None, rounding: arb | None = None
+        self,
+        used: np.ndarray,
+        values: Values,
+        factor: arb | None = None,
+        rounding: arb | None = None,
+        rounding_max: arb | None = None,
     ) -> np.ndarray:
         """Append a base that is a function of known numbers; return the identities of its numbers.
 
@@ -238,16 +254,18 @@ class Network:
             values: its value at each point.
             factor: Lipschitz bound of the function; default: 1.
             rounding: bound of the L2 norm of its own rounding; default: 0.
+            rounding_max: bound of one component of it; default: `rounding`.
         """
         facts = self.facts(used)
         factor = arb(1) if factor is None else factor
         extra = arb(0) if rounding is None else rounding
+        extra_max = extra if rounding_max is None else smaller(rounding_max, extra)
         return self.add_base(
             Base(
                 lipschitz=upper(facts.lipschitz * factor),
                 swing=upper(facts.swing * factor),
                 error=upper(facts.error * factor + extra),
-                error_max=upper(facts.error_max * factor + extra),
+                error_max=upper(facts.error_max * factor + extra_max),
             ),
             values,
         )
