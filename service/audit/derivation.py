@@ -174,14 +174,19 @@ def _derivation(network: Network, logits: np.ndarray) -> Derivation:
 
 
 def _margin_bound(network: Network, left: int, right: int) -> arb:
-    """`L ||m_i - m_j||` for two logits `m h + c` on one base h of Lipschitz bound L; of `x_i - c` that of the x_i."""
-    (common, one), (other_common, other) = (network.origins.shifted.get(i, (i, i)) for i in (left, right))
-    if common == other_common and left != right:
-        return _margin_bound(network, one, other)
+    """`L ||m_i - m_j||` for two logits `m h + c` on one base h of Lipschitz bound L, or the sum over several bases."""
     if ZERO in (left, right):
         return network.facts(np.array([left, right])).lipschitz
     one, other = network.layer_of(left), network.layer_of(right)
     if one.base is not other.base:
         return upper(sum((network.facts(np.array([i])).lipschitz for i in (left, right)), arb(0)))
     length = difference_norm((one.matrix, left - one.start), (other.matrix, right - other.start))
-    return upper(length * one.base.lipschitz)
+    whole = upper(length * one.base.lipschitz)
+    if one is not other or not one.parts:
+        return whole
+    # Terms on several bases, each by its own.
+    terms = [
+        difference_norm((matrix, left - one.start), (matrix, right - one.start)) * base.lipschitz
+        for base, matrix in one.parts
+    ]
+    return smaller(whole, upper(sum(terms, arb(0))))

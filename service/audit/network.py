@@ -66,6 +66,13 @@ class Base:
         return Base(*(smaller(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
+Parts = tuple[tuple[Base, Matrix], ...]
+"""Terms `M h` of a sum, each on a base of its own."""
+
+_LARGEST_PART = 1024
+"""Side of the largest matrix of a term whose norm is computed beside that of the whole."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """The numbers of one operator; their identities are `start`, `start + 1`..."""
@@ -75,6 +82,8 @@ class Layer:
     matrix: Matrix
     injected: arb
     injected_max: arb
+    parts: Parts = ()
+    """The same numbers, up to constants, as a sum over several bases; empty where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,9 @@ class Network:
     _starts: list[int] = field(default_factory=list[int])
     _facts: dict[bytes, Facts] = field(default_factory=dict[bytes, Facts])
 
-    def add(self, base: Base, matrix: Matrix, values: Values, injected: arb, injected_max: arb) -> np.ndarray:
+    def add(
+        self, base: Base, matrix: Matrix, values: Values, injected: arb, injected_max: arb, parts: Parts = ()
+    ) -> np.ndarray:
         """Append a layer.
 
         Args:
@@ -130,6 +141,7 @@ class Network:
             values: `M h + c` at each point.
             injected: bound of the L2 norm of the layer's own rounding.
             injected_max: bound of one component of it.
+            parts: see `Layer`.
 
         Returns:
             The identities of its numbers.
@@ -142,7 +154,7 @@ class Network:
             if len(new) != matrix.height:
                 raise NotAuditableError("its operands do not fit")
             known.extend(new)
-        self.layers.append(Layer(start, base, matrix, injected, smaller(injected_max, injected)))
+        self.layers.append(Layer(start, base, matrix, injected, smaller(injected_max, injected), parts))
         self._starts.append(start)
         return np.arange(start, start + matrix.height)
 
@@ -192,8 +204,9 @@ class Network:
         injected: list[arb] = []
         for base, group in parts.items():
             norm = stacked([(layer.matrix, positions, repeats) for layer, positions, repeats in group]).norm
-            lipschitz.append(upper(norm * base.lipschitz))
-            swing.append(upper(norm * base.swing))
+            terms = _norms_of_parts(group)
+            lipschitz.append(_least(norm * base.lipschitz, [size * one.lipschitz for one, size in terms]))
+            swing.append(_least(norm * base.swing, [size * one.swing for one, size in terms]))
             drift.append(upper(norm * base.error))
             for layer, positions, repeats in group:
                 injected.append(upper(root(arb(int(repeats.max()))) * layer.injected))
@@ -269,3 +282,25 @@ class Network:
             ),
             values,
         )
+
+
+def _least(whole: arb, terms: list[arb]) -> arb:
+    """Return the smaller of a bound and the sum of those of the terms, where there are terms."""
+    return smaller(upper(whole), upper(sum(terms, arb(0)))) if terms else upper(whole)
+
+
+def _norms_of_parts(group: list[tuple[Layer, np.ndarray, np.ndarray]]) -> list[tuple[Base, arb]]:
+    """Return the norm of each term of some numbers, by its base; empty where that gains nothing, or is too large.
+
+    Args:
+        group: layers on one base, positions of their rows, and how often each is used.
+    """
+    if all(not layer.parts or layer.matrix.is_identity for layer, _, _ in group):
+        return []
+    terms: dict[Base, list[tuple[Matrix, np.ndarray, np.ndarray]]] = {}
+    for layer, positions, repeats in group:
+        for base, matrix in layer.parts or ((layer.base, layer.matrix),):
+            terms.setdefault(base, []).append((matrix, positions, repeats))
+    if any(sum(len(rows) for _, rows, _ in one) > _LARGEST_PART for one in terms.values()):
+        return []
+    return [(base, stacked(one).norm) for base, one in terms.items()]

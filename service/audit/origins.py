@@ -75,8 +75,6 @@ class Origins:
     """Positive and negative part of x: `max(x, 0)` and `max(-x, 0)`."""
     rising: dict[int, Rising] = field(default_factory=dict[int, Rising])
     """By the first identity of the layer of a base."""
-    shifted: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
-    """Of `x - c`: which c, and x."""
 
     def add_opposites(self, numbers: np.ndarray, others: np.ndarray) -> None:
         """Note that each number is the negative of another one."""

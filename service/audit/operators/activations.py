@@ -14,10 +14,12 @@ import numpy as np
 from flint import arb
 
 from service.audit import expressions
+from service.audit.affine import terms_of
 from service.audit.balls import NotAuditableError, power, root, upper
 from service.audit.expressions import Expression, compose, number, scaled
 from service.audit.functions import extended
 from service.audit.graph import Node
+from service.audit.matrices import Matrix, identity
 from service.audit.network import Base, Facts, Network, Tensor
 from service.audit.operators.table import Operands, image_axis, rule, tensor
 from service.audit.origins import Rising
@@ -278,7 +280,7 @@ def _softmax(network: Network, node: Node, operands: Operands) -> Tensor:
 def _log_softmax(network: Network, node: Node, operands: Operands) -> Tensor:
     """`I - 1 p^T` is a projection, as long as its complement: `||1|| ||p|| <= sqrt(n)`; 2 at most in L-infinity.
 
-    (Kato, *Perturbation Theory*, I 6.8.) The difference of two results is that of their arguments. Computed as
+    (Kato, *Perturbation Theory*, I 6.8.) As `x - log sum exp x`, it is a sum over two bases. Computed as
     `x - max x - log S` in any order: errors of S, of log, and four roundings of numbers of at most `2 max|x| + log S`.
     """
     groups, shaped = _groups(node, tensor(operands))
@@ -299,8 +301,17 @@ def _log_softmax(network: Network, node: Node, operands: Operands) -> Tensor:
         upper(side * facts.error + lost * root(arb(groups.size))),
         upper(2 * facts.error_max + lost),
     )
-    made = network.add_base(base, _grouped(network, groups, logarithms))
-    for row, results in zip(groups.tolist(), made.reshape(rows, n).tolist(), strict=True):
-        for one, result in zip(row, results, strict=True):
-            network.origins.shifted[result] = (results[0], one)
-    return Tensor(shaped(made))
+    values = _grouped(network, groups, logarithms)
+    parts = terms_of(network, groups.ravel())
+    if parts:
+        # log sum exp of each group is 1-Lipschitz, and so are those of disjoint groups together.
+        sums = Base(facts.lipschitz, facts.swing, facts.error, facts.error_max)
+        parts = (*parts, (sums, _less_one_for_each(rows, n)))
+    nothing = arb(0)
+    return Tensor(shaped(network.add(base, identity(groups.size), values, nothing, nothing, parts)))
+
+
+def _less_one_for_each(rows: int, n: int) -> Matrix:
+    """Return the matrix that takes -1 times one number of each row to all of the row."""
+    size = rows * n
+    return Matrix(np.arange(size + 1), np.repeat(np.arange(rows, dtype=np.int32), n), np.full(size, -1.0), rows, arb(0))

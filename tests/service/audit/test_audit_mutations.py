@@ -15,8 +15,9 @@ import pytest
 from audit_checks import contradictions
 from flint import arb
 
-from service.audit import functions, nonexpansive, origins, roots, steps
+from service.audit import affine, functions, network, nonexpansive, origins, roots, steps
 from service.audit.expressions import Expression
+from service.audit.matrices import Matrix
 from service.audit.operators import activations, piecewise
 
 Patch = pytest.MonkeyPatch
@@ -68,23 +69,12 @@ def flatter(known: Any, **named: Any) -> Any:
     return known(**(named | {"slope": named["slope"] * arb("0.9")}))
 
 
-class OneGroup(dict[int, tuple[int, int]]):
-    def __setitem__(self, number: int, origin: tuple[int, int]) -> None:
-        super().__setitem__(number, (0, origin[1]))
-
-
-def one_shift_for_all(patch: Patch) -> None:
-    known = origins.Origins.__init__
-
-    def start(self: Any) -> None:
-        known(self)
-        self.shifted = OneGroup()
-
-    patch.setattr(origins.Origins, "__init__", start)
+def no_shift(rows: int, n: int) -> Matrix:
+    return Matrix(np.zeros(rows * n + 1, dtype=np.int64), np.zeros(0, np.int32), np.zeros(0), rows, arb(0))
 
 
 FUNCTION_OF, ADD_OPPOSITES = origins.Origins.function_of, origins.Origins.add_opposites
-COLUMNS_OF, POWER = origins.columns_of, activations.power
+COLUMNS_OF, POWER, MAPPED = origins.columns_of, activations.power, affine.mapped
 
 MUTANTS: dict[str, Mutant] = {
     "factors of a product taken for constants": Mutant(
@@ -127,7 +117,15 @@ MUTANTS: dict[str, Mutant] = {
     "a softmax half as steep": Mutant(
         putting(activations, "power", lambda exponent: POWER(exponent - 1)), ("along_axis", "dense"), 0
     ),
-    "one shift for all groups of a LogSoftmax": Mutant(one_shift_for_all, ("along_axis", "dense"), 1),
+    "the shift of a LogSoftmax forgotten": Mutant(
+        putting(activations, "_less_one_for_each", no_shift), ("along_axis", "dense"), 1
+    ),
+    "the largest term of a sum alone": Mutant(
+        putting(network, "_least", lambda whole, terms: min([whole, *terms], key=float)), ("residual", "dense"), 3, 3
+    ),
+    "terms on other bases forgotten": Mutant(
+        putting(affine, "mapped", lambda operator, parts: MAPPED(operator, parts[:1])), ("residual", "dense"), 3, 3
+    ),
 }
 
 
