@@ -104,6 +104,8 @@ def _rows(ids: np.ndarray, owners: Sequence[tuple[Layer, Matrix]]) -> Matrix:
         return chosen
     # A number that is used m times repeats the defect of its row.
     most = int(np.unique(ids[places >= 0], return_counts=True)[1].max(initial=0))
+    if most <= 1:
+        return chosen
     defect = upper(root(arb(most)) * chosen.defect)
     return Matrix(chosen.starts, chosen.columns, chosen.values, chosen.width, defect)
 

@@ -88,7 +88,9 @@ class Diagonal:
         defect = defect + _rounding(values, right.values, factors)
         present = factors != 0.0
         if present.all():
-            return Matrix(right.starts, right.columns, values, right.width, upper(defect))
+            # ||D M|| <= max |d| ||M|| of any diagonal; as sharp as the norm itself where its entries are one number.
+            multiple = (self._largest, right) if (self._floats == self._floats[0]).all() else None
+            return Matrix(right.starts, right.columns, values, right.width, upper(defect), multiple)
         rows = np.repeat(np.arange(right.height), np.diff(right.starts))[present]
         starts = starts_of(np.bincount(rows, minlength=right.height))
         return Matrix(starts, right.columns[present], values[present], right.width, upper(defect))

@@ -17,7 +17,7 @@ import numpy as np
 from flint import arb
 
 from service.audit.affine import forms
-from service.audit.balls import larger, power, smaller, upper
+from service.audit.balls import larger, power, upper
 from service.audit.matrices import Matrix
 from service.audit.moves import ZERO
 from service.audit.network import Base, Layer, Network
@@ -104,9 +104,9 @@ def _slope(forward: Matrix, back: Matrix, hidden: Matrix, steepest: arb, sign: i
     one, other = z * inverse[:, None], product * factors[:, None]
     largest = arb(float(factors.max(initial=0.0)))
     rest = length(one - other) + unit * (length(one) + length(other)) + largest * lost + power(-400)
-    bound = larger(arb(1), upper(steepest * size * size - 1)) * forward.norm
+    bound = larger(arb(1), upper(steepest * size * size - 1)) * (forward.norm + forward.defect)
     bound = bound + steepest * size * rest + steepest * length(g[:, ~live]) * length(z[~live])
-    norm_g, norm_z = smaller(back.norm, back.frobenius), hidden.norm
+    norm_g, norm_z = upper(back.norm + back.defect), hidden.norm
     bound = bound + forward.defect + steepest * (back.defect * norm_z + norm_g * hidden.defect)
     return upper(bound)
 
