@@ -18,7 +18,7 @@ from service.audit.moves import MOVES, ZERO
 from service.audit.network import Base, Network, Tensor
 from service.audit.operators import RULES
 from service.audit.operators.refused import refusal
-from service.audit.operators.table import Value
+from service.audit.operators.table import Signs, Value
 from service.audit.preprocessing import ModelInput
 
 _STRIDE = 2**40
@@ -91,7 +91,7 @@ def _box(network: Network, image: ModelInput, size: int) -> Base:
 
 
 def _evaluated(graph: Graph, network: Network, node: Node, operands: Sequence[Value | None]) -> Sequence[Value]:
-    depends = any(isinstance(value, Tensor) for value in operands)
+    depends = any(isinstance(value, (Tensor, Signs)) for value in operands)
     if node.operator == "Shape":
         return [_shape(graph, node, operands)]
     if not depends and any(isinstance(value, PerBatch) for value in operands):
@@ -112,14 +112,14 @@ def _evaluated(graph: Graph, network: Network, node: Node, operands: Sequence[Va
         return _moved(graph, node, operands)
     assert rule is not None
     made = rule[0](network, node, operands)
-    if made.flat.size == 0:
+    if made.ids.size == 0:
         raise NotAuditableError("nothing is left of the tensor")
     return [made]
 
 
 def _shape(graph: Graph, node: Node, operands: Sequence[Value | None]) -> Value:
     (value,) = operands
-    if node.attributes.keys() - {"start", "end"} or value is None:
+    if node.attributes.keys() - {"start", "end"} or value is None or isinstance(value, Signs):
         raise NotAuditableError("no rule for its attributes or operands")
     if isinstance(value, Tensor):
         return per_batch([shape_of(node, (batch, *value.shape)) for batch in graph.batches])
@@ -174,11 +174,19 @@ def _derivation(network: Network, logits: np.ndarray) -> Derivation:
 
 
 def _margin_bound(network: Network, left: int, right: int) -> arb:
-    """`L ||m_i - m_j||` for two logits `m h + c` on one base h of Lipschitz bound L."""
+    """`L ||m_i - m_j||` for two logits `m h + c` on one base h of Lipschitz bound L, or the sum over several bases."""
     if ZERO in (left, right):
         return network.facts(np.array([left, right])).lipschitz
     one, other = network.layer_of(left), network.layer_of(right)
     if one.base is not other.base:
         return upper(sum((network.facts(np.array([i])).lipschitz for i in (left, right)), arb(0)))
     length = difference_norm((one.matrix, left - one.start), (other.matrix, right - other.start))
-    return upper(length * one.base.lipschitz)
+    whole = upper(length * one.base.lipschitz)
+    if one is not other or not one.parts:
+        return whole
+    # Terms on several bases, each by its own.
+    terms = [
+        difference_norm((matrix, left - one.start), (matrix, right - one.start)) * base.lipschitz
+        for base, matrix in one.parts
+    ]
+    return smaller(whole, upper(sum(terms, arb(0))))

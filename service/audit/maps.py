@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +73,13 @@ class Diagonal:
         factors = self._floats.tolist() if self._factors.balls is None else self._factors.balls
         return [value * factor for value, factor in zip(vector, factors, strict=True)]
 
+    def rows(self) -> Iterator[tuple[list[int], Sequence[arb]]]:
+        """Yield the places and the factors of each result."""
+        balls = self._factors.balls
+        factors = [arb(factor) for factor in self._floats.tolist()] if balls is None else balls
+        for place, factor in enumerate(factors):
+            yield [place], [factor]
+
     def times(self, right: Matrix) -> Matrix:
         """Return the product with a matrix."""
         factors = np.repeat(self._floats, np.diff(right.starts))
@@ -81,7 +88,9 @@ class Diagonal:
         defect = defect + _rounding(values, right.values, factors)
         present = factors != 0.0
         if present.all():
-            return Matrix(right.starts, right.columns, values, right.width, upper(defect))
+            # ||D M|| <= max |d| ||M|| of any diagonal; as sharp as the norm itself where its entries are one number.
+            multiple = (self._largest, right) if (self._floats == self._floats[0]).all() else None
+            return Matrix(right.starts, right.columns, values, right.width, upper(defect), multiple)
         rows = np.repeat(np.arange(right.height), np.diff(right.starts))[present]
         starts = starts_of(np.bincount(rows, minlength=right.height))
         return Matrix(starts, right.columns[present], values[present], right.width, upper(defect))
@@ -143,6 +152,15 @@ class Shared:
         padded = [*vector, arb(0)]
         rows, columns = self._places.shape
         return (arb_mat(rows, columns, [padded[i] for i in self._places.ravel().tolist()]) * self._balls).entries()
+
+    def rows(self) -> Iterator[tuple[list[int], Sequence[arb]]]:
+        """Yield the places and the factors of each result; -1 is the number 0."""
+        height, width = self._weights.floats.shape
+        entries = self._balls.transpose().entries()
+        factors = [entries[row * width : (row + 1) * width] for row in range(height)]
+        for places in self._places.tolist():
+            for row in factors:
+                yield places, row
 
     def times(self, right: Matrix) -> Matrix:
         """Return the product with a matrix."""

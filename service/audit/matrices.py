@@ -35,6 +35,8 @@ class Matrix:
     """Of the entries; rarely zero."""
     width: int
     defect: arb
+    multiple: tuple[arb, Matrix] | None = None
+    """A number c and a matrix M, where the norm is at most `c ||M||`, and not much less."""
 
     @property
     def height(self) -> int:
@@ -59,7 +61,10 @@ class Matrix:
 
     @cached_property
     def norm(self) -> arb:
-        """Upper bound of the spectral norm."""
+        """Upper bound of the spectral norm of the matrix that the entries stand for."""
+        if self.multiple is not None:
+            factor, other = self.multiple
+            return upper(factor * other.norm)
         return self._largest(spectral_norm)
 
     @cached_property

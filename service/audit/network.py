@@ -31,6 +31,7 @@ from service.audit.balls import (
 from service.audit.formats import Format
 from service.audit.matrices import Matrix, identity, stacked
 from service.audit.moves import ZERO
+from service.audit.origins import Origins
 
 
 class Tensor:
@@ -60,6 +61,17 @@ class Base:
     error_max: arb
     """Bound of one component of the error."""
 
+    def smaller(self, other: Base) -> Base:
+        """Return the smaller bounds of the same tensor."""
+        return Base(*(smaller(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+Parts = tuple[tuple[Base, Matrix], ...]
+"""Terms `M h` of a sum, each on a base of its own."""
+
+_LARGEST_PART = 1024
+"""Side of the largest matrix of a term whose norm is computed beside that of the whole."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -70,6 +82,8 @@ class Layer:
     matrix: Matrix
     injected: arb
     injected_max: arb
+    parts: Parts = ()
+    """The same numbers, up to constants, as a sum over several bases; empty where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +126,13 @@ class Network:
     layers: list[Layer] = field(default_factory=list[Layer])
     pairs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict[tuple[int, int], tuple[int, int]])
     """Identities of the larger and the smaller number of each pair that was sorted."""
+    origins: Origins = field(default_factory=Origins)
     _starts: list[int] = field(default_factory=list[int])
     _facts: dict[bytes, Facts] = field(default_factory=dict[bytes, Facts])
 
-    def add(self, base: Base, matrix: Matrix, values: Values, injected: arb, injected_max: arb) -> np.ndarray:
+    def add(
+        self, base: Base, matrix: Matrix, values: Values, injected: arb, injected_max: arb, parts: Parts = ()
+    ) -> np.ndarray:
         """Append a layer.
 
         Args:
@@ -124,6 +141,7 @@ class Network:
             values: `M h + c` at each point.
             injected: bound of the L2 norm of the layer's own rounding.
             injected_max: bound of one component of it.
+            parts: see `Layer`.
 
         Returns:
             The identities of its numbers.
@@ -136,7 +154,7 @@ class Network:
             if len(new) != matrix.height:
                 raise NotAuditableError("its operands do not fit")
             known.extend(new)
-        self.layers.append(Layer(start, base, matrix, injected, smaller(injected_max, injected)))
+        self.layers.append(Layer(start, base, matrix, injected, smaller(injected_max, injected), parts))
         self._starts.append(start)
         return np.arange(start, start + matrix.height)
 
@@ -152,6 +170,11 @@ class Network:
     def layer_of(self, number: int) -> Layer:
         """Return the layer that a number belongs to."""
         return self.layers[int(np.searchsorted(self._starts, number, side="right")) - 1]
+
+    def starts_of(self, ids: np.ndarray) -> np.ndarray:
+        """Return the first number of the layer of each number."""
+        starts = np.array(self._starts)
+        return starts[np.searchsorted(starts, ids, side="right") - 1]
 
     def layers_of(self, ids: np.ndarray) -> list[Layer]:
         """Return the layers that some numbers belong to, in their order; `ZERO` belongs to no layer."""
@@ -181,8 +204,9 @@ class Network:
         injected: list[arb] = []
         for base, group in parts.items():
             norm = stacked([(layer.matrix, positions, repeats) for layer, positions, repeats in group]).norm
-            lipschitz.append(upper(norm * base.lipschitz))
-            swing.append(upper(norm * base.swing))
+            terms = _norms_of_parts(group)
+            lipschitz.append(_least(norm * base.lipschitz, [size * one.lipschitz for one, size in terms]))
+            swing.append(_least(norm * base.swing, [size * one.swing for one, size in terms]))
             drift.append(upper(norm * base.error))
             for layer, positions, repeats in group:
                 injected.append(upper(root(arb(int(repeats.max()))) * layer.injected))
@@ -229,7 +253,12 @@ class Network:
         return self.nonlinear(unique, values)[inverse.reshape(ids.shape)]
 
     def nonlinear(
-        self, used: np.ndarray, values: Values, factor: arb | None = None, rounding: arb | None = None
+        self,
+        used: np.ndarray,
+        values: Values,
+        factor: arb | None = None,
+        rounding: arb | None = None,
+        rounding_max: arb | None = None,
     ) -> np.ndarray:
         """Append a base that is a function of known numbers; return the identities of its numbers.
 
@@ -238,16 +267,40 @@ class Network:
             values: its value at each point.
             factor: Lipschitz bound of the function; default: 1.
             rounding: bound of the L2 norm of its own rounding; default: 0.
+            rounding_max: bound of one component of it; default: `rounding`.
         """
         facts = self.facts(used)
         factor = arb(1) if factor is None else factor
         extra = arb(0) if rounding is None else rounding
+        extra_max = extra if rounding_max is None else smaller(rounding_max, extra)
         return self.add_base(
             Base(
                 lipschitz=upper(facts.lipschitz * factor),
                 swing=upper(facts.swing * factor),
                 error=upper(facts.error * factor + extra),
-                error_max=upper(facts.error_max * factor + extra),
+                error_max=upper(facts.error_max * factor + extra_max),
             ),
             values,
         )
+
+
+def _least(whole: arb, terms: list[arb]) -> arb:
+    """Return the smaller of a bound and the sum of those of the terms, where there are terms."""
+    return smaller(upper(whole), upper(sum(terms, arb(0)))) if terms else upper(whole)
+
+
+def _norms_of_parts(group: list[tuple[Layer, np.ndarray, np.ndarray]]) -> list[tuple[Base, arb]]:
+    """Return the norm of each term of some numbers, by its base; empty where that gains nothing, or is too large.
+
+    Args:
+        group: layers on one base, positions of their rows, and how often each is used.
+    """
+    if all(not layer.parts or layer.matrix.is_identity for layer, _, _ in group):
+        return []
+    terms: dict[Base, list[tuple[Matrix, np.ndarray, np.ndarray]]] = {}
+    for layer, positions, repeats in group:
+        for base, matrix in layer.parts or ((layer.base, layer.matrix),):
+            terms.setdefault(base, []).append((matrix, positions, repeats))
+    if any(sum(len(rows) for _, rows, _ in one) > _LARGEST_PART for one in terms.values()):
+        return []
+    return [(base, stacked(one).norm) for base, one in terms.items()]

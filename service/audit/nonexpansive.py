@@ -11,6 +11,7 @@ from flint import arb
 from service.audit.balls import root, upper
 from service.audit.moves import ZERO
 from service.audit.network import Base, Facts, Network, Values
+from service.audit.origins import Rising
 
 ABSENT = -2
 """A place of a row of `each_group` that holds no number at all."""
@@ -22,6 +23,7 @@ def each(
     function: Callable[[arb], arb],
     factor: arb | None = None,
     roundings: int = 0,
+    rises: bool = False,
 ) -> np.ndarray:
     """Append a function of each number; return the identities, in the shape of `ids`.
 
@@ -31,9 +33,10 @@ def each(
         function: enclosure of the function.
         factor: bound of its slope; default: 1.
         roundings: number of roundings of each result.
+        rises: whether no slope is negative.
     """
     unique, inverse = np.unique(ids, return_inverse=True)
-    made = varied(network, unique, lambda values: [function(value) for value in values], factor, roundings)
+    made = varied(network, unique, lambda values: [function(value) for value in values], factor, roundings, rises)
     return made[inverse.reshape(ids.shape)]
 
 
@@ -43,6 +46,7 @@ def varied(
     function: Callable[[list[arb]], list[arb]],
     factor: arb | None = None,
     roundings: int = 0,
+    rises: bool = False,
 ) -> np.ndarray:
     """Append functions of each number, not the same of all; return the identities.
 
@@ -52,6 +56,7 @@ def varied(
         function: enclosures of the functions of all numbers, in their order.
         factor: bound of their slopes; default: 1.
         roundings: number of roundings of each result.
+        rises: whether no slope is negative.
     """
     values = [function(network.at(point, ids.tolist())) for point in range(len(network.values))]
     rounding = None
@@ -61,7 +66,11 @@ def varied(
         network.require_no_overflow(upper(facts.largest * scale))
         lost = network.format.gamma(roundings) * scale * facts.computed
         rounding = upper(lost + network.format.tiny * root(arb(len(ids))) * (arb(1) + scale))
-    return network.nonlinear(ids, values, factor, rounding)
+    made = network.nonlinear(ids, values, factor, rounding)
+    if rises:
+        steepest, own = arb(1) if factor is None else factor, arb(0) if rounding is None else rounding
+        network.origins.rising[int(made[0])] = Rising(ids, steepest, own)
+    return made
 
 
 def each_group(
@@ -117,6 +126,38 @@ def sorted_pairs(network: Network, left: np.ndarray, right: np.ndarray, largest:
             network.pairs[pair] = (high, low)
     half = 0 if largest else 1
     return np.array([a if a == b else network.pairs[(a, b)][half] for a, b in pairs], dtype=np.int64)
+
+
+def rectified(network: Network, ids: np.ndarray) -> np.ndarray:
+    """Append the positive part of each number; return the identities, in the shape of `ids`.
+
+    Positive and negative part together never expand: where x and x' have the same sign, one part moves as they do;
+    where they have not, the parts move by |x| and |x'|, and `x^2 + x'^2 <= (|x| + |x'|)^2`. Both are numbers of one
+    base; the negative part of x is the positive part of -x.
+    """
+    origins = network.origins
+    unique, inverse = np.unique(ids, return_inverse=True)
+    new: dict[int, None] = {}
+    for number in unique.tolist():
+        opposite = origins.opposites.get(number)
+        if number not in origins.parts and opposite not in origins.parts and opposite not in new:
+            new[number] = None
+    if new:
+        used = np.array(list(new), dtype=np.int64)
+        values: Values = []
+        for point in range(len(network.values)):
+            known = network.at(point, new)
+            values.append([value.max(arb(0)) for value in known] + [(-value).max(arb(0)) for value in known])
+        made = network.nonlinear(used, values)
+        origins.rising[int(made[0])] = Rising(used, arb(1), arb(0))
+        for number, part, other in zip(new, made[: len(new)].tolist(), made[len(new) :].tolist(), strict=True):
+            origins.parts[number] = (part, other)
+    for number in unique.tolist():
+        if number not in origins.parts:
+            positive, negative = origins.parts[origins.opposites[number]]
+            origins.parts[number] = negative, positive
+    parts = np.array([origins.parts[number][0] for number in unique.tolist()], dtype=np.int64)
+    return parts[inverse.reshape(ids.shape)]
 
 
 def largest_of(values: list[arb]) -> list[arb]:

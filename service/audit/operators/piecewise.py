@@ -8,10 +8,13 @@ import numpy as np
 from flint import arb
 
 from service.audit.balls import NotAuditableError, larger, largest_magnitude, upper
+from service.audit.expressions import Elementary, clip, compose
+from service.audit.functions import extended
 from service.audit.graph import Node
 from service.audit.network import Network, Tensor
-from service.audit.nonexpansive import each, each_group, sorted_pairs, varied
+from service.audit.nonexpansive import each, each_group, largest_of, rectified, smallest_of, sorted_pairs, varied
 from service.audit.operators.table import Operands, balls, broadcast, floats, image_axis, is_given, rule, tensor
+from service.audit.origins import Rising
 
 
 class _Ordered:
@@ -48,10 +51,17 @@ def _top_k(network: Network, node: Node, operands: Operands) -> Tensor:
 
 @rule("Max", "Min")
 def _max(network: Network, node: Node, operands: Operands) -> Tensor:
-    if len(operands) != 2:
-        raise NotAuditableError("two operands are read here")
-    left, right = operands
     largest = node.operator == "Max"
+    if len(operands) == 1:
+        return tensor(operands)
+    if len(operands) > 2:
+        terms = [tensor(operands, k) for k in range(len(operands))]
+        if len({term.shape for term in terms}) > 1:
+            raise NotAuditableError("more than two operands of different shapes")
+        groups = np.stack([term.flat for term in terms], axis=1)
+        chosen = each_group(network, groups, largest_of if largest else smallest_of)
+        return Tensor(chosen.reshape(terms[0].shape))
+    left, right = operands
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         if left.shape != right.shape:
             raise NotAuditableError("operands of different shape")
@@ -60,27 +70,36 @@ def _max(network: Network, node: Node, operands: Operands) -> Tensor:
     ids, constant = broadcast(tensor(operands, int(not first)), floats(operands, int(first)))
     limits = itertools.cycle(balls(constant))
     # Groups of one number each, with the constant that belongs to it.
-    clip = (lambda v: [v[0].max(next(limits))]) if largest else (lambda v: [v[0].min(next(limits))])
-    return Tensor(each_group(network, ids.reshape(-1, 1), clip).reshape(ids.shape))
+    limited = (lambda v: [v[0].max(next(limits))]) if largest else (lambda v: [v[0].min(next(limits))])
+    made = each_group(network, ids.reshape(-1, 1), limited)
+    network.origins.rising[int(made[0])] = Rising(ids.ravel(), arb(1), arb(0))
+    return Tensor(made.reshape(ids.shape))
 
 
 @rule("Relu")
 def _relu(network: Network, node: Node, operands: Operands) -> Tensor:
-    return Tensor(each(network, tensor(operands).ids, lambda value: value.max(arb(0))))
+    x = tensor(operands)
+    if network.origins.are_squares(x.ids):
+        return x
+    return _followed(network, x, rectified(network, x.ids), clip(arb(0), None))
 
 
 @rule("Abs")
 def _abs(network: Network, node: Node, operands: Operands) -> Tensor:
-    return Tensor(each(network, tensor(operands).ids, abs))
+    x = tensor(operands)
+    # Sums of squares are not negative, computed or exact.
+    return x if network.origins.are_squares(x.ids) else Tensor(each(network, x.ids, abs))
 
 
 @rule("LeakyRelu", attributes=("alpha",))
 def _leaky_relu(network: Network, node: Node, operands: Operands) -> Tensor:
     alpha = arb(node.number("alpha", 0.01))
     slope = upper(abs(alpha).max(arb(1)))
-    return Tensor(
-        each(network, tensor(operands).ids, lambda value: value.max(arb(0)) + alpha * value.min(arb(0)), slope, 1)
-    )
+
+    def leaky(value: arb) -> arb:
+        return value.max(arb(0)) + alpha * value.min(arb(0))
+
+    return Tensor(each(network, tensor(operands).ids, leaky, slope, 1, rises=bool(alpha >= 0)))
 
 
 @rule("PRelu")
@@ -89,10 +108,10 @@ def _prelu(network: Network, node: Node, operands: Operands) -> Tensor:
     slopes = balls(constant)
     factor = larger(arb(1), largest_magnitude(slopes))
 
-    def rectified(values: list[arb]) -> list[arb]:
+    def bent(values: list[arb]) -> list[arb]:
         return [value.max(arb(0)) + slope * value.min(arb(0)) for value, slope in zip(values, slopes, strict=True)]
 
-    return Tensor(varied(network, ids.ravel(), rectified, factor, 1).reshape(ids.shape))
+    return Tensor(varied(network, ids.ravel(), bent, factor, 1, rises=bool((constant >= 0.0).all())).reshape(ids.shape))
 
 
 @rule("Where")
@@ -114,11 +133,18 @@ def _clip(network: Network, node: Node, operands: Operands) -> Tensor:
         for position in (1, 2)
     )
 
-    def clip(value: arb) -> arb:
-        value = value if low is None else value.max(low)
-        return value if high is None else value.min(high)
+    x, projection = tensor(operands), clip(low, high)
+    made = each(network, x.ids, lambda value: projection(value)[0], rises=True)
+    # Where the limits cross, it is a constant.
+    return (
+        Tensor(made) if low is not None and high is not None and low > high else _followed(network, x, made, projection)
+    )
 
-    return Tensor(each(network, tensor(operands).ids, clip))
+
+def _followed(network: Network, x: Tensor, made: np.ndarray, function: Elementary) -> Tensor:
+    """Return results of a function with slopes of at most 1, which does not round."""
+    extended(network, made.ravel(), x.flat, lambda f: compose("outer", f, outer=function), arb(1), (arb(0), arb(0)))
+    return Tensor(made)
 
 
 @rule("Cast", attributes=("to", "saturate", "round_mode"))

@@ -17,11 +17,15 @@ from service.audit.nonexpansive import ABSENT, each_group, largest_of
 from service.audit.operators.table import Operands, rule, tensor
 from service.audit.operators.windows import windows
 
-_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
 
 
-def _pool_windows(node: Node, x: Tensor) -> tuple[tuple[int, ...], np.ndarray]:
-    """As `windows`, for all channels: `C out x taps`, -1 for padding."""
+def pool_windows(node: Node, x: Tensor) -> tuple[tuple[int, ...], np.ndarray]:
+    """As `windows`, for all channels: `C out x taps`, -1 for padding.
+
+    Raises:
+        NotAuditableError: `ceil_mode`, no spatial axes, or a window of padding only.
+    """
     if node.integer("ceil_mode", 0) or len(x.shape) < 2:
         raise NotAuditableError("ceil_mode, or no spatial axes")
     kernel = node.integers("kernel_shape", [0] * (len(x.shape) - 1))
@@ -34,10 +38,10 @@ def _pool_windows(node: Node, x: Tensor) -> tuple[tuple[int, ...], np.ndarray]:
     return (channels, *after), places.reshape(-1, window.shape[1])
 
 
-@rule("AveragePool", attributes=(*_ATTRIBUTES, "count_include_pad"))
+@rule("AveragePool", attributes=(*POOL_ATTRIBUTES, "count_include_pad"))
 def _average_pool(network: Network, node: Node, operands: Operands) -> Tensor:
     x = tensor(operands)
-    shape, places = _pool_windows(node, x)
+    shape, places = pool_windows(node, x)
     taps = places.shape[1]
     counts = np.full(len(places), taps) if node.integer("count_include_pad", 0) else (places >= 0).sum(axis=1)
     made = np.zeros(len(places), dtype=np.int64)
@@ -48,10 +52,10 @@ def _average_pool(network: Network, node: Node, operands: Operands) -> Tensor:
     return Tensor(made.reshape(shape))
 
 
-@rule("MaxPool", attributes=(*_ATTRIBUTES, "storage_order"))
+@rule("MaxPool", attributes=(*POOL_ATTRIBUTES, "storage_order"))
 def _max_pool(network: Network, node: Node, operands: Operands) -> Tensor:
     x = tensor(operands)
     if len(node.outputs) > 1:
         raise NotAuditableError("its indices jump")
-    shape, places = _pool_windows(node, x)
+    shape, places = pool_windows(node, x)
     return Tensor(each_group(network, np.where(places < 0, ABSENT, x.flat[places]), largest_of).reshape(shape))

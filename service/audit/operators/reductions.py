@@ -16,8 +16,17 @@ from service.audit.nonexpansive import each, each_group, largest_of, smallest_of
 from service.audit.operators.table import Operands, image_axis, is_given, rule, tensor
 
 
-def _reduced(node: Node, operands: Operands, x: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Groups that are reduced, one a row, and the shape of the result."""
+def reduced(node: Node, operands: Operands, x: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return the groups that are reduced, one a row, and the shape of the result.
+
+    Args:
+        node: its axes and `keepdims`.
+        operands: the second one has the axes in later opsets.
+        x: the tensor.
+
+    Raises:
+        NotAuditableError: no axes, or axes that are no constants.
+    """
     if is_given(operands, 1):
         operand = operands[1]
         if not isinstance(operand, np.ndarray) or operand.dtype.kind not in "iu":
@@ -36,31 +45,38 @@ def _reduced(node: Node, operands: Operands, x: Tensor) -> tuple[np.ndarray, tup
     return groups, tuple(shape)
 
 
-_ATTRIBUTES = ("axes", "keepdims", "noop_with_empty_axes")
+REDUCE_ATTRIBUTES = ("axes", "keepdims", "noop_with_empty_axes")
 
 
-def _sums(network: Network, groups: np.ndarray, mean: bool) -> np.ndarray:
+def sums(network: Network, groups: np.ndarray, mean: bool) -> np.ndarray:
+    """Append the sum of each group; return the identities.
+
+    Args:
+        network: the layers so far.
+        groups: one a row.
+        mean: whether the mean is wanted.
+    """
     n = groups.shape[1]
     shares = ball_weights([arb(1) / n] * n, 1) if mean else exact_weights(np.ones((1, n)))
     operator = Shared(shares, np.arange(groups.size).reshape(groups.shape), groups.size)
     return linear(network, groups.ravel(), operator, n + 1)
 
 
-@rule("ReduceSum", "ReduceMean", attributes=_ATTRIBUTES)
+@rule("ReduceSum", "ReduceMean", attributes=REDUCE_ATTRIBUTES)
 def _reduce_sum(network: Network, node: Node, operands: Operands) -> Tensor:
-    groups, shape = _reduced(node, operands, tensor(operands))
-    return Tensor(_sums(network, groups, node.operator == "ReduceMean").reshape(shape))
+    groups, shape = reduced(node, operands, tensor(operands))
+    return Tensor(sums(network, groups, node.operator == "ReduceMean").reshape(shape))
 
 
-@rule("ReduceL1", attributes=_ATTRIBUTES)
+@rule("ReduceL1", attributes=REDUCE_ATTRIBUTES)
 def _reduce_l1(network: Network, node: Node, operands: Operands) -> Tensor:
-    groups, shape = _reduced(node, operands, tensor(operands))
-    return Tensor(_sums(network, each(network, groups, abs), mean=False).reshape(shape))
+    groups, shape = reduced(node, operands, tensor(operands))
+    return Tensor(sums(network, each(network, groups, abs), mean=False).reshape(shape))
 
 
-@rule("ReduceMax", "ReduceMin", attributes=_ATTRIBUTES)
+@rule("ReduceMax", "ReduceMin", attributes=REDUCE_ATTRIBUTES)
 def _reduce_max(network: Network, node: Node, operands: Operands) -> Tensor:
-    groups, shape = _reduced(node, operands, tensor(operands))
+    groups, shape = reduced(node, operands, tensor(operands))
     largest = node.operator == "ReduceMax"
     if groups.shape[1] == 2:
         return Tensor(sorted_pairs(network, groups[:, 0], groups[:, 1], largest).reshape(shape))
@@ -72,7 +88,7 @@ def _global_pool(network: Network, node: Node, operands: Operands) -> Tensor:
     x = tensor(operands)
     groups = x.ids.reshape(x.shape[0], -1)
     average = node.operator == "GlobalAveragePool"
-    made = _sums(network, groups, mean=True) if average else each_group(network, groups, largest_of)
+    made = sums(network, groups, mean=True) if average else each_group(network, groups, largest_of)
     return Tensor(made.reshape(x.shape[0], *[1] * (len(x.shape) - 1)))
 
 
@@ -82,9 +98,9 @@ def _euclidean(values: list[arb]) -> list[arb]:
     return [(low.sqrt() if low > 0 else arb(0)).union(high.sqrt())]
 
 
-@rule("ReduceL2", attributes=_ATTRIBUTES)
+@rule("ReduceL2", attributes=REDUCE_ATTRIBUTES)
 def _reduce_l2(network: Network, node: Node, operands: Operands) -> Tensor:
-    groups, shape = _reduced(node, operands, tensor(operands))
+    groups, shape = reduced(node, operands, tensor(operands))
     n = groups.shape[1]
     facts = network.facts(groups)
     network.require_no_overflow(upper(arb(n) * facts.largest * facts.largest))

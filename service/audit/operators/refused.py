@@ -1,29 +1,8 @@
 """Operators that the server may have a rule for and the audit has not, each with the reason."""
 
-_KERNEL = "the error of its kernel is an assumption of the server, which the audit does not make"
-_JUMPS = "it jumps and has no Lipschitz constant"
-_SQUARES = "squares and roots have a Lipschitz constant together only; ReduceL2 is read here"
-
 REFUSED: dict[str, str] = {
-    "Celu": _KERNEL,
-    "Elu": _KERNEL,
-    "Erf": _KERNEL,
-    "HardSigmoid": _KERNEL,
-    "HardSwish": _KERNEL,
-    "LogSoftmax": _KERNEL,
-    "LpPool": _SQUARES,
-    "Pow": _SQUARES,
-    "ReduceSumSquare": _SQUARES,
-    "Resize": "its coordinates are computed in floating point",
-    "Selu": _KERNEL,
-    "Sigmoid": _KERNEL,
-    "Sign": _JUMPS,
-    "Softmax": _KERNEL,
-    "Softplus": _KERNEL,
-    "Softsign": _KERNEL,
-    "Sqrt": _SQUARES,
-    "Tanh": _KERNEL,
-    "ThresholdedRelu": _JUMPS,
+    "Resize": "its coordinates are computed in floating point, and the pixels that it picks depend on their rounding",
+    "ThresholdedRelu": "it jumps at its threshold and has no Lipschitz constant",
 }
 """Reason why an operator has no rule."""
 

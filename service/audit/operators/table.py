@@ -6,6 +6,7 @@ Tensors leave the batch axis out. A rule takes the attributes that it registers 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from flint import arb
@@ -15,17 +16,26 @@ from service.audit.constants import PerBatch
 from service.audit.graph import Node
 from service.audit.network import Network, Tensor
 
-Value = Tensor | np.ndarray | PerBatch
+
+class Signs:
+    """The signs of sums of squares, which jump: they may only be multiplied with the same sums."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+
+Value = Tensor | Signs | np.ndarray | PerBatch
 Operands = Sequence[Value | None]
-Rule = Callable[[Network, Node, Operands], Tensor]
+Rule = Callable[[Network, Node, Operands], Tensor | Signs]
+AnyRule = TypeVar("AnyRule", bound=Rule)
 RULES: dict[str, tuple[Rule, frozenset[str]]] = {}
 """Rule of each operator, with the attributes that it reads."""
 
 
-def rule(*operators: str, attributes: Sequence[str] = ()) -> Callable[[Rule], Rule]:
+def rule(*operators: str, attributes: Sequence[str] = ()) -> Callable[[AnyRule], AnyRule]:
     """Return a decorator that registers the rule of some operators, with the attributes that it reads."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: AnyRule) -> AnyRule:
         for operator in operators:
             RULES[operator] = (function, frozenset(attributes))
         return function
@@ -40,6 +50,10 @@ def tensor(operands: Operands, position: int = 0) -> Tensor:
         NotAuditableError: it does not.
     """
     value = operands[position] if position < len(operands) else None
+    if isinstance(value, Signs):
+        raise NotAuditableError(
+            "a sign jumps; it may only be multiplied with the sum of squares that it is the sign of"
+        )
     if not isinstance(value, Tensor):
         raise NotAuditableError(f"operand {position} must depend on the image")
     return value

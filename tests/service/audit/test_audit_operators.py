@@ -24,9 +24,6 @@ def test_the_operators_of_the_server_are_read_or_refused_with_a_reason() -> None
 
 
 INPUTS: dict[str, tuple[list[Any], dict[str, Any]]] = {
-    "LpPool": ([], {"kernel_shape": [2]}),
-    "Pow": ([np.array(2.0)], {}),
-    "ReduceSumSquare": ([np.array([1])], {}),
     "Resize": ([None, np.array([1.0, 1.0, 2.0], np.float32)], {}),
 }
 """Operands besides the image, and attributes, of operators that need some."""
@@ -64,6 +61,12 @@ PIXELS = np.array([[51, 102], [204, 153]])
         ("Sum", ["image", np.array([[[0.5, -1.0]]])], [0.7, -0.6, 1.3, -0.4]),
         ("Mean", ["image", np.array([[[1.0, 0.0]]])], [0.6, 0.2, 0.9, 0.3]),
         ("Mean", ["image"], [0.2, 0.4, 0.8, 0.6]),
+        ("Sum", ["image", "image", "image"], [0.6, 1.2, 2.4, 1.8]),
+        ("Mean", ["image", "image", "image"], [0.2, 0.4, 0.8, 0.6]),
+        ("Max", ["image", "image", "image"], [0.2, 0.4, 0.8, 0.6]),
+        ("Pow", ["image", np.array(2.0)], [0.04, 0.16, 0.64, 0.36]),
+        ("ReduceSumSquare", ["image", np.array([2])], [0.2, 1.0]),
+        ("Mul", ["image", "image"], [0.04, 0.16, 0.64, 0.36]),
         ("PRelu", ["image", np.array([[0.5], [2.0]])], [0.2, 0.4, 0.8, 0.6]),
         ("Where", [np.array([[[True, False]]]), "image", "image"], [0.2, 0.4, 0.8, 0.6]),
     ],
@@ -78,7 +81,11 @@ def test_operators_compute_as_the_specification_says(operator: str, operands: li
         ("Tile", ["image", np.array([2, 1, 1])], "it mixes the images of a batch"),
         ("Tile", ["image", np.array([1, 0, 1])], "repeats [1, 0, 1] of 3 axes"),
         ("Expand", ["image", np.array([2, 1, 1, 1])], "it mixes the images of a batch"),
-        ("Sum", ["image", "image", "image"], "more than two operands"),
+        ("Sum", ["image", "image", np.ones((1, 2, 2))], "operand 2 must depend on the image"),
+        ("Sqrt", ["image"], "the root of a number that is no sum of squares has no Lipschitz constant"),
+        ("Sign", ["image"], "it jumps and has no Lipschitz constant"),
+        ("Pow", ["image", np.array(3.0)], "a power of 3.0: 1, 2, and 1/2 of a sum of squares are read here"),
+        ("Pow", ["image", np.array(0.5)], "the root of a number that is no sum of squares"),
         ("Where", [np.array([[[True]], [[False]]]), "image", "image"], "a mask with its own batch axis"),
         ("Where", [np.array(True), "image", np.zeros((1, 2, 2))], "operand 2 must depend on the image"),
     ],
