@@ -17,6 +17,8 @@ from service.audit.references import Point, farther, nearer
 
 # Relative difference of two quotients that are taken for equal when the runner-up is compared.
 _SAME_QUOTIENT = 1e-6
+# Rounding of a radius at a reference image, relative to it: of a difference of squares, unless nearly nothing is left.
+_ROUNDING = arb(1e-6)
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,26 @@ def _runner_up(answer: Answer, derived: Derived, runner_up: int) -> Iterator[Fin
         if other is not None and (own is None or other * (1 + arb(_SAME_QUOTIENT)) < own):
             yield undecided(f"runner_up: class {runner_up}, by the audit's bounds class {j} decides the radius")
             return
-    certificate = answer.certificate
-    if runner_up in derived.references and own is not None and certificate.lipschitz_bound:
-        # By the answer's own terms, which are larger than the audit's.
-        least = own * derived.derivation.margin_bounds[answer.class_id][runner_up] / arb(certificate.lipschitz_bound)
-        if arb(certificate.radius) < least * (1 - arb(_SAME_QUOTIENT)):
-            yield failed(f"radius: {certificate.radius!r}, and the reference image of class {runner_up} gives more")
+    if runner_up in derived.references:
+        yield from _radius_at_reference(answer, derived, runner_up)
+
+
+def _radius_at_reference(answer: Answer, derived: Derived, runner_up: int) -> Iterator[Finding]:
+    """Compare the radius with what the answer's own terms give at the reference image of the runner-up."""
+    certificate, point = answer.certificate, derived.references[runner_up]
+    if certificate.lipschitz_bound is None or certificate.logit_error is None:
+        yield failed("radius: above 0, while lipschitz_bound or logit_error is null")
+        return
+    margin = point.logits[answer.class_id] - point.logits[runner_up] - 4 * arb(certificate.logit_error)
+    # The service computed that margin, with rounding errors, and rounded the rest down.
+    blur = 2 * derived.derivation.logit_error
+    least, most = (point.radius(margin + sign * blur, arb(certificate.lipschitz_bound)) for sign in (-1, 1))
+    radius = arb(certificate.radius)
+    if (least is None or radius < least * (1 - _ROUNDING)) or (most is not None and radius > most):
+        yield failed(
+            f"radius: {certificate.radius!r}, and the reference image of class {runner_up}, lipschitz_bound and "
+            f"logit_error of the answer give {'more' if most is None else decimal(most)}"
+        )
 
 
 def _counterfactual(found: Counterfactual, exact: Sequence[arb], error: arb) -> Iterator[Finding]:
