@@ -51,7 +51,7 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
     path = folder / MODEL_FILE
     try:
         with within(limits):
-            draft = read_draft(model_bytes)
+            draft = read_draft(model_bytes, limits.work)
             certificate = certify(draft)
             network = draft.network()
             graphs = forward_graph(network), gradient_graph(network)

@@ -17,7 +17,8 @@ from service.certificate.rules.products import note_composition
 from service.certificate.rules.table import RULES, Context
 from service.certificate.statement import Certificate, NodeReport
 from service.certificate.values import Domain, Squares, Unknown, Value, View, affine_of, elements_of
-from service.network.limits import size_error
+from service.certificate.work import limit_work
+from service.network.limits import WORK_OF_NUMBER, size_error
 from service.network.operators import Constant, Operator, Refusal, Tensor, UnsupportedModelError
 from service.network.reader import Draft, read_draft
 
@@ -29,7 +30,8 @@ def certify(model: bytes | Draft) -> Certificate:
         model: the bytes of an ONNX file, or a model as far as it could be read.
 
     Raises:
-        UnsupportedModelError: some part cannot be read or has no proved rule; the message names every such part.
+        UnsupportedModelError: some part cannot be read or has no proved rule; the message names every such part. Or the
+            proof would take more than the work that the draft allows.
     """
     draft = read_draft(model) if isinstance(model, bytes) else model
     # An overflow is an infinite bound, which each rule refuses.
@@ -41,9 +43,14 @@ def _proved(draft: Draft) -> Certificate:
     reasons = list(draft.reasons)
     if draft.image is None:
         raise UnsupportedModelError(reasons)
+    try:
+        limit_work(draft.operators, draft.work)
+    except UnsupportedModelError as error:
+        # What could not be read is told first.
+        raise UnsupportedModelError(reasons or error.reasons) from None
     reports: list[NodeReport] = []
     precision = FLOAT64 if draft.precision == "float64" else FLOAT32
-    context = Context(Domain(math.prod(draft.image.shape)), precision)
+    context = Context(Domain(math.prod(draft.image.shape)), precision, draft.work)
     values = _walk(context, draft, draft.image, reports, reasons)
     logits = Unknown("") if draft.output is None else values[draft.output.number]
     reason = _why_no_logits(logits)
@@ -65,14 +72,14 @@ def _walk(
 ) -> dict[int, Value]:
     """Visit all operators; add to `reports` and `reasons`; return the value of each tensor by its number."""
     values: dict[int, Value] = {image.number: _image(context, image)}
-    made = 0
+    made, most = 0, min(MOST_ELEMENTS_TOGETHER, draft.work / WORK_OF_NUMBER)
     for operator in draft.operators:
         inputs = [values[operand.number] if isinstance(operand, Tensor) else operand for operand in operator.operands]
         try:
             results = _results(context, operator, inputs, reports)
             made += sum(map(elements_of, results))
-            if made > MOST_ELEMENTS_TOGETHER:
-                reasons.append(f"{operator.label}: {size_error(made, MOST_ELEMENTS_TOGETHER)} in all values so far")
+            if made > most:
+                reasons.append(f"{operator.label}: {size_error(made, int(most))} in all values so far")
                 raise UnsupportedModelError(reasons)
         except Refusal as refusal:
             if str(refusal):

@@ -30,12 +30,23 @@ Array = NDArray[np.float64]
 class Joint:
     """The joint maps of one graph, and their bounds."""
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, work: float) -> None:
+        """Know no bound yet.
+
+        Args:
+            domain: of the images.
+            work: multiply-adds that all of them may take; more than `Budget` has are not needed.
+        """
         self._domain = domain
         self._budget = Budget()
-        self._matrices = Matrices()
-        self._kernels = Kernels()
+        self._budget.left = min(self._budget.left, work)
+        self._matrices = Matrices(self._budget)
+        self._kernels = Kernels(self._budget)
         self._norms: dict[object, float] = {}
+
+    def affords(self, cost: float) -> bool:
+        """Spend some multiply-adds of the budget of all joint bounds; return false where it has fewer left."""
+        return self._budget.affords(cost)
 
     def lipschitz(self, step: LinearStep, shape: tuple[int, ...]) -> float:
         """Return a Lipschitz bound, from the image, of the result of `step`; infinity where a joint map is no help."""
