@@ -10,12 +10,13 @@ import numpy as np
 
 from service.certificate.facts import Facts
 from service.certificate.limits import MOST_ELEMENTS_TOGETHER, fits
+from service.certificate.margins import Head, MarginRows, Margins, are_bounds
 from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up
 from service.certificate.rules import squares
 from service.certificate.rules.operands import Operands
 from service.certificate.rules.products import note_composition
 from service.certificate.rules.table import RULES, Context
-from service.certificate.statement import Certificate, NodeReport
+from service.certificate.statement import MOST_TABLED_CLASSES, Certificate, NodeReport
 from service.certificate.values import Domain, Squares, Unknown, Value, View, affine_of, elements_of
 from service.certificate.work import limit_work
 from service.network.limits import WORK_OF_NUMBER, size_error
@@ -62,7 +63,7 @@ def _proved(draft: Draft) -> Certificate:
         certificate = _certificate(context, draft.image, logits, reports)
     except RecursionError as error:
         raise UnsupportedModelError(["too many linear steps in a row before the output"]) from error
-    if not (np.isfinite(certificate.margin_bounds_KK).all() and math.isfinite(certificate.logit_error)):
+    if not (are_bounds(certificate.margin_bounds_KK) and math.isfinite(certificate.logit_error)):
         raise UnsupportedModelError(["the bounds of the logits are not finite"])
     return certificate
 
@@ -146,10 +147,30 @@ def _results(context: Context, operator: Operator, inputs: Operands, reports: li
     return results
 
 
+def _margin_rows(context: Context, logits: View, lipschitz: float) -> MarginRows:
+    """Return the bounds of the margins of many classes, by their rows."""
+    affine, joint = affine_of(logits), context.joint.heads(logits)
+    sums: list[tuple[Head, ...]] = [] if affine is None else [(Head(affine.rows, affine.lipschitz),)]
+    if joint is not None:
+        sums.append(joint)
+    if len(sums) == 2 and len(sums[1]) == 1 and np.array_equal(sums[0][0].rows_KM, sums[1][0].rows_KM):
+        # The same forms twice.
+        sums = sums[:1] if sums[0][0].lipschitz <= sums[1][0].lipschitz else sums[1:]
+    # |d_i - d_j| <= sqrt(2) ||d||, whatever the last layer is.
+    return MarginRows(
+        logits.shape[0],
+        mul_up(sqrt_up(2.0), lipschitz),
+        tuple(tuple(head.scaled() for head in heads) for heads in sums),
+    )
+
+
 def _certificate(context: Context, image: Tensor, logits: View, reports: Sequence[NodeReport]) -> Certificate:
     facts = context.domain.joint(logits)
     n_outputs = logits.shape[0]
-    if n_outputs == 1:
+    bounds_KK: Margins
+    if n_outputs > MOST_TABLED_CLASSES:
+        bounds_KK = _margin_rows(context, logits, facts.lipschitz)
+    elif n_outputs == 1:
         # The margin of (f, -f) is 2 f.
         bounds_KK = np.array([[0.0, 1.0], [1.0, 0.0]]) * mul_up(2.0, facts.lipschitz)
     else:

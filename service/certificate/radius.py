@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from service.certificate.margins import Margins, are_bounds
 from service.shapes import Bool, Float64, Int64
 
 
@@ -33,7 +34,7 @@ def two_class_logits(logits_N1: Float64[np.ndarray, "N 1"]) -> Float64[np.ndarra
 
 def certified_radius(
     logits_NK: Float64[np.ndarray, "N K"],
-    margin_bounds_KK: Float64[np.ndarray, "K K"],
+    margin_bounds_KK: Margins,
     logit_error: float,
 ) -> Radii:
     """Return `min over j != i of (f_i - f_j - 4 E) / K_ij`, rounded down, never below 0.
@@ -60,7 +61,7 @@ def certified_radius(
         raise ValueError("certified_radius needs two classes or more; use two_class_logits for a single output")
     if margin_bounds_KK.shape != (n_classes, n_classes):
         raise ValueError(f"margin_bounds has shape {margin_bounds_KK.shape}, expected {(n_classes, n_classes)}")
-    if not (np.isfinite(margin_bounds_KK).all() and (margin_bounds_KK >= 0).all()):
+    if not are_bounds(margin_bounds_KK):
         raise ValueError("margin_bounds must be finite and non-negative")
     if not (np.isfinite(logit_error) and logit_error >= 0):
         raise ValueError(f"logit_error must be finite and non-negative, got {logit_error}")
@@ -88,5 +89,5 @@ def certified_radius(
         radius_N=radius_N,
         certified_N=radius_N > 0.0,
         runner_up_N=runner_up_N.astype(np.int64),
-        lipschitz_bound_N=margin_bounds_KK[class_id_N, runner_up_N],
+        lipschitz_bound_N=bounds_NK[row_N, runner_up_N],
     )

@@ -221,6 +221,7 @@ SMALL_FILES: dict[str, Build] = {
     "interpolated pixels by the ten thousand": _resized("linear", 60_000, 2),
     "gates": _gated(300),
     "parts": _parts(60, 64),
+    "8000 logits": _logits(8000, 64),
     "2000 logits of 2048": _logits(2000, 2048),
 }
 """Files of less than 300 bytes, and longer chains of the same."""
