@@ -64,6 +64,8 @@ class Draft:
     reasons: tuple[str, ...]
     work: float
     """Multiply-adds that the proof may take."""
+    weights: tuple[np.ndarray, ...]
+    """Of the file, those that could be read, in its order."""
 
     def network(self) -> Network:
         """Return the network.
@@ -101,7 +103,8 @@ def read_draft(model_bytes: bytes, work: float = 0.0) -> Draft:
     graph = model.graph
     values: dict[str, Known] = _stored(graph, reasons)
     image, precision, batch = _image(graph, values, reasons)
-    stored = sum(value.array.size for value in values.values() if isinstance(value, Folded))
+    weights = tuple(value.array for value in values.values() if isinstance(value, Folded))
+    stored = sum(array.size for array in weights)
     held = stored + _held_by_nodes(graph)
     reading = Reading(
         precision,
@@ -134,12 +137,8 @@ def read_draft(model_bytes: bytes, work: float = 0.0) -> Draft:
         output if isinstance(output, Tensor) else None,
         tuple(reasons),
         work or allowed_work(min(held, _weights(reading.operators))),
+        weights,
     )
-
-
-def stored_arrays(model_bytes: bytes) -> list[np.ndarray]:
-    """Return the weights of an ONNX file that `read_draft` has read, in the order of the file."""
-    return [tensor_array(tensor) for tensor in onnx.load_model_from_string(model_bytes).graph.initializer]
 
 
 def _held_by_nodes(graph: onnx.GraphProto) -> int:
