@@ -20,6 +20,8 @@ from service.certificate.__main__ import main
 from service.certificate.proof_limits import ProofLimits
 from service.certificate.work import limit_work
 from service.errors import ArtefactError
+from service.network.adjoint import without_gradient
+from service.network.graphs import gradient_graph
 from service.network.limits import LEAST_WORK, WORK_OF_WEIGHT, Work
 from service.network.operators import UnsupportedModelError
 from service.network.reader import read_draft
@@ -119,6 +121,20 @@ def test_numbers_that_a_file_computes_allow_nothing() -> None:
 def test_the_canonical_form_allows_no_less_than_the_file(build: Build) -> None:
     draft = read_draft(model_of(build))
     assert read_draft(write(draft.network())).work >= draft.work
+
+
+@pytest.mark.parametrize(("channels", "kernel", "fine"), [(16, 32, True), (17, 32, False)])
+def test_a_gradient_is_limited_by_the_windows_that_it_picks_from(channels: int, kernel: int, fine: bool) -> None:
+    def build(b: GraphBuilder) -> str:
+        x = b.one("MaxPool", "image", kernel_shape=[kernel] * 2)
+        return b.one("Flatten", b.one("GlobalMaxPool", x), axis=1)
+
+    draft = read_draft(model_of(build, (channels, 63, 63)))
+    certify(draft)
+    assert (not without_gradient(draft.operators)) is fine
+    if not fine:
+        with pytest.raises(UnsupportedModelError, match="no gradient, whose windows are too large"):
+            gradient_graph(draft.network())
 
 
 def test_work_is_counted_together() -> None:
