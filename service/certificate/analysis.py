@@ -45,7 +45,7 @@ def _proved(draft: Draft) -> Certificate:
     if draft.image is None:
         raise UnsupportedModelError(reasons)
     try:
-        limit_work(draft.operators, draft.work)
+        limit_work(draft.image, draft.operators, draft.work)
     except UnsupportedModelError as error:
         # What could not be read is told first.
         raise UnsupportedModelError(reasons or error.reasons) from None

@@ -20,15 +20,16 @@ _OF_COMPOSITION = 2.0**22
 """Of an operator on two tensors, which may be one function of one tensor: bounds of its slopes."""
 _OF_STEP = 2.0**15
 """Of one step in Python: a tap of a kernel, a pixel along a resampled axis."""
-_OF_MAXIMUM = 0.125
+_OF_MAXIMUM = 0.0625
 """Of the work of a number, for each element of a window."""
 _POOLS = ("AveragePool", "LpPool", "MaxPool")
 
 
-def limit_work(operators: Sequence[Operator], most: float) -> float:
+def limit_work(image: Tensor, operators: Sequence[Operator], most: float) -> float:
     """Return the multiply-adds of the proof of a network; refuse it where they are too many.
 
     Args:
+        image: input of the network.
         operators: of the network, in order.
         most: multiply-adds.
 
@@ -36,6 +37,8 @@ def limit_work(operators: Sequence[Operator], most: float) -> float:
         UnsupportedModelError: it takes more; the message names the operator that is one too many.
     """
     work = Work(most)
+    # It is made; what is proved of it is counted where it is read.
+    work.spend(0.5 * WORK_OF_NUMBER * math.prod(image.shape), "the image")
     squares: dict[Tensor, int] = {}
     for operator in operators:
         work.spend(_operator_work(operator, squares), operator.label)

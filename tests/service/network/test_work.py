@@ -100,7 +100,8 @@ def test_a_long_image_is_searched_for_periods_in_no_time() -> None:
 
 def test_work_is_allowed_up_to_its_last_multiply_add() -> None:
     draft = read_draft(model_of(two_layers))
-    needed = limit_work(draft.operators, draft.work)
+    assert draft.image is not None
+    needed = limit_work(draft.image, draft.operators, draft.work)
     assert certify(read_draft(model_of(two_layers), needed)).nodes == certify(draft).nodes
     with pytest.raises(UnsupportedModelError, match=r"MatMul .*: too large to analyse: .* multiply-adds so far"):
         certify(read_draft(model_of(two_layers), needed * (1.0 - 1e-12)))
