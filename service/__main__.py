@@ -114,8 +114,15 @@ def _describe_import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="report, and write nothing")
     parser.add_argument("--force", action="store_true", help="replace an artefact of that name")
-    parser.add_argument("--max-seconds", type=_positive, metavar="S", help="most time; default: no limit")
-    parser.add_argument("--max-bytes", type=_positive, metavar="B", help="most memory; default: no limit")
+    parser.add_argument("--max-seconds", type=_positive, default=0, metavar="S", help="most time; default: no limit")
+    parser.add_argument("--max-bytes", type=_positive, default=0, metavar="B", help="most memory; default: no limit")
+    parser.add_argument(
+        "--max-work",
+        type=_positive,
+        default=0,
+        metavar="W",
+        help="most multiply-adds of the proof; default: 2^30, and 2^21 for each number that the file holds",
+    )
     parser.set_defaults(run=_import)
 
 
@@ -135,7 +142,8 @@ def _positive(text: str) -> float:
 
 
 def _import(chosen: argparse.Namespace) -> int:
-    from service.artefact.importing import ImportLimits, ImportOrder, import_model
+    from service.artefact.importing import ImportOrder, import_model
+    from service.certificate.proof_limits import ProofLimits
 
     try:
         order = ImportOrder(
@@ -147,7 +155,7 @@ def _import(chosen: argparse.Namespace) -> int:
             dry_run=chosen.dry_run,
             force=chosen.force,
         )
-        report = import_model(order, ImportLimits(chosen.max_seconds, chosen.max_bytes and int(chosen.max_bytes)))
+        report = import_model(order, ProofLimits(chosen.max_seconds, int(chosen.max_bytes), chosen.max_work))
     except ImportRefusedError as error:
         sys.stderr.write("".join(f"{chosen.file}: {reason}\n" for reason in error.reasons))
         return 2

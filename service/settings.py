@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     proof_bytes: Annotated[int, Field(ge=0)] = 0
     """Most memory of a process that proves models at the start, in bytes; 0 sets no limit."""
 
+    proof_work: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Most multiply-adds of the proof of one model at the start; 0: 2^30, and 2^21 for each weight of the model."""
+
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 1024 * 1024
     """Largest request body, in bytes; enforced while the body arrives."""
 

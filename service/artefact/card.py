@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from service.artefact.files import CARD_FILE, MODEL_FILE, digest, read_file, write_atomically
 from service.artefact.findings import Findings
+from service.certificate.proof_limits import NO_LIMITS, ProofLimits
 from service.errors import ArtefactError
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -141,7 +142,7 @@ def read_card(folder: Path) -> Card:
         raise ArtefactError(path, f"not a valid card ({faults}). Correct it, or export the artefact again.") from error
 
 
-def write_artefact(folder: Path, card: Card, model_bytes: bytes) -> Findings:
+def write_artefact(folder: Path, card: Card, model_bytes: bytes, limits: ProofLimits = NO_LIMITS) -> Findings:
     """Write an artefact that the server accepts, or nothing; return the findings of its verification.
 
     The digest in the card is computed here. Everything that the server checks at its start is checked before the
@@ -151,6 +152,7 @@ def write_artefact(folder: Path, card: Card, model_bytes: bytes) -> Findings:
         folder: of the artefact; created if it is missing.
         card: without the digest.
         model_bytes: content of `model.onnx`.
+        limits: of the proof.
 
     Raises:
         ArtefactError: the model has no proved bound, cannot be run, or contradicts the card.
@@ -159,7 +161,7 @@ def write_artefact(folder: Path, card: Card, model_bytes: bytes) -> Findings:
     from service.artefact.verification import verify_model
 
     card = card.model_copy(update={"graphs": {MODEL_FILE: digest(model_bytes)}})
-    findings = Findings(digest(model_bytes), verify_model(folder, model_bytes))
+    findings = Findings(digest(model_bytes), verify_model(folder, model_bytes, limits))
     check_card(folder, card, findings)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MODEL_FILE, lambda file: file.write(model_bytes))

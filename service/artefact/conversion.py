@@ -21,6 +21,7 @@ from service.artefact.files import MODEL_FILE, digest
 from service.artefact.findings import Findings
 from service.artefact.verification import verify_model
 from service.certificate import certify
+from service.certificate.proof_limits import ProofLimits
 from service.errors import ArtefactError, ImportRefusedError
 from service.network.adjoint import without_gradient
 from service.network.operators import Constant, Operator, Tensor, UnsupportedModelError
@@ -39,6 +40,8 @@ class Wish:
     """In class order; null: `class 0`, `class 1` and so on."""
     shape: Shape | None
     """(C, H, W) of the images, for a file whose input has another shape."""
+    work: float = 0.0
+    """See `ProofLimits`."""
 
 
 def convert(file: Path, wish: Wish, folder: Path | None) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def convert(file: Path, wish: Wish, folder: Path | None) -> dict[str, Any]:
     except OSError as error:
         raise ImportRefusedError([f"it cannot be read: {error.strerror or error}"]) from error
     try:
-        draft = _shaped(read_draft(content), wish.shape)
+        draft = _shaped(read_draft(content, wish.work), wish.shape)
     except UnsupportedModelError as error:
         raise ImportRefusedError(error.reasons) from error
     labels, wrong = _labels(draft, wish.labels)
@@ -67,11 +70,13 @@ def convert(file: Path, wish: Wish, folder: Path | None) -> dict[str, Any]:
     model_bytes = write(read(write(draft.network())))
     card = _card(file, content, wish.name, labels, draft)
     path = folder or file.parent
+    # Constants that the file computes are numbers that its canonical form holds: they allow no further work.
+    limits = ProofLimits(work=draft.work)
     try:
         if folder is not None:
-            findings = write_artefact(folder, card, model_bytes)
+            findings = write_artefact(folder, card, model_bytes, limits)
         else:
-            findings = Findings(digest(model_bytes), verify_model(path, model_bytes))
+            findings = Findings(digest(model_bytes), verify_model(path, model_bytes, limits))
             check_card(path, card.model_copy(update={"graphs": {MODEL_FILE: digest(model_bytes)}}), findings)
     except ArtefactError as error:
         # The labels of the file's own nodes are in the draft.

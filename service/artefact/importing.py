@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from service.artefact.files import CARD_FILE
+from service.certificate.proof_limits import ProofLimits
 from service.errors import ImportRefusedError
 
 _NAMED = "give the artefact another name with --name"
@@ -44,20 +45,12 @@ class ImportOrder:
     """Whether an artefact of the same name is replaced."""
 
 
-@dataclass(frozen=True)
-class ImportLimits:
-    """Limits of the process that reads and proves a file; null: no limit."""
-
-    seconds: float | None = None
-    memory_bytes: int | None = None
-
-
-def import_model(order: ImportOrder, limits: ImportLimits) -> dict[str, Any]:
+def import_model(order: ImportOrder, limits: ProofLimits) -> dict[str, Any]:
     """Write the artefact of an ONNX file; return its report: identity, proved bound and error.
 
     Args:
         order: what to import.
-        limits: of the process that does it.
+        limits: of the process that does it, and of the proof.
 
     Raises:
         ImportRefusedError: nothing was written; the error has every reason.
@@ -100,7 +93,7 @@ def _place(made: Path, target: Path) -> None:
         fresh.rename(target)
 
 
-def _converted(order: ImportOrder, folder: Path | None, limits: ImportLimits) -> dict[str, Any]:
+def _converted(order: ImportOrder, folder: Path | None, limits: ProofLimits) -> dict[str, Any]:
     """Return the name of the artefact, and its report or the reasons against it."""
     wish = {
         "file": str(order.file),
@@ -109,11 +102,12 @@ def _converted(order: ImportOrder, folder: Path | None, limits: ImportLimits) ->
         "labels": order.labels,
         "shape": order.shape,
         "memory_bytes": limits.memory_bytes,
+        "work": limits.work,
     }
     return _in_a_process(wish, limits)
 
 
-def _in_a_process(wish: dict[str, Any], limits: ImportLimits) -> dict[str, Any]:
+def _in_a_process(wish: dict[str, Any], limits: ProofLimits) -> dict[str, Any]:
     # The same modules as in this process, wherever it found them.
     code = f"import sys; sys.path[:] = {sys.path!r}; from service.artefact.importing import main; main()"
     with tempfile.TemporaryFile() as output:
@@ -126,7 +120,7 @@ def _in_a_process(wish: dict[str, Any], limits: ImportLimits) -> dict[str, Any]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            status = process.wait(limits.seconds)
+            status = process.wait(limits.seconds or None)
         except subprocess.TimeoutExpired:
             return {"reasons": [f"not read and proved within {limits.seconds:g} s (--max-seconds)"]}
         finally:
@@ -142,9 +136,9 @@ def _in_a_process(wish: dict[str, Any], limits: ImportLimits) -> dict[str, Any]:
         return {"reasons": [_why_ended(status, limits)]}
 
 
-def _why_ended(status: int, limits: ImportLimits) -> str:
+def _why_ended(status: int, limits: ProofLimits) -> str:
     how = f"with {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-    memory = "its memory" if limits.memory_bytes is None else f"{limits.memory_bytes} bytes of memory (--max-bytes)"
+    memory = f"{limits.memory_bytes} bytes of memory (--max-bytes)" if limits.memory_bytes else "its memory"
     return f"the process that reads and proves it ended {how}; most often {memory} did not suffice"
 
 
@@ -155,7 +149,7 @@ def main() -> None:
     # Libraries may print; the answer alone goes to the caller.
     answer_to = os.dup(1)
     os.dup2(2, 1)
-    if wish["memory_bytes"] is not None:
+    if wish["memory_bytes"]:
         resource.setrlimit(resource.RLIMIT_DATA, (wish["memory_bytes"], wish["memory_bytes"]))
     answer = converted(wish)
     with os.fdopen(answer_to, "w") as output:
@@ -177,14 +171,14 @@ def converted(wish: dict[str, Any]) -> dict[str, Any]:
         labels = None if wish["labels"] is None else tuple(wish["labels"])
         shape = None if wish["shape"] is None else tuple(wish["shape"])
         folder = None if wish["folder"] is None else Path(wish["folder"])
-        return {"name": name, "report": convert(file, Wish(name, labels, shape), folder)}
+        return {"name": name, "report": convert(file, Wish(name, labels, shape, wish["work"]), folder)}
     except ImportRefusedError as error:
         return {"name": name, "reasons": list(error.reasons)}
     except ModuleNotFoundError as error:
         advice = "`pip install 'lipcert[cpu]'`, or [gpu]"
         return {"reasons": [f"an import needs {error.name}, which is not installed: {advice}"]}
     except ImportError:
-        within = "" if wish["memory_bytes"] is None else f" within {wish['memory_bytes']} bytes of memory (--max-bytes)"
+        within = f" within {wish['memory_bytes']} bytes of memory (--max-bytes)" if wish["memory_bytes"] else ""
         return {"reasons": [f"the libraries that read it cannot be loaded{within}"]}
     except MemoryError:
         return {"name": name, "reasons": ["it needs more memory than there is (--max-bytes)"]}

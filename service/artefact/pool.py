@@ -51,7 +51,7 @@ class VerifierPool:
         self._result_of: dict[Path, BinaryIO] = {}
         self._findings: dict[Path, Findings] = {}
         self._process: subprocess.Popen[bytes] | None = None
-        self._limits = (0.0, 0)
+        self._limits = (0.0, 0, 0.0)
         descriptors: list[int] = []
         try:
             for _ in range(min(cpus, _MOST_PROCESSES)):
@@ -68,12 +68,12 @@ class VerifierPool:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def start(self, folders: Sequence[Path], limits: tuple[float, int] = (0.0, 0)) -> None:
+    def start(self, folders: Sequence[Path], limits: tuple[float, int, float] = (0.0, 0, 0.0)) -> None:
         """Share the work out: the largest artefact first, each to the process with the least work.
 
         Args:
             folders: one artefact each; a process verifies those of its share in this order.
-            limits: of each proof, seconds and bytes: `service.certificate.proof_limits.ProofLimits`.
+            limits: of each proof, seconds, bytes and work: `service.certificate.proof_limits.ProofLimits`.
         """
         self._limits = limits
         if self._process is None or self._process.stdin is None:

@@ -8,7 +8,7 @@ The server joins them when the graph is first run; it holds no second copy of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,6 +37,10 @@ class Ranges:
     """The arrays of a file, and of the same numbers in float64, by their content."""
 
     of: dict[Constant, Range]
+    _places: dict[int, tuple[np.ndarray, bytes | Range]] = field(
+        default_factory=dict[int, "tuple[np.ndarray, bytes | Range]"]
+    )
+    """By the identity of an array, which is held for it: several graphs have the same ones."""
 
     @classmethod
     def in_file(cls, file: bytes, held: Sequence[np.ndarray]) -> Ranges:
@@ -60,6 +64,14 @@ class Ranges:
             if array.dtype == np.float32:
                 found.setdefault(Constant(array.astype(np.float64)), Range(start, len(part), widened=True))
         return cls(found)
+
+    def place(self, array: np.ndarray) -> bytes | Range:
+        """Return where the content of an array stands, or the content; an array must not change after that."""
+        known = self._places.get(id(array))
+        if known is None:
+            found = self.of.get(Constant(array)) if array.nbytes >= _SHORTEST else None
+            known = self._places[id(array)] = array, array.tobytes() if found is None else found
+        return known[1]
 
 
 def _start(file: bytes, part: bytes, first: int) -> int:
@@ -85,16 +97,11 @@ class Splice:
     @classmethod
     def of(cls, pieces: Sequence[bytes | np.ndarray], ranges: Ranges) -> Splice:
         """Return the graph of some pieces, with ranges of a file in place of arrays that stand there."""
-        return cls(tuple(piece if isinstance(piece, bytes) else _found(piece, ranges) for piece in pieces))
+        return cls(tuple(piece if isinstance(piece, bytes) else ranges.place(piece) for piece in pieces))
 
     def join(self, file: bytes) -> bytes:
         """Return the graph; the file must be the one that the ranges are of (`files.read_verified`)."""
         return b"".join(_content(piece, file) for piece in self.pieces)
-
-
-def _found(array: np.ndarray, ranges: Ranges) -> bytes | Range:
-    found = ranges.of.get(Constant(array)) if array.nbytes >= _SHORTEST else None
-    return array.tobytes() if found is None else found
 
 
 def _content(piece: bytes | Range, file: bytes) -> bytes | memoryview:

@@ -20,7 +20,7 @@ from service.certificate.proof_limits import NO_LIMITS, ProofLimits, within
 from service.errors import ArtefactError
 from service.network.graphs import forward_graph, gradient_graph
 from service.network.operators import UnsupportedModelError
-from service.network.reader import read_draft, stored_arrays
+from service.network.reader import read_draft
 
 
 def verify(folder: Path, limits: ProofLimits = NO_LIMITS) -> Findings:
@@ -51,7 +51,7 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
     path = folder / MODEL_FILE
     try:
         with within(limits):
-            draft = read_draft(model_bytes)
+            draft = read_draft(model_bytes, limits.work)
             certificate = certify(draft)
             network = draft.network()
             graphs = forward_graph(network), gradient_graph(network)
@@ -71,7 +71,7 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
     # Each side is within `logit_error` of the exact logits. A NaN is refused, too.
     if gradient_NCHW.shape != image_NCHW.shape or not _agree(again_NK, logits_NK, 2.0 * certificate.logit_error):
         raise ArtefactError(path, "ONNX Runtime computes other logits beside a gradient than alone; report this model.")
-    ranges = Ranges.in_file(model_bytes, stored_arrays(model_bytes))
+    ranges = Ranges.in_file(model_bytes, draft.weights)
     return Verified(certificate, logits_NK, *(Splice.of(graph.pieces, ranges) for graph in graphs))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from service.certificate.analysis import certify
 from service.certificate.proof_limits import ProofLimits, within
 from service.network.operators import UnsupportedModelError
+from service.network.reader import read_draft
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m service.certificate") -> int:
@@ -27,6 +28,13 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
     parser.add_argument("file", type=Path, metavar="FILE.onnx")
     parser.add_argument("--max-seconds", type=float, default=0.0, help="that the proof may take; default: no limit")
     parser.add_argument("--max-bytes", type=int, default=0, help="of memory, of the process; default: no limit")
+    parser.add_argument(
+        "--max-work",
+        type=float,
+        default=0.0,
+        help="multiply-adds that the proof may take, counted before they are done; default: 2^30, and 2^21 for each "
+        "number that the file holds",
+    )
     options = parser.parse_args(arguments)
     file: Path = options.file
     try:
@@ -36,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
         return 2
     try:
         with within(ProofLimits(options.max_seconds, options.max_bytes)):
-            certificate = certify(model_bytes)
+            certificate = certify(read_draft(model_bytes, options.max_work))
     except UnsupportedModelError as error:
         sys.stderr.write("".join(f"{file}: {reason}\n" for reason in error.reasons))
         return 2

@@ -10,14 +10,16 @@ import numpy as np
 
 from service.certificate.facts import Facts
 from service.certificate.limits import MOST_ELEMENTS_TOGETHER, fits
+from service.certificate.margins import Head, MarginRows, Margins, are_bounds
 from service.certificate.rounding import FLOAT32, FLOAT64, add_up, mul_up, sqrt_up
 from service.certificate.rules import squares
 from service.certificate.rules.operands import Operands
 from service.certificate.rules.products import note_composition
 from service.certificate.rules.table import RULES, Context
-from service.certificate.statement import Certificate, NodeReport
+from service.certificate.statement import MOST_TABLED_CLASSES, Certificate, NodeReport
 from service.certificate.values import Domain, Squares, Unknown, Value, View, affine_of, elements_of
-from service.network.limits import size_error
+from service.certificate.work import limit_work
+from service.network.limits import WORK_OF_NUMBER, size_error
 from service.network.operators import Constant, Operator, Refusal, Tensor, UnsupportedModelError
 from service.network.reader import Draft, read_draft
 
@@ -29,7 +31,8 @@ def certify(model: bytes | Draft) -> Certificate:
         model: the bytes of an ONNX file, or a model as far as it could be read.
 
     Raises:
-        UnsupportedModelError: some part cannot be read or has no proved rule; the message names every such part.
+        UnsupportedModelError: some part cannot be read or has no proved rule; the message names every such part. Or the
+            proof would take more than the work that the draft allows.
     """
     draft = read_draft(model) if isinstance(model, bytes) else model
     # An overflow is an infinite bound, which each rule refuses.
@@ -41,9 +44,14 @@ def _proved(draft: Draft) -> Certificate:
     reasons = list(draft.reasons)
     if draft.image is None:
         raise UnsupportedModelError(reasons)
+    try:
+        limit_work(draft.image, draft.operators, draft.work)
+    except UnsupportedModelError as error:
+        # What could not be read is told first.
+        raise UnsupportedModelError(reasons or error.reasons) from None
     reports: list[NodeReport] = []
     precision = FLOAT64 if draft.precision == "float64" else FLOAT32
-    context = Context(Domain(math.prod(draft.image.shape)), precision)
+    context = Context(Domain(math.prod(draft.image.shape)), precision, draft.work)
     values = _walk(context, draft, draft.image, reports, reasons)
     logits = Unknown("") if draft.output is None else values[draft.output.number]
     reason = _why_no_logits(logits)
@@ -55,7 +63,7 @@ def _proved(draft: Draft) -> Certificate:
         certificate = _certificate(context, draft.image, logits, reports)
     except RecursionError as error:
         raise UnsupportedModelError(["too many linear steps in a row before the output"]) from error
-    if not (np.isfinite(certificate.margin_bounds_KK).all() and math.isfinite(certificate.logit_error)):
+    if not (are_bounds(certificate.margin_bounds_KK) and math.isfinite(certificate.logit_error)):
         raise UnsupportedModelError(["the bounds of the logits are not finite"])
     return certificate
 
@@ -65,14 +73,14 @@ def _walk(
 ) -> dict[int, Value]:
     """Visit all operators; add to `reports` and `reasons`; return the value of each tensor by its number."""
     values: dict[int, Value] = {image.number: _image(context, image)}
-    made = 0
+    made, most = 0, min(MOST_ELEMENTS_TOGETHER, draft.work / WORK_OF_NUMBER)
     for operator in draft.operators:
         inputs = [values[operand.number] if isinstance(operand, Tensor) else operand for operand in operator.operands]
         try:
             results = _results(context, operator, inputs, reports)
             made += sum(map(elements_of, results))
-            if made > MOST_ELEMENTS_TOGETHER:
-                reasons.append(f"{operator.label}: {size_error(made, MOST_ELEMENTS_TOGETHER)} in all values so far")
+            if made > most:
+                reasons.append(f"{operator.label}: {size_error(made, int(most))} in all values so far")
                 raise UnsupportedModelError(reasons)
         except Refusal as refusal:
             if str(refusal):
@@ -139,10 +147,30 @@ def _results(context: Context, operator: Operator, inputs: Operands, reports: li
     return results
 
 
+def _margin_rows(context: Context, logits: View, lipschitz: float) -> MarginRows:
+    """Return the bounds of the margins of many classes, by their rows."""
+    affine, joint = affine_of(logits), context.joint.heads(logits)
+    sums: list[tuple[Head, ...]] = [] if affine is None else [(Head(affine.rows, affine.lipschitz),)]
+    if joint is not None:
+        sums.append(joint)
+    if len(sums) == 2 and len(sums[1]) == 1 and np.array_equal(sums[0][0].rows_KM, sums[1][0].rows_KM):
+        # The same forms twice.
+        sums = sums[:1] if sums[0][0].lipschitz <= sums[1][0].lipschitz else sums[1:]
+    # |d_i - d_j| <= sqrt(2) ||d||, whatever the last layer is.
+    return MarginRows(
+        logits.shape[0],
+        mul_up(sqrt_up(2.0), lipschitz),
+        tuple(tuple(head.scaled() for head in heads) for heads in sums),
+    )
+
+
 def _certificate(context: Context, image: Tensor, logits: View, reports: Sequence[NodeReport]) -> Certificate:
     facts = context.domain.joint(logits)
     n_outputs = logits.shape[0]
-    if n_outputs == 1:
+    bounds_KK: Margins
+    if n_outputs > MOST_TABLED_CLASSES:
+        bounds_KK = _margin_rows(context, logits, facts.lipschitz)
+    elif n_outputs == 1:
         # The margin of (f, -f) is 2 f.
         bounds_KK = np.array([[0.0, 1.0], [1.0, 0.0]]) * mul_up(2.0, facts.lipschitz)
     else:

@@ -90,7 +90,7 @@ def step_of_kernels(kernels: Kernels, budget: Budget, x: View, step: View, sign:
         if not view.whole or made.adjoint is None:
             return math.inf
         following = made.operands[0]
-        composed = compose_kernels(made.adjoint, back, view.shape[1:], following.shape[1:], made.terms)
+        composed = compose_kernels(made.adjoint, back, view.shape[1:], following.shape[1:], made.terms, budget)
         if composed is None:
             return math.inf
         back, view = composed, following

@@ -19,6 +19,7 @@ from service.certificate.convolutions import convolution_norm_bound
 from service.certificate.descent import step_of_kernels, step_of_matrices
 from service.certificate.kernels import Kernels
 from service.certificate.limits import fits
+from service.certificate.margins import Head
 from service.certificate.matrices import Matrices
 from service.certificate.norms import pairwise_distance_bounds, spectral_norm_bound
 from service.certificate.rounding import add_up, mul_up
@@ -30,12 +31,23 @@ Array = NDArray[np.float64]
 class Joint:
     """The joint maps of one graph, and their bounds."""
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, work: float) -> None:
+        """Know no bound yet.
+
+        Args:
+            domain: of the images.
+            work: multiply-adds that all of them may take; more than `Budget` has are not needed.
+        """
         self._domain = domain
         self._budget = Budget()
-        self._matrices = Matrices()
-        self._kernels = Kernels()
+        self._budget.left = min(self._budget.left, work)
+        self._matrices = Matrices(self._budget)
+        self._kernels = Kernels(self._budget)
         self._norms: dict[object, float] = {}
+
+    def affords(self, cost: float) -> bool:
+        """Spend some multiply-adds of the budget of all joint bounds; return false where it has fewer left."""
+        return self._budget.affords(cost)
 
     def lipschitz(self, step: LinearStep, shape: tuple[int, ...]) -> float:
         """Return a Lipschitz bound, from the image, of the result of `step`; infinity where a joint map is no help."""
@@ -56,20 +68,33 @@ class Joint:
 
     def margin_bounds(self, logits: View) -> Array | None:
         """Return `K x K` Lipschitz bounds of all differences of `logits`; null where they are not linear."""
+        heads = self.heads(logits)
+        if heads is None:
+            return None
+        total_KK = np.zeros((logits.index.size, logits.index.size))
+        for head in heads:
+            # A row of a map is off by at most its norm, and a difference by that of two rows.
+            distance_KK = pairwise_distance_bounds(head.rows_KM) + 2.0 * head.deviation
+            bound_KK = np.nextafter(np.nextafter(distance_KK, np.inf) * head.lipschitz, np.inf)
+            total_KK = np.nextafter(total_KK + bound_KK, np.inf)
+        np.fill_diagonal(total_KK, 0.0)
+        return total_KK
+
+    def heads(self, logits: View) -> tuple[Head, ...] | None:
+        """Return `logits` as a sum of linear forms of tensors before them; null where they are not linear."""
         if logits.source.step is None or (logits.index < 0).any():
             return None
         matrices = self._matrices.of(logits.source)
         if matrices is None or not all(fits(len(matrix.images), logits.index.size) for matrix in matrices.values()):
             return None
-        total_KK = np.zeros((logits.index.size, logits.index.size))
-        for base, matrix in matrices.items():
-            rows_KN = matrix.images.reshape(len(matrix.images), -1)[:, logits.index].T
-            # A row of a map is off by at most its norm, and a difference by that of two rows.
-            distance_KK = pairwise_distance_bounds(np.ascontiguousarray(rows_KN)) + 2.0 * matrix.deviation
-            bound_KK = np.nextafter(np.nextafter(distance_KK, np.inf) * base.lipschitz, np.inf)
-            total_KK = np.nextafter(total_KK + bound_KK, np.inf)
-        np.fill_diagonal(total_KK, 0.0)
-        return total_KK
+        return tuple(
+            Head(
+                np.ascontiguousarray(matrix.images.reshape(len(matrix.images), -1)[:, logits.index].T),
+                base.lipschitz,
+                matrix.deviation,
+            )
+            for base, matrix in matrices.items()
+        )
 
     def convolution_norm(self, convolution: Convolution, size: Sequence[int]) -> float:
         """Return `convolution_norm_bound` of images of `size`; each is proved once."""

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from service.certificate.budget import Budget
 from service.certificate.convolutions import absolute_convolution_bound, convolution_cost
 from service.certificate.limits import fits
 from service.certificate.rounding import FLOAT64, SMALLEST_NORMAL, add_up, gamma_up, mul_up
 from service.certificate.values import Convolution, Identity, LinearStep, Source, View, identity_of
+from service.network.limits import WORK_OF_NUMBER
 
 Array = NDArray[np.float64]
 _LARGEST_KERNEL = 1 << 23
 """Entries of a kernel that is multiplied out."""
+_WORK_OF_TAP = 2.0**15
+"""Multiply-adds that take as long as the call that adds one tap."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,9 @@ def _fit_in_groups(convolutions: Sequence[Convolution], fewer: int) -> bool:
 class Kernels:
     """The linear maps of one graph as kernels; each is multiplied out once."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
+        """Know no kernel; each costs of the budget."""
+        self._budget = budget
         self._known: dict[tuple[Source, Source | None], dict[Identity, Kernel] | None] = {}
 
     def of(self, view: View, base: Source | None = None) -> dict[Identity, Kernel] | None:
@@ -117,9 +123,9 @@ class Kernels:
             if inner is None:
                 return None
             for key, kernel in inner.items():
-                made = compose_kernels(outer, kernel, view.shape[1:], shape[1:], step.terms)
+                made = compose_kernels(outer, kernel, view.shape[1:], shape[1:], step.terms, self._budget)
                 if made is not None and key in result:
-                    made = add_kernels(result[key], made)
+                    made = add_kernels(result[key], made, self._budget)
                 if made is None:
                     return None
                 result[key] = made
@@ -127,9 +133,16 @@ class Kernels:
 
 
 def compose_kernels(
-    outer: Convolution, inner: Kernel, middle: tuple[int, ...], after: tuple[int, ...], roundings: int
+    outer: Convolution,
+    inner: Kernel,
+    middle: tuple[int, ...],
+    after: tuple[int, ...],
+    roundings: int,
+    budget: Budget,
 ) -> Kernel | None:
     """Return `outer` of `inner` as one convolution; null where the border of the image between them is in the way.
+
+    Null as well where it is too large, or beyond the budget.
 
     Args:
         outer: the second step.
@@ -137,6 +150,7 @@ def compose_kernels(
         middle: size of the image between them.
         after: size of the result.
         roundings: of the numbers of `outer`, so far.
+        budget: of the graph.
     """
     if _is_identity(outer) and after == middle and roundings <= 2:
         # With zeros behind the image it would cut off the results of `inner` there.
@@ -166,6 +180,10 @@ def compose_kernels(
     # The norm is that of a kernel filled up to whole strides.
     whole = [-(-k // s) * s for k, s in zip(extent, strides, strict=True)]
     if not (fits(outer.kernel.shape[0], per_group, *whole) and _fit_in_groups((outer, first), groups)):
+        return None
+    taps, entries = math.prod(outer.kernel.shape[2:]), outer.kernel.shape[0] * per_group * math.prod(extent)
+    products = outer.kernel.size * (outer.groups // groups) * per_group * math.prod(first.kernel.shape[2:])
+    if not budget.affords(WORK_OF_NUMBER * entries + _WORK_OF_TAP * taps * groups + products):
         return None
     outer_kernel = _in_groups(outer.kernel, outer.groups, groups)
     inner_kernel = _in_groups(first.kernel, first.groups, groups)
@@ -199,13 +217,22 @@ def compose_kernels(
     return Kernel(inner.base, made, deviation)
 
 
-def add_kernels(left: Kernel, right: Kernel) -> Kernel | None:
-    """Return the sum of two convolutions of one image; null where their results differ in size or spacing."""
+def add_kernels(left: Kernel, right: Kernel, budget: Budget) -> Kernel | None:
+    """Return the sum of two convolutions of one image; null where their results differ in size or spacing.
+
+    Null as well where it is too large, or beyond the budget.
+
+    Args:
+        left: one of them.
+        right: the other one.
+        budget: of the graph.
+    """
     one, other = left.convolution, right.convolution
     if one.strides != other.strides or one.kernel.shape[0] != other.kernel.shape[0]:
         return None
     groups = math.gcd(one.groups, other.groups)
-    if not _fit_in_groups((one, other), groups):
+    entries = sum(made.kernel.size * (made.groups // groups) for made in (one, other))
+    if not (_fit_in_groups((one, other), groups) and budget.affords(WORK_OF_NUMBER * entries)):
         return None
     kernels = [_in_groups(made.kernel, made.groups, groups) for made in (one, other)]
     offsets = tuple(max(p, q) for p, q in zip(one.offsets, other.offsets, strict=True))

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from service.certificate.budget import Budget
 from service.certificate.limits import MOST_ELEMENTS
 from service.certificate.rounding import SMALLEST_NORMAL, add_up, gamma_up, mul_up, norm_up, sqrt_up
 from service.certificate.values import LinearStep, Source
+from service.network.limits import WORK_OF_NUMBER
 
 Array = NDArray[np.float64]
 
@@ -40,19 +42,21 @@ class Matrix:
 class Matrices:
     """The linear maps of one graph as matrices; each is multiplied out once."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
+        """Know no matrix; each costs of the budget."""
+        self._budget = budget
         self._known: dict[tuple[Source, Source | None], dict[Source, Matrix] | None] = {}
 
     def of(self, source: Source, base: Source | None = None) -> dict[Source, Matrix] | None:
         """Return the maps from the nonlinear tensors before `source`, or from `base` where it is met.
 
-        Null where one of them is too large.
+        Null where one of them is too large, or beyond the budget.
         """
         key = (source, base)
         if key not in self._known:
             if source.step is not None and source is not base:
                 made = self.through(source.step, source.center.shape, base)
-            elif is_small(source.center.size**2):
+            elif self._affords(source.center.size**2):
                 n = source.center.size
                 made = {source: Matrix(np.eye(n).reshape(n, *source.center.shape), 0.0)}
             else:
@@ -76,21 +80,29 @@ class Matrices:
             return None
         result: dict[Source, Matrix] = {}
         for source in dict.fromkeys(source for part in found for source in part):
-            matrix = _applied(step, shape, source, found)
+            matrix = self._applied(step, shape, source, found)
             if matrix is None:
                 return None
             result[source] = matrix
         return result
 
+    def _affords(self, entries: int, cost: float = 0.0) -> bool:
+        return is_small(entries) and self._budget.affords(WORK_OF_NUMBER * entries + cost)
 
-def _applied(
-    step: LinearStep, shape: tuple[int, ...], base: Source, parts: list[dict[Source, Matrix]]
-) -> Matrix | None:
-    """Return the map of `base` through a step whose operands have the maps `parts`; null where it is too large."""
+    def _applied(
+        self, step: LinearStep, shape: tuple[int, ...], base: Source, parts: list[dict[Source, Matrix]]
+    ) -> Matrix | None:
+        """Return the map of `base` through a step, whose operands have the maps `parts`; null: it is too large."""
+        n = base.center.size
+        largest = max(math.prod(shape), *(view.index.size for view in step.operands))
+        cost = n * (WORK_OF_NUMBER * step.widest + float(math.prod(shape)) * step.terms)
+        if n * step.widest > _LARGEST_STACK or not self._affords(n * largest, cost):
+            return None
+        return _multiplied_out(step, base, parts)
+
+
+def _multiplied_out(step: LinearStep, base: Source, parts: list[dict[Source, Matrix]]) -> Matrix | None:
     n = base.center.size
-    largest = max(math.prod(shape), *(view.index.size for view in step.operands))
-    if not is_small(n * largest) or n * step.widest > _LARGEST_STACK:
-        return None
     stacks: list[Array] = []
     deviations: list[float] = []
     for view, part in zip(step.operands, parts, strict=True):

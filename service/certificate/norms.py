@@ -96,12 +96,12 @@ def _largest_eigenvalue_guess(gram_NN: Float64[np.ndarray, "N N"]) -> float:
     vector = 1.0 + 0.5 * np.cos(2.399963229728653 * np.arange(n))
     size = 0
     for size in range(1, len(basis) + 1):
-        basis[size - 1] = vector / np.linalg.norm(vector)
+        basis[size - 1] = vector / math.sqrt(vector @ vector)
         vector = gram_NN @ basis[size - 1]
-        reach = float(np.linalg.norm(vector))
+        reach = math.sqrt(vector @ vector)
         for _ in range(2):
             vector -= basis[:size].T @ (basis[:size] @ vector)
-        if float(np.linalg.norm(vector)) <= 1e-13 * reach:
+        if math.sqrt(vector @ vector) <= 1e-13 * reach:
             break
     space = basis[:size]
     return float(np.linalg.eigvalsh(space @ gram_NN @ space.T)[-1])

@@ -1,4 +1,4 @@
-"""Limits of time and memory of one proof, beside `budget`, which decides in multiply-adds what is tried at all."""
+"""Limits of one proof: time and memory, and the work that the reader and the certifier count."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from service.network.operators import UnsupportedModelError
 
 
 class ProofLimits(NamedTuple):
-    """What a proof may take; 0 sets no limit."""
+    """What a proof may take; 0 sets no limit of time or memory."""
 
     seconds: float = 0.0
     """Of the clock. A single matrix operation is not interrupted."""
     memory_bytes: int = 0
     """Of the whole process: its data, as the system counts them (`RLIMIT_DATA`)."""
+    work: float = 0.0
+    """Multiply-adds, counted before they are done; 0: as many as the file has weights for (`network.limits`)."""
 
 
 NO_LIMITS = ProofLimits()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from service.certificate.margins import Margins, are_bounds
 from service.shapes import Bool, Float64, Int64
 
 
@@ -33,7 +34,7 @@ def two_class_logits(logits_N1: Float64[np.ndarray, "N 1"]) -> Float64[np.ndarra
 
 def certified_radius(
     logits_NK: Float64[np.ndarray, "N K"],
-    margin_bounds_KK: Float64[np.ndarray, "K K"],
+    margin_bounds_KK: Margins,
     logit_error: float,
 ) -> Radii:
     """Return `min over j != i of (f_i - f_j - 4 E) / K_ij`, rounded down, never below 0.
@@ -60,7 +61,7 @@ def certified_radius(
         raise ValueError("certified_radius needs two classes or more; use two_class_logits for a single output")
     if margin_bounds_KK.shape != (n_classes, n_classes):
         raise ValueError(f"margin_bounds has shape {margin_bounds_KK.shape}, expected {(n_classes, n_classes)}")
-    if not (np.isfinite(margin_bounds_KK).all() and (margin_bounds_KK >= 0).all()):
+    if not are_bounds(margin_bounds_KK):
         raise ValueError("margin_bounds must be finite and non-negative")
     if not (np.isfinite(logit_error) and logit_error >= 0):
         raise ValueError(f"logit_error must be finite and non-negative, got {logit_error}")
@@ -69,7 +70,8 @@ def certified_radius(
     finite_N = np.all(np.isfinite(logits_NK), axis=1)
     safe_NK = np.where(finite_N[:, None], logits_NK, 0.0)
     class_id_N = np.argmax(safe_NK, axis=1)
-    radius_NK = pair_radii(safe_NK, class_id_N, margin_bounds_KK, logit_error)
+    bounds_NK = margin_bounds_KK[class_id_N]
+    radius_NK = pair_radii(safe_NK, class_id_N, bounds_NK, logit_error)
     runner_up_N = np.argmin(radius_NK, axis=1)
     radius_N = np.where(finite_N, np.maximum(radius_NK[row_N, runner_up_N], 0.0), 0.0)
     return Radii(
@@ -77,14 +79,14 @@ def certified_radius(
         radius_N=radius_N,
         certified_N=radius_N > 0.0,
         runner_up_N=runner_up_N.astype(np.int64),
-        lipschitz_bound_N=margin_bounds_KK[class_id_N, runner_up_N],
+        lipschitz_bound_N=bounds_NK[row_N, runner_up_N],
     )
 
 
 def pair_radii(
     logits_NK: Float64[np.ndarray, "N K"],
     class_id_N: Int64[np.ndarray, " N"],
-    margin_bounds_KK: Float64[np.ndarray, "K K"],
+    bounds_NK: Float64[np.ndarray, "N K"],
     logit_error: float,
 ) -> Float64[np.ndarray, "N K"]:
     """Return `(f_i - f_j - 4 E) / K_ij` of the class i of each image and every class j, rounded down.
@@ -94,14 +96,13 @@ def pair_radii(
     Args:
         logits_NK: computed logits, finite.
         class_id_N: i.
-        margin_bounds_KK: as in `certified_radius`.
-        logit_error: likewise.
+        bounds_NK: `K_ij` of i and every class.
+        logit_error: `E`, as in `certified_radius`.
     """
     row_N = np.arange(len(logits_NK))
     with np.errstate(over="ignore"):
         margin_NK = np.nextafter(logits_NK[row_N, class_id_N][:, None] - logits_NK, -np.inf)
     surplus_NK = np.nextafter(margin_NK - 4.0 * logit_error, -np.inf)
-    bounds_NK = margin_bounds_KK[class_id_N]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # K_ij = 0 means that the margin never changes: positive stays positive at any distance.
         radius_NK = np.where(

@@ -53,7 +53,7 @@ def reference_radii(
     logits_NK: Float64[np.ndarray, "N K"],
     class_id_N: Int64[np.ndarray, " N"],
     cost_N: Float64[np.ndarray, " N"],
-    margin_bounds_KK: Float64[np.ndarray, "K K"],
+    bounds_NK: Float64[np.ndarray, "N K"],
     logit_error: float,
 ) -> Float64[np.ndarray, "N K"]:
     """Return `sqrt(q^2 - c)`, rounded down, for each pair of classes: a radius at x that is proved at z.
@@ -64,11 +64,11 @@ def reference_radii(
         logits_NK: computed logits of the reference images z.
         class_id_N: i, the class of the images x that were sent, whatever the class of z.
         cost_N: of `reference_cost`.
-        margin_bounds_KK: `K_ij` about images of the shape that was sent.
+        bounds_NK: `K_ij` of i and every class, about images of the shape that was sent.
         logit_error: `E`.
     """
     finite_N = np.all(np.isfinite(logits_NK), axis=1)
-    at_reference_NK = pair_radii(np.where(finite_N[:, None], logits_NK, 0.0), class_id_N, margin_bounds_KK, logit_error)
+    at_reference_NK = pair_radii(np.where(finite_N[:, None], logits_NK, 0.0), class_id_N, bounds_NK, logit_error)
     # The square of the largest float is infinite, and rounded down it is the largest float.
     with np.errstate(over="ignore", invalid="ignore"):
         square_NK = np.nextafter(at_reference_NK * at_reference_NK, -np.inf)

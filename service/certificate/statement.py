@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from service.certificate.margins import Margins, margins_behind
 from service.certificate.rounding import add_up, mul_up
-from service.shapes import Float64
 
 MOST_TABLED_CLASSES = 256
 
@@ -39,8 +39,11 @@ class Certificate:
     """`float64` or `float32`: the arithmetic of the graph."""
     lipschitz_bound: float
     """Upper bound of the L2 Lipschitz constant of the map from the image to the graph's outputs."""
-    margin_bounds_KK: Float64[np.ndarray, "K K"]
-    """`K_ij`: upper bounds of the L2 Lipschitz constants of `f_i - f_j`."""
+    margin_bounds_KK: Margins
+    """`K_ij`: upper bounds of the L2 Lipschitz constants of `f_i - f_j`.
+
+    An array of at most `MOST_TABLED_CLASSES` classes; of more, rows that are computed when they are asked for.
+    """
     logit_error: float
     """`E >= |computed logit - exact logit|`, any order of summation, the rounding of the input included."""
     nodes: tuple[NodeReport, ...]
@@ -50,7 +53,7 @@ class Certificate:
 
         A thousand classes are a million numbers, of which a radius needs one row.
         """
-        return self.margin_bounds_KK.tolist() if len(self.margin_bounds_KK) <= MOST_TABLED_CLASSES else None
+        return self.margin_bounds_KK.tolist() if isinstance(self.margin_bounds_KK, np.ndarray) else None
 
     def after_preprocessing(self, norm: float, error_l2: float) -> "Certificate":
         """Return the certificate of this classifier behind a map of L2 Lipschitz bound `norm`.
@@ -59,10 +62,9 @@ class Certificate:
             norm: proved bound of the preprocessing, from the image that was sent to the graph's input.
             error_l2: bound of the L2 norm of the computed minus the exact input of the graph, in [0, 1] pixel units.
         """
-        bounds_KK = np.where(self.margin_bounds_KK > 0.0, np.nextafter(self.margin_bounds_KK * norm, np.inf), 0.0)
         return replace(
             self,
             lipschitz_bound=mul_up(self.lipschitz_bound, norm),
-            margin_bounds_KK=bounds_KK,
+            margin_bounds_KK=margins_behind(self.margin_bounds_KK, norm),
             logit_error=add_up(self.logit_error, mul_up(self.lipschitz_bound, error_l2)),
         )

@@ -31,7 +31,7 @@ def load_classifiers(settings: Settings, pool: VerifierPool | None = None) -> di
     if pool is None:
         with VerifierPool(usable_cpus()) as new:
             folders = artefact_folders(settings.models, settings.default_model)
-            new.start(folders, (settings.proof_seconds, settings.proof_bytes))
+            new.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
             return load_classifiers(settings, new)
     return load_on(settings.provider, lambda provider: _load_all(settings, pool, provider))
 

@@ -128,7 +128,7 @@ class _Search:
         self.bounds_NK = certificate.margin_bounds_KK[class_id_N]
         self.certificate = certificate
         finite_NK = np.where(np.all(np.isfinite(logits_NK), axis=1)[:, None], logits_NK, 0.0)
-        self.sent_NK = pair_radii(finite_NK, class_id_N, certificate.margin_bounds_KK, certificate.logit_error)
+        self.sent_NK = pair_radii(finite_NK, class_id_N, self.bounds_NK, certificate.logit_error)
         """Radius of each pair, proved at the image as sent."""
         self.radius_NK = self.sent_NK.copy()
         """The largest proved radius of each pair."""
@@ -234,7 +234,7 @@ class _Search:
             logits_NK,
             np.repeat(self.class_id_N[live_M], parts),
             reference_cost(np.repeat(sent_MD, parts, axis=0).reshape(tried_NCHW.shape), tried_NCHW),
-            self.certificate.margin_bounds_KK,
+            np.repeat(self.bounds_NK[live_M], parts, axis=0),
             self.certificate.logit_error,
         )
         return radius_NK.reshape(len(live_M), parts, -1)

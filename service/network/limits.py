@@ -1,9 +1,15 @@
-"""Limits of one model: a size that a file declares is checked before an array of that size is made."""
+"""Limits of one model: a size that a file declares is checked before an array of that size is made.
+
+Sizes are limited one by one, and together: the work of reading and proving a model is counted before it is done, and
+may be as large as the file is. It is counted in multiply-adds, not in seconds, so that a verdict is the same on every
+machine.
+"""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from service.network.operators import Refusal
+from service.network.operators import Refusal, UnsupportedModelError
 
 LARGEST_TENSOR = 1 << 24
 """Elements of a tensor of one image, or of a constant that is computed; the largest tensor of ResNet-50 at 224 x 224
@@ -18,6 +24,12 @@ MOST_AXES = 32
 MOST_NUMBERS = 4096
 """Integers in a list of axes, sizes, pads or bounds."""
 MOST_OPERATORS = 20_000
+LEAST_WORK = 2.0**30
+"""Multiply-adds that any file may ask for: a second of one core, and less than 200 MB."""
+WORK_OF_WEIGHT = 2.0**21
+"""Multiply-adds that a file may ask for beside these, for each number that it holds."""
+WORK_OF_NUMBER = 512.0
+"""Multiply-adds that take as long as making one number of a tensor, with all that is proved of it."""
 LONGEST_QUOTATION = 300
 """Characters of a message about a node."""
 
@@ -54,3 +66,35 @@ def quoted(text: str | bytes, most: int = LONGEST_QUOTATION) -> str:
         text = text.decode("utf-8", "replace")
     shown = "".join(c if c.isprintable() else "?" for c in text[:most])
     return shown if len(text) <= most else shown[: most - 3] + "..."
+
+
+def allowed_work(weights: int) -> float:
+    """Return the multiply-adds that a file may ask for which holds that many numbers, where nobody allows more."""
+    return LEAST_WORK + WORK_OF_WEIGHT * weights
+
+
+@dataclass
+class Work:
+    """Multiply-adds of one model, counted before they are done."""
+
+    most: float
+    done: float = 0.0
+
+    def spend(self, amount: float, what: str) -> None:
+        """Count some work.
+
+        Args:
+            amount: in multiply-adds.
+            what: node or input that asks for it, for the message.
+
+        Raises:
+            UnsupportedModelError: it is too much, together with the work so far.
+        """
+        self.done += amount
+        if self.done > self.most:
+            raise UnsupportedModelError(
+                [
+                    f"{what}: too large to analyse: {self.done:.3g} multiply-adds so far, at most {self.most:.3g} for "
+                    "a file of so few weights; allow more with --max-work (a server: LIPCERT_PROOF_WORK)"
+                ]
+            )

@@ -16,11 +16,22 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from service.network.constants import EVALUATORS, PICKING, ROUNDS, evaluate
-from service.network.limits import COPIES_OF_WEIGHTS, LARGEST_CONSTANT, LARGEST_WEIGHT, MOST_AXES, quoted, size_error
+from service.network.limits import (
+    COPIES_OF_WEIGHTS,
+    LARGEST_CONSTANT,
+    LARGEST_WEIGHT,
+    MOST_AXES,
+    WORK_OF_NUMBER,
+    Work,
+    allowed_work,
+    quoted,
+    size_error,
+)
 from service.network.lowering import LOWERINGS
 from service.network.lowering.table import PROBE_BATCH, Folded, Inputs, Known, Reading, Unknown, constant_array
 from service.network.nodes import Node, decode, tensor_array, type_name
 from service.network.operators import (
+    Constant,
     Network,
     Operator,
     Precision,
@@ -51,6 +62,10 @@ class Draft:
     operators: tuple[Operator, ...]
     output: Tensor | None
     reasons: tuple[str, ...]
+    work: float
+    """Multiply-adds that the proof may take."""
+    weights: tuple[np.ndarray, ...]
+    """Of the file, those that could be read, in its order."""
 
     def network(self) -> Network:
         """Return the network.
@@ -72,11 +87,15 @@ def read(model_bytes: bytes) -> Network:
     return read_draft(model_bytes).network()
 
 
-def read_draft(model_bytes: bytes) -> Draft:
+def read_draft(model_bytes: bytes, work: float = 0.0) -> Draft:
     """Read as much of a model as can be read, so that all reasons against it are known at once.
 
+    Args:
+        model_bytes: the file.
+        work: multiply-adds that the model may ask for; 0: as many as `allowed_work` has for its weights.
+
     Raises:
-        UnsupportedModelError: the bytes are not an ONNX model.
+        UnsupportedModelError: the bytes are not an ONNX model, or its tensors are beyond the work.
     """
     model = _parsed(model_bytes)
     reasons: list[str] = []
@@ -84,12 +103,20 @@ def read_draft(model_bytes: bytes) -> Draft:
     graph = model.graph
     values: dict[str, Known] = _stored(graph, reasons)
     image, precision, batch = _image(graph, values, reasons)
-    stored = sum(value.array.size for value in values.values() if isinstance(value, Folded))
-    reading = Reading(precision, batch, constants_left=LARGEST_CONSTANT + COPIES_OF_WEIGHTS * stored)
+    weights = tuple(value.array for value in values.values() if isinstance(value, Folded))
+    stored = sum(array.size for array in weights)
+    held = stored + _held_by_nodes(graph)
+    reading = Reading(
+        precision,
+        batch,
+        constants_left=LARGEST_CONSTANT + COPIES_OF_WEIGHTS * stored,
+        work=Work(work or allowed_work(held)),
+    )
     if image is not None:
         name, shape = image
         try:
             values[name] = reading.tensor(shape)
+            reading.work.spend(WORK_OF_NUMBER * math.prod(shape), f"input {quoted(name, _NAME)!r}: image")
         except Refusal as refusal:
             reasons.append(f"input {quoted(name, _NAME)!r}: image {refusal}")
     if len(graph.output) != 1:
@@ -109,12 +136,21 @@ def read_draft(model_bytes: bytes) -> Draft:
         tuple(reading.operators),
         output if isinstance(output, Tensor) else None,
         tuple(reasons),
+        work or allowed_work(min(held, _weights(reading.operators))),
+        weights,
     )
 
 
-def stored_arrays(model_bytes: bytes) -> list[np.ndarray]:
-    """Return the weights of an ONNX file that `read_draft` has read, in the order of the file."""
-    return [tensor_array(tensor) for tensor in onnx.load_model_from_string(model_bytes).graph.initializer]
+def _held_by_nodes(graph: onnx.GraphProto) -> int:
+    """Return how many numbers the tensors of Constant nodes have, at most as many as the file has bytes."""
+    tensors = [attribute.t for node in graph.node if node.op_type == "Constant" for attribute in node.attribute]
+    return sum(min(math.prod(tensor.dims), tensor.ByteSize()) for tensor in tensors)
+
+
+def _weights(operators: Sequence[Operator]) -> int:
+    """Return how many numbers the constants of a network have: as many as its canonical file holds."""
+    constants = {operand for operator in operators for operand in operator.operands if isinstance(operand, Constant)}
+    return sum(constant.array.size for constant in constants)
 
 
 def _parsed(model_bytes: bytes) -> onnx.ModelProto:

@@ -36,7 +36,8 @@ def write(network: Network, inputs: Sequence[str] = ("image",), outputs: Sequenc
 
 def joined(pieces: Sequence[Piece]) -> bytes:
     """Return the bytes of a written graph."""
-    return b"".join(piece if isinstance(piece, bytes) else piece.tobytes() for piece in pieces)
+    # The arrays lie in memory as the file has them.
+    return b"".join(piece if isinstance(piece, bytes) else piece.data for piece in pieces)
 
 
 def write_pieces(network: Network, inputs: Sequence[str], outputs: Sequence[str]) -> list[Piece]:

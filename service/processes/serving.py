@@ -81,7 +81,7 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
     from service.artefact.card import artefact_folders
 
     folders = artefact_folders(settings.models, settings.default_model)
-    pool.start(folders, (settings.proof_seconds, settings.proof_bytes))
+    pool.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
     from service.api.app import create_app
     from service.inference.loading import load_classifiers
     from service.processes.server import Server

@@ -124,16 +124,6 @@ class LazyEngine:
         self._loaded: Engine | None = None
 
     @property
-    def input_names(self) -> tuple[str, ...]:
-        """As the graph declares them."""
-        return self._engine().input_names
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """As the graph declares them."""
-        return self._engine().output_names
-
-    @property
     def is_lost(self) -> bool:
         """As `Engine.is_lost`; a graph that is not loaded is not lost."""
         return self._loaded is not None and self._loaded.is_lost

@@ -28,10 +28,12 @@ from service.certificate.rules.operands import (
 from service.certificate.rules.table import Context, rule
 from service.certificate.rules.windows import Windows, pads_of, windows_of
 from service.certificate.values import Convolution, Value, View
+from service.network.limits import WORK_OF_NUMBER
 from service.network.operators import Operator, Refusal
 
 _CONV_ATTRIBUTES = ("dilations", "group", "pads", "strides")
 _CIRCULAR = "Circular convolution: the largest norm of its symbol on the torus of the image itself."
+_MOST_PERIODS = 64
 _PATCHES = "Kernel as a matrix W on patches, an element in at most m of them: ||W||_2 sqrt(m)."
 
 
@@ -79,7 +81,7 @@ def conv(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     )
     others = [
         (math.inf if np.any(pads) else _circular_bound(context, view, convolution), _CIRCULAR),
-        (_patch_bound(view, kernel, windows, groups), _PATCHES),
+        (_patch_bound(context, view, kernel, windows, groups), _PATCHES),
     ]
     return [linear_result(context, view, linear, _bias(inputs, len(kernel), axes), others=others)]
 
@@ -102,12 +104,13 @@ def _circular_bound(context: Context, view: View, convolution: Convolution) -> f
     return mul_up(norm, context.domain.joint(core).lipschitz)
 
 
-def _patch_bound(view: View, kernel: Array, windows: Windows, groups: int) -> float:
+def _patch_bound(context: Context, view: View, kernel: Array, windows: Windows, groups: int) -> float:
     """`||W|| sqrt(m) L`, W the kernel as a matrix on patches, where an element stands in at most m patches.
 
     Only for a tensor that repeats its elements: otherwise the symbol tells more.
     """
-    if view.repetition <= 1 or not fits(len(view.index), *windows.after, *windows.kernel):
+    entries = math.prod((len(view.index), *windows.after, *windows.kernel))
+    if view.repetition <= 1 or not fits(entries) or not context.joint.affords(WORK_OF_NUMBER * entries):
         return math.inf
     patches = windows.of(np.pad(view.index, [(0, 0), *windows.pads], constant_values=-1))
     times = np.bincount(patches[patches >= 0]).max(initial=0)
@@ -116,9 +119,14 @@ def _patch_bound(view: View, kernel: Array, windows: Windows, groups: int) -> fl
 
 
 def _period(index: NDArray[np.int64], axis: int) -> int:
-    """Return the smallest p for which the array repeats itself after p steps along `axis`; else its length."""
-    moved = np.moveaxis(index, axis, 0)
-    return next((p for p in range(1, len(moved)) if np.array_equal(moved[p:], moved[:-p])), len(moved))
+    """Return the smallest p for which the array repeats itself after p steps along `axis`; else its length.
+
+    The length, too, where no p is found among the first `_MOST_PERIODS` that are possible.
+    """
+    rows = np.moveaxis(index, axis, 0).reshape(index.shape[axis], -1)
+    # Where the tensor repeats itself, its first element comes back.
+    candidates = 1 + np.flatnonzero(rows[1:, 0] == rows[0, 0])[:_MOST_PERIODS]
+    return next((p for p in candidates.tolist() if np.array_equal(rows[p:], rows[:-p])), len(rows))
 
 
 @rule("ConvTranspose", attributes=(*_CONV_ATTRIBUTES, "output_padding"))

@@ -62,12 +62,10 @@ def max_pool(context: Context, node: Operator, inputs: Operands) -> list[Value]:
     view = data_operand(inputs[0])
     windows = _read_pool(node, view.shape)
     padded = np.pad(view.center, [(0, 0), *windows.pads], constant_values=-np.inf)
-    center = windows.of(padded).max(axis=-1)
+    center = windows.largest(padded)
     if not np.isfinite(center).all():
         raise Refusal("a window holds padding only")
-    used = windows.positions().ravel()
-    times = float(np.bincount(used[used >= 0]).max())
-    return [context.source(center, context.domain.joint(view).mapped(sqrt_up(times), 1.0))]
+    return [context.source(center, context.domain.joint(view).mapped(sqrt_up(float(windows.uses())), 1.0))]
 
 
 @rule("AveragePool", attributes=(*POOL_ATTRIBUTES, "count_include_pad"))

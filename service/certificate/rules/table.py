@@ -53,6 +53,8 @@ class Context:
 
     domain: Domain
     precision: Precision
+    work: float
+    """Multiply-adds that joint bounds may take."""
     sorted_pairs: dict[frozenset[Identity], Source] = field(default_factory=dict[frozenset[Identity], Source])
     compositions: dict[Source, "Composition"] = field(default_factory=dict[Source, "Composition"])
     """Sources that are elementwise functions of a tensor, the same function for each element."""
@@ -61,7 +63,7 @@ class Context:
     """Theorem that gave the bound of the current node, where it is not the first line of its rule."""
 
     def __post_init__(self) -> None:
-        self.joint = Joint(self.domain)
+        self.joint = Joint(self.domain, self.work)
 
     def smaller(self, bound: float, other: float, theorem: str) -> float:
         """Return the smaller of two proved Lipschitz bounds.

@@ -58,6 +58,30 @@ class Windows:
         chosen = windows[(..., *picks, *taps)]
         return chosen.reshape(*chosen.shape[:-axes], -1)
 
+    def largest(self, padded: NDArray[Number]) -> NDArray[Number]:
+        """Return the largest element of each window of a padded array `... x *S`: `... x *out`, one axis at a time."""
+        for axis, (after, stride) in enumerate(zip(self.after, self.strides, strict=True), start=-len(self.kernel)):
+            moved = np.moveaxis(padded, axis, -1)
+            starts = (k * self.dilations[axis] for k in range(self.kernel[axis]))
+            picks = [moved[..., start : start + (after - 1) * stride + 1 : stride] for start in starts]
+            best = picks[0].copy()
+            for pick in picks[1:]:
+                np.maximum(best, pick, out=best)
+            padded = np.moveaxis(best, -1, axis)
+        return padded
+
+    def uses(self) -> int:
+        """Return in how many windows the pixel lies that lies in the most."""
+        most = 1
+        for axis, (low, _) in enumerate(self.pads):
+            times = np.zeros(self.padded[axis], np.int64)
+            reach = (self.after[axis] - 1) * self.strides[axis] + 1
+            for tap in range(self.kernel[axis]):
+                start = tap * self.dilations[axis]
+                times[start : start + reach : self.strides[axis]] += 1
+            most *= int(times[low : low + self.size[axis]].max())
+        return most
+
     def positions(self) -> NDArray[np.int64]:
         """Return the positions of each window in the flattened image, -1 in the padding: `*out x taps`."""
         image = np.arange(math.prod(self.size)).reshape(self.size)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from service.network.adjoint import choices, elementwise, linear, rearrangements
 from service.network.adjoint.builder import PULLBACKS, Builder
 from service.network.adjoint.elementwise import sorted_pair
+from service.network.limits import LARGEST_TENSOR, size_error
 from service.network.operators import Network, Operator, Tensor, UnsupportedModelError
 
 MODULES = (choices, elementwise, linear, rearrangements)
 
 
 def without_gradient(operators: Sequence[Operator]) -> list[str]:
-    """Return the reasons against a gradient: the operators without a pullback."""
-    return [
-        f"{operator.label or operator.kind}: no gradient of this operator"
-        for operator in operators
-        if operator.kind not in PULLBACKS
-    ]
+    """Return the reasons against a gradient: operators without a pullback, or with one that takes too much memory."""
+    found = [(operator, _why_not(operator)) for operator in operators]
+    return [f"{operator.label or operator.kind}: {why}" for operator, why in found if why]
+
+
+def _why_not(operator: Operator) -> str:
+    """Return why an operator has no gradient; empty where it has one."""
+    if operator.kind not in PULLBACKS:
+        return "no gradient of this operator"
+    if operator.kind == "MaxPool":
+        # The gradient picks among all pixels of all windows.
+        elements = math.prod((*operator.results[0].shape, *operator.integers("kernel_shape")))
+        if elements > LARGEST_TENSOR:
+            return f"no gradient, whose windows are {size_error(elements, LARGEST_TENSOR)}"
+    return ""
 
 
 def differentiate(network: Network) -> Network:

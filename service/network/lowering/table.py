@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from service.network.limits import COPIES_OF_WEIGHTS, LARGEST_CONSTANT, MOST_OPERATORS, limit_tensor
+from service.network.limits import (
+    COPIES_OF_WEIGHTS,
+    LARGEST_CONSTANT,
+    MOST_OPERATORS,
+    WORK_OF_NUMBER,
+    Work,
+    limit_tensor,
+)
 from service.network.nodes import Node
 from service.network.operators import (
     Attribute,
@@ -57,6 +64,7 @@ class Reading:
     tensors: int = 0
     constants_left: int = LARGEST_CONSTANT
     """Elements that constants which the file computes may still have."""
+    work: Work = field(default_factory=lambda: Work(math.inf))
 
     def count(self, node: Node, operands: Sequence[np.ndarray | None], results: Sequence[np.ndarray]) -> None:
         """Count constants that the file computes, other than views: repetitions and parts of others.
@@ -103,9 +111,15 @@ class Reading:
 
         Raises:
             Refusal: a result is too large, or the network is.
+            UnsupportedModelError: the tensors so far are more than the work on this model allows.
         """
         if len(self.operators) >= MOST_OPERATORS:
             raise Refusal(f"more than {MOST_OPERATORS} operators")
+        for shape in shapes:
+            limit_tensor(shape)
+        # A constant operand may be one number, repeated until here.
+        arrays = [operand.array.size for operand in operands if isinstance(operand, Constant)]
+        self.work.spend(WORK_OF_NUMBER * (sum(map(math.prod, shapes)) + sum(arrays)), node.label)
         trimmed = list(operands)
         while trimmed and trimmed[-1] is None:
             trimmed.pop()

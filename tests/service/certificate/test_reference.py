@@ -104,7 +104,7 @@ def radius_findings(module: SimpleNamespace) -> list[str]:
         # Costs that leave nearly everything, and nearly nothing.
         share = random.choice([0.0, 1e-9, random.random(), 1.0 - 1e-9])
         cost_N = np.array([share * largest * largest / random.choice([1.0, 4.0, 9.0])])
-        radius_NK = module.reference_radii(logits_NK, np.array([i]), cost_N, bounds_KK, error)
+        radius_NK = module.reference_radii(logits_NK, np.array([i]), cost_N, bounds_KK[[i]], error)
         for j in range(3):
             radius = float(radius_NK[0, j])
             if j == i:
@@ -197,8 +197,8 @@ def test_the_image_that_was_sent_is_a_reference_of_its_own_radius(seed: int) -> 
     random = np.random.default_rng(seed)
     logits_NK, bounds_KK = random.normal(size=(4, 3)), random.uniform(0.1, 3.0, (3, 3))
     class_id_N = np.argmax(logits_NK, axis=1)
-    at_reference = reference_radii(logits_NK, class_id_N, np.zeros(4), bounds_KK, 1e-9)
-    sent = pair_radii(logits_NK, class_id_N, bounds_KK, 1e-9)
+    at_reference = reference_radii(logits_NK, class_id_N, np.zeros(4), bounds_KK[class_id_N], 1e-9)
+    sent = pair_radii(logits_NK, class_id_N, bounds_KK[class_id_N], 1e-9)
     proved = sent > 0
     assert (at_reference[proved] <= sent[proved]).all()
     np.testing.assert_allclose(at_reference[proved], sent[proved], rtol=1e-14)
@@ -207,10 +207,10 @@ def test_the_image_that_was_sent_is_a_reference_of_its_own_radius(seed: int) -> 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_prove_nothing(broken: float) -> None:
-    radius_NK = reference_radii(np.array([[broken, 5.0, 0.0]]), np.array([1]), np.zeros(1), np.ones((3, 3)), 0.0)
+    radius_NK = reference_radii(np.array([[broken, 5.0, 0.0]]), np.array([1]), np.zeros(1), np.ones((1, 3)), 0.0)
     assert (radius_NK[0, [0, 2]] == -np.inf).all()
 
 
 def test_a_margin_that_never_changes_is_proved_at_any_distance() -> None:
-    radius_NK = reference_radii(np.array([[2.0, 1.0]]), np.array([0]), np.array([9.0]), np.zeros((2, 2)), 0.0)
+    radius_NK = reference_radii(np.array([[2.0, 1.0]]), np.array([0]), np.array([9.0]), np.zeros((1, 2)), 0.0)
     assert 1e150 < radius_NK[0, 1] < np.inf
