@@ -42,7 +42,7 @@ def linear(
     Raises:
         NotAuditableError: x does not depend on the image, overflow cannot be excluded, or a matrix is too large.
     """
-    ids, base, forms = _forms(network, ids)
+    ids, base, forms = forms_of(network, ids)
     facts = network.facts(ids)
     matrix = operator.times(forms)
     added = list(bias) if bias is not None else [arb(0)] * matrix.height
@@ -65,7 +65,7 @@ def linear(
     return network.add(base, matrix, values, injected, injected_max)
 
 
-def _forms(network: Network, ids: np.ndarray) -> tuple[np.ndarray, Base, Matrix]:
+def forms_of(network: Network, ids: np.ndarray) -> tuple[np.ndarray, Base, Matrix]:
     """Return numbers on one base, that base, and their matrix in their order; the number 0 is a row of zeros."""
     ids = network.on_one_base(ids)
     present = ids != ZERO
@@ -102,7 +102,7 @@ def shifted(network: Network, ids: np.ndarray, constants: Sequence[arb], sign: i
     signed = ids if sign == 1 else linear(network, ids, signs(len(ids), sign), 0)
     # In the order of the numbers themselves, their matrix and its norm are known.
     order = np.argsort(signed, kind="stable")
-    ordered, base, matrix = _forms(network, signed[order])
+    ordered, base, matrix = forms_of(network, signed[order])
     facts = network.facts(ordered)
     values = [
         [y + constants[place] for y, place in zip(network.at(point, ordered.tolist()), order.tolist(), strict=True)]
