@@ -66,7 +66,11 @@ def linear(
 
 
 def forms_of(network: Network, ids: np.ndarray) -> tuple[np.ndarray, Base, Matrix]:
-    """Return numbers on one base, that base, and their matrix in their order; the number 0 is a row of zeros."""
+    """Return numbers on one base, that base, and their matrix in their order; the number 0 is a row of zeros.
+
+    Raises:
+        NotAuditableError: none of the numbers depends on the image.
+    """
     ids = network.on_one_base(ids)
     present = ids != ZERO
     if not present.any():
