@@ -201,6 +201,13 @@ def test_artefact_is_converted_to_float32_and_compared_with_the_original(
     assert "in float32 already" in result.output
 
 
+def test_artefact_is_exported_in_float32_by_its_training(folder: Path, tmp_path: Path) -> None:
+    code, text = train(folder, tmp_path, "schedule.epochs=1", options=("--precision", "float32", "--blocks", "8"))
+    assert code == 0, text
+    assert read_card(tmp_path / "small").recipe["export"] == {"precision": "float32", "blocks": 8}
+    assert Classifier.load(tmp_path / "small", "cpu", 1).certificate.precision == "float32"
+
+
 def test_options_that_say_nothing_about_the_artefact_are_refused(folder: Path, tmp_path: Path) -> None:
     code, text = train(folder, tmp_path, options=("--blocks", "8"))
     assert (code, "--blocks is an option of --precision float32" in text) == (1, True)

@@ -229,7 +229,7 @@ def _sum_of_branches(context: Context, left: View, right: View, sign: float, *, 
     products = sum_of_products(left, right, sign) if ordered else None
     together = None if products is None else bounds_of_products(context, products, left.index.size)
     lipschitz = both.lipschitz
-    if together is None or not together.joint:
+    if together is None or together.step is None:
         downhill = mul_up(context.joint.gradient_step(left, right, sign), one.lipschitz)
         if sign > 0.0:
             downhill = min(downhill, mul_up(context.joint.gradient_step(right, left, 1.0), other.lipschitz))
@@ -248,15 +248,17 @@ def _sum_of_branches(context: Context, left: View, right: View, sign: float, *, 
             error=min(result.error, together.facts.error),
             error_max=min(result.error_max, together.facts.error_max),
         )
-    step = LinearStep(
-        operands=(left, right),
-        apply=lambda stacks: stacks[0] + sign * stacks[1],
-        norm=sqrt_up(2.0),
-        spread=sqrt_up(2.0),
-        terms=2,
-        convolutions=(identity_convolution(shape), identity_convolution(shape, sign)) if len(shape) in (2, 3) else None,
-        joint=together is not None and together.joint,
-    )
+    step = together.step if together is not None else None
+    if step is None:
+        spatial = len(shape) in (2, 3)
+        step = LinearStep(
+            operands=(left, right),
+            apply=lambda stacks: stacks[0] + sign * stacks[1],
+            norm=sqrt_up(2.0),
+            spread=sqrt_up(2.0),
+            terms=2,
+            convolutions=(identity_convolution(shape), identity_convolution(shape, sign)) if spatial else None,
+        )
     affine = None if together is None else together.affine
     return context.source(left.center + sign * right.center, result, affine=affine, step=step, products=products)
 

@@ -21,6 +21,7 @@ make one element adds at most the smallest normal number by underflow. Nothing i
 or repeat, or come from different tensors, count in the bounds of x (`Domain.joint`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +32,13 @@ from service.certificate.norms import absolute_norm_bound, row_norms_up
 from service.certificate.rounding import add_up, gamma_up, mul_up, norm_up
 from service.certificate.rules.operands import Array
 from service.certificate.rules.table import Context
-from service.certificate.values import Affine, ProductSum, View
+from service.certificate.values import Affine, LinearStep, ProductSum, View
 
 PRODUCTS = "Sum of matrix products x_b W_b: one map W of the vector of all x_b, ||W||_2 L."
-_MOST_OPERANDS = 1 << 10
+_MOST_OPERANDS = 1 << 8
 """Of one sum: a graph may add a sum to itself any number of times."""
+_LARGEST_AFFINE = 1 << 19
+"""Entries of the matrix of a linear form that is stored, of each partial sum."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,10 @@ class Together:
 
     facts: Facts
     affine: Affine | None
-    """The sum as a linear form, where it is flat."""
-    joint: bool
-    """Whether the products act on disjoint parts of one nonlinear tensor: multiplied out, they are the same matrix."""
+    """The sum as a linear form, where it is flat and its matrix small."""
+    step: LinearStep | None
+    """The sum as one linear step, where the products act on disjoint parts of one nonlinear tensor: multiplied out, the
+    steps of the graph would be the same matrix."""
 
 
 def one_product(view: View, weight_NM: Array, bias_M: Array | None) -> ProductSum:
@@ -142,7 +146,7 @@ def bounds_of_products(context: Context, products: ProductSum, size: int) -> Tog
     rounding = LocalError.relative(
         context.gamma(products.roundings),
         norm=add_up(mul_up(spread, facts.computed_norm), norm_up(added)),
-        largest=add_up(mul_up(row_norm, facts.computed_norm), float(np.max(added))),
+        largest=add_up(mul_up(row_norm, facts.computed_norm), float(np.max(added, initial=0.0))),
     )
     underflow = LocalError.of_each(
         mul_up(4.0 * products.operations, context.precision.smallest_normal, add_up(1.0, facts.largest, row_norm)), size
@@ -152,8 +156,26 @@ def bounds_of_products(context: Context, products: ProductSum, size: int) -> Tog
         error=mul_up(norm, facts.error),
         error_max=mul_up(row_norm, facts.error),
     ).plus(rounding, underflow)
-    affine = Affine(weight_NM.T, facts.lipschitz) if len(shape) == 1 else None
-    return Together(result, affine, _is_of_one_tensor(products))
+    affine = Affine(weight_NM.T, facts.lipschitz) if len(shape) == 1 and weight_NM.size <= _LARGEST_AFFINE else None
+    if not _is_of_one_tensor(products):
+        return Together(result, affine, None)
+    step = LinearStep(
+        operands=products.operands,
+        # Block by block: the whole matrix of each partial sum would stay in memory.
+        apply=lambda stacks: _applied(stacks, products.weights),
+        norm=norm,
+        spread=spread,
+        terms=products.operations,
+        joint=True,
+    )
+    return Together(result, affine, step)
+
+
+def _applied(stacks: Sequence[Array], weights: Sequence[Array]) -> Array:
+    total = stacks[0] @ weights[0]
+    for stack, weight in zip(stacks[1:], weights[1:], strict=True):
+        total += stack @ weight
+    return total
 
 
 def _is_of_one_tensor(products: ProductSum) -> bool:

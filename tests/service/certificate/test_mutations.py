@@ -476,7 +476,7 @@ MUTANTS = [
     Mutant(
         0,
         "the norm of the first block",
-        lambda p: p.setattr(blocks, "np", Numpy(concatenate=lambda arrays: arrays[0])),
+        lambda p: p.setattr(blocks, "np", Numpy(concatenate=lambda arrays, **_: arrays[0])),
         ("block_products",),
     ),
     Mutant(
