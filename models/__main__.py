@@ -1,5 +1,7 @@
 """Command line of training and evaluation: `python -m models train RECIPE --data DIR --out DIR`.
 
+`python -m models convert ARTEFACT --data DIR --out DIR --precision float32`: write an artefact in another precision.
+
 Exit status: 0 done; 1 the training or the measurement cannot be done, with the reason on stderr; 2 the command is not
 valid; 130 interrupted, and the same command (`train`: with `--resume`) continues.
 """
@@ -16,6 +18,8 @@ from models.recipes import RECIPES, RecipeError, recipe_by_name
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells: 128 + SIGINT."""
+DEFAULT_BLOCK = 64
+"""Columns of a block in float32: fewer keep more radius and take more time, see docs/precision.md."""
 PROVIDERS = ("auto", "cpu", "cuda")
 
 
@@ -53,6 +57,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "Measure an artefact as it is served; write its report and its card. After Ctrl-C the same command continues."
     )
     _describe_evaluate(commands.add_parser("evaluate", help=evaluate, description=evaluate, allow_abbrev=False))
+    convert = "Write an artefact in float32, its dense layers in blocks; compare radii and time with the original."
+    _describe_convert(commands.add_parser("convert", help=convert, description=convert, allow_abbrev=False))
     return parser
 
 
@@ -105,6 +111,10 @@ def _describe_train(train: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change one field of the recipe, e.g. loss.min_margin=2; may be repeated",
     )
+    train.add_argument(
+        "--precision", choices=("float64", "float32"), default="float64", help="of the artefact (default: %(default)s)"
+    )
+    _add_blocks(train)
     train.set_defaults(run=_train)
 
 
@@ -142,6 +152,32 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
+def _describe_convert(convert: argparse.ArgumentParser) -> None:
+    convert.add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the model, in float64")
+    convert.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="folder of the data set in the card, as given to `train` (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of models; written: DIR/NAME-float32"
+    )
+    convert.add_argument("--precision", choices=("float32",), default="float32", help="of the new artefact")
+    _add_blocks(convert)
+    convert.set_defaults(run=_convert)
+
+
+def _add_blocks(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--blocks",
+        type=_positive,
+        metavar="N",
+        help=f"in float32: the most columns of one matrix product (default: {DEFAULT_BLOCK})",
+    )
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -150,9 +186,12 @@ def _positive(text: str) -> int:
 
 
 def _train(chosen: argparse.Namespace) -> int:
+    if chosen.blocks is not None and chosen.precision != "float32":
+        return _failed("--blocks is an option of --precision float32")
     # Imported here: torch takes seconds to load, which --help must not.
     from models.data.labelled import DataError
     from models.export import ExportRefusedError
+    from models.precision import PrecisionError
     from models.runs import run_recipe
     from models.training.errors import Interrupted, TrainingError
     from service.artefact.card import ArtefactError
@@ -170,6 +209,7 @@ def _train(chosen: argparse.Namespace) -> int:
             device_name=chosen.device,
             devices=chosen.devices,
             tensorboard=chosen.tensorboard,
+            block=(chosen.blocks or DEFAULT_BLOCK) if chosen.precision == "float32" else None,
         )
     except Interrupted as interruption:
         sys.stderr.write(f"{interruption}\n")
@@ -179,6 +219,7 @@ def _train(chosen: argparse.Namespace) -> int:
         DataError,
         TrainingError,
         ExportRefusedError,
+        PrecisionError,
         ArtefactError,
         UnsupportedModelError,
     ) as error:
@@ -210,6 +251,20 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     except (ArtefactError, DataError, EvaluationError) as error:
         return _failed(error)
     sys.stdout.write(f"{report}\n")
+    return 0
+
+
+def _convert(chosen: argparse.Namespace) -> int:
+    from models.data.labelled import DataError
+    from models.evaluation.measure import EvaluationError
+    from models.evaluation.precision import convert
+    from service.artefact.card import ArtefactError
+
+    try:
+        table = convert(chosen.artefact, chosen.data, chosen.out, chosen.blocks or DEFAULT_BLOCK)
+    except (ArtefactError, DataError, EvaluationError) as error:
+        return _failed(error)
+    sys.stdout.write(f"{table}\n")
     return 0
 
 

@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from models.data.labelled import LabelledImages
 from models.nets.networks import LipschitzNetwork
 from models.nets.onnx_graph import GraphBuilder
+from models.precision import in_float32
 from service.artefact.card import Card, CertifiedAccuracy, InputShape, write_artefact
 from service.certificate import Certificate, certified_radius, certify, two_class_logits
 from service.network.graphs import forward_graph, gradient_graph
@@ -130,6 +131,36 @@ def compare(network: LipschitzNetwork, model_bytes: bytes, certificate: Certific
         )
 
 
+def converted(model_bytes: bytes, block: int, seed: int = 0) -> tuple[bytes, Certificate]:
+    """Return a model in float32 with its proof, compared with the original on random images.
+
+    Args:
+        model_bytes: the model.
+        block: the most columns of a matrix product, see `precision`.
+        seed: of the images.
+
+    Raises:
+        UnsupportedModelError: the certifier has no bound of the converted model.
+        PrecisionError: the model has no form in float32.
+        ExportRefusedError: logits differ by more than the proved errors.
+    """
+    made = in_float32(model_bytes, block)
+    certificate = certify(made)
+    images = np.random.default_rng(seed).random((PROBES, *certificate.input_shape))
+    before, after = (
+        forward_engine(one, torch.get_num_threads()).run(("logits",), {"image": images})[0]
+        for one in (model_bytes, made)
+    )
+    # Biases are rounded to float32 in the conversion, by less than the sums that they are added to.
+    difference, allowed = float(np.max(np.abs(after - before))), 2 * certificate.logit_error
+    if not difference <= allowed:
+        raise ExportRefusedError(
+            f"logits in float32 differ from those in float64 by {difference:.3g}, the proved error allows "
+            f"{allowed:.3g}; nothing was written"
+        )
+    return made, certificate
+
+
 def run_graph(graph: bytes, inputs: Mapping[str, Float64[np.ndarray, ...]]) -> dict[str, np.ndarray]:
     """Return the outputs of a serialised graph, run on the CPU by the server's engine, with torch's threads."""
     engine = Engine(graph, "cpu", torch.get_num_threads())
@@ -158,21 +189,39 @@ def measure(
         test: the test set.
         epsilons: L2 radii, pixels in [0, 1].
     """
-    engine = Engine(forward_graph(read(model_bytes)).content, "cpu", torch.get_num_threads())
+    right_N, radius_N = radii(forward_engine(model_bytes, torch.get_num_threads()), certificate, test)
+    return Measured(
+        accuracy=float(right_N.mean()),
+        certified_accuracy={e: float((right_N & (radius_N > e)).mean()) for e in epsilons},
+        n=len(test),
+    )
+
+
+def forward_engine(model_bytes: bytes, threads: int) -> Engine:
+    """Return the graph that the server writes from a model, loaded on the CPU."""
+    return Engine(forward_graph(read(model_bytes)).content, "cpu", threads)
+
+
+def radii(
+    engine: Engine, certificate: Certificate, test: LabelledImages
+) -> tuple[Bool[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
+    """Return, for each test image, whether its class is right, and its proved radius.
+
+    Args:
+        engine: of the logits.
+        certificate: of the graph.
+        test: the test set.
+    """
     logits: list[np.ndarray] = []
     # In batches: the intermediate values of a convolutional network on a whole test set would fill the memory.
     for start in range(0, len(test), MEASURED_AT_ONCE):
         images_NCHW = test.at(slice(start, start + MEASURED_AT_ONCE)).pixels(torch.float64).numpy()
         logits += engine.run(("logits",), {"image": images_NCHW})
-    logits_NK = np.concatenate(logits)
+    # Margins are differences: in float32 they would be rounded once more.
+    logits_NK = np.concatenate(logits).astype(np.float64)
     logits_NK = two_class_logits(logits_NK) if logits_NK.shape[1] == 1 else logits_NK
-    radii = certified_radius(logits_NK, certificate.margin_bounds_KK, certificate.logit_error)
-    right_N = radii.class_id_N == test.labels_N.numpy()
-    return Measured(
-        accuracy=float(right_N.mean()),
-        certified_accuracy={e: float((right_N & (radii.radius_N > e)).mean()) for e in epsilons},
-        n=len(test),
-    )
+    found = certified_radius(logits_NK, certificate.margin_bounds_KK, certificate.logit_error)
+    return found.class_id_N == test.labels_N.numpy(), found.radius_N
 
 
 def export_artefact(
@@ -188,6 +237,7 @@ def export_artefact(
     seed: int,
     wall_time_s: float,
     devices: str | None = None,
+    block: int | None = None,
 ) -> Measured:
     """Write `model.onnx` and `card.json` to `folder`, in place of an earlier artefact.
 
@@ -203,14 +253,18 @@ def export_artefact(
         seed: of the training.
         wall_time_s: of the training, in seconds.
         devices: number and type of the devices of the training.
+        block: columns of a block in float32, see `precision`; default: float64.
 
     Raises:
         UnsupportedModelError, ExportRefusedError, ArtefactError: the artefact would contradict its certificate; the
             folder is unchanged.
+        PrecisionError: the network has no form in float32.
     """
     model_bytes = emit_graph(network)
     certificate = prove(network, model_bytes, lipschitz_constant)
     compare(network, model_bytes, certificate)
+    if block is not None:
+        model_bytes, certificate = converted(model_bytes, block)
     measured = measure(model_bytes, certificate, test, epsilons)
     channels, height, width = network.input_shape
     card = Card(
@@ -219,7 +273,7 @@ def export_artefact(
         input=InputShape(channels=channels, height=height, width=width),
         data=data,
         loss=recipe["loss"],
-        recipe=recipe,
+        recipe=recipe if block is None else {**recipe, "export": described(block)},
         seed=seed,
         code_version=code_version(),
         accuracy=measured.accuracy,
@@ -237,6 +291,11 @@ def export_artefact(
             folder.rename(replaced)
         fresh.rename(folder)
     return measured
+
+
+def described(block: int) -> dict[str, Any]:
+    """Return the block `export` of the recipe in the card of a model in float32."""
+    return {"precision": "float32", "blocks": block}
 
 
 def environment(wall_time_s: float, devices: str | None = None) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class _Options:
     device: torch.device
     devices: int
     tensorboard: bool
+    block: int | None
 
 
 def run_recipe(
@@ -67,6 +68,7 @@ def run_recipe(
     device_name: str,
     devices: int = 1,
     tensorboard: bool = True,
+    block: int | None = None,
 ) -> str:
     """Train a recipe, write the results to `out / recipe.name` and return a summary for the terminal.
 
@@ -80,17 +82,21 @@ def run_recipe(
         device_name: `auto`, `cpu` or `cuda`.
         devices: number of processes, each with its share of every batch.
         tensorboard: write curves beside the checkpoints.
+        block: export in float32, with blocks of this many columns; default: in float64.
 
     Raises:
-        DataError, TrainingError, Interrupted, ExportRefusedError, UnsupportedModelError: see their modules.
+        DataError, TrainingError, Interrupted, ExportRefusedError, PrecisionError, UnsupportedModelError: see their
+            modules.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     device = _device(device_name)
     _warn_without_bfloat16(recipe, device)
-    options = _Options(data, out, resume, seed, threads, device, devices, tensorboard)
+    options = _Options(data, out, resume, seed, threads, device, devices, tensorboard, block)
     _refuse_unwritable(out)
+    if block is not None and not isinstance(recipe, ImageRecipe):
+        raise TrainingError(f"{recipe.name} is a toy problem, whose network is not exported: leave --precision out")
     match recipe:
         case ImageRecipe():
             return _train_images(recipe, options)
@@ -142,6 +148,7 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
             seed=options.seed,
             wall_time_s=trained.seconds,
             devices=_devices(options),
+            block=options.block,
         )
     except OSError as error:
         raise TrainingError(

@@ -359,7 +359,8 @@ def _power(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> 
 def _gemm(numbers: Numbers, operands: Operands, attributes: dict[str, Any]) -> Array:
     weight = operands[1].T if attributes.get("transB") else operands[1]
     product = (operands[0] @ weight) * numbers.number(attributes.get("alpha", 1.0))
-    return product + operands[2] * numbers.number(attributes.get("beta", 1.0)) if len(operands) > 2 else product
+    bias = operands[2] if len(operands) > 2 else None
+    return product if bias is None else product + bias * numbers.number(attributes.get("beta", 1.0))
 
 
 def _topk(numbers: Numbers, operands: Operands, attributes: dict[str, Any], n: int) -> list[Array]:

@@ -944,6 +944,41 @@ def two_convolutions(g: Maker, x: str, shape: Shape) -> Named:
     return g.one(g.pick(["Sub", "Add"]), one, other), (channels, *own)
 
 
+def block_products(g: Maker, x: str, shape: Shape) -> Named:
+    """Sums and differences of matrix products of parts of one tensor: disjoint, overlapping, repeated or of another."""
+    left = len(shape) > 1 and g.flag()
+    axis, m = len(shape) - 1 - left, g.integer(1, 4)
+    n = shape[axis]
+    after = (*shape[:axis], m, *shape[axis + 1 :])
+    same = [x, *(name for name, other in g.made if other == shape and g.rarely())]
+    terms: list[str] = []
+    for k in range(g.integer(2, 5)):
+        low = g.integer(0, n - 1)
+        high = g.integer(low + 1, n)
+        if k and g.rarely():
+            terms.append(g.pick(terms))
+            continue
+        bounds = [g.constant(np.array([number], dtype=np.int64)) for number in (low, high, axis + 1)]
+        part, weight = g.one("Slice", g.pick(same), *bounds), g.weights(m, high - low)
+        if left:
+            term = g.one("MatMul", g.constant(weight), part)
+        elif len(shape) == 1 and g.flag():
+            term = g.one("Gemm", part, g.constant(weight), g.constant(g.offsets(m)), transB=1)
+        else:
+            term = g.one("MatMul", part, g.constant(weight.T))
+        if g.rarely():
+            both = [term, g.constant(g.offsets(*after))]
+            term = g.one(g.pick(["Add", "Sub"]), *(both if g.flag() else both[::-1]))
+        terms.append(term)
+    while len(terms) > 1:
+        # A tree, a chain, or something between them.
+        one, other = terms.pop(0), terms.pop(0)
+        operator = g.pick(["Add", "Add", "Sub", "Sum"])
+        third = [terms.pop(0)] if operator == "Sum" and terms and g.flag() else []
+        terms.insert(g.pick([0, len(terms)]), g.one(operator, one, other, *third))
+    return terms[0], after
+
+
 STEPS: dict[str, Step] = {
     step.__name__: step
     for step in (
@@ -951,7 +986,7 @@ STEPS: dict[str, Step] = {
         *(im2col, activation, pointwise, along_axis, sort, pairs, parts, reduce, centre, roots, strange_squares, move),
         *(framed, blocks, gated, volume),
         *(resize, residual, square_dense, branches, cancelling, gradient_step, gradient_step_of_convolutions),
-        *(two_convolutions, overflowing, log_probabilities),
+        *(two_convolutions, overflowing, log_probabilities, block_products),
     )
 }
 FREQUENT = (*STEPS, "dense", "conv", "conv", "move", "move", "move", "activation", "parts", "pairs", "residual")

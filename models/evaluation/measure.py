@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from models.data.datasets import load_dataset, options_of
-from models.data.labelled import DataError
+from models.data.labelled import DataError, LabelledImages
 from models.evaluation import attacks as attacking
 from models.evaluation.attacks import AttackResult, AttacksMissingError, CertificateRefutedError
 from models.evaluation.partial import Arrays, PartialResults, digest_of
@@ -99,7 +99,8 @@ def evaluate(
         classifier = Classifier.load(artefact, provider, threads)
     except ProviderError as error:
         raise EvaluationError(str(error)) from error
-    image_NCHW, label_N = _test_images(classifier, data)
+    test = test_set(classifier, data)
+    image_NCHW, label_N = test.pixels(torch.float64).numpy(), test.labels_N.numpy()
     chosen_N = evenly_spaced(len(image_NCHW) if limit is None else limit, len(image_NCHW), "--limit")
     image_NCHW, label_N = image_NCHW[chosen_N], label_N[chosen_N]
     attacked_M = evenly_spaced(
@@ -118,7 +119,7 @@ def evaluate(
         if attacks:
             attacked = attacking.run_attacks(classifier, image_NCHW[attacked_M], cache=cache, settings=settings)
             attacked.append(attacking.union(attacked))
-        wanted = _recipe_epsilons(classifier.card)
+        wanted = epsilons_of(classifier.card)
         epsilons = sorted({*wanted, *CURVE})
         results = {
             **summarise(measured, epsilons),
@@ -245,8 +246,13 @@ def _versions() -> dict[str, Any]:
     return {name: made[name] for name in ("torch", "onnxruntime", "numpy")}
 
 
-def _test_images(classifier: Classifier, data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and labels of the test set that the card names."""
+def test_set(classifier: Classifier, data: Path) -> LabelledImages:
+    """Return the test set that the card names.
+
+    Raises:
+        EvaluationError: the card fits no data set or another one.
+        DataError: see its module.
+    """
     card = classifier.card
     try:
         options = options_of(card.data, list(classifier.labels))
@@ -264,16 +270,17 @@ def _test_images(classifier: Classifier, data: Path) -> tuple[np.ndarray, np.nda
             f"the test images under {data} are not those that {classifier.name} was measured on (digest {actual}, the "
             f"card states {stated}), and some may have been trained on: give the folder as it was, or train again"
         )
-    image_NCHW = found.test.pixels(torch.float64).numpy()
-    if image_NCHW.shape[1:] != classifier.input_shape:
+    shape = tuple(found.test.images_NCHW.shape[1:])
+    if shape != classifier.input_shape:
         raise EvaluationError(
             f"{classifier.name} takes images of shape {classifier.input_shape}, those of {found.card['name']} have "
-            f"{image_NCHW.shape[1:]}; correct data.options in the card, or train again"
+            f"{shape}; correct data.options in the card, or train again"
         )
-    return image_NCHW, found.test.labels_N.numpy()
+    return found.test
 
 
-def _recipe_epsilons(card: Card) -> list[float]:
+def epsilons_of(card: Card) -> list[float]:
+    """Return the radii at which the recipe of a card asks for certified accuracy."""
     return [
         float(epsilon) for epsilon in card.recipe.get("epsilons", [entry.epsilon for entry in card.certified_accuracy])
     ]
@@ -283,7 +290,7 @@ def _update_card(folder: Path, results: dict[str, Any], attacks: list[dict[str, 
     card = read_card(folder)
     if card.graphs["model.onnx"] != digest:
         raise EvaluationError(f"{folder} changed while it was evaluated; evaluate it again")
-    wanted = _recipe_epsilons(card)
+    wanted = epsilons_of(card)
     changes: dict[str, Any] = {
         "accuracy": results["accuracy"],
         "certified_accuracy": [

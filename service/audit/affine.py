@@ -49,7 +49,7 @@ def linear(
         NotAuditableError: x does not depend on the image, overflow cannot be excluded, or a matrix is too large.
     """
     given = ids
-    ids, base, operand = forms(network, ids)
+    ids, base, operand = forms_of(network, ids)
     facts = network.facts(ids)
     matrix = operator.times(operand)
     added = list(bias) if bias is not None else [arb(0)] * matrix.height
@@ -77,11 +77,11 @@ def linear(
     return results
 
 
-def forms(network: Network, ids: np.ndarray) -> tuple[np.ndarray, Base, Matrix]:
+def forms_of(network: Network, ids: np.ndarray) -> tuple[np.ndarray, Base, Matrix]:
     """Return numbers on one base, that base, and their matrix in their order; the number 0 is a row of zeros.
 
     Raises:
-        NotAuditableError: no number depends on the image.
+        NotAuditableError: none of the numbers depends on the image.
     """
     ids = network.on_one_base(ids)
     present = ids != ZERO
@@ -158,7 +158,7 @@ def shifted(network: Network, ids: np.ndarray, constants: Sequence[arb], sign: i
     signed = ids if sign == 1 else linear(network, ids, signs(len(ids), sign), 0)
     # In the order of the numbers themselves, their matrix and its norm are known.
     order = np.argsort(signed, kind="stable")
-    ordered, base, matrix = forms(network, signed[order])
+    ordered, base, matrix = forms_of(network, signed[order])
     facts = network.facts(ordered)
     values = [
         [y + constants[place] for y, place in zip(network.at(point, ordered.tolist()), order.tolist(), strict=True)]

@@ -112,6 +112,19 @@ class Facts:
         return Facts(*(upper(getattr(self, f.name) + getattr(other, f.name)) for f in fields(self)))
 
 
+@dataclass(frozen=True, eq=False)
+class Products:
+    """A layer that a graph computes as a sum of matrix products and constants, see `products`."""
+
+    ids_LN: np.ndarray
+    """Identities of x, in L rows; number `l M + j` of the layer is the sum of `x[l, i] W[i, j]`, and a constant."""
+    weight_NM: np.ndarray
+    sizes: list[arb]
+    """Bound of the sum of the absolute constants in each number."""
+    roundings: int
+    """The most that one product or constant goes through."""
+
+
 Values = list[list[arb]]
 """One list of balls for each point at which the graph is evaluated; the first is the centre of the box."""
 
@@ -127,6 +140,8 @@ class Network:
     pairs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict[tuple[int, int], tuple[int, int]])
     """Identities of the larger and the smaller number of each pair that was sorted."""
     origins: Origins = field(default_factory=Origins)
+    products: dict[int, Products] = field(default_factory=dict[int, Products])
+    """Layers that are sums of matrix products, by their `start`."""
     _starts: list[int] = field(default_factory=list[int])
     _facts: dict[bytes, Facts] = field(default_factory=dict[bytes, Facts])
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from flint import arb
 
-from service.audit.affine import forms
+from service.audit.affine import forms_of
 from service.audit.balls import larger, power, upper
 from service.audit.matrices import Matrix
 from service.audit.moves import ZERO
@@ -43,9 +43,9 @@ def gradient_step(network: Network, x: np.ndarray, step: np.ndarray, sign: int) 
     rising = network.origins.rising.get(_base_layer(network, step).start)
     if rising is None or (rising.operands == NOWHERE).any() or not _is_one_base(network, rising.operands):
         return None
-    _, base, forward = forms(network, x)
-    _, base_of_z, hidden = forms(network, rising.operands)
-    _, _, back = forms(network, step)
+    _, base, forward = forms_of(network, x)
+    _, base_of_z, hidden = forms_of(network, rising.operands)
+    _, _, back = forms_of(network, step)
     if base is not base_of_z or max(len(x), hidden.height, base_width(forward)) > LARGEST_SIDE:
         return None
     if back.columns.size and int(back.columns.max()) >= hidden.height:

@@ -51,7 +51,7 @@ class Joint:
 
     def lipschitz(self, step: LinearStep, shape: tuple[int, ...]) -> float:
         """Return a Lipschitz bound, from the image, of the result of `step`; infinity where a joint map is no help."""
-        if _nothing_to_gain(step):
+        if step.joint or _nothing_to_gain(step):
             return math.inf
         matrices = self._matrices.through(step, shape)
         if matrices is None:
@@ -95,6 +95,13 @@ class Joint:
             )
             for base, matrix in matrices.items()
         )
+
+    def matrix_norm(self, matrix_MN: Array) -> float:
+        """Return a bound of the spectral norm; infinity where the proof is beyond the budget."""
+        small, large = sorted(matrix_MN.shape)
+        if not self._budget.affords(float(small) * small * large, LARGEST_PROOF):
+            return math.inf
+        return spectral_norm_bound(matrix_MN)
 
     def convolution_norm(self, convolution: Convolution, size: Sequence[int]) -> float:
         """Return `convolution_norm_bound` of images of `size`; each is proved once."""

@@ -73,6 +73,24 @@ class LinearStep:
     """Whether it is a matrix product: runtimes start its sums from the addend of the addition that follows."""
     widest: int = 0
     """Elements of the largest array that `apply` makes for one image, beside operands and result."""
+    joint: bool = False
+    """Whether the bound of the source is the joint one of the steps since the last nonlinear tensor already."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProductSum:
+    """A source that the graph computes as a sum of matrix products and constants: `x_1 W_1 + ... + x_k W_k + c`."""
+
+    operands: tuple["View", ...]
+    """x_b, `*rest x n_b`; the axes before the last are those of the source."""
+    weights: tuple[NDArray[np.float64], ...]
+    """W_b, `n_b x m`."""
+    added: NDArray[np.float64]
+    """Bound of the sum of the absolute constants; broadcasts against the source."""
+    roundings: int
+    """The most roundings that one product or constant goes through."""
+    operations: int
+    """Operations that make one element."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +125,8 @@ class Source:
     """The source as an elementwise function of a tensor before it, where it is one."""
     part: "Part | None" = None
     """The tensor of which the source is the positive or the negative part, where it is one."""
+    products: ProductSum | None = None
+    """The source as the graph sums it of matrix products, where it is such a sum."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -393,4 +393,5 @@ def counterfactuals(
         radius_N=np.array([prediction.radius for prediction in predictions], np.float64),
         n_classes=len(predictions[0].logits_K) if predictions else 0,
         target_N=np.array([-1 if target is None else target for target in targets], np.int64),
+        logit_error=max((prediction.logit_error for prediction in predictions), default=0.0),
     )

@@ -114,6 +114,7 @@ def find_counterfactuals(
     radius_N: Float64[np.ndarray, " N"],
     n_classes: int,
     target_N: Int64[np.ndarray, " N"],
+    logit_error: float = 0.0,
 ) -> list[Counterfactual]:
     """Return the nearest images found that `model` assigns another class than `class_id_N`, or exactly `target_N`.
 
@@ -127,11 +128,13 @@ def find_counterfactuals(
             every image tried, the farthest corner of the box included, is the answer that corner.
         n_classes: K.
         target_N: target classes; -1 for any other class.
+        logit_error: bound of the error of a computed logit; the search aims at margins of less than minus four times
+            that, since an answer has to be certain of its class.
     """
     if len(image_NCHW) == 0:
         return []
     candidates = Candidates(model.classify, image_NCHW, class_id_N, target_N, radius_N)
-    search = _Search(model, candidates, runner_up_N, n_classes)
+    search = _Search(model, candidates, runner_up_N, n_classes, LEVELS * 4.0 * logit_error)
     search.descend()
     candidates.settle(search.first_slope_ND)
     pixels_NCHW, found_class_N, reached_N = candidates.best()
@@ -151,11 +154,24 @@ def find_counterfactuals(
 class _Search:
     """Descent of one batch; images leave the work as they finish.
 
-    Logits are in units of 1 / 255, as pixels are, so that gradients are those of the model.
+    Logits are in units of 1 / 255, as pixels are, so that gradients are those of the model. A margin is counted from
+    the one at which the other class is certain.
     """
 
-    def __init__(self, model: Differentiable, candidates: Candidates, runner_up_N: np.ndarray, n_classes: int) -> None:
+    def __init__(
+        self, model: Differentiable, candidates: Candidates, runner_up_N: np.ndarray, n_classes: int, slack: float
+    ) -> None:
+        """Start at the images as sent.
+
+        Args:
+            model: see `find_counterfactuals`.
+            candidates: of these images.
+            runner_up_N: see `find_counterfactuals`.
+            n_classes: K.
+            slack: margin of the other class at which it is certain, in units of 1 / 255.
+        """
         self.model = model
+        self.slack = slack
         self.candidates = candidates
         self.n_classes = n_classes
         target_N = candidates.target_N
@@ -211,7 +227,7 @@ class _Search:
         cut_M = margin_M + new_fall_M
         mixed_M = live.rival_M == live.rising_M
         # With a target the margin is the greatest of several, and the greatest exceeds the mixture.
-        highest_M = LEVELS * self.candidates.margins(live.index_M, logits_MK).margin_L
+        highest_M = LEVELS * self.candidates.margins(live.index_M, logits_MK).margin_L + self.slack
         excess_M = np.where(self.candidates.target_N[live.index_M] < 0, margin_M, highest_M) - (
             live.value_M - old_fall_M
         )
@@ -240,7 +256,7 @@ class _Search:
         before_M = self.candidates.found_distance_N[live.index_M]
         measured = self.candidates.measure(live.index_M, live.at_MD, live.start_MD)
         live.falling_M, live.rising_M = measured.falling_L, measured.rising_L
-        margin_M = LEVELS * measured.margin_L
+        margin_M = LEVELS * measured.margin_L + self.slack
         with np.errstate(divide="ignore", invalid="ignore"):
             across_M = -margin_M / (live.scale_M - margin_M)
             gain_M = 1.0 - measured.distance_L / before_M
@@ -290,7 +306,8 @@ class _Search:
         if odd_M.any():
             # The gradient graph carries no proof; a pixel whose entry is not a number does not move.
             gradient_MD = np.where(odd_M[:, None], bounded(gradient_MD), gradient_MD)
-        return LEVELS * np.nan_to_num((weights_MK * logits_MK).sum(axis=1)), gradient_MD, logits_MK
+        margin_M = LEVELS * np.nan_to_num((weights_MK * logits_MK).sum(axis=1)) + self.slack
+        return margin_M, gradient_MD, logits_MK
 
 
 @dataclass

@@ -43,6 +43,7 @@ def test_certify_prints_what_the_certifier_prints(model_file: Path) -> None:
         (["import", "missing.onnx", "--out", "out"], 2, "missing.onnx: it cannot be read"),
         (["train", "nonsense", "--out", "out"], 1, "error: no recipe 'nonsense'"),
         (["evaluate", "missing"], 1, "card.json"),
+        (["convert", "missing", "--out", "out"], 1, "card.json"),
     ],
 )
 def test_exit_status_is_that_of_the_entry_point(arguments: list[str], status: int, message: str) -> None:
@@ -94,6 +95,7 @@ def test_unknown_command_is_refused_with_those_that_exist(capsys: pytest.Capture
         ("certify", {"onnxruntime", "pydantic", "uvicorn", "models"}),
         ("train", {"torch", "numpy", "onnx", "onnxruntime", "uvicorn"}),
         ("evaluate", {"torch", "numpy", "onnx", "onnxruntime", "uvicorn"}),
+        ("convert", {"torch", "numpy", "onnx", "onnxruntime", "uvicorn"}),
     ],
 )
 def test_help_of_a_command_loads_no_library_of_another(command: str, absent: set[str]) -> None:

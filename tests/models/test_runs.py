@@ -17,7 +17,7 @@ pytest.importorskip("foolbox")
 
 from models import runs
 from models.__main__ import main
-from models.evaluation import attacks
+from models.evaluation import attacks, precision
 from models.nets.networks import LipschitzNetwork
 from models.recipes import RECIPES, ImageRecipe
 from models.runs import class_weights
@@ -178,6 +178,41 @@ def test_artefact_of_a_folder_is_evaluated_on_the_held_out_images(
     result = run_command(main, [*arguments, str(tmp_path / "changed")])
     assert result.exit_code == 1
     assert "not those that small was measured on" in result.output
+
+
+def test_artefact_is_converted_to_float32_and_compared_with_the_original(
+    folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "ROUNDS", 2)
+    arguments = ["--data", str(folder), "--out", str(tmp_path), "--precision", "float32", "--blocks", "8"]
+    result = run_command(main, ["convert", str(out / "small"), *arguments])
+    assert result.exit_code == 0, result.output
+    before, after = read_card(out / "small"), read_card(tmp_path / "small-float32")
+    *_, row = result.output.strip().splitlines()
+    assert row.startswith(f"| `small` | {after.certified_accuracy[0].n} | 8 | ")
+    assert (after.name, after.attacks, after.evaluation) == ("small-float32", [], None)
+    assert after.recipe["export"] == {"precision": "float32", "blocks": 8}
+    for one, other in zip(before.certified_accuracy, after.certified_accuracy, strict=True):
+        assert one.value - 0.1 <= other.value <= one.value
+    served = Classifier.load(tmp_path / "small-float32", "cpu", 1)
+    assert 0.0 < served.certificate.logit_error < 1e-2
+    result = run_command(main, ["convert", str(tmp_path / "small-float32"), *arguments])
+    assert result.exit_code == 1
+    assert "in float32 already" in result.output
+
+
+def test_artefact_is_exported_in_float32_by_its_training(folder: Path, tmp_path: Path) -> None:
+    code, text = train(folder, tmp_path, "schedule.epochs=1", options=("--precision", "float32", "--blocks", "8"))
+    assert code == 0, text
+    assert read_card(tmp_path / "small").recipe["export"] == {"precision": "float32", "blocks": 8}
+    assert Classifier.load(tmp_path / "small", "cpu", 1).certificate.precision == "float32"
+
+
+def test_options_that_say_nothing_about_the_artefact_are_refused(folder: Path, tmp_path: Path) -> None:
+    code, text = train(folder, tmp_path, options=("--blocks", "8"))
+    assert (code, "--blocks is an option of --precision float32" in text) == (1, True)
+    result = run_command(main, ["train", "two-moons", "--out", str(tmp_path), "--precision", "float32"])
+    assert (result.exit_code, "a toy problem" in result.output) == (1, True)
 
 
 def test_checkpoint_of_other_images_is_refused(folder: Path, out: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from service.audit.operators.table import (
     rule,
     tensor,
 )
+from service.audit.products import added_blocks, note
 from service.audit.steps import gradient_step
 
 
@@ -33,7 +34,9 @@ def _dense(network: Network, x_LN: np.ndarray, weight_NM: np.ndarray, bias_M: np
         raise NotAuditableError(f"a weight {weight_NM.shape} does not fit {n} numbers")
     operator = Shared(exact_weights(weight_NM.T), np.arange(lead * n).reshape(lead, n), lead * n)
     bias = None if bias_M is None else balls(bias_M) * lead
-    return linear(network, x_LN.ravel(), operator, n + 1, bias).reshape(lead, m)
+    made = linear(network, x_LN.ravel(), operator, n + 1, bias)
+    note(network, made, x_LN, weight_NM, bias)
+    return made.reshape(lead, m)
 
 
 @rule("Gemm", attributes=("alpha", "beta", "transA", "transB"))
@@ -73,7 +76,8 @@ def _add(network: Network, node: Node, operands: Operands) -> Tensor:
             raise NotAuditableError("tensors of different rank")
         shape = np.broadcast_shapes(left.shape, right.shape)
         one, other = (np.broadcast_to(value.ids, shape).ravel() for value in (left, right))
-        return Tensor(_sum_of_two(network, one, other, sign).reshape(shape))
+        made = added_blocks(network, one, other, sign)
+        return Tensor((_sum_of_two(network, one, other, sign) if made is None else made).reshape(shape))
     if isinstance(left, Tensor):
         ids, constant = broadcast(left, floats(operands, 1))
         return _plus(network, ids, sign * constant, 1)

@@ -8,6 +8,14 @@ from service.certificate.facts import Facts, LocalError
 from service.certificate.kernels import identity_convolution
 from service.certificate.norms import absolute_norm_bound, row_norms_up, spectral_norm_bound
 from service.certificate.rounding import add_up, div_up, mul_up, norm_up, sqrt_up
+from service.certificate.rules.blocks import (
+    PRODUCTS,
+    bounds_of_products,
+    constant_added,
+    moved_alike,
+    one_product,
+    sum_of_products,
+)
 from service.certificate.rules.linear import LinearMap, diagonal_step, linear_result, scaling_step
 from service.certificate.rules.operands import (
     Array,
@@ -21,7 +29,7 @@ from service.certificate.rules.operands import (
 )
 from service.certificate.rules.products import COMPOSED, composed_sum, product
 from service.certificate.rules.table import Context, rule
-from service.certificate.values import Affine, LinearStep, Value, View, affine_of
+from service.certificate.values import Affine, LinearStep, Value, View, affine_of, seen_whole
 from service.network.operators import Operator, Refusal
 
 _GRADIENT_STEP = "x - N^T S a(N x + b), slopes of a in [0, h]: max(1, h ||sqrt(S) N||^2 - 1)."
@@ -95,7 +103,8 @@ def _dense(
     )
     # The size of the scale moves into the bound: scaled rows would be rounded.
     affine = Affine(weight_NM.T, mul_up(size, facts.lipschitz)) if len(view.shape) == 1 else None
-    return linear_result(context, view, product, bias_M, affine=affine)
+    products = one_product(view, weight_NM, bias_M) if scale == 1.0 and roundings == 0 else None
+    return linear_result(context, view, product, bias_M, affine=affine, products=products)
 
 
 # --- sums and differences ---------------------------------------------------------------------------------------------
@@ -123,7 +132,10 @@ def sum_or_mean(context: Context, node: Operator, inputs: Operands) -> list[Valu
     """
     total = inputs[0]
     for value in inputs[1:]:
-        (total,) = add(context, node, [total, value])
+        if isinstance(total, View) and isinstance(value, View):
+            total = _sum_of_branches(context, total, value, 1.0, ordered=len(inputs) == 2)
+        else:
+            (total,) = add(context, node, [total, value])
     if node.kind == "Mean":
         total = _scaled(context, data_operand(total), np.full((), float(len(inputs))), divide=True)
     return [data_operand(total)]
@@ -160,7 +172,13 @@ def _shifted(context: Context, view: View, constant: Array, sign: float) -> View
     affine = affine_of(view)
     if affine is not None:
         affine = replace(affine, rows=sign * affine.rows)
-    return context.source(center, facts.plus(rounding, joined), affine=affine, step=scaling_step(view, sign))
+    return context.source(
+        center,
+        facts.plus(rounding, joined),
+        affine=affine,
+        step=scaling_step(view, sign),
+        products=constant_added(view, constant, sign),
+    )
 
 
 def _joined_rounding(context: Context, view: View, norm: float, largest: float) -> LocalError:
@@ -181,38 +199,68 @@ def _joined_rounding(context: Context, view: View, norm: float, largest: float) 
     return LocalError.relative(context.gamma(step.terms + 1), norm, largest)
 
 
-def _sum_of_branches(context: Context, left: View, right: View, sign: float) -> View:
-    """Return `x + sign y` of two branches: their Lipschitz bounds add; one rounding of each result."""
+def _sum_of_branches(context: Context, left: View, right: View, sign: float, *, ordered: bool = True) -> View:
+    """Return `x + sign y` of two branches: their Lipschitz bounds add; one rounding of each result.
+
+    Sums of matrix products: see `blocks`, and the smaller bound counts.
+
+    Args:
+        context: of this analysis.
+        left: x.
+        right: y.
+        sign: 1 or -1.
+        ordered: whether the runtime adds these two, and not three or more in an order of its own.
+
+    Raises:
+        Refusal: the shapes do not fit, or the sum may overflow.
+    """
     if len(left.shape) != len(right.shape):
         raise Refusal(f"tensors of shapes {left.shape} and {right.shape} would broadcast across the batch")
     shape = broadcast_shape(left.shape, right.shape)
     left = left.rearranged(np.broadcast_to(left.index, shape))
     right = right.rearranged(np.broadcast_to(right.index, shape))
+    if ordered and moved_alike(left, right):
+        whole = _sum_of_branches(context, seen_whole(left.source), seen_whole(right.source), sign)
+        return whole.rearranged(whole.index.ravel()[left.index])
     one, other = context.domain.joint(left), context.domain.joint(right)
     both = one + other
     context.no_overflow(both.largest)
     rounding = context.one_rounding(both, left.index.size)
-    downhill = mul_up(context.joint.gradient_step(left, right, sign), one.lipschitz)
-    if sign > 0.0:
-        downhill = min(downhill, mul_up(context.joint.gradient_step(right, left, 1.0), other.lipschitz))
-    lipschitz = context.smaller(both.lipschitz, downhill, _GRADIENT_STEP)
+    products = sum_of_products(left, right, sign) if ordered else None
+    together = None if products is None else bounds_of_products(context, products, left.index.size)
+    lipschitz = both.lipschitz
+    if together is None or together.step is None:
+        downhill = mul_up(context.joint.gradient_step(left, right, sign), one.lipschitz)
+        if sign > 0.0:
+            downhill = min(downhill, mul_up(context.joint.gradient_step(right, left, 1.0), other.lipschitz))
+        lipschitz = context.smaller(lipschitz, downhill, _GRADIENT_STEP)
     lipschitz = context.smaller(lipschitz, composed_sum(context, left, right, sign), COMPOSED)
     if sign < 0.0 and _centres(left, right):
         lipschitz = context.smaller(lipschitz, one.lipschitz, _CENTRING)
-    step = LinearStep(
-        operands=(left, right),
-        apply=lambda stacks: stacks[0] + sign * stacks[1],
-        norm=sqrt_up(2.0),
-        spread=sqrt_up(2.0),
-        terms=2,
-        convolutions=(identity_convolution(shape), identity_convolution(shape, sign)) if len(shape) in (2, 3) else None,
-    )
     result = Facts(
         lipschitz=lipschitz,
         error=add_up(both.error, rounding.l2),
         error_max=add_up(one.error_max, other.error_max, rounding.largest),
     )
-    return context.source(left.center + sign * right.center, result, step=step)
+    if together is not None:
+        result = Facts(
+            lipschitz=context.smaller(lipschitz, together.facts.lipschitz, PRODUCTS),
+            error=min(result.error, together.facts.error),
+            error_max=min(result.error_max, together.facts.error_max),
+        )
+    step = together.step if together is not None else None
+    if step is None:
+        spatial = len(shape) in (2, 3)
+        step = LinearStep(
+            operands=(left, right),
+            apply=lambda stacks: stacks[0] + sign * stacks[1],
+            norm=sqrt_up(2.0),
+            spread=sqrt_up(2.0),
+            terms=2,
+            convolutions=(identity_convolution(shape), identity_convolution(shape, sign)) if spatial else None,
+        )
+    affine = None if together is None else together.affine
+    return context.source(left.center + sign * right.center, result, affine=affine, step=step, products=products)
 
 
 def _centres(left: View, right: View) -> bool:

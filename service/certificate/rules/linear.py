@@ -10,7 +10,7 @@ from service.certificate.kernels import identity_convolution
 from service.certificate.rounding import add_up, div_up, mul_up, norm_up, sqrt_up
 from service.certificate.rules.operands import Array
 from service.certificate.rules.table import Context
-from service.certificate.values import Affine, Convolution, LinearStep, View
+from service.certificate.values import Affine, Convolution, LinearStep, ProductSum, View
 
 
 def scaling_step(view: View, factor: float) -> LinearStep:
@@ -115,6 +115,7 @@ def linear_result(
     *,
     others: Sequence[tuple[float, str]] = (),
     affine: Affine | None = None,
+    products: ProductSum | None = None,
 ) -> View:
     """Return `y = W x + b`, sums of n products in any order.
 
@@ -128,6 +129,7 @@ def linear_result(
         bias: b; it broadcasts against one result. Default: 0.
         others: Lipschitz bounds of the result that were proved in another way, and their theorems.
         affine: the result as a linear form, where it is flat.
+        products: the result as a sum of matrix products.
     """
     facts = context.domain.joint(view)
     added = np.zeros(()) if bias is None else bias
@@ -150,4 +152,4 @@ def linear_result(
     ).plus(rounding, underflow)
     for other, theorem in others:
         result = replace(result, lipschitz=context.smaller(result.lipschitz, other, theorem))
-    return context.source(center, result, affine=affine, step=linear.step(view))
+    return context.source(center, result, affine=affine, step=linear.step(view), products=products)

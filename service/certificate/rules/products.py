@@ -195,6 +195,9 @@ def note_composition(context: Context, node: Operator, inputs: Operands, result:
         return
     parts = [composition_of(context, view) for view in views]
     if len(parts) == 2:
+        if result.source.products is not None:
+            # Its error is not the sum of those of its operands and its own, see `blocks`.
+            return
         u, v = parts
         formula, slope = _joined(u, v, 1.0 if node.kind == "Add" else -1.0), 1.0
     else:

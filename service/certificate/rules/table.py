@@ -25,6 +25,7 @@ from service.certificate.values import (
     Identity,
     LinearStep,
     Part,
+    ProductSum,
     Slopes,
     Source,
     Value,
@@ -115,6 +116,7 @@ class Context:
         step: LinearStep | None = None,
         slopes: Slopes | None = None,
         part: Part | None = None,
+        products: ProductSum | None = None,
     ) -> View:
         """Return a new source, seen whole.
 
@@ -127,6 +129,7 @@ class Context:
             step: see `Source`.
             slopes: see `Source`.
             part: see `Source`.
+            products: see `Source`.
 
         Raises:
             Refusal: a bound is not finite.
@@ -139,7 +142,7 @@ class Context:
         if step is not None:
             lipschitz = self.smaller(lipschitz, self.joint.lipschitz(step, center.shape), _JOINT)
         error_max = min(facts.error, facts.error_max)
-        return seen_whole(Source(center, lipschitz, facts.error, error_max, affine, step, slopes, part))
+        return seen_whole(Source(center, lipschitz, facts.error, error_max, affine, step, slopes, part, products))
 
 
 Rule = Callable[[Context, Operator, Operands], list[Value]]

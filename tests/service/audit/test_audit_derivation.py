@@ -44,6 +44,36 @@ def test_networks_of_the_trainer_with_convolutions_and_normalisation_hold(tmp_pa
         assert server_agrees(emit_graph(network), network.input_shape, 5)
 
 
+def test_networks_in_float32_in_blocks_hold() -> None:
+    import torch
+
+    from models.export import emit_graph
+    from models.nets.networks import convolutional_network, dense_network
+    from models.precision import in_float32
+    from models.recipes import Stage
+
+    torch.manual_seed(0)
+    convolutional = convolutional_network((1, 8, 8), [Stage(channels=8, blocks=2)], "none", (12,), 3)
+    for network in (dense_network((1, 6, 6), (24, 20), 3), convolutional):
+        for block in (1, 5):
+            assert server_agrees(in_float32(emit_graph(network), block), network.input_shape, 5, np.float32)
+
+
+@pytest.mark.parametrize("of", ["tree", "chain"])
+def test_no_adversary_of_the_rounding_of_blocks_exceeds_the_error(of: str) -> None:
+    # Blocks of one column of ones, and an image of ones: every operation is rounded upwards.
+    u, b = Fraction(1, 2**24), GraphBuilder(np.random.default_rng(0), np.float32)
+    terms, values = b.add("Split", "image", outputs=8, num_outputs=8, axis=1), [1 + u] * 8
+    terms = [b.one("MatMul", term, b.constant(np.ones((1, 1)))) for term in terms]
+    while len(terms) > 1:
+        place = len(terms) if of == "tree" else 0
+        terms.insert(place, b.one("Add", terms.pop(0), terms.pop(0)))
+        values.insert(place, (values.pop(0) + values.pop(0)) * (1 + u))
+    error = derived(b.model((8,), terms[0], 1), np.full(8, 255)).logit_error
+    # Without the rounding of the pixels, 2^-24 each.
+    assert rational(error.mid()) - 8 * u * (1 + u) >= values[0] - 8
+
+
 def exact_logits(model: bytes, image: np.ndarray) -> list[arb]:
     """By code of the tests alone; one output f as (f, -f)."""
     logits = list(Program.parse(model).evaluate(image[None], BALLS)["logits"][0])
@@ -53,6 +83,7 @@ def exact_logits(model: bytes, image: np.ndarray) -> list[arb]:
 READ = (
     *("dense", "dense", "with_constant", "conv", "same_conv", "periodic_conv", "conv_transpose", "pool", "pointwise"),
     *("batch_normalization", "im2col", "sort", "reduce", "move", "move", "residual", "square_dense", "branches"),
+    *("block_products", "block_products"),
 )
 """Steps of random graphs; some have an operator that the audit does not read, and are refused."""
 

@@ -7,7 +7,7 @@ graph that refutes it is the same everywhere; without the mutation the same grap
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from service.certificate import (
 from service.certificate.rules import (
     activations,
     arithmetic,
+    blocks,
     convolution,
     linear,
     operands,
@@ -49,7 +50,19 @@ from service.certificate.rules import (
 from service.network import operators
 
 RULES = (
-    *(activations, arithmetic, convolution, linear, operands, piecewise, pooling, products, rearrangements, reductions),
+    *(
+        activations,
+        arithmetic,
+        blocks,
+        convolution,
+        linear,
+        operands,
+        piecewise,
+        pooling,
+        products,
+        rearrangements,
+        reductions,
+    ),
     *(resizing, selections, squares, table, windows),
 )
 MODULES = (analysis, convolutions, descent, facts, joint, kernels, matrices, norms, torus, values, *RULES)
@@ -458,6 +471,32 @@ MUTANTS = [
         "errors between a tensor and a function of it dropped",
         lambda p: p.setattr(products, "_rest", lambda *_: 0.0),
         ("gated",),
+        of_errors=True,
+    ),
+    Mutant(
+        0,
+        "the norm of the first block",
+        lambda p: p.setattr(blocks, "np", Numpy(concatenate=lambda arrays, **_: arrays[0])),
+        ("block_products",),
+    ),
+    Mutant(
+        0,
+        "rounding of blocks dropped",
+        lambda p: p.setattr(
+            blocks,
+            "LocalError",
+            SimpleNamespace(relative=lambda *_, **__: facts.LocalError(0.0, 0.0), of_each=facts.LocalError.of_each),
+        ),
+        ("block_products",),
+        1,
+        of_errors=True,
+    ),
+    Mutant(
+        0,
+        "constants of blocks dropped",
+        lambda p: p.setattr(blocks, "_sum_up", lambda one, other: np.zeros(())),
+        ("block_products",),
+        1,
         of_errors=True,
     ),
     Mutant(

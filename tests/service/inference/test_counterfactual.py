@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
@@ -155,6 +156,23 @@ def test_distance_of_a_linear_model_is_the_closed_form(n_outputs: int, eight_bit
         assert answer.reached
         grid = 20 / 255 / np.sqrt(12)
         assert answer.distance <= 1.02 * np.hypot(prediction.radius, 0 if eight_bit else grid) + 0.02
+
+
+@pytest.mark.parametrize("n_outputs", [1, 4])
+def test_search_aims_at_a_margin_of_which_the_other_class_is_certain(n_outputs: int) -> None:
+    # With logit errors of float32, an answer just across the boundary is not certain of its class.
+    exact = groupsort_classifier(2, n_outputs)
+    images = np.random.default_rng(4).integers(0, 256, (40, 1, 5, 4)) / 255
+    near = exact.counterfactual(images, exact.predict(images), [None] * 40)
+    # A twentieth of the median margin of the images.
+    error = float(np.median([one.radius * one.lipschitz_bound for one in exact.predict(images)])) / 80.0
+    certificate = replace(exact.certificate, logit_error=error)
+    rounding = Classifier(exact.card, exact.digest, certificate, exact._model, exact._transport)
+    predictions = rounding.predict(images)
+    answers = rounding.counterfactual(images, predictions, [None] * 40)
+    check_invariants(rounding, images, predictions, answers, None)
+    assert all(answer.reached for answer in answers)
+    assert np.median([answer.distance / one.distance for answer, one in zip(answers, near, strict=True)]) < 1.15
 
 
 def test_gradient_of_a_model_with_one_output_is_that_of_its_margin() -> None:
