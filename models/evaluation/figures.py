@@ -51,14 +51,12 @@ class Attacked(Proved):
 
 
 @dataclass(frozen=True)
-class EarlierAttacks:
-    """Robust accuracy of the same graph from an earlier evaluation."""
+class EarlierAttacks(Proved):
+    """Both radii of the images that an earlier evaluation attacked, and their robust accuracy."""
 
     epsilon_E: Float64[np.ndarray, " E"]
     share_E: Float64[np.ndarray, " E"]
     """Of images that are right and were not flipped within epsilon."""
-    n: int
-    """Number of attacked images."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +109,12 @@ def plot_certified_accuracy(
             grid, certified, unflipped, color=GREY, alpha=0.22, linewidth=0, label="neither proved nor flipped"
         )
         axes.plot(grid, unflipped, color=ORANGE, linestyle="--", label=label)
-        _certified_curves(axes, attacked, grid, thin=False)
-        if len(proved.radius_N) != len(attacked.radius_N):
-            _certified_curves(axes, proved, grid, thin=True)
-    else:
-        if attacked is not None:
-            label = f"robust under all attacks, n = {attacked.n:,} (earlier evaluation)"
-            axes.plot(attacked.epsilon_E, 100 * attacked.share_E, "x", color=ORANGE, markersize=4, label=label)
-        _certified_curves(axes, proved, grid, thin=False)
+    elif attacked is not None:
+        label = f"robust under all attacks, n = {len(attacked.radius_N):,}"
+        axes.plot(attacked.epsilon_E, 100 * attacked.share_E, "x", color=ORANGE, markersize=4, label=label)
+    _certified_curves(axes, attacked or proved, grid, thin=False)
+    if attacked is not None and len(proved.radius_N) != len(attacked.radius_N):
+        _certified_curves(axes, proved, grid, thin=True)
     for epsilon in epsilons:
         axes.axvline(epsilon, color=GREY, linewidth=0.6, alpha=0.6)
         axes.annotate(f"{epsilon:.3g}", (epsilon, 1), xytext=(2, 1), textcoords="offset points", fontsize=7, color=GREY)

@@ -130,7 +130,9 @@ def evaluate(
             attacked = attacking.run_attacks(classifier, image_NCHW[attacked_M], best_M, cache=cache, settings=settings)
             attacked.append(attacking.union(attacked))
         epsilons = sorted({*wanted, *CURVE})
-        earlier = _earlier_attacks(classifier.card) if limit is None and not attacked else {}
+        earlier: dict[str, Any] = {}
+        if limit is None and not attacked:
+            earlier, attacked_M = _earlier_attacks(classifier.card, measured)
         results: dict[str, Any] = {
             **{key: value for key, value in earlier.items() if key != "attacks"},
             **summarise(measured, epsilons),
@@ -356,13 +358,22 @@ def _recipe_epsilons(card: Card) -> list[float]:
     ]
 
 
-def _earlier_attacks(card: Card) -> dict[str, Any]:
-    """Return the results of earlier attacks in the card; they are about its graph, whose digest cannot change."""
-    earlier = card.evaluation or {}
-    return {
-        "attacks": card.attacks,
-        **{key: earlier[key] for key in ("robust_accuracy", "tightness") if key in earlier},
-    }
+def _earlier_attacks(card: Card, measured: Measured) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the results of earlier attacks in the card, and the indices of the attacked images.
+
+    They are about its graph, whose digest cannot change, and about evenly spaced images of the same test set; so the
+    shares that are certified with reference images are measured for these images, too.
+    """
+    found = {key: value for key, value in (card.evaluation or {}).items() if key in ("robust_accuracy", "tightness")}
+    shares = found.get("robust_accuracy", [])
+    attacked_M = evenly_spaced(shares[0]["n"] if shares else 0, len(measured.label_N), "the card")
+    right_M, largest_M = measured.right_N[attacked_M], measured.proved.largest_N[attacked_M]
+    if shares:
+        found["robust_accuracy"] = [
+            {**share, "certified_with_references": float((right_M & (largest_M > share["epsilon"])).mean())}
+            for share in shares
+        ]
+    return {**found, "attacks": card.attacks}, attacked_M
 
 
 def _update_card(folder: Path, results: dict[str, Any], attacks: list[dict[str, Any]], digest: str) -> None:

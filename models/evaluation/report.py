@@ -192,7 +192,7 @@ def draw_figures(
     Args:
         classifier: as it is served.
         measured: answers about the test set.
-        attacked_M: indices of the attacked images.
+        attacked_M: indices of the attacked images, of earlier attacks where there are no others.
         attacks: results of the attacks, their union last; empty without attacks.
         earlier: `robust_accuracy` of an earlier evaluation, drawn where there are no attacks.
         epsilons: L2 radii to be marked, pixels in [0, 1].
@@ -200,7 +200,8 @@ def draw_figures(
     """
     proved = figures.Proved(measured.right_N, measured.radius_N, measured.proved.radius_N)
     known = attacked_images(measured, attacked_M, attacks[-1]) if attacks else None
-    figures.plot_certified_accuracy(proved, known or _earlier(earlier), epsilons, folder / "certified_accuracy.png")
+    before = _earlier_attacks(measured, attacked_M, earlier) if earlier else None
+    figures.plot_certified_accuracy(proved, known or before, epsilons, folder / "certified_accuracy.png")
     figures.plot_radii(proved, folder / "radii.png")
     if known is not None:
         figures.plot_tightness(known, folder / "tightness.png")
@@ -221,13 +222,15 @@ def draw_figures(
     }
 
 
-def _earlier(shares: Sequence[Mapping[str, Any]]) -> figures.EarlierAttacks | None:
-    if not shares:
-        return None
+def _earlier_attacks(
+    measured: Measured, attacked_M: np.ndarray, shares: Sequence[Mapping[str, Any]]
+) -> figures.EarlierAttacks:
     return figures.EarlierAttacks(
+        right_N=measured.right_N[attacked_M],
+        radius_N=measured.radius_N[attacked_M],
+        best_N=measured.proved.largest_N[attacked_M],
         epsilon_E=np.array([entry["epsilon"] for entry in shares]),
         share_E=np.array([entry["under_attack"] for entry in shares]),
-        n=shares[0]["n"],
     )
 
 

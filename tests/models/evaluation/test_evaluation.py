@@ -114,6 +114,8 @@ def test_evaluation_without_attacks_keeps_those_of_the_card(artefact: Path) -> N
 
 def test_card_of_an_evaluation_with_one_radius_is_read_and_its_attacks_are_reported(artefact: Path) -> None:
     evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
+    before = read_card(artefact)
+    assert before.evaluation is not None
     card = json.loads((artefact / "card.json").read_text())
     for entry in card["certified_accuracy"]:
         del entry["with_references"]
@@ -126,6 +128,8 @@ def test_card_of_an_evaluation_with_one_radius_is_read_and_its_attacks_are_repor
     assert {entry.with_references for entry in read_card(artefact).certified_accuracy} == {None}
     text = evaluate(artefact, Path("unused"), attacks=False, provider="cpu")
     after = read_card(artefact)
+    assert after.evaluation is not None
+    assert after.evaluation["robust_accuracy"] == before.evaluation["robust_accuracy"]
     assert after.attacks == card["attacks"]
     assert all(entry.with_references is not None for entry in after.certified_accuracy)
     assert "of the fast radius; they were run before there was a larger one" in text

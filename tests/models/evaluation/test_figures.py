@@ -47,7 +47,7 @@ def test_galleries_are_drawn_for_any_number_of_channels(
 def test_curves_are_drawn_where_nothing_is_certified_or_found(tmp_path: Path, radius: float, distance: float) -> None:
     proved = Proved(np.array([True, False, True]), np.full(3, radius), np.full(3, 1.2 * radius))
     attacked = Attacked(proved.right_N[:2], proved.radius_N[:2], proved.best_N[:2], np.full(2, distance))
-    earlier = EarlierAttacks(np.array([0.1, 0.2]), np.array([0.9, 0.8]), 2)
+    earlier = EarlierAttacks(proved.right_N, proved.radius_N, proved.best_N, np.array([0.1, 0.2]), np.array([0.9, 0.8]))
     for name, known in (("with", attacked), ("earlier", earlier), ("without", None)):
         figures.plot_certified_accuracy(proved, known, [0.1] if known else [], tmp_path / f"{name}.png")
     figures.plot_radii(proved, tmp_path / "radii.png")
@@ -70,10 +70,10 @@ def curves(monkeypatch: pytest.MonkeyPatch, proved: Proved, attacked: Attacked |
 def test_both_radii_are_drawn_with_and_without_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
     proved = Proved(np.ones(3, np.bool_), np.full(3, 0.5), np.full(3, 0.6))
     attacked = Attacked(proved.right_N[:2], proved.radius_N[:2], proved.best_N[:2], np.ones(2))
-    certified = ["certified, with reference images, n = 3", "certified, fast, n = 3"]
-    assert curves(monkeypatch, proved, None) == certified
-    earlier = EarlierAttacks(np.array([0.1]), np.array([0.9]), 2)
-    assert curves(monkeypatch, proved, earlier)[1:] == certified
+    assert curves(monkeypatch, proved, None) == ["certified, with reference images, n = 3", "certified, fast, n = 3"]
     of_attacked = ["certified, with reference images, n = 2", "certified, fast, n = 2"]
     of_all = ["certified, with reference images, all n = 3", "certified, fast, all n = 3"]
     assert curves(monkeypatch, proved, attacked)[2:] == of_attacked + of_all
+    sample = (attacked.right_N, attacked.radius_N, attacked.best_N)
+    earlier = EarlierAttacks(*sample, np.array([0.1]), np.array([0.9]))
+    assert curves(monkeypatch, proved, earlier)[1:] == of_attacked + of_all
