@@ -108,18 +108,27 @@ def settings_block() -> str:
 def models_block() -> str:
     """Return a table with one row for each shipped artefact, from its card."""
     cards = [read_card(path.parent) for path in sorted(ZOO.glob("*/card.json"))]
-    rows = ["| model | classes | accuracy | certified accuracy at radius | n | loss |", "|" + "---|" * 6]
+    rows = [
+        "| model | classes | accuracy | certified accuracy, `proof=fast` "
+        "| certified accuracy, `proof=best` (uses the box) | n | loss |",
+        "|" + "---|" * 7,
+    ]
     rows += [f"| {' | '.join(_row(card))} |" for card in cards]
     return "\n".join(rows) + "\n"
 
 
 def _row(card: Card) -> list[str]:
     sizes = sorted({entry.n for entry in card.certified_accuracy})
+    fast = [(entry.value, entry.epsilon) for entry in card.certified_accuracy]
+    best = [
+        (entry.with_references, entry.epsilon) for entry in card.certified_accuracy if entry.with_references is not None
+    ]
     return [
         f"`{card.name}`",
         ", ".join(card.labels),
         "-" if card.accuracy is None else f"{card.accuracy:.2%}",
-        ", ".join(f"{entry.value:.2%} at {entry.epsilon:.4g}" for entry in card.certified_accuracy) or "-",
+        # One line for each radius, so that both shares of a radius are in the same line.
+        *("<br>".join(f"{share:.2%} at {epsilon:.4g}" for share, epsilon in shares) or "-" for shares in (fast, best)),
         ", ".join(f"{n:,}" for n in sizes) or "-",
         str(card.loss.get("kind", "-")),
     ]

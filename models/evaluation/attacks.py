@@ -2,10 +2,10 @@
 
 Each attack returns one distance for each image, to the nearest image of another class that it found: an upper bound of
 the distance that the certified radius bounds from below. An image strictly inside the radius to which the service
-assigns another class would refute the certificate: the run stops there, with both images. The attacks see the served
-graphs: the forward pass is the graph of the logits; the graph of the gradient computes vector-Jacobian products, so the
-backward pass is that graph with the incoming gradient as `margin_weights`. Their results are judged by the served path
-alone, in exact arithmetic.
+assigns another class would refute the certificate: the run stops there, with both images. The radius that is compared
+is the largest that is proved, the one with reference images. The attacks see the served graphs: the forward pass is the
+graph of the logits; the graph of the gradient computes vector-Jacobian products, so the backward pass is that graph
+with the incoming gradient as `margin_weights`. Their results are judged by the served path alone, in exact arithmetic.
 
 Axes: N batch, C channels, H height, W width, K classes.
 """
@@ -41,7 +41,7 @@ INSIDE = 1 - 1e-6
 """Share of the radius that attacks search where they must find nothing; the rest is above its rounding."""
 
 MULTIPLES = (INSIDE, 1.1, 1.3, 1.7, 2.5)
-"""Radii of the balls that attacks search until they succeed, as multiples of each image's certified radius."""
+"""Radii of the balls that attacks search until they succeed, as multiples of each image's largest proved radius."""
 
 LEAST_SCALE = 0.01
 """Replaces the certified radius where that is smaller or 0 (not certified); L2, pixels in [0, 1]."""
@@ -49,7 +49,7 @@ LEAST_SCALE = 0.01
 BISECTIONS = 16
 """Halvings of the segment between an image and its adversarial image."""
 
-FORMAT = 1
+FORMAT = 2
 """Part of the settings of partial results; to be raised where the meaning of their arrays changes."""
 
 
@@ -81,7 +81,9 @@ class AttackResult:
     distance_N: Float64[np.ndarray, " N"]
     """L2 to the nearest image of another class that was found; infinite where the attack failed."""
     radius_N: Float64[np.ndarray, " N"]
-    """Certified radii of the same images."""
+    """Radii of the same images without reference images."""
+    best_N: Float64[np.ndarray, " N"]
+    """The largest proved radii of the same images, with reference images; no distance is below them."""
 
     @property
     def flipped(self) -> int:
@@ -96,8 +98,12 @@ class AttackResult:
     @property
     def median_radius_over_distance(self) -> float | None:
         """Over the flipped images: tightness of the certificate as seen by this attack."""
-        flipped_N = np.isfinite(self.distance_N)
-        return float(np.median(self.radius_N[flipped_N] / self.distance_N[flipped_N])) if self.flipped else None
+        return self._median_over_distance(self.radius_N)
+
+    @property
+    def median_best_over_distance(self) -> float | None:
+        """The same for the radius with reference images."""
+        return self._median_over_distance(self.best_N)
 
     def as_card_entry(self) -> dict[str, Any]:
         """Return the entry in `attacks` of the card. `successes` counts images inside the radius, which would raise."""
@@ -113,7 +119,15 @@ class AttackResult:
             "median_distance": self.median_distance,
             "median_radius": float(np.median(self.radius_N)),
             "median_radius_over_distance": self.median_radius_over_distance,
+            "with_references": {
+                "median_radius": float(np.median(self.best_N)),
+                "median_radius_over_distance": self.median_best_over_distance,
+            },
         }
+
+    def _median_over_distance(self, radius_N: np.ndarray) -> float | None:
+        flipped_N = np.isfinite(self.distance_N)
+        return float(np.median(radius_N[flipped_N] / self.distance_N[flipped_N])) if self.flipped else None
 
 
 def union(results: Sequence[AttackResult]) -> AttackResult:
@@ -124,6 +138,7 @@ def union(results: Sequence[AttackResult]) -> AttackResult:
         parameters={"attacks": [result.name for result in results]},
         distance_N=np.min([result.distance_N for result in results], axis=0),
         radius_N=results[0].radius_N,
+        best_N=results[0].best_N,
     )
 
 
@@ -168,6 +183,7 @@ def require_libraries() -> None:
 def run_attacks(
     classifier: Classifier,
     image_NCHW: Float64[np.ndarray, "N C H W"],
+    best_N: Float64[np.ndarray, " N"],
     *,
     cache: PartialResults | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -181,6 +197,7 @@ def run_attacks(
     Args:
         classifier: as it is served.
         image_NCHW: pixels in [0, 1].
+        best_N: the largest proved radii of the images, with reference images; the attacks search and check these.
         cache: of finished parts; default: no part is stored.
         settings: everything that the parts depend on besides model, images and attack.
         seed: of random starts and directions, the same for each part.
@@ -194,10 +211,10 @@ def run_attacks(
     _, radii = classifier.classify(image_NCHW)
     class_id_N, radius_N = radii.class_id_N, radii.radius_N
     # Images of similar radii attack together: ART takes one epsilon for a batch.
-    order_N = np.argsort(radius_N, kind="stable")
+    order_N = np.argsort(best_N, kind="stable")
     parts = [order_N[start : start + BATCH] for start in range(0, len(order_N), BATCH)]
     attacks = [
-        AttackResult(name, _library(name), parameters, np.full(len(image_NCHW), np.inf), radius_N)
+        AttackResult(name, _library(name), parameters, np.full(len(image_NCHW), np.inf), radius_N, best_N)
         for name, parameters in ATTACKS.items()
     ]
     with tqdm(total=len(parts) * len(attacks), desc="attacks", unit="part", disable=not progress) as bar:
@@ -205,12 +222,13 @@ def run_attacks(
         for part_M in parts:
             for attack in attacks:
                 bar.set_description(attack.name)
-                batch = AttackedBatch(classifier, attack.name, image_NCHW[part_M], class_id_N[part_M], radius_N[part_M])
+                batch = AttackedBatch(classifier, attack.name, image_NCHW[part_M], class_id_N[part_M], best_N[part_M])
                 key = {
                     **(settings or {}),
                     "format": FORMAT,
                     "model": classifier.digest,
                     "images": digest_of(batch.image_NCHW),
+                    "radii": digest_of(batch.radius_N),
                     "attack": attack.name,
                     "library": attack.library,
                     "parameters": dict(attack.parameters),
@@ -241,6 +259,7 @@ class AttackedBatch:
     image_NCHW: Float64[np.ndarray, "N C H W"]
     class_id_N: Int64[np.ndarray, " N"]
     radius_N: Float64[np.ndarray, " N"]
+    """Proved radii, inside which no image of another class may be found."""
 
     def attack(self, parameters: Mapping[str, Any], seed: int) -> Arrays:
         """Return the distances of the nearest adversarial images, as the array `distance`."""

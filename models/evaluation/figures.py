@@ -1,9 +1,10 @@
 """The figures of a report: each function draws plain arrays into one PNG file.
 
-Distances and radii are L2, pixels in [0, 1]. Lines differ in colour (palette of Okabe and Ito, which colour-blind
-readers can distinguish) and in dashes.
+Distances and radii are L2, pixels in [0, 1]. Two radii of an image are drawn: the one that is proved at the image as
+sent, and the largest that was found with reference images. Lines differ in colour (palette of Okabe and Ito, which
+colour-blind readers can distinguish) and in dashes.
 
-Axes: N images, M attacked images, C channels, H height, W width; G images of a gallery.
+Axes: N images, E epsilons, C channels, H height, W width; G images of a gallery.
 """
 
 from __future__ import annotations
@@ -26,14 +27,36 @@ UNIT = "L2, pixels in [0, 1]"
 DPI = 120
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """Certificate and nearest adversarial image of each attacked image."""
+FAST, BEST = "certified, fast", "certified, with reference images"
 
-    right_M: Bool[np.ndarray, " M"]
-    radius_M: Float64[np.ndarray, " M"]
-    distance_M: Float64[np.ndarray, " M"]
+
+@dataclass(frozen=True)
+class Proved:
+    """Both radii of each image."""
+
+    right_N: Bool[np.ndarray, " N"]
+    """Whether the predicted class is right."""
+    radius_N: Float64[np.ndarray, " N"]
+    """Without reference images."""
+    best_N: Float64[np.ndarray, " N"]
+    """The largest with reference images."""
+
+
+@dataclass(frozen=True)
+class Attacked(Proved):
+    """Both radii and the nearest adversarial image of each attacked image."""
+
+    distance_N: Float64[np.ndarray, " N"]
     """To the nearest image of another class of all attacks; infinite where every attack failed."""
+
+
+@dataclass(frozen=True)
+class EarlierAttacks(Proved):
+    """Both radii of the images that an earlier evaluation attacked, and their robust accuracy."""
+
+    epsilon_E: Float64[np.ndarray, " E"]
+    share_E: Float64[np.ndarray, " E"]
+    """Of images that are right and were not flipped within epsilon."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,9 @@ class Panel:
     image_CHW: Float64[np.ndarray, "C H W"]
     label: str
     radius: float
+    """Without reference images."""
+    best: float
+    """The largest with reference images."""
     other_CHW: Float64[np.ndarray, "C H W"]
     other_label: str
     distance: float
@@ -52,46 +78,43 @@ class Panel:
 
 
 def plot_certified_accuracy(
-    right_N: Bool[np.ndarray, " N"],
-    radius_N: Float64[np.ndarray, " N"],
-    attacked: Attacked | None,
+    proved: Proved,
+    attacked: Attacked | EarlierAttacks | None,
     epsilons: Sequence[float],
     path: Path,
 ) -> None:
     """Draw the share of images that are right and certified, and of those that are right and not flipped, over epsilon.
 
-    The band between the curves covers images that are neither proved nor flipped. Both curves refer to the attacked
-    images; where they are a part of the test set, the certified share of the whole set is drawn too.
+    The band between the curves covers images that are neither proved, with reference images, nor flipped. The curves
+    refer to the attacked images; where they are a part of the test set, the certified shares of the whole set are drawn
+    too.
 
     Args:
-        right_N: whether the predicted class is right.
-        radius_N: certified radii.
-        attacked: the attacked images; default: only the certified share is drawn.
+        proved: both radii of the test set.
+        attacked: the attacked images, or shares of an earlier evaluation; null: only the certified shares are drawn.
         epsilons: radii to be marked.
         path: of the PNG file.
     """
-    farthest = float(np.quantile(radius_N, 0.99))
-    if attacked is not None and np.isfinite(attacked.distance_M).any():
-        farthest = max(farthest, float(np.quantile(attacked.distance_M[np.isfinite(attacked.distance_M)], 0.99)))
+    farthest = float(np.quantile(proved.best_N, 0.99))
+    if isinstance(attacked, Attacked) and np.isfinite(attacked.distance_N).any():
+        farthest = max(farthest, float(np.quantile(attacked.distance_N[np.isfinite(attacked.distance_N)], 0.99)))
     farthest = max(farthest, *epsilons, 1e-3)
     grid = np.linspace(0.0, farthest, 400)
     figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    if attacked is None:
-        axes.plot(grid, share_beyond(right_N, radius_N, grid), color=BLUE, label=f"certified, n = {len(radius_N):,}")
-    else:
-        count = f"n = {len(attacked.radius_M):,}"
-        proved = share_beyond(attacked.right_M, attacked.radius_M, grid)
-        unflipped = share_beyond(attacked.right_M, attacked.distance_M, grid)
+    if isinstance(attacked, Attacked):
+        certified = share_beyond(attacked.right_N, attacked.best_N, grid)
+        unflipped = share_beyond(attacked.right_N, attacked.distance_N, grid)
+        label = f"robust under all attacks, n = {len(attacked.radius_N):,}"
         axes.fill_between(
-            grid, proved, unflipped, color=GREY, alpha=0.22, linewidth=0, label="neither proved nor flipped"
+            grid, certified, unflipped, color=GREY, alpha=0.22, linewidth=0, label="neither proved nor flipped"
         )
-        axes.plot(grid, unflipped, color=ORANGE, linestyle="--", label=f"robust under all attacks, {count}")
-        axes.plot(grid, proved, color=BLUE, label=f"certified, {count}")
-        if len(radius_N) != len(attacked.radius_M):
-            label = f"certified, all n = {len(radius_N):,}"
-            axes.plot(
-                grid, share_beyond(right_N, radius_N, grid), color=BLUE, linestyle=":", linewidth=1.2, label=label
-            )
+        axes.plot(grid, unflipped, color=ORANGE, linestyle="--", label=label)
+    elif attacked is not None:
+        label = f"robust under all attacks, n = {len(attacked.radius_N):,}"
+        axes.plot(attacked.epsilon_E, 100 * attacked.share_E, "x", color=ORANGE, markersize=4, label=label)
+    _certified_curves(axes, attacked or proved, grid, thin=False)
+    if attacked is not None and len(proved.radius_N) != len(attacked.radius_N):
+        _certified_curves(axes, proved, grid, thin=True)
     for epsilon in epsilons:
         axes.axvline(epsilon, color=GREY, linewidth=0.6, alpha=0.6)
         axes.annotate(f"{epsilon:.3g}", (epsilon, 1), xytext=(2, 1), textcoords="offset points", fontsize=7, color=GREY)
@@ -101,15 +124,25 @@ def plot_certified_accuracy(
     _save(figure, path)
 
 
-def plot_radii(right_N: Bool[np.ndarray, " N"], radius_N: Float64[np.ndarray, " N"], path: Path) -> None:
-    """Draw the histogram of the certified radii, right and wrong answers apart.
+def _certified_curves(axes: Any, proved: Proved, grid: np.ndarray, *, thin: bool) -> None:
+    count = f"{'all ' if thin else ''}n = {len(proved.radius_N):,}"
+    for name, radius_N, colour, dashes in ((BEST, proved.best_N, GREEN, "-."), (FAST, proved.radius_N, BLUE, "-")):
+        axes.plot(
+            grid,
+            share_beyond(proved.right_N, radius_N, grid),
+            color=colour,
+            linestyle=":" if thin else dashes,
+            linewidth=1.2 if thin else 1.5,
+            # Above the fast one, which is seen through the dashes where both are equal.
+            zorder=3 if radius_N is proved.best_N else 2,
+            label=f"{name}, {count}",
+        )
 
-    Args:
-        right_N: whether the predicted class is right.
-        radius_N: certified radii.
-        path: of the PNG file.
-    """
-    bins = np.linspace(0.0, max(float(radius_N.max()), 1e-3), 41)
+
+def plot_radii(proved: Proved, path: Path) -> None:
+    """Draw the histogram of the radii without reference images, right and wrong answers apart, and that of the best."""
+    right_N, radius_N = proved.right_N, proved.radius_N
+    bins = np.linspace(0.0, max(float(proved.best_N.max()), 1e-3), 41)
     figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
     wrong = f"wrong answers, n = {int((~right_N).sum()):,}"
     axes.hist(
@@ -121,8 +154,20 @@ def plot_radii(right_N: Bool[np.ndarray, " N"], radius_N: Float64[np.ndarray, " 
     )
     for patch in axes.containers[1]:  # type: ignore[union-attr]
         patch.set_hatch("////")
-    median = float(np.median(radius_N))
-    axes.axvline(median, color="black", linestyle="--", linewidth=1, label=f"median {median:.3g}")
+    axes.hist(
+        proved.best_N,
+        bins=bins.tolist(),
+        histtype="step",
+        color=GREEN,
+        linewidth=1.5,
+        label="all answers, with reference images",
+    )
+    for radii_N, colour, name in (
+        (radius_N, "black", "median"),
+        (proved.best_N, GREEN, "median with reference images"),
+    ):
+        median = float(np.median(radii_N))
+        axes.axvline(median, color=colour, linestyle="--", linewidth=1, label=f"{name} {median:.3g}")
     axes.set(xlabel=f"certified radius ({UNIT})", ylabel="test images", xlim=(0, bins[-1]))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -130,15 +175,29 @@ def plot_radii(right_N: Bool[np.ndarray, " N"], radius_N: Float64[np.ndarray, " 
 
 
 def plot_tightness(attacked: Attacked, path: Path) -> None:
-    """Draw the radius over the distance of the nearest attack, one point for each image, and their quotients."""
-    found_M = np.isfinite(attacked.distance_M)
-    radius_M, distance_M = attacked.radius_M[found_M], attacked.distance_M[found_M]
+    """Draw both radii over the distance of the nearest attack, one point for each image, and the quotients."""
+    found_N = np.isfinite(attacked.distance_N)
+    distance_N = attacked.distance_N[found_N]
+    kinds = ((FAST, attacked.radius_N[found_N], BLUE, "o"), (BEST, attacked.best_N[found_N], GREEN, "^"))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
-    farthest = 1.05 * max(float(distance_M.max(initial=0.0)), 1e-3)
+    farthest = 1.05 * max(float(distance_N.max(initial=0.0)), 1e-3)
     left.fill_between([0, farthest], [0, farthest], [farthest, farthest], color=ORANGE, alpha=0.15, linewidth=0)
     left.annotate("refuted: no point may be here", (0.03 * farthest, 0.93 * farthest), fontsize=8, color=ORANGE)
     left.plot([0, farthest], [0, farthest], color=ORANGE, linestyle="--", linewidth=1)
-    left.scatter(distance_M, radius_M, s=6, color=BLUE, alpha=0.5, linewidths=0)
+    for name, radius_N, colour, marker in kinds:
+        left.scatter(distance_N, radius_N, s=8, color=colour, marker=marker, alpha=0.5, linewidths=0, label=name)
+        quotient_N = radius_N / np.maximum(distance_N, 1e-300)
+        median = f", median {np.median(quotient_N):.3f}" if len(quotient_N) else ""
+        right.hist(
+            quotient_N,
+            bins=np.linspace(0, 1, 51).tolist(),
+            histtype="stepfilled",
+            facecolor=(colour, 0.3),
+            edgecolor=colour,
+            label=f"{name}{median}",
+        )
+    left.legend(fontsize=8, loc="lower right")
+    right.legend(fontsize=8, loc="upper left")
     left.set(
         xlabel=f"nearest attack ({UNIT})",
         ylabel=f"certified radius ({UNIT})",
@@ -146,16 +205,8 @@ def plot_tightness(attacked: Attacked, path: Path) -> None:
         ylim=(0, farthest),
         aspect="equal",
     )
-    quotient_M = radius_M / np.maximum(distance_M, 1e-300)
-    right.hist(quotient_M, bins=np.linspace(0, 1, 51).tolist(), color=BLUE)
-    if len(quotient_M):
-        low, median, high = np.quantile(quotient_M, [0.05, 0.5, 0.95])
-        right.axvline(median, color="black", linestyle="--", linewidth=1, label=f"median {median:.3f}")
-        for value, name in ((low, "5 %"), (high, "95 %")):
-            right.axvline(value, color=GREY, linestyle=":", linewidth=1.2, label=f"{name} {value:.3f}")
-        right.legend(fontsize=8, loc="upper left")
     right.set(
-        xlabel="radius / distance of the nearest attack", ylabel=f"images (of n = {len(quotient_M):,})", xlim=(0, 1)
+        xlabel="radius / distance of the nearest attack", ylabel=f"images (of n = {len(distance_N):,})", xlim=(0, 1)
     )
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -176,7 +227,7 @@ def plot_counterfactuals(panels: Sequence[Panel], path: Path) -> None:
         else:
             _show(middle, 0.5 + part / (2 * largest))
         _show(bottom, panel.other_CHW)
-        top.set_title(f"{panel.label}\nradius {panel.radius:.2f}", fontsize=8)
+        top.set_title(f"{panel.label}\nradius {panel.radius:.2f} ({panel.best:.2f})", fontsize=8)
         bottom.set_title(f"{panel.other_label}\ndistance {panel.distance:.2f}", fontsize=8)
     if shown is not None:
         bar = figure.colorbar(shown, ax=list(axes[1]), fraction=0.05, aspect=12, pad=0.01)
@@ -185,7 +236,8 @@ def plot_counterfactuals(panels: Sequence[Panel], path: Path) -> None:
         note = ""
     else:
         note = f"\nDifference: mid-grey is zero, black and white are {largest:.2g} of a channel in [0, 1]"
-    figure.suptitle(f"Image, difference, counterfactual. Radius and distance: {UNIT}{note}", fontsize=9)
+    title = "Image, difference, counterfactual. Radius (with reference images) and distance"
+    figure.suptitle(f"{title}: {UNIT}{note}", fontsize=9)
     _save(figure, path)
 
 

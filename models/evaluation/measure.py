@@ -1,9 +1,10 @@
 """Evaluation of an artefact as it is served: the classifier and the counterfactual search of the server, on a test set.
 
 All figures go into `card.json` and into a report beside it (JSON, Markdown, PNG), with n, hardware and versions. The
-number of counterfactuals nearer than the certified radius must be 0; an attack that succeeds inside the radius is an
-error, and no report is written. Finished parts are stored (`models.evaluation.partial`) until the report is complete:
-an interrupted run continues where it stopped.
+number of counterfactuals nearer than the certified radius must be 0; an attack or a counterfactual of another class
+inside the radius with reference images, the larger of the two radii, is an error, and no report is written. Finished
+parts are stored (`models.evaluation.partial`) until the report is complete: an interrupted run continues where it
+stopped.
 
 Axes: N images, C channels, H height, W width.
 """
@@ -14,7 +15,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,18 @@ from models.evaluation import attacks as attacking
 from models.evaluation.attacks import AttackResult, AttacksMissingError, CertificateRefutedError
 from models.evaluation.partial import Arrays, PartialResults, digest_of
 from models.evaluation.report import draw_figures, markdown_report
-from models.evaluation.summary import Measured, summarise, summarise_attacks
+from models.evaluation.summary import (
+    Measured,
+    ReferenceProofs,
+    inside_largest_radius,
+    summarise,
+    summarise_attacks,
+)
 from models.export import code_version, environment
 from service.artefact.card import Card, CertifiedAccuracy, read_card, write_card
-from service.inference.classifier import Classifier, Prediction
+from service.inference.classifier import Classifier, Prediction, with_references
 from service.inference.counterfactual import Counterfactual
+from service.inference.references import find_references
 from service.runtime.engine import ProviderError
 from service.runtime.provider import Provider
 
@@ -114,14 +122,20 @@ def evaluate(
         )
     with _resumable(cache, folder):
         settings = {"provider": classifier.provider, "code": _code_digest(), "environment": _versions()}
-        measured = _measure(classifier, image_NCHW, label_N, cache, settings)
+        wanted = epsilons_of(classifier.card)
+        measured = _measure(classifier, image_NCHW, label_N, wanted, cache, settings)
+        _refuse_refuted(measured)
         attacked: list[AttackResult] = []
         if attacks:
-            attacked = attacking.run_attacks(classifier, image_NCHW[attacked_M], cache=cache, settings=settings)
+            best_M = measured.proved.largest_N[attacked_M]
+            attacked = attacking.run_attacks(classifier, image_NCHW[attacked_M], best_M, cache=cache, settings=settings)
             attacked.append(attacking.union(attacked))
-        wanted = epsilons_of(classifier.card)
         epsilons = sorted({*wanted, *CURVE})
-        results = {
+        earlier: dict[str, Any] = {}
+        if limit is None and not attacked:
+            earlier, attacked_M = _earlier_attacks(classifier.card, measured)
+        results: dict[str, Any] = {
+            **{key: value for key, value in earlier.items() if key != "attacks"},
             **summarise(measured, epsilons),
             **(summarise_attacks(measured, attacked_M, attacked[-1], epsilons) if attacked else {}),
             "provider": classifier.provider,
@@ -129,12 +143,15 @@ def evaluate(
             "code_version": code_version(),
             "environment": environment(time.monotonic() - started),
         }
-        entries = [result.as_card_entry() for result in attacked]
+        entries = [result.as_card_entry() for result in attacked] or earlier.get("attacks", [])
         folder.mkdir(parents=True, exist_ok=True)
-        draw_figures(classifier, measured, attacked_M, attacked, wanted, folder)
-        (folder / "evaluation.json").write_text(json.dumps({**results, "attacks": entries}, indent=2) + "\n")
+        pictures = draw_figures(
+            classifier, measured, attacked_M, attacked, earlier.get("robust_accuracy", []), wanted, folder
+        )
+        report = {**results, "attacks": entries}
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         data_name = str(classifier.card.data.get("name", "The"))
-        text = markdown_report(classifier.name, data_name, results, attacked, wanted)
+        text = markdown_report(classifier.name, data_name, report, pictures, wanted)
         (folder / "evaluation.md").write_text(text)
         if limit is None:
             _update_card(artefact, results, entries, classifier.digest)
@@ -170,22 +187,28 @@ def _measure(
     classifier: Classifier,
     image_NCHW: np.ndarray,
     label_N: np.ndarray,
+    epsilons: Sequence[float],
     cache: PartialResults,
     settings: Mapping[str, Any],
 ) -> Measured:
     predictions: list[Prediction] = []
     counterfactuals: list[Counterfactual] = []
     posted_back: list[np.ndarray] = []
-    with tqdm(total=len(image_NCHW), desc="counterfactuals", unit="image") as bar:
+    proofs: list[Arrays] = []
+    with tqdm(total=len(image_NCHW), desc="counterfactuals and radii", unit="image") as bar:
         for start in range(0, len(image_NCHW), BATCH):
             part_NCHW = image_NCHW[start : start + BATCH]
-            key = {
-                **settings,
-                "model": classifier.digest,
-                "images": digest_of(part_NCHW),
-                "measured": "counterfactuals",
-            }
-            stored = cache.part(key, lambda part_NCHW=part_NCHW: search_counterfactuals(classifier, part_NCHW))
+            key = {**settings, "model": classifier.digest, "images": digest_of(part_NCHW)}
+            stored = cache.part(
+                {**key, "measured": "counterfactuals"},
+                lambda part_NCHW=part_NCHW: search_counterfactuals(classifier, part_NCHW),
+            )
+            proofs.append(
+                cache.part(
+                    {**key, "measured": "references", "epsilons": list(epsilons)},
+                    lambda part_NCHW=part_NCHW: prove_with_references(classifier, part_NCHW, epsilons),
+                )
+            )
             # Predictions take no time, so they are repeated rather than stored.
             predictions.extend(classifier.predict(part_NCHW))
             counterfactuals.extend(
@@ -196,7 +219,63 @@ def _measure(
             )
             posted_back.append(stored["posted_back"])
             bar.update(len(part_NCHW))
-    return Measured(image_NCHW, label_N, predictions, counterfactuals, np.concatenate(posted_back))
+    proved = ReferenceProofs(
+        radius_N=np.concatenate([part["radius"] for part in proofs]),
+        steps_N=np.concatenate([part["steps"] for part in proofs]),
+        radius_at_epsilon={
+            epsilon: np.concatenate([part["radius_at_epsilon"][e] for part in proofs])
+            for e, epsilon in enumerate(epsilons)
+        },
+    )
+    return Measured(image_NCHW, label_N, predictions, counterfactuals, np.concatenate(posted_back), proved)
+
+
+def prove_with_references(classifier: Classifier, image_NCHW: np.ndarray, epsilons: Sequence[float]) -> Arrays:
+    """Return the radii of a part of the test set with reference images, as a client gets them.
+
+    Arrays: `radius` and `steps` (gradient passes) of the search for the largest radius, `radius_at_epsilon` (E, N) of
+    searches that end at epsilon.
+
+    Args:
+        classifier: as it is served.
+        image_NCHW: pixels in [0, 1].
+        epsilons: L2 radii that are wanted.
+    """
+    view, predictions, n = classifier.view(image_NCHW.shape[1:]), classifier.predict(image_NCHW), len(image_NCHW)
+    largest = find_references(
+        view,
+        image_NCHW,
+        class_id_N=np.array([prediction.class_id for prediction in predictions], np.int64),
+        logits_NK=np.array([prediction.logits_K for prediction in predictions]),
+        epsilon_N=np.zeros(n),
+        largest_N=np.ones(n, np.bool_),
+    )
+    return {
+        "radius": np.array([proof.radius for proof in largest]),
+        "steps": np.array([proof.steps for proof in largest], np.int64),
+        "radius_at_epsilon": np.array(
+            [
+                [
+                    prediction.radius
+                    for prediction in with_references(view, image_NCHW, predictions, [epsilon] * n, [False] * n)
+                ]
+                for epsilon in epsilons
+            ]
+        ).reshape(len(epsilons), n),
+    }
+
+
+def _refuse_refuted(measured: Measured) -> None:
+    """Raise `CertificateRefutedError` if a counterfactual of another class is inside the largest proved radius."""
+    for n in inside_largest_radius(measured)[:1].tolist():
+        raise CertificateRefutedError(
+            "the search for counterfactuals",
+            measured.image_NCHW[n],
+            measured.counterfactuals[n].pixels_CHW / 255,
+            measured.predictions[n].class_id,
+            measured.counterfactuals[n].class_id,
+            float(measured.proved.largest_N[n]),
+        )
 
 
 def search_counterfactuals(classifier: Classifier, image_NCHW: np.ndarray) -> Arrays:
@@ -286,27 +365,37 @@ def epsilons_of(card: Card) -> list[float]:
     ]
 
 
+def _earlier_attacks(card: Card, measured: Measured) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the results of earlier attacks in the card, and the indices of the attacked images.
+
+    They are about its graph, whose digest cannot change, and about evenly spaced images of the same test set; so the
+    shares that are certified with reference images are measured for these images, too.
+    """
+    found = {key: value for key, value in (card.evaluation or {}).items() if key in ("robust_accuracy", "tightness")}
+    shares = found.get("robust_accuracy", [])
+    attacked_M = evenly_spaced(shares[0]["n"] if shares else 0, len(measured.label_N), "the card")
+    right_M, largest_M = measured.right_N[attacked_M], measured.proved.largest_N[attacked_M]
+    if shares:
+        found["robust_accuracy"] = [
+            {**share, "certified_with_references": float((right_M & (largest_M > share["epsilon"])).mean())}
+            for share in shares
+        ]
+    return {**found, "attacks": card.attacks}, attacked_M
+
+
 def _update_card(folder: Path, results: dict[str, Any], attacks: list[dict[str, Any]], digest: str) -> None:
     card = read_card(folder)
     if card.graphs["model.onnx"] != digest:
         raise EvaluationError(f"{folder} changed while it was evaluated; evaluate it again")
     wanted = epsilons_of(card)
-    changes: dict[str, Any] = {
+    changes = {
         "accuracy": results["accuracy"],
         "certified_accuracy": [
-            CertifiedAccuracy(epsilon=entry["epsilon"], value=entry["value"], n=results["n"]).model_dump()
+            CertifiedAccuracy(**entry, n=results["n"]).model_dump()
             for entry in results["certified_accuracy"]
             if entry["epsilon"] in wanted
         ],
         "evaluation": results,
+        "attacks": attacks,
     }
-    if attacks:
-        changes["attacks"] = attacks
-    else:
-        # Results of earlier attacks on the same graph: the digest in a card cannot change.
-        earlier = card.evaluation or {}
-        changes["evaluation"] = {
-            **{key: earlier[key] for key in ("robust_accuracy", "tightness") if key in earlier},
-            **results,
-        }
     write_card(folder, Card.model_validate({**card.model_dump(), **changes}))

@@ -5,7 +5,7 @@ Axes: G images of a gallery, M attacked images, N images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from models.evaluation.summary import Measured, attacked_images
 from service.inference.classifier import Classifier
 
 GALLERY_IMAGES = 10
+FAST, BEST = "fast", "with reference images"
+"""Names of the two radii in tables."""
 
 
 def markdown_report(
     name: str,
     data_name: str,
-    results: dict[str, Any],
-    attacks: Sequence[AttackResult],
+    results: Mapping[str, Any],
+    pictures: Mapping[str, str],
     epsilons: Sequence[float],
 ) -> str:
     """Return the report: tables, and links to the figures.
@@ -31,22 +33,42 @@ def markdown_report(
     Args:
         name: of the artefact.
         data_name: of the data set.
-        results: of `summarise` and `summarise_attacks`, with environment, provider, digest and code version.
-        attacks: results of the attacks, their union last; empty without attacks.
+        results: of `summarise` and `summarise_attacks`, with environment, provider, digest, code version and the
+            entries of `attacks`.
+        pictures: of `draw_figures`.
         epsilons: L2 radii of the tables, pixels in [0, 1].
     """
     found, made = results["counterfactuals"], results["environment"]
-    certified = {entry["epsilon"]: entry["value"] for entry in results["certified_accuracy"]}
+    certified = {entry["epsilon"]: entry for entry in results["certified_accuracy"]}
+    best = results["with_references"]
+    both = [
+        *(
+            (
+                f"certified accuracy at {epsilon:g}",
+                f"{certified[epsilon]['value']:.2%}",
+                f"{certified[epsilon]['with_references']:.2%}",
+            )
+            for epsilon in epsilons
+        ),
+        ("median radius", f"{results['median_radius']:.4f}", f"{best['median_radius']:.4f}"),
+        (
+            "counterfactuals of another class nearer than the radius",
+            str(found["nearer_than_radius"]),
+            str(found["nearer_than_radius_with_references"]),
+        ),
+        (
+            "median radius / distance of the counterfactual",
+            f"{found['median_radius_over_distance']:.3f}",
+            f"{best['median_radius_over_distance']:.3f}",
+        ),
+        ("mean gradient passes of the proof", "0", f"{best['mean_gradient_passes']:.2f}"),
+    ]
     rows = [
         ("clean accuracy", f"{results['accuracy']:.2%}"),
-        *((f"certified accuracy at {epsilon:g}", f"{certified[epsilon]:.2%}") for epsilon in epsilons),
-        ("median radius", f"{results['median_radius']:.4f}"),
         ("counterfactuals that reach another class", f"{found['reached']:.2%}"),
-        ("counterfactuals nearer than the radius", str(found["nearer_than_radius"])),
         ("counterfactuals with another class when posted back", str(found["other_class_when_posted_back"])),
         ("median counterfactual distance", f"{found['median_distance']:.4f}"),
-        ("median radius / distance", f"{found['median_radius_over_distance']:.3f}"),
-        ("mean gradient steps", f"{found['mean_steps']:.2f}"),
+        ("mean gradient steps of a counterfactual", f"{found['mean_steps']:.2f}"),
     ]
     lines = [
         f"# Evaluation of `{name}`",
@@ -58,54 +80,93 @@ def markdown_report(
         "| | |",
         "|---|---|",
         *(f"| {quantity} | {value} |" for quantity, value in rows),
+        "",
+        "Two radii: proved at the image as sent (`proof=fast`), and at reference images, too (`proof=best`). The "
+        "second alone uses that pixels end at 0 and 1. Its certified accuracy is that of answers with this `epsilon`; "
+        "the other rows are about the largest radius found.",
+        "",
+        f"| | {FAST} | {BEST} |",
+        "|---|---|---|",
+        *(f"| {quantity} | {value} | {larger} |" for quantity, value, larger in both),
     ]
-    pictures = [
-        ("certified accuracy and robust accuracy", "certified_accuracy.png"),
-        ("certified radii", "radii.png"),
-        *([("tightness", "tightness.png")] if attacks else []),
-        ("counterfactuals", "counterfactuals.png"),
-        ("saliency", "saliency.png"),
-    ]
-    if attacks:
-        lines += _attack_tables(results, attacks, epsilons)
-    for title, file in pictures:
+    if results["attacks"]:
+        lines += _attack_table(results["attacks"])
+    if results["attacks"] and "robust_accuracy" in results:
+        lines += _shares_and_tightness(results, epsilons)
+    for title, file in pictures.items():
         lines += ["", f"![{title}]({file})"]
     return "\n".join([*lines, ""])
 
 
-def _attack_tables(results: dict[str, Any], attacks: Sequence[AttackResult], epsilons: Sequence[float]) -> list[str]:
-    n = len(attacks[-1].distance_N)
+def _attack_table(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = {attack["name"] for attack in attacks}
+    compared = "with_references" in attacks[-1]
+    sample = f"n = {attacks[-1]['n']}{', evenly spaced in the test set' if 'union' in names else ''}"
+    refutation = (
+        "strictly inside the radius with reference images (compared in exact rational arithmetic)"
+        if compared
+        else f"inside {attacks[-1]['inside']:g} of the fast radius; they were run before there was a larger one"
+    )
+    notes = [
+        "Distances are those of the nearest image of another class that was found.",
+        *(["FGSM and PGD ascend the margin."] if "FGSM" in names else []),
+        *(
+            ["AutoAttack is APGD (cross-entropy and, of three classes or more, logit ratio) and Square."]
+            if "AutoAttack" in names
+            else []
+        ),
+    ]
+    titles = ["attack", "library", "flipped", "median distance"]
+    for name in (FAST, BEST) if compared else (FAST,):
+        titles += [f"median radius, {name}", "radius / distance"]
+    return [
+        "",
+        f"Attacks on the served graphs, {sample}. None found an image of another class {refutation}. {' '.join(notes)}",
+        "",
+        f"| {' | '.join(titles)} |",
+        "|" + "---|" * len(titles),
+        *(f"| {' | '.join(_attack_row(attack, compared=compared))} |" for attack in attacks),
+    ]
+
+
+def _attack_row(attack: Mapping[str, Any], *, compared: bool) -> list[str]:
+    return [
+        attack["name"],
+        attack["library"],
+        f"{attack['flipped_at_any_distance']} of {attack['n']}",
+        _number(attack["median_distance"]),
+        *(
+            _number(radii.get(name))
+            for radii in ((attack, attack["with_references"]) if compared else (attack,))
+            for name in ("median_radius", "median_radius_over_distance")
+        ),
+    ]
+
+
+def _shares_and_tightness(results: Mapping[str, Any], epsilons: Sequence[float]) -> list[str]:
     tight = results["tightness"]
     shares = {entry["epsilon"]: entry for entry in results["robust_accuracy"]}
     return [
         "",
-        f"Attacks on the served graphs, n = {n}, evenly spaced in the test set. None found an image of another class "
-        "strictly inside the certified radius (compared in exact rational arithmetic). Distances are those of the "
-        "nearest image of another class that was found; FGSM and PGD ascend the margin; AutoAttack is APGD "
-        "(cross-entropy and, of three classes or more, logit ratio) and Square.",
-        "",
-        "| attack | library | flipped | median distance | median radius | median radius / distance |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {attack.name} | {attack.library} | {attack.flipped} of {len(attack.distance_N)} | "
-            f"{_number(attack.median_distance)} | {_number(float(np.median(attack.radius_N)))} | "
-            f"{_number(attack.median_radius_over_distance)} |"
-            for attack in attacks
-        ),
-        "",
         "Of the attacked images:",
         "",
-        "| epsilon | certified | robust under all attacks | neither proved nor flipped |",
-        "|---|---|---|---|",
+        f"| epsilon | certified, {FAST} | certified, {BEST} | robust under all attacks | neither proved nor flipped |",
+        "|---|---|---|---|---|",
         *(
-            f"| {epsilon:g} | {shares[epsilon]['certified']:.2%} | {shares[epsilon]['under_attack']:.2%} | "
-            f"{shares[epsilon]['under_attack'] - shares[epsilon]['certified']:.2%} |"
-            for epsilon in epsilons
+            f"| {epsilon:g} | {share['certified']:.2%} | {_percent(share.get('certified_with_references'))} | "
+            f"{share['under_attack']:.2%} | "
+            f"{share['under_attack'] - share.get('certified_with_references', share['certified']):.2%} |"
+            for epsilon, share in ((epsilon, shares[epsilon]) for epsilon in epsilons if epsilon in shares)
         ),
         "",
-        f"Tightness, radius / distance of the nearest attack, n = {tight['n']}: median {_number(tight['median'])}; "
-        + "; ".join(f"{float(share):.0%} {value:.3f}" for share, value in tight["quantiles"].items())
-        + ".",
+        f"Tightness, radius / distance of the nearest attack, n = {tight['n']}:",
+        "",
+        *(
+            f"* {name}: median {_number(one['median'])}"
+            + "".join(f"; {float(share):.0%} {value:.3f}" for share, value in one["quantiles"].items())
+            for name, one in ((FAST, tight), (BEST, tight.get("with_references")))
+            if one is not None
+        ),
     ]
 
 
@@ -113,34 +174,64 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
 def draw_figures(
     classifier: Classifier,
     measured: Measured,
     attacked_M: np.ndarray,
     attacks: Sequence[AttackResult],
+    earlier: Sequence[Mapping[str, Any]],
     epsilons: Sequence[float],
     folder: Path,
-) -> None:
-    """Write the figures of the report, as PNG files, to a folder.
+) -> dict[str, str]:
+    """Write the figures of the report, as PNG files, to a folder; return file names by title.
 
     Args:
         classifier: as it is served.
         measured: answers about the test set.
-        attacked_M: indices of the attacked images.
+        attacked_M: indices of the attacked images, of earlier attacks where there are no others.
         attacks: results of the attacks, their union last; empty without attacks.
+        earlier: `robust_accuracy` of an earlier evaluation, drawn where there are no attacks.
         epsilons: L2 radii to be marked, pixels in [0, 1].
         folder: of the report.
     """
-    radius_N = np.array([prediction.radius for prediction in measured.predictions])
-    right_N = np.array([prediction.class_id for prediction in measured.predictions]) == measured.label_N
+    proved = figures.Proved(measured.right_N, measured.radius_N, measured.proved.radius_N)
     known = attacked_images(measured, attacked_M, attacks[-1]) if attacks else None
-    figures.plot_certified_accuracy(right_N, radius_N, known, epsilons, folder / "certified_accuracy.png")
-    figures.plot_radii(right_N, radius_N, folder / "radii.png")
+    before = _earlier_attacks(measured, attacked_M, earlier) if earlier else None
+    figures.plot_certified_accuracy(proved, known or before, epsilons, folder / "certified_accuracy.png")
+    figures.plot_radii(proved, folder / "radii.png")
     if known is not None:
         figures.plot_tightness(known, folder / "tightness.png")
     panels = _panels(classifier, measured)
     figures.plot_counterfactuals(panels, folder / "counterfactuals.png")
     figures.plot_saliency(panels, folder / "saliency.png")
+    return {
+        "certified accuracy and robust accuracy": "certified_accuracy.png",
+        "certified radii": "radii.png",
+        # Without attacks the figure of an earlier evaluation stays, as its results do.
+        **(
+            {"tightness": "tightness.png"}
+            if known is not None or (earlier and (folder / "tightness.png").exists())
+            else {}
+        ),
+        "counterfactuals": "counterfactuals.png",
+        "saliency": "saliency.png",
+    }
+
+
+def _earlier_attacks(
+    measured: Measured, attacked_M: np.ndarray, shares: Sequence[Mapping[str, Any]]
+) -> figures.EarlierAttacks:
+    return figures.EarlierAttacks(
+        right_N=measured.right_N[attacked_M],
+        radius_N=measured.radius_N[attacked_M],
+        best_N=measured.proved.largest_N[attacked_M],
+        epsilon_E=np.array([entry["epsilon"] for entry in shares]),
+        share_E=np.array([entry["under_attack"] for entry in shares]),
+    )
 
 
 def _panels(classifier: Classifier, measured: Measured) -> list[figures.Panel]:
@@ -156,6 +247,7 @@ def _panels(classifier: Classifier, measured: Measured) -> list[figures.Panel]:
             image_CHW=measured.image_NCHW[n],
             label=classifier.labels[measured.predictions[n].class_id],
             radius=measured.predictions[n].radius,
+            best=float(measured.proved.radius_N[n]),
             other_CHW=measured.counterfactuals[n].pixels_CHW / 255,
             other_label=classifier.labels[measured.counterfactuals[n].class_id],
             distance=measured.counterfactuals[n].distance,

@@ -49,6 +49,10 @@ class CertifiedAccuracy(_Contract):
     epsilon: float = Field(ge=0.0)
     """L2 radius, pixels in [0, 1]."""
     value: Share
+    """With the radius that is proved at the image as sent alone (`proof=fast`)."""
+    with_references: Share | None = None
+    """With the radius that is proved at reference images, too (`proof=best` and this epsilon), which uses that pixels
+    end at 0 and 1; null where it was not measured."""
     n: PositiveInt
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from service.certificate.rules.table import RULES
 from service.evidence.intervals import clopper_pearson
 from service.evidence.record import Node, NormCertificate, OperatingDomain, Statement
 from service.network.operators import Constant, Operator
+
+Proof = Literal["fast", "best"]
 
 _PAGE = "docs/soundness.md, Lipschitz bounds"
 
@@ -57,31 +60,37 @@ def operating_domain(card: Card) -> OperatingDomain:
     """Return the shares of the card with confidence intervals."""
     data = card.data
     n_test = _count((card.evaluation or {}).get("n")) or _count(data.get("n_test"))
-    shares: list[tuple[float | None, float, int | None]] = []
+    shares: list[tuple[float | None, Proof | None, float, int | None]] = []
     if card.accuracy is not None:
-        shares.append(
-            (None, card.accuracy, n_test or (card.certified_accuracy[0].n if card.certified_accuracy else None))
-        )
-    shares += [(one.epsilon, one.value, one.n) for one in card.certified_accuracy]
+        n_certified = card.certified_accuracy[0].n if card.certified_accuracy else None
+        shares.append((None, None, card.accuracy, n_test or n_certified))
+    for one in card.certified_accuracy:
+        shares.append((one.epsilon, "fast", one.value, one.n))
+        if one.with_references is not None:
+            shares.append((one.epsilon, "best", one.with_references, one.n))
     statements: list[Statement] = []
     missing: list[str] = []
-    for epsilon, share, n in shares:
+    for epsilon, proof, share, n in shares:
         title = "accuracy" if epsilon is None else f"certified accuracy at {epsilon:g}"
+        title += ", with reference images" if proof == "best" else ""
         if n is None or abs(round(share * n) / n - share) > 1e-9:
             missing.append(f"{title}: the card states {share!r} of {n} images, which is no count")
         else:
-            statements.append(_statement(epsilon, round(share * n), n))
+            statements.append(_statement(epsilon, proof, round(share * n), n))
     origin = ", ".join(str(data[name]) for name in ("name", "source") if data.get(name)) or "the card names no data set"
     return OperatingDomain(data=origin, confidence=0.95, statements=statements, without_interval=missing)
 
 
-def _statement(epsilon: float | None, successes: int, n: int) -> Statement:
+def _statement(epsilon: float | None, proof: Proof | None, successes: int, n: int) -> Statement:
     low, high = clopper_pearson(successes, n)
     event = "is classified right"
     if epsilon is not None:
         event += f", with a class that is proved for every image closer than {epsilon:.6g} in L2"
+    if proof == "best":
+        event += ", at reference images (`proof=best`),"
     return Statement(
         epsilon=epsilon,
+        proof=proof,
         successes=successes,
         n=n,
         share=successes / n,

@@ -223,7 +223,9 @@ def _domain(evidence: Evidence) -> str:
     domain = evidence.operating_domain
     rows = [
         [
-            "accuracy" if one.epsilon is None else f"certified at {one.epsilon:.6g}",
+            "accuracy"
+            if one.epsilon is None
+            else f"certified at {one.epsilon:.6g}{', with reference images' if one.proof == 'best' else ''}",
             f"{one.successes} of {one.n}",
             f"{one.share:.4f}",
             f"{_lower(one.low, 4)} to {_upper(one.high, 4)}",

@@ -111,6 +111,8 @@ class Statement(_Member):
 
     epsilon: Bound | None
     """L2 radius of certified accuracy; null for accuracy."""
+    proof: Literal["fast", "best"] | None
+    """Option `proof` of the answers that are counted: `best` uses reference images; null for accuracy."""
     successes: int
     n: PositiveInt
     share: Share

@@ -71,6 +71,17 @@ def test_generated_table_is_up_to_date(generator: ModuleType, name: str) -> None
     assert generator.block(README, name) == getattr(generator, f"{name}_block")(), "run `make readme`"
 
 
+def test_table_of_models_has_both_shares_of_each_radius_and_says_which_uses_the_box() -> None:
+    title, *rows = [line for line in README.splitlines() if "`proof=fast` |" in line or line.startswith("| `")]
+    assert "| certified accuracy, `proof=fast` | certified accuracy, `proof=best` (uses the box) |" in title
+    cells = {row.split("`")[1]: row.split(" | ") for row in rows}
+    for path in (ROOT / "models" / "zoo").glob("*/card.json"):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        for column, key in ((3, "value"), (4, "with_references")):
+            shares = [f"{one[key]:.2%} at {one['epsilon']:.4g}" for one in card["certified_accuracy"] if key in one]
+            assert cells[card["name"]][column] == ("<br>".join(shares) or "-")
+
+
 def test_every_setting_is_in_the_readme() -> None:
     assert [name for name in variable_names() if f"| `{name}` |" not in README] == []
     assert set(re.findall(r"\bLIPCERT_[A-Z_]*[A-Z]\b", README)) <= set(variable_names())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from models.evaluation.attacks import (  # noqa: E402
     union,
 )
 from models.evaluation.libraries import ServedModel  # noqa: E402
+from models.evaluation.measure import prove_with_references  # noqa: E402
 from models.evaluation.partial import PartialResults  # noqa: E402
 from service.inference.classifier import Classifier  # noqa: E402
 from service.pixels.distances import distance  # noqa: E402
@@ -40,6 +42,15 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def images(n: int, shape: tuple[int, int, int] = (1, 4, 4)) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, *shape)) / 255
+
+
+def attack_all(classifier: Classifier, image: np.ndarray, **options: Any) -> list[AttackResult]:
+    """Attack with the largest proved radii, as the evaluation does."""
+    return run_attacks(classifier, image, best_radii(classifier, image), progress=False, **options)
+
+
+def best_radii(classifier: Classifier, image: np.ndarray) -> np.ndarray:
+    return prove_with_references(classifier, image, [])["radius"]
 
 
 def plane() -> Classifier:
@@ -68,17 +79,18 @@ def test_served_model_of_one_output_has_two_logits() -> None:
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 4, 6)])
 def test_every_attack_runs_and_finds_nothing_inside(n_outputs: int, shape: tuple[int, int, int]) -> None:
     classifier = load(random_groupsort(2, shape, n_outputs=n_outputs))
-    results = run_attacks(classifier, images(6, shape), progress=False)
+    results = attack_all(classifier, images(6, shape))
     assert [result.name for result in results] == ["FGSM", "DeepFool", "PGD", "Carlini-Wagner", "AutoAttack"]
     for result in results:
         assert result.distance_N.shape == (6,)
-        assert (result.distance_N >= result.radius_N).all()
+        assert (result.distance_N >= result.best_N).all()
+        assert (result.best_N >= result.radius_N).all()
         assert result.as_card_entry()["successes"] == 0
     assert np.isfinite(union(results).distance_N).any()
 
 
 def test_images_too_small_for_square_are_attacked_by_the_rest() -> None:
-    results = run_attacks(load(random_groupsort(0, (1, 3, 3))), images(3, (1, 3, 3)), progress=False)
+    results = attack_all(load(random_groupsort(0, (1, 3, 3))), images(3, (1, 3, 3)))
     assert all((result.distance_N >= result.radius_N).all() for result in results)
 
 
@@ -86,7 +98,7 @@ def test_every_attack_finds_the_plane_at_its_distance() -> None:
     classifier = plane()
     image = 0.45 + 0.1 * images(5)
     distance = np.abs(image.sum(axis=(1, 2, 3)) - 8) / 4
-    for result in run_attacks(classifier, image, progress=False):
+    for result in attack_all(classifier, image):
         # Few steps from a random start do not end at the nearest point of the plane.
         slack = 1.5 if result.name in ("PGD", "AutoAttack") else 1.05
         assert (result.distance_N >= distance * (1 - 1e-9)).all()
@@ -95,11 +107,12 @@ def test_every_attack_finds_the_plane_at_its_distance() -> None:
 
 def test_union_takes_the_nearest_of_each_image() -> None:
     radius = np.array([1.0, 1.0, 1.0])
-    first = AttackResult("first", "", {}, np.array([2.0, np.inf, np.inf]), radius)
-    second = AttackResult("second", "", {}, np.array([3.0, 4.0, np.inf]), radius)
+    first = AttackResult("first", "", {}, np.array([2.0, np.inf, np.inf]), radius, 1.5 * radius)
+    second = AttackResult("second", "", {}, np.array([3.0, 4.0, np.inf]), radius, 1.5 * radius)
     both = union([first, second])
     assert both.distance_N.tolist() == [2.0, 4.0, np.inf]
     assert (both.flipped, both.median_distance, both.median_radius_over_distance) == (2, 3.0, 0.375)
+    assert both.as_card_entry()["with_references"] == {"median_radius": 1.5, "median_radius_over_distance": 0.5625}
     assert union([replace(first, distance_N=np.full(3, np.inf))]).median_distance is None
 
 
@@ -152,13 +165,24 @@ def test_parts_that_are_kept_are_not_attacked_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(attacks, "ATTACKS", {"DeepFool": attacks.ATTACKS["DeepFool"]})
     monkeypatch.setattr(attacks, "BATCH", 3)
     classifier, cache = load(random_groupsort(0)), PartialResults(tmp_path)
-    (first,) = run_attacks(classifier, images(6), cache=cache, progress=False)
+    (first,) = attack_all(classifier, images(6), cache=cache)
     assert cache.count() == 2
     with monkeypatch.context() as patch:
         patch.setattr(attacks.AttackedBatch, "attack", lambda *_: pytest.fail("the part was kept"))
-        (second,) = run_attacks(classifier, images(6), cache=cache, progress=False)
+        (second,) = attack_all(classifier, images(6), cache=cache)
         assert second.distance_N.tolist() == first.distance_N.tolist()
         with pytest.raises(pytest.fail.Exception):
-            run_attacks(load(random_groupsort(1)), images(6), cache=cache, progress=False)
+            attack_all(load(random_groupsort(1)), images(6), cache=cache)
         with pytest.raises(pytest.fail.Exception):
-            run_attacks(classifier, images(6), cache=cache, progress=False, seed=1)
+            attack_all(classifier, images(6), cache=cache, seed=1)
+        with pytest.raises(pytest.fail.Exception):
+            run_attacks(classifier, images(6), np.zeros(6), cache=cache, progress=False)
+
+
+def test_find_inside_the_radius_with_reference_images_alone_is_an_error() -> None:
+    """A larger radius that is false must be refuted, although the fast one holds."""
+    classifier, image = plane(), np.full((1, 1, 4, 4), 0.6)
+    _, radii = classifier.classify(image)
+    assert radii.radius_N == pytest.approx(0.4)
+    with pytest.raises(CertificateRefutedError, match=r"certified radius is 0\.5"):
+        run_attacks(classifier, image, np.array([0.5]), progress=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,15 @@ from models.evaluation.attacks import AttackResult, CertificateRefutedError  # n
 from models.evaluation.measure import EvaluationError, EvaluationInterrupted, evaluate  # noqa: E402
 from models.evaluation.summary import (  # noqa: E402
     Measured,
+    ReferenceProofs,
     count_nearer_than_radius,
+    inside_largest_radius,
     summarise,
     summarise_attacks,
 )
 from models.recipes import DataOptions  # noqa: E402
 from service.artefact.card import read_card, write_artefact  # noqa: E402
+from service.inference.classifier import with_references  # noqa: E402
 
 EPSILONS = [0.1, 0.3]
 
@@ -66,12 +70,15 @@ def test_evaluation_writes_report_and_card(artefact: Path) -> None:
     assert card.accuracy == card.evaluation["accuracy"]
     assert [entry.epsilon for entry in card.certified_accuracy] == EPSILONS
     assert {entry.n for entry in card.certified_accuracy} == {12}
+    assert all(entry.with_references >= entry.value for entry in card.certified_accuracy)  # type: ignore[operator]
+    assert card.evaluation["with_references"]["median_radius"] >= card.evaluation["median_radius"]
     assert [entry["name"] for entry in card.attacks] == ["DeepFool", "PGD", "union"]
     assert all(entry["n"] == 4 for entry in card.attacks)
     assert 0 < card.evaluation["tightness"]["median"] <= 1
     assert set(card.evaluation["tightness"]["quantiles"]) == {"0.05", "0.25", "0.5", "0.75", "0.95"}
     assert all(entry["successes"] == 0 for entry in card.attacks)
     assert card.evaluation["counterfactuals"]["nearer_than_radius"] == 0
+    assert card.evaluation["counterfactuals"]["nearer_than_radius_with_references"] == 0
     assert card.evaluation["counterfactuals"]["other_class_when_posted_back"] == 0
     report = artefact / "report"
     assert json.loads((report / "evaluation.json").read_text())["n"] == 12
@@ -99,6 +106,33 @@ def test_evaluation_without_attacks_keeps_those_of_the_card(artefact: Path) -> N
     assert after.evaluation is not None
     assert after.attacks == before.attacks
     assert after.evaluation["tightness"] == before.evaluation["tightness"]
+    report = artefact / "report"
+    assert json.loads((report / "evaluation.json").read_text())["attacks"] == before.attacks
+    assert "| union | all of the above |" in (report / "evaluation.md").read_text()
+    assert "(tightness.png)" in (report / "evaluation.md").read_text()
+
+
+def test_card_of_an_evaluation_with_one_radius_is_read_and_its_attacks_are_reported(artefact: Path) -> None:
+    evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
+    before = read_card(artefact)
+    assert before.evaluation is not None
+    card = json.loads((artefact / "card.json").read_text())
+    for entry in card["certified_accuracy"]:
+        del entry["with_references"]
+    for attack in card["attacks"]:
+        del attack["with_references"]
+    for share in card["evaluation"]["robust_accuracy"]:
+        del share["certified_with_references"]
+    del card["evaluation"]["with_references"], card["evaluation"]["tightness"]["with_references"]
+    (artefact / "card.json").write_text(json.dumps(card))
+    assert {entry.with_references for entry in read_card(artefact).certified_accuracy} == {None}
+    text = evaluate(artefact, Path("unused"), attacks=False, provider="cpu")
+    after = read_card(artefact)
+    assert after.evaluation is not None
+    assert after.evaluation["robust_accuracy"] == before.evaluation["robust_accuracy"]
+    assert after.attacks == card["attacks"]
+    assert all(entry.with_references is not None for entry in after.certified_accuracy)
+    assert "of the fast radius; they were run before there was a larger one" in text
 
 
 def test_interrupted_evaluation_goes_on_where_it_stopped(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,11 +149,12 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(artefact: Path, monkeyp
 
     monkeypatch.setattr(attacks.AttackedBatch, "attack", interrupted)
     before = read_card(artefact)
-    with pytest.raises(EvaluationInterrupted, match=r"2 parts are stored in .*same command again"):
+    with pytest.raises(EvaluationInterrupted, match=r"3 parts are stored in .*same command again"):
         evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
     assert read_card(artefact) == before
     monkeypatch.setattr(attacks.AttackedBatch, "attack", counted)
     monkeypatch.setattr(evaluation, "search_counterfactuals", lambda *_: pytest.fail("the counterfactuals were kept"))
+    monkeypatch.setattr(evaluation, "prove_with_references", lambda *_: pytest.fail("the radii were kept"))
     evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
     assert ran == ["PGD"]
 
@@ -236,7 +271,10 @@ def _measured() -> Measured:
     predictions = classifier.predict(image)
     counterfactuals = classifier.counterfactual(image, predictions, [None] * len(image))
     back = np.array([answer.class_id for answer in counterfactuals])
-    return Measured(image, np.array([p.class_id for p in predictions]), predictions, counterfactuals, back)
+    found = evaluation.prove_with_references(classifier, image, EPSILONS)
+    at = dict(zip(EPSILONS, found["radius_at_epsilon"], strict=True))
+    proved = ReferenceProofs(found["radius"], found["steps"], at)
+    return Measured(image, np.array([p.class_id for p in predictions]), predictions, counterfactuals, back, proved)
 
 
 def test_figures_are_those_of_the_answers() -> None:
@@ -263,12 +301,66 @@ def test_counterfactual_nearer_than_the_radius_is_counted() -> None:
         assert count_nearer_than_radius(forged) == 1
 
 
+def test_certified_accuracy_with_reference_images_is_that_of_answers_with_this_epsilon() -> None:
+    measured = _measured()
+    at = {0.1: np.array([0.2, 0.2, 0.0, 0.1, 0.3, 0.3])}
+    proved = replace(measured.proved, radius_N=np.full(6, 0.4), radius_at_epsilon=at)
+    wrong = np.where(np.arange(6) == 5, measured.label_N + 1, measured.label_N)
+    figures = summarise(replace(measured, label_N=wrong, proved=proved), [0.1, 0.3, 0.4])
+    shares = [entry["with_references"] for entry in figures["certified_accuracy"]]
+    assert shares == [pytest.approx(3 / 6), pytest.approx(5 / 6), 0.0]
+    assert figures["with_references"]["median_radius"] == 0.4
+
+
+def test_radii_with_reference_images_are_those_of_the_answers() -> None:
+    classifier, measured = load(random_groupsort(0)), _measured()
+    view, n = classifier.view((1, 4, 4)), len(measured.predictions)
+    for epsilon, largest, radius_N in (
+        (None, True, measured.proved.radius_N),
+        (0.3, False, measured.proved.radius_at_epsilon[0.3]),
+    ):
+        answers = with_references(view, measured.image_NCHW, measured.predictions, [epsilon] * n, [largest] * n)
+        assert radius_N.tolist() == [answer.radius for answer in answers]
+    assert (measured.proved.radius_N >= measured.radius_N).all()
+    assert measured.proved.steps_N.sum() > 0
+
+
+def test_counterfactual_of_another_class_inside_the_larger_radius_refutes_it() -> None:
+    measured = _measured()
+    assert inside_largest_radius(measured).tolist() == []
+    far = np.array([answer.distance for answer in measured.counterfactuals]) * (np.arange(6) == 2) * 1.01
+    forged = replace(measured, proved=replace(measured.proved, radius_N=far))
+    assert inside_largest_radius(forged).tolist() == [2]
+    same_class = replace(measured.counterfactuals[2], class_id=measured.predictions[2].class_id)
+    unreached = replace(
+        forged, counterfactuals=[*measured.counterfactuals[:2], same_class, *measured.counterfactuals[3:]]
+    )
+    assert inside_largest_radius(unreached).tolist() == []
+
+
+def test_evaluation_with_a_refuting_counterfactual_writes_no_report(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prove = evaluation.prove_with_references
+
+    def larger(*arguments: Any) -> dict[str, np.ndarray]:
+        found = prove(*arguments)
+        return {**found, "radius": found["radius"] + 9.0}
+
+    monkeypatch.setattr(evaluation, "prove_with_references", larger)
+    with pytest.raises(EvaluationError, match="REFUTED: the search for counterfactuals found"):
+        evaluate(artefact, Path("unused"), attacks=False, provider="cpu")
+    assert (artefact / "report" / "refuted.npz").exists()
+    assert not (artefact / "report" / "evaluation.md").exists()
+
+
 def test_robust_accuracy_lies_above_certified_accuracy_and_tightness_is_the_quotient() -> None:
     measured = _measured()
     radius = np.array([prediction.radius for prediction in measured.predictions])
     chosen = np.array([0, 2, 4, 5])
     distance = np.array([2.0, 4.0, np.inf, 1.0]) * radius[chosen]
-    nearest = AttackResult("union", "", {}, distance, radius[chosen])
+    best = measured.proved.radius_N[chosen]
+    nearest = AttackResult("union", "", {}, distance, radius[chosen], best)
     between = float(1.5 * radius[chosen[0]])
     figures = summarise_attacks(measured, chosen, nearest, [0.0, between, 1e9])
     assert [entry["certified"] for entry in figures["robust_accuracy"]] == [
@@ -279,15 +371,27 @@ def test_robust_accuracy_lies_above_certified_accuracy_and_tightness_is_the_quot
     assert [entry["under_attack"] for entry in figures["robust_accuracy"]] == [1.0, np.mean(distance > between), 0.25]
     assert figures["tightness"]["n"] == 3
     assert figures["tightness"]["median"] == pytest.approx(0.5)
+    assert figures["tightness"]["with_references"]["median"] == np.median((best / distance)[np.isfinite(distance)])
+    assert [entry["certified_with_references"] for entry in figures["robust_accuracy"]] == [
+        1.0,
+        np.mean(best > between),
+        0.0,
+    ]
 
 
 def test_wrong_answer_is_robust_at_no_epsilon() -> None:
     measured = _measured()
     wrong = replace(measured, label_N=(measured.label_N + 1) % 3)
     radius = np.array([prediction.radius for prediction in measured.predictions])
-    nearest = AttackResult("union", "", {}, np.full(6, np.inf), radius)
+    nearest = AttackResult("union", "", {}, np.full(6, np.inf), radius, radius)
     (entry,) = summarise_attacks(wrong, np.arange(6), nearest, [0.0])["robust_accuracy"]
-    assert entry == {"epsilon": 0.0, "certified": 0.0, "under_attack": 0.0, "n": 6}
+    assert entry == {
+        "epsilon": 0.0,
+        "certified": 0.0,
+        "certified_with_references": 0.0,
+        "under_attack": 0.0,
+        "n": 6,
+    }
 
 
 def test_partial_results_depend_on_the_sources_of_the_service_and_of_the_evaluation() -> None:

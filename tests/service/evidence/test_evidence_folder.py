@@ -34,7 +34,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         update={
             "accuracy": 0.9,
             "labels": ["a", "<b>", "c & d"],
-            "certified_accuracy": [CertifiedAccuracy(epsilon=0.5, value=0.65, n=20)],
+            "certified_accuracy": [CertifiedAccuracy(epsilon=0.5, value=0.65, with_references=0.7, n=20)],
         }
     )
     write_artefact(folder, card, graphs.model)
@@ -154,7 +154,15 @@ def test_a_share_without_a_number_of_images_has_no_interval(files: dict[str, byt
     assert domain.statements == []
     assert domain.without_interval == ["accuracy: the card states 0.9 of None images, which is no count"]
     stated = json.loads(files["evidence.json"])["operating_domain"]["statements"]
-    assert [(one["epsilon"], one["successes"], one["n"]) for one in stated] == [(None, 18, 20), (0.5, 13, 20)]
+    assert [(one["epsilon"], one["proof"], one["successes"], one["n"]) for one in stated] == [
+        (None, None, 18, 20),
+        (0.5, "fast", 13, 20),
+        (0.5, "best", 14, 20),
+    ]
+    assert (
+        "for every image closer than 0.5 in L2, at reference images (`proof=best`), with a prob"
+        in stated[2]["statement"]
+    )
 
 
 def test_assumptions_are_those_of_the_soundness_page_and_their_tests_exist() -> None:
