@@ -16,6 +16,7 @@ COMMANDS = {
     "certify": "prove bounds of an ONNX file, as `python -m service.certificate`",
     "import": "make an artefact of an ONNX file, as `python -m service import`",
     "train": "train, export and measure a recipe, as `python -m models train`",
+    "calibrate": "calibrate certified sets and decisions, as `python -m models calibrate`",
     "evaluate": "measure and attack an artefact, as `python -m models evaluate`",
 }
 
@@ -44,10 +45,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from service.certificate.__main__ import main as certify
 
         return certify(arguments, "lipcert certify")
-    if command in ("train", "evaluate"):
-        from models.__main__ import main as train_or_evaluate
+    if command in ("train", "calibrate", "evaluate"):
+        from models.__main__ import main as models
 
-        return train_or_evaluate([command, *arguments], "lipcert")
+        return models([command, *arguments], "lipcert")
     from service.__main__ import main as service
 
     return service([command, *arguments], "lipcert")

@@ -17,14 +17,14 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from models.data.datasets import load_dataset, options_of
-from models.data.labelled import DataError
+from models.data.labelled import DataError, LabelledImages
 from models.evaluation import attacks as attacking
 from models.evaluation.attacks import AttackResult, AttacksMissingError, CertificateRefutedError
 from models.evaluation.partial import Arrays, PartialResults, digest_of
@@ -246,7 +246,22 @@ def _versions() -> dict[str, Any]:
 
 
 def _test_images(classifier: Classifier, data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and labels of the test set that the card names."""
+    found = labelled_images(classifier, data, "test")
+    return found.pixels(torch.float64).numpy(), found.labels_N.numpy()
+
+
+def labelled_images(classifier: Classifier, data: Path, part: Literal["train", "test"]) -> LabelledImages:
+    """Return the training or the test set that the card of a model names.
+
+    Args:
+        classifier: as it is served.
+        data: folder of the data set.
+        part: which of both.
+
+    Raises:
+        EvaluationError: the images are not those of the card, or the model does not take them.
+        DataError: the files are missing or unusable.
+    """
     card = classifier.card
     try:
         options = options_of(card.data, list(classifier.labels))
@@ -257,20 +272,21 @@ def _test_images(classifier: Classifier, data: Path) -> tuple[np.ndarray, np.nda
             f"{classifier.name} has the classes {', '.join(classifier.labels)}, its data.options "
             f"{', '.join(options.classes or ['all'])}; correct the card, or train again"
         )
-    found = load_dataset(options, data, test_only=True)
-    stated, actual = (block.get("digest", {}).get("test") for block in (card.data, found.card))
+    found = load_dataset(options, data, test_only=part == "test")
+    stated, actual = (block.get("digest", {}).get(part) for block in (card.data, found.card))
     if stated != actual:
         raise EvaluationError(
-            f"the test images under {data} are not those that {classifier.name} was measured on (digest {actual}, the "
-            f"card states {stated}), and some may have been trained on: give the folder as it was, or train again"
+            f"the {part} images under {data} are not those that {classifier.name} was measured on (digest {actual}, "
+            f"the card states {stated}), and some may have been trained on: give the folder as it was, or train again"
         )
-    image_NCHW = found.test.pixels(torch.float64).numpy()
-    if image_NCHW.shape[1:] != classifier.input_shape:
+    images = found.test if part == "test" else found.train
+    shape = tuple(images.images_NCHW.shape[1:])
+    if shape != classifier.input_shape:
         raise EvaluationError(
             f"{classifier.name} takes images of shape {classifier.input_shape}, those of {found.card['name']} have "
-            f"{image_NCHW.shape[1:]}; correct data.options in the card, or train again"
+            f"{shape}; correct data.options in the card, or train again"
         )
-    return image_NCHW, found.test.labels_N.numpy()
+    return images
 
 
 def _recipe_epsilons(card: Card) -> list[float]:

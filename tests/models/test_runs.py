@@ -103,6 +103,19 @@ def test_card_states_the_images_and_their_preprocessing(out: Path) -> None:
     assert card.recipe["kind"] == "images"
 
 
+def test_calibration_images_are_held_out_of_the_training_and_calibrate_the_artefact(
+    folder: Path, tmp_path: Path
+) -> None:
+    code, text = train(folder, tmp_path, "calibration_images=30", "schedule.epochs=1", "schedule.batch_size=10")
+    assert code == 0, text
+    card = read_card(tmp_path / "small")
+    assert (card.data["n_train"], card.data["n_calibration"]) == (50, 30)
+    assert sum(card.data["counts"]["train"].values()) == 50
+    assert card.calibration is not None
+    assert card.calibration.n == 30
+    assert card.calibration.source.startswith("30 images of the bars training set")
+
+
 def test_card_says_on_how_many_devices_and_in_which_precision_and_curves_are_beside_the_checkpoints(
     folder: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +237,7 @@ def test_weights_are_asked_for_or_follow_the_counts() -> None:
     [
         ("image_size=13", "the images are 13 x 13, but the stages of network.stem"),
         ("validation_images=79", "validation_images=79 and train_images=all need 81 images at least"),
+        ("calibration_images=79", "calibration_images=79, validation_images=0 and train_images=all need 81 images"),
         ("train_images=81", "need 81 images at least, the training set has 80"),
         ('classes=["low","middle"]', "has no class middle"),
         ("lipschitz_constant=0.5", "proved Lipschitz bound"),
