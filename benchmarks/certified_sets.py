@@ -69,11 +69,13 @@ def head_constants(model_bytes: bytes, certificate: Certificate) -> np.ndarray:
     """Return the Lipschitz constant of each logit: that of the last tensor times the norm of its row of the head."""
     if certificate.n_outputs == 1:
         return np.full(2, certificate.lipschitz_bound)
-    head = read(model_bytes).operators[-1]
-    constants = [
-        operand.array for operand in head.operands if isinstance(operand, Constant) and operand.array.ndim == 2
+    matrices = [
+        operand.array
+        for operator in read(model_bytes).operators
+        for operand in operator.operands
+        if isinstance(operand, Constant) and operand.array.ndim == 2
     ]
-    (row_KM,) = constants
+    row_KM = matrices[-1] if len(matrices[-1]) == len(certificate.margin_bounds_KK) else matrices[-1].T
     other = ~np.eye(len(row_KM), dtype=bool)
     distance_KK = np.linalg.norm(row_KM[:, None] - row_KM, axis=2)
     body = (certificate.margin_bounds_KK[other] / distance_KK[other]).max()
