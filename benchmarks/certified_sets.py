@@ -270,7 +270,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="*", help="names; all in --models by default")
     parser.add_argument("--models", type=Path, default=ROOT / "models" / "zoo")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets; DIR/MODEL is preferred")
-    parser.add_argument("--attacked", type=int, default=500, help="images to attack (default: %(default)s)")
+    parser.add_argument("--attacked", type=int, default=200, help="images to attack (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true")
     return parser.parse_args()
