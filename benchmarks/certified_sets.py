@@ -110,10 +110,9 @@ def split_rows(name: str, scored: Scored, compared: tuple[Method, ...], epsilons
                     sizes[split, m] = member_NK.sum(axis=1).mean()
             cells = [f"{held[:, m].mean():.1%} ({held[:, m].min():.1%})" for m in range(len(compared))]
             means = [f"{size:.2f}" for size in sizes.mean(axis=0)]
-            yield (
-                f"| {name} | {coverage:.0%} | {epsilon:.3g} | **{means[0]}** | {means[1]} | {means[2]} | {cells[0]} | "
-                + (f"{cells[1]} | {cells[2]} |")
-            )
+            least = min(means, key=float)
+            means = [f"**{size}**" if size == least else size for size in means]
+            yield f"| {name} | {coverage:.0%} | {epsilon:.3g} | {' | '.join((*means, *cells))} |"
 
 
 def attacked(view: View, image_NCHW: np.ndarray, label_N: np.ndarray, epsilon: float) -> Iterator[np.ndarray]:
