@@ -16,6 +16,7 @@ COMMANDS = {
     "certify": "prove bounds of an ONNX file, as `python -m service.certificate`",
     "import": "make an artefact of an ONNX file, as `python -m service import`",
     "train": "train, export and measure a recipe, as `python -m models train`",
+    "calibrate": "calibrate certified sets and decisions, as `python -m models calibrate`",
     "evaluate": "measure and attack an artefact, as `python -m models evaluate`",
     "convert": "write an artefact in float32, as `python -m models convert`",
 }
@@ -45,7 +46,7 @@ def _run(command: str, arguments: list[str]) -> int:
         from service.certificate.__main__ import main as certify
 
         return certify(arguments, "lipcert certify")
-    if command in ("train", "evaluate", "convert"):
+    if command in ("train", "calibrate", "evaluate", "convert"):
         from models.__main__ import main as models
 
         return models([command, *arguments], "lipcert")

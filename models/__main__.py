@@ -12,9 +12,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.logs import log_to_stderr
-from models.recipes import RECIPES, RecipeError, recipe_by_name
+from models.recipes import RECIPES, ImageRecipe, RecipeError, recipe_by_name
+
+if TYPE_CHECKING:
+    from service.runtime.provider import Provider
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells: 128 + SIGINT."""
@@ -53,6 +57,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     train = "Train a recipe; export and measure the artefact, or draw and measure the toy problem."
     _describe_train(commands.add_parser("train", help=train, description=train, allow_abbrev=False))
+    calibrate = "Compute the calibration of certified sets and decisions on held-out images; write it to the card."
+    _describe_calibrate(commands.add_parser("calibrate", help=calibrate, description=calibrate, allow_abbrev=False))
     evaluate = (
         "Measure an artefact as it is served; write its report and its card. After Ctrl-C the same command continues."
     )
@@ -118,15 +124,30 @@ def _describe_train(train: argparse.ArgumentParser) -> None:
     train.set_defaults(run=_train)
 
 
-def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the model")
-    evaluate.add_argument(
+def _describe_calibrate(calibrate: argparse.ArgumentParser) -> None:
+    _describe_artefact(calibrate)
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _describe_artefact(command: argparse.ArgumentParser) -> None:
+    command.add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the model")
+    command.add_argument(
         "--data",
         type=Path,
         default=Path("data"),
         metavar="DIR",
         help="folder of the data set in the card, as given to `train` (default: %(default)s)",
     )
+    command.add_argument(
+        "--provider", choices=PROVIDERS, default="auto", help="auto: CUDA where available (default: auto)"
+    )
+    command.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="threads of ONNX Runtime (default: %(default)s)"
+    )
+
+
+def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    _describe_artefact(evaluate)
     evaluate.add_argument(
         "--attacks",
         action=argparse.BooleanOptionalAction,
@@ -141,12 +162,6 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument(
         "--limit", type=_positive, metavar="N", help="images to measure, evenly spaced; the card is not changed"
-    )
-    evaluate.add_argument(
-        "--provider", choices=PROVIDERS, default="auto", help="auto: CUDA where available (default: auto)"
-    )
-    evaluate.add_argument(
-        "--threads", type=_positive, default=1, metavar="N", help="threads of ONNX Runtime (default: %(default)s)"
     )
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the report; default: ARTEFACT/report")
     evaluate.set_defaults(run=_evaluate)
@@ -199,8 +214,9 @@ def _train(chosen: argparse.Namespace) -> int:
 
     epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
     try:
+        recipe = recipe_by_name(chosen.recipe, [*chosen.overrides, *epochs])
         summary = run_recipe(
-            recipe_by_name(chosen.recipe, [*chosen.overrides, *epochs]),
+            recipe,
             data=chosen.data,
             out=chosen.out,
             resume=chosen.resume,
@@ -225,6 +241,8 @@ def _train(chosen: argparse.Namespace) -> int:
     ) as error:
         return _failed(error)
     sys.stdout.write(f"{summary}\n")
+    if isinstance(recipe, ImageRecipe) and recipe.calibration_images:
+        return _write_calibration(chosen.out / recipe.name, chosen.data, "auto", chosen.threads or 1)
     return 0
 
 
@@ -265,6 +283,24 @@ def _convert(chosen: argparse.Namespace) -> int:
     except (ArtefactError, DataError, EvaluationError) as error:
         return _failed(error)
     sys.stdout.write(f"{table}\n")
+    return 0
+
+
+def _calibrate(chosen: argparse.Namespace) -> int:
+    return _write_calibration(chosen.artefact, chosen.data, chosen.provider, chosen.threads)
+
+
+def _write_calibration(artefact: Path, data: Path, provider: Provider, threads: int) -> int:
+    from models.data.labelled import DataError
+    from models.evaluation.calibration import calibrate
+    from models.evaluation.measure import EvaluationError
+    from service.artefact.card import ArtefactError
+
+    try:
+        report = calibrate(artefact, data, provider=provider, threads=threads)
+    except (ArtefactError, DataError, EvaluationError) as error:
+        return _failed(error)
+    sys.stdout.write(f"{report}\n")
     return 0
 
 

@@ -187,6 +187,9 @@ class ImageRecipe(Recipe, DataOptions):
     validation_images: int = Field(default=0, ge=0)
     """Number of images held out of the training set, of each class its share, for the figures during training; 0 trains
     on all."""
+    calibration_images: int = Field(default=0, ge=0)
+    """Number of images held out of the training set, drawn at random, for certified sets and decisions; with 0 half
+    of the test set calibrates."""
     class_weights: Literal["auto", "balanced", "none"] = "auto"
     """`balanced`: an image of class k appears `n / (K n_k)` times an epoch in the mean, so that all classes weigh the
     same; `auto`: balanced if the largest class has more than 1.5 times the images of the smallest."""

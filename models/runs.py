@@ -26,7 +26,14 @@ from models.toys import (
     true_squares_distance,
     two_moons,
 )
-from models.training.batches import Batch, BatchSource, ImageBatches, SampledBatches, generator_for
+from models.training.batches import (
+    Batch,
+    BatchSource,
+    ImageBatches,
+    SampledBatches,
+    calibration_split,
+    generator_for,
+)
 from models.training.errors import TrainingError
 from models.training.loop import Run, Trained
 from models.training.objective import objective_of
@@ -131,6 +138,7 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
         **data.card,
         "n_train": len(train),
         "n_validation": 0 if validation is None else len(validation),
+        **({"n_calibration": recipe.calibration_images} if recipe.calibration_images else {}),
         "counts": {**data.card["counts"], "train": dict(zip(data.labels, counts, strict=True))},
     }
     if weights is not None:
@@ -175,12 +183,16 @@ def class_weights(recipe: ImageRecipe, counts: Sequence[int]) -> list[float] | N
 
 def _training_images(recipe: ImageRecipe, data: DataSet, seed: int) -> tuple[LabelledImages, LabelledImages | None]:
     train, validation = data.train, None
-    wanted = recipe.validation_images + (recipe.train_images or len(data.labels))
+    wanted = recipe.calibration_images + recipe.validation_images + (recipe.train_images or len(data.labels))
     if wanted > len(train):
+        held_out = f"calibration_images={recipe.calibration_images}, " if recipe.calibration_images else ""
         raise TrainingError(
-            f"validation_images={recipe.validation_images} and train_images={recipe.train_images or 'all'} need "
-            f"{wanted} images at least, the training set has {len(train)}: ask for fewer"
+            f"{held_out}validation_images={recipe.validation_images} and "
+            f"train_images={recipe.train_images or 'all'} need {wanted} images at least, the training set has "
+            f"{len(train)}: ask for fewer"
         )
+    if recipe.calibration_images:
+        _, train = calibration_split(train, recipe.calibration_images, seed)
     if recipe.validation_images:
         validation, train = train.stratified(recipe.validation_images, generator_for(seed, 4))
     if recipe.train_images is not None:

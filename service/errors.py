@@ -23,7 +23,8 @@
       │   ├─ BatchTooLargeError
       │   ├─ UnknownModelError
       │   ├─ UnknownLabelError
-      │   └─ TargetIsPredictedClassError
+      │   ├─ TargetIsPredictedClassError
+  │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
       ├─ BusyError                       the request is valid, and the server has no capacity for it now
       │   ├─ OverloadedError
       │   ├─ DeadlineError
@@ -195,6 +196,10 @@ class TargetIsPredictedClassError(InputError):
             f"target {label!r} is already the predicted class of the image; choose another label, or omit target to "
             "get the nearest other class"
         )
+
+
+class CalibrationError(InputError):
+    """The card of the model has no calibration that answers `coverage` or `max_error`."""
 
 
 class BusyError(LipcertError):

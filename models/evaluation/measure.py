@@ -18,7 +18,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -326,11 +326,21 @@ def _versions() -> dict[str, Any]:
 
 
 def test_set(classifier: Classifier, data: Path) -> LabelledImages:
-    """Return the test set that the card names.
+    """Return the test set that the card of a model names; raise the errors of `labelled_images`."""
+    return labelled_images(classifier, data, "test")
+
+
+def labelled_images(classifier: Classifier, data: Path, part: Literal["train", "test"]) -> LabelledImages:
+    """Return the training or the test set that the card of a model names.
+
+    Args:
+        classifier: as it is served.
+        data: folder of the data set.
+        part: which of both.
 
     Raises:
-        EvaluationError: the card fits no data set or another one.
-        DataError: see its module.
+        EvaluationError: the images are not those of the card, or the model does not take them.
+        DataError: the files are missing or unusable.
     """
     card = classifier.card
     try:
@@ -342,20 +352,21 @@ def test_set(classifier: Classifier, data: Path) -> LabelledImages:
             f"{classifier.name} has the classes {', '.join(classifier.labels)}, its data.options "
             f"{', '.join(options.classes or ['all'])}; correct the card, or train again"
         )
-    found = load_dataset(options, data, test_only=True)
-    stated, actual = (block.get("digest", {}).get("test") for block in (card.data, found.card))
+    found = load_dataset(options, data, test_only=part == "test")
+    stated, actual = (block.get("digest", {}).get(part) for block in (card.data, found.card))
     if stated != actual:
         raise EvaluationError(
-            f"the test images under {data} are not those that {classifier.name} was measured on (digest {actual}, the "
-            f"card states {stated}), and some may have been trained on: give the folder as it was, or train again"
+            f"the {part} images under {data} are not those that {classifier.name} was measured on (digest {actual}, "
+            f"the card states {stated}), and some may have been trained on: give the folder as it was, or train again"
         )
-    shape = tuple(found.test.images_NCHW.shape[1:])
+    images = found.test if part == "test" else found.train
+    shape = tuple(images.images_NCHW.shape[1:])
     if shape != classifier.input_shape:
         raise EvaluationError(
             f"{classifier.name} takes images of shape {classifier.input_shape}, those of {found.card['name']} have "
             f"{shape}; correct data.options in the card, or train again"
         )
-    return found.test
+    return images
 
 
 def epsilons_of(card: Card) -> list[float]:

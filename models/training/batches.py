@@ -54,6 +54,21 @@ def generator_for(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(state)
 
 
+def calibration_split(images: LabelledImages, size: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Return the calibration part of a training set, drawn uniformly at random, and the other images.
+
+    It is not stratified: the images must be exchangeable with those that will be sent.
+
+    Args:
+        images: the training set as it was loaded.
+        size: number of calibration images.
+        seed: of the training.
+    """
+    chosen_N = torch.zeros(len(images), dtype=torch.bool)
+    chosen_N[torch.randperm(len(images), generator=generator_for(seed, 6))[:size]] = True
+    return images.at(chosen_N), images.at(~chosen_N)
+
+
 class ImageBatches:
     """Shuffled, augmented batches of a data set; an incomplete last batch is dropped.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from service.api.schema import InputAnswer, ModelAnswer, ModelSummary, Options
 from service.inference.classifier import Classifier, Prediction
 from service.inference.outcome import Outcome
 from service.inference.references import Reference
+from service.inference.sets import Decision, decisions_of, sets_of
 from service.pixels.images import encode_png, image_digest, to_unit
 from service.pixels.preprocessing import conversion_between
 
@@ -21,8 +23,8 @@ Json = dict[str, Any]
 
 RECORDS = """A structured numpy array with one record per image and the fields `class_id`, `radius`, `certified`,
 `runner_up`, `lipschitz_bound`, `logit_error`, `logits`, `proof`, and with a counterfactual also `counterfactual`
-(uint8, C x H x W), `counterfactual_class_id`, `counterfactual_distance`, `counterfactual_reached`. Reference images are
-in JSON answers alone."""
+(uint8, C x H x W), `counterfactual_class_id`, `counterfactual_distance`, `counterfactual_reached`; with `coverage` also
+`set` (bool, one per class), with `max_error` also `decision`. Reference images are in JSON answers alone."""
 
 
 def in_words(outcome: Outcome[Options]) -> list[Json]:
@@ -35,6 +37,7 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
     labels = classifier.labels
     shape = outcome.image_NCHW.shape[1:]
     to_shape = classifier.input_shape
+    sets, decisions = _sets_in_words(outcome), _decisions(outcome)
     conversion = None if shape[0] == to_shape[0] else conversion_between(shape[0], to_shape[0])
     return [
         {
@@ -72,9 +75,38 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
                 "distance": prediction.counterfactual.distance,
                 "reached": prediction.counterfactual.reached,
             },
+            "coverage": outcome.options.coverage,
+            "set": label_set,
+            "max_error": outcome.options.max_error,
+            "decision": decision,
         }
-        for image_CHW, prediction in zip(outcome.image_NCHW, outcome.predictions, strict=True)
+        for image_CHW, prediction, label_set, decision in zip(
+            outcome.image_NCHW, outcome.predictions, sets, decisions, strict=True
+        )
     ]
+
+
+def _sets_in_words(outcome: Outcome[Options]) -> list[list[Json] | None]:
+    member_NK = _members(outcome)
+    if member_NK is None:
+        return [None] * len(outcome.predictions)
+    labels = outcome.classifier.labels
+    return [[{"class_id": k, "label": labels[k]} for k in np.flatnonzero(row_K).tolist()] for row_K in member_NK]
+
+
+def _members(outcome: Outcome[Any]) -> np.ndarray | None:
+    """Return which classes are in each certified set, N x K; null without `coverage`."""
+    if outcome.options.coverage is None:
+        return None
+    logits_NK = np.stack([prediction.logits_K for prediction in outcome.predictions])
+    return sets_of(outcome.classifier, outcome.options, logits_NK, outcome.image_NCHW.shape[1:])
+
+
+def _decisions(outcome: Outcome[Any]) -> Sequence[Decision | None]:
+    if outcome.options.max_error is None:
+        return [None] * len(outcome.predictions)
+    logits_NK = np.stack([prediction.logits_K for prediction in outcome.predictions])
+    return decisions_of(outcome.classifier, outcome.options, logits_NK) or []
 
 
 def references_in_words(prediction: Prediction) -> list[Json]:
@@ -119,6 +151,11 @@ def in_columns(outcome: Outcome[Any]) -> dict[str, np.ndarray]:
             "counterfactual_distance": np.array([counterfactual.distance for counterfactual in found], "<f8"),
             "counterfactual_reached": np.array([counterfactual.reached for counterfactual in found], "?"),
         }
+    member_NK = _members(outcome)
+    if member_NK is not None:
+        columns["set"] = member_NK
+    if outcome.options.max_error is not None:
+        columns["decision"] = np.array(_decisions(outcome), "<U7")
     return columns
 
 

@@ -2,7 +2,8 @@
 
 Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
 `class_id`, `radius`, `certified`, `proof`, `references` (the JSON list of `/predict`), `image_digest`, and with the
-parameter `counterfactual` also the counterfactuals. The `parameters` of a request are the options of `/predict` that
+parameter `counterfactual` also the counterfactuals, with `coverage` also `set` (N x K, whether a class is in the
+certified set), with `max_error` also `decision`. The `parameters` of a request are the options of `/predict` that
 concern images. Errors are RFC 9457 problem details with the member `error`, which the protocol requires.
 """
 
@@ -51,8 +52,12 @@ _OUTPUTS: dict[str, OutputDatatype] = {
     "counterfactual_class_id": "INT64",
     "counterfactual_distance": "FP64",
     "counterfactual_reached": "BOOL",
+    "set": "BOOL",
+    "decision": "BYTES",
 }
-"""Outputs of every model, in order; those of the counterfactual only where it is requested."""
+"""Outputs of every model, in order; those from `counterfactual` on only where they are requested."""
+_CALIBRATED = ("set", "decision")
+"""Outputs of calibrated models alone."""
 
 
 class _Protocol(BaseModel):
@@ -177,14 +182,17 @@ class _InferQuestion:
 
 def _metadata(classifier: Classifier) -> dict[str, Any]:
     shape = [-1, *classifier.input_shape]
-    shapes = {"logits": [-1, len(classifier.labels)], "counterfactual": shape}
+    by_class = [-1, len(classifier.labels)]
+    shapes = {"logits": by_class, "set": by_class, "counterfactual": shape}
     return {
         "name": classifier.name,
         "versions": [classifier.digest],
         "platform": "onnx_onnxv1",
         "inputs": [{"name": "image", "datatype": "FP64", "shape": shape}],
         "outputs": [
-            {"name": name, "datatype": datatype, "shape": shapes.get(name, [-1])} for name, datatype in _OUTPUTS.items()
+            {"name": name, "datatype": datatype, "shape": shapes.get(name, [-1])}
+            for name, datatype in _OUTPUTS.items()
+            if name not in _CALIBRATED or classifier.card.calibration is not None
         ],
         "parameters": {"labels": list(classifier.labels), "provider": classifier.provider},
     }
@@ -237,6 +245,6 @@ def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) 
     if unknown:
         raise OptionError(
             f"this answer has no output {unknown[0]!r}; available outputs: {', '.join(by_name)} (those of the "
-            "counterfactual require parameters.counterfactual=true)"
+            "counterfactual require parameters.counterfactual=true, set requires coverage, decision max_error)"
         )
     return [by_name[output.name] for output in requested]

@@ -40,7 +40,21 @@ class ImageOptions(_Wire):
         Expected("a finite number of at least 0, the required L2 radius"),
     ] = None
     """Required radius (L2, pixels in [0, 1]), to be answered by `robust_at_epsilon`. Where the fast proof does not
-    reach it, reference images are searched until one does."""
+    reach it, reference images are searched until one does. With `coverage` it is also the radius below which the image
+    may be changed without the set losing the true class."""
+
+    coverage: Annotated[
+        Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)] | None,
+        Expected("a number above 0 and below 1, the probability with which the set holds the true class"),
+    ] = None
+    """Probability with which `set` holds the true class, however the image is changed below `epsilon` (default: not at
+    all); requires a calibrated model."""
+
+    max_error: Annotated[
+        Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)] | None,
+        Expected("a number above 0 and below 1, the largest share of wrong predictions among the accepted ones"),
+    ] = None
+    """Largest share of wrong predictions among those with `decision` accept; requires a calibrated model."""
 
     target: Annotated[str | None, Expected("a label of the model as a string")] = None
     """Target label of the counterfactual, requires `counterfactual`; default: the nearest other class."""
@@ -182,6 +196,17 @@ class PredictAnswer(_Wire):
     certificate: CertificateAnswer
     counterfactual: CounterfactualAnswer | None
     """Null unless requested."""
+    coverage: float | None
+    """The option of the request; null if absent."""
+    set: list[ClassLabel] | None
+    """Certified set, in class order: it holds the true class with probability `coverage` at least, whichever image
+    within `epsilon` of the original was sent; the predicted class is always in it. The probability is over images like
+    those of the calibration, not for this one. Null without coverage."""
+    max_error: float | None
+    """The option of the request; null if absent."""
+    decision: Literal["accept", "abstain"] | None
+    """`accept` if the certified radius is so large that, on calibration images, at most `max_error` of such predictions
+    are wrong, with confidence 95 %. It is about unchanged images. Null without max_error."""
 
 
 class BatchAnswer(_Wire):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from service.artefact.files import CARD_FILE, MODEL_FILE, digest, read_file, write_atomically
 from service.artefact.findings import Findings
@@ -65,6 +65,52 @@ class Origin(_Contract):
     """Of the bytes that were imported; those of `model.onnx` are the canonical form of the same network."""
 
 
+class ConformalQuantile(_Contract):
+    """Quantile of the scores of true classes for one coverage, see `service.certificate.sets`."""
+
+    coverage: float = Field(gt=0.0, lt=1.0)
+    quantile: float = Field(allow_inf_nan=False)
+    """L2 radius, signed, pixels in [0, 1], rounded down."""
+
+
+class AcceptanceThreshold(_Contract):
+    """Radius from which predictions are accepted, with the calibration images that it accepts."""
+
+    radius: float = Field(ge=0.0, allow_inf_nan=False)
+    """Least certified radius (proof `fast`, at the input of the model), L2, pixels in [0, 1]."""
+    accepted: PositiveInt
+    errors: NonNegativeInt
+    """Accepted images that are classified wrong."""
+    error_bound: Share
+    """Upper Clopper-Pearson bound of the share of errors; all bounds of a card hold together with `confidence`."""
+
+
+class Calibration(_Contract):
+    """Scores of held-out images: what the options `coverage` and `max_error` are answered from.
+
+    It holds for images that are exchangeable with the calibration images, before any change of up to epsilon.
+    """
+
+    model: Digest
+    """Of the `model.onnx` that was calibrated."""
+    n: PositiveInt
+    """Number of calibration images."""
+    source: str = Field(min_length=1)
+    """Which images these are."""
+    quantiles: list[ConformalQuantile] = Field(min_length=1)
+    """By rising coverage; a request gets the first that covers it."""
+    confidence: float = Field(gt=0.0, lt=1.0)
+    """Probability, over calibration images, that all error bounds of `thresholds` hold."""
+    thresholds: list[AcceptanceThreshold] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _coverages_rise(self) -> Calibration:
+        coverages = [entry.coverage for entry in self.quantiles]
+        if coverages != sorted(set(coverages)):
+            raise ValueError("the coverages of `quantiles` must rise; calibrate the artefact again")
+        return self
+
+
 class Card(_Contract):
     """Identity, origin and measurements of an artefact."""
 
@@ -88,6 +134,8 @@ class Card(_Contract):
     seed: int | None = None
     code_version: str | None = None
     """Commit of the code that trained it."""
+    calibration: Calibration | None = None
+    """Results of `python -m models calibrate`; null where certified sets and decisions are not available."""
     accuracy: Share | None = None
     """Clean accuracy on the test set."""
     certified_accuracy: list[CertifiedAccuracy] = Field(default_factory=list)
@@ -103,6 +151,12 @@ class Card(_Contract):
     def _labels_are_distinct(self) -> Card:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels repeat; a counterfactual target names a class by its label, so make them distinct")
+        return self
+
+    @model_validator(mode="after")
+    def _calibration_is_about_this_model(self) -> Card:
+        if self.calibration is not None and self.calibration.model != self.graphs.get(MODEL_FILE):
+            raise ValueError("calibration is about another model.onnx than graphs; calibrate the artefact again")
         return self
 
 

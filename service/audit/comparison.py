@@ -33,6 +33,8 @@ class Derived:
     """Exact logits."""
     references: Mapping[int, Point]
     """By class."""
+    not_audited: Sequence[str] = ()
+    """Members of the answer that no check covers."""
 
     def points(self, rival: int) -> list[Point]:
         """Return the images at which a radius may be proved against a class."""
@@ -201,7 +203,7 @@ def proof(answer: Answer, derived: Derived) -> str:
         parts.append(
             f'counterfactual class {found.class_id} ("{found.label}") at distance {found.distance!r} confirmed'
         )
-    if unknown := list(answer.unknown()):
+    if unknown := [*answer.unknown(), *derived.not_audited]:
         parts.append(f"not audited: {', '.join(unknown)}")
     return "; ".join(parts)
 

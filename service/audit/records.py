@@ -104,6 +104,11 @@ class Answer(ClassLabel):
     """Absent in answers of versions that did not name their image yet."""
     certificate: Certificate
     counterfactual: Counterfactual | None = None
+    # The four are absent in answers of versions without certified sets.
+    coverage: _Finite | None = None
+    set: list[ClassLabel] | None = None
+    max_error: _Finite | None = None
+    decision: str | None = None
 
 
 class _Input(_Record):
@@ -112,11 +117,29 @@ class _Input(_Record):
     width: PositiveInt
 
 
+class _Quantile(_Record):
+    coverage: _Finite
+    quantile: _Finite
+
+
+class _Threshold(_Record):
+    radius: _Bound
+    error_bound: _Bound
+
+
+class Calibration(_Record):
+    """What a card says about held-out images, by rising coverage."""
+
+    quantiles: list[_Quantile]
+    thresholds: list[_Threshold]
+
+
 class _Card(_Record):
     name: str
     labels: list[str]
     input: _Input
     graphs: dict[str, str]
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +155,7 @@ class Artefact:
     digest: str
     """Of `model.onnx`, as its bytes give it."""
     model_bytes: bytes
+    calibration: Calibration | None = None
 
 
 def sha256(content: bytes) -> str:
@@ -192,6 +216,7 @@ def read_artefact(folder: Path) -> Artefact:
         stated_digest=card.graphs[_MODEL],
         digest=sha256(model_bytes),
         model_bytes=model_bytes,
+        calibration=card.calibration,
     )
 
 

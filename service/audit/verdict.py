@@ -24,6 +24,7 @@ from service.audit.images import SentImage, read_image
 from service.audit.preprocessing import preprocess
 from service.audit.records import Answer, Artefact, read_answer, read_artefact
 from service.audit.references import Point, reference_images
+from service.audit.sets import against_card_calibration, against_scores
 from service.audit.statements import (
     against_card,
     against_counterfactual,
@@ -100,6 +101,7 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
         )
         return _verdict(findings)
     findings += against_card(answer, artefact, sent)
+    findings += against_card_calibration(answer, artefact)
     held = list(references.items())
     try:
         derivation = _derivation(answer, artefact, [*images, *(reference.image for _, reference in held)])
@@ -114,9 +116,17 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
             class_id: Point(logits, reference.cost)
             for (class_id, reference), logits in zip(held, at_references, strict=True)
         },
+        not_audited=() if sent.shape == artefact.input_shape else _of_calibration(answer),
     )
     findings += against_derivation(answer, derived)
+    if sent.shape == artefact.input_shape:
+        findings += against_scores(answer, artefact, derivation)
     return _verdict(findings) if findings else Verdict(proof(answer, derived))
+
+
+def _of_calibration(answer: Answer) -> list[str]:
+    """Return the members that are checked for images of the model's own shape alone."""
+    return [name for name in ("set", "decision") if getattr(answer, name) is not None]
 
 
 def _verdict(findings: Sequence[Finding]) -> Verdict:

@@ -14,10 +14,11 @@ import numpy as np
 
 from service.inference.classifier import Classifier, Prediction, View, counterfactuals, with_references
 from service.inference.references import Provable
+from service.inference.sets import SetOptions, check_calibration
 from service.shapes import Float64, UInt8
 
 
-class ImageOptions(Protocol):
+class ImageOptions(SetOptions, Protocol):
     """Options that decide which results are computed."""
 
     @property
@@ -64,8 +65,10 @@ class Decoded(Generic[Options_co]):
 
         Raises:
             UnknownLabelError: the target is no label of the model.
+            CalibrationError: the model is not calibrated for the wanted coverage or error.
             InputError: the model takes no images of this shape.
         """
+        check_calibration(self.classifier, self.options)
         if self.options.target is not None:
             self.classifier.class_of(self.options.target)
         return self.classifier.view(self.pixels_NCHW.shape[1:], self.options.resize)
@@ -148,6 +151,7 @@ def compute(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], 
 
     Raises:
         UnknownLabelError: the target is no label of the model; nothing is computed.
+        CalibrationError: the model is not calibrated for the wanted coverage or error.
         InputError: the model does not take images of this shape, or an image already has the target class.
     """
     view = Decoded(classifier, image_NCHW, options).view()

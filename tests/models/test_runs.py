@@ -103,6 +103,19 @@ def test_card_states_the_images_and_their_preprocessing(out: Path) -> None:
     assert card.recipe["kind"] == "images"
 
 
+def test_calibration_images_are_held_out_of_the_training_and_calibrate_the_artefact(
+    folder: Path, tmp_path: Path
+) -> None:
+    code, text = train(folder, tmp_path, "calibration_images=30", "schedule.epochs=1", "schedule.batch_size=10")
+    assert code == 0, text
+    card = read_card(tmp_path / "small")
+    assert (card.data["n_train"], card.data["n_calibration"]) == (50, 30)
+    assert sum(card.data["counts"]["train"].values()) == 50
+    assert card.calibration is not None
+    assert card.calibration.n == 30
+    assert card.calibration.source.startswith("30 images of the bars training set")
+
+
 def test_card_says_on_how_many_devices_and_in_which_precision_and_curves_are_beside_the_checkpoints(
     folder: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -171,7 +184,11 @@ def test_artefact_of_a_folder_is_evaluated_on_the_held_out_images(
     assert result.exit_code == 0, result.output
     before, after = read_card(out / "small"), read_card(tmp_path / "small")
     assert after.accuracy == before.accuracy
-    assert after.certified_accuracy == before.certified_accuracy
+    for one, other in zip(before.certified_accuracy, after.certified_accuracy, strict=True):
+        assert (one.epsilon, one.value, one.n) == (other.epsilon, other.value, other.n)
+        assert one.with_references is None
+        assert other.with_references is not None
+        assert other.value <= other.with_references
     shutil.copytree(folder, tmp_path / "changed")
     for n in range(100, 110):
         shutil.copyfile(folder / "low" / "1.jpg", tmp_path / "changed" / "low" / f"{n}.jpg")
@@ -259,6 +276,7 @@ def test_weights_are_asked_for_or_follow_the_counts() -> None:
     [
         ("image_size=13", "the images are 13 x 13, but the stages of network.stem"),
         ("validation_images=79", "validation_images=79 and train_images=all need 81 images at least"),
+        ("calibration_images=79", "calibration_images=79, validation_images=0 and train_images=all need 81 images"),
         ("train_images=81", "need 81 images at least, the training set has 80"),
         ('classes=["low","middle"]', "has no class middle"),
         ("lipschitz_constant=0.5", "proved Lipschitz bound"),

@@ -102,7 +102,11 @@ def test_all_forms_and_the_batch_give_the_same_answer(client: Client, grey_HW: n
 
 def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_HW: np.ndarray) -> None:
     answer = FORMS["json"](client, grey_HW, {"epsilon": 0.5, "counterfactual": True}).json()
-    assert set(answer) == {"model", "digest", "class_id", "label", "logits", "image", "certificate", "counterfactual"}
+    assert set(answer) == {
+        *("model", "digest", "class_id", "label", "logits", "image", "certificate", "counterfactual"),
+        *("coverage", "set", "max_error", "decision"),
+    }
+    assert (answer["coverage"], answer["set"], answer["max_error"], answer["decision"]) == (None, None, None, None)
     assert set(answer["image"]) == {"digest", "shape", "conversion", "resized"}
     assert set(answer["certificate"]) == {
         "norm",

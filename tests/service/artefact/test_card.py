@@ -12,7 +12,16 @@ from builders import card_for, linear, random_groupsort, write
 from onnx import TensorProto, helper
 from pydantic import ValidationError
 
-from service.artefact.card import Card, check_card, read_card, write_artefact, write_card
+from service.artefact.card import (
+    AcceptanceThreshold,
+    Calibration,
+    Card,
+    ConformalQuantile,
+    check_card,
+    read_card,
+    write_artefact,
+    write_card,
+)
 from service.artefact.files import digest
 from service.artefact.verification import verify
 from service.errors import ArtefactError
@@ -161,3 +170,39 @@ def test_card_is_frozen_and_refuses_shares_above_one() -> None:
         card.name = "other"  # type: ignore[misc]
     with pytest.raises(ValidationError):
         Card.model_validate(card.model_dump() | {"accuracy": 98.3})
+
+
+def calibration(model: str, *coverages: float) -> Calibration:
+    return Calibration(
+        model=model,
+        n=50,
+        source="drawn",
+        quantiles=[ConformalQuantile(coverage=coverage, quantile=-coverage) for coverage in coverages],
+        confidence=0.95,
+        thresholds=[AcceptanceThreshold(radius=0.5, accepted=40, errors=1, error_bound=0.2)],
+    )
+
+
+def test_a_card_keeps_its_calibration_and_one_without_stays_readable(folder: Path) -> None:
+    card = read_card(folder)
+    assert card.calibration is None
+    block = calibration(card.graphs["model.onnx"], 0.5, 0.9)
+    write_card(folder, card.model_copy(update={"calibration": block}))
+    assert read_card(folder).calibration == block
+    accept(folder)
+    written = json.loads((folder / "card.json").read_text())
+    del written["calibration"]
+    (folder / "card.json").write_text(json.dumps(written))
+    assert read_card(folder) == card
+
+
+def test_a_calibration_of_another_model_is_refused(folder: Path) -> None:
+    _edit_card(folder, calibration=calibration(digest(b"another"), 0.9).model_dump())
+    with pytest.raises(ArtefactError, match=r"calibration is about another model\.onnx"):
+        read_card(folder)
+
+
+@pytest.mark.parametrize("coverages", [(0.9, 0.5), (0.9, 0.9)])
+def test_coverages_that_do_not_rise_are_refused(coverages: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="must rise"):
+        calibration(digest(b""), *coverages)
