@@ -33,6 +33,9 @@ from service.runtime.session import GraphError, session_options
 
 COUNT = int(os.environ.get("LIPCERT_VARIANTS", "4"))
 NO_PROOF = ("ThresholdedRelu",)
+ROUGH = {"Gelu": 1e-7}
+"""What the runtime's reading of a file is off by: its function body of Gelu has constants in float32, in any format.
+The graph that the service writes has them exact."""
 IMAGES = 2
 
 
@@ -50,7 +53,7 @@ def original(model: bytes, images_NX: np.ndarray) -> np.ndarray | str:
         return str(error)
 
 
-def contradictions(made: Variant, seed: int) -> list[str]:
+def contradictions(made: Variant, seed: int, rough: float = 0.0) -> list[str]:
     """Return what contradicts the proof of a variant; count it under what was compared."""
     try:
         network, certificate = read(made.model), certify(made.model)
@@ -73,7 +76,7 @@ def contradictions(made: Variant, seed: int) -> list[str]:
     found: list[str] = []
     for name, logits_NK, bound in (
         ("canonical", computed_NK, certificate.logit_error),
-        ("the file", by_file_NK, 2.0 * certificate.logit_error),
+        ("the file", by_file_NK, 2.0 * certificate.logit_error + rough),
     ):
         if isinstance(logits_NK, str):
             tally()["the runtime does not read the file"] += 1
@@ -127,7 +130,7 @@ def test_no_variant_of_an_operator_contradicts_its_proof(operator: str) -> None:
     for seed in range(1, 6 * COUNT):
         chosen = variant(operator, seed)
         if chosen is not None:
-            assert contradictions(chosen, seed) == [], f"seed {seed}"
+            assert contradictions(chosen, seed, ROUGH.get(operator, 0.0)) == [], f"seed {seed}"
         if (tally() - before)["canonical"] == COUNT:
             break
     figures = tally() - before
