@@ -32,6 +32,8 @@ def windows(operator: str, **attributes: object) -> bytes:
         x = b.one("Reshape", x, b.constant(np.array([0, 2, 2, 3, 7])))
     if operator == "Conv":
         operands = [b.constant(b.rng.normal(size=(2, 2, *attributes["kernel_shape"])))]  # type: ignore[misc]
+    if operator.startswith("Reduce"):
+        operands = [b.constant(np.array([2, 3]))]
     x = b.one(operator, x, *operands, **attributes)
     return b.model((2, 6, 7), b.one("Flatten", x), 1)
 
@@ -44,6 +46,11 @@ WINDOWS = {
     "MaxPool rounded up": {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1},
     "LpPool": {"kernel_shape": [2, 3], "strides": [2, 2], "p": 2},
     "GlobalLpPool": {},
+    "GlobalMaxPool": {},
+    "ReduceMax": {"keepdims": 0},
+    "ReduceMin": {"keepdims": 1},
+    "ReduceSumSquare": {"keepdims": 1},
+    "LogSoftmax": {"axis": 3},
     "MaxPool of three axes": {"kernel_shape": [2, 2, 3], "strides": [1, 1, 2], "pads": [0, 1, 0, 1, 0, 1]},
     "AveragePool of three axes": {"kernel_shape": [2, 2, 3], "strides": [1, 2, 2], "pads": [0, 1, 0, 1, 0, 1]},
     "LpPool of three axes": {"kernel_shape": [2, 2, 2], "p": 2},
