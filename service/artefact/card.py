@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from service.artefact.files import CARD_FILE, MODEL_FILE, digest, read_file, write_atomically
 from service.artefact.findings import Findings
 from service.certificate.proof_limits import NO_LIMITS, ProofLimits
+from service.certificate.sets import order_statistic
 from service.errors import ArtefactError
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -108,6 +109,10 @@ class Calibration(_Contract):
         coverages = [entry.coverage for entry in self.quantiles]
         if coverages != sorted(set(coverages)):
             raise ValueError("the coverages of `quantiles` must rise; calibrate the artefact again")
+        if order_statistic(self.n, coverages[-1]) < 1:
+            raise ValueError(
+                f"{self.n} images are too few for the coverage {coverages[-1]}; calibrate with more images"
+            )
         return self
 
 

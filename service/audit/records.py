@@ -130,6 +130,9 @@ class _Threshold(_Record):
 class Calibration(_Record):
     """What a card says about held-out images, by rising coverage."""
 
+    model: str
+    """Digest of the `model.onnx` that was calibrated."""
+    n: PositiveInt
     quantiles: list[_Quantile]
     thresholds: list[_Threshold]
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from flint import arb
 
 from service.audit.derivation import Derivation
-from service.audit.findings import Finding, as_json, failed
+from service.audit.findings import Finding, as_json, failed, undecided
 from service.audit.records import Answer, Artefact
 
 LARGER = 1.001
@@ -38,6 +39,11 @@ def against_card_calibration(answer: Answer, artefact: Artefact) -> Iterator[Fin
         yield failed(f"set: {'null' if answer.set is None else 'given'} with coverage {as_json(answer.coverage)}")
     if (answer.max_error is None) != (answer.decision is None):
         yield failed(f"decision: {as_json(answer.decision)} with max_error {as_json(answer.max_error)}")
+    for name, share in (("coverage", answer.coverage), ("max_error", answer.max_error)):
+        if share is not None and not 0.0 < share < 1.0:
+            yield failed(f"{name}: {share!r} is not between 0 and 1")
+    if answer.coverage is not None or answer.max_error is not None:
+        yield from _calibration(artefact)
     if answer.decision not in (None, "accept", "abstain"):
         yield failed(f"decision: {answer.decision!r}, expected accept or abstain")
     if answer.coverage is not None and _quantile(artefact, answer.coverage) is None:
@@ -56,6 +62,20 @@ def against_card_calibration(answer: Answer, artefact: Artefact) -> Iterator[Fin
             yield failed(f"set: class {entry.class_id}, the card has classes 0 to {len(artefact.labels) - 1}")
         elif entry.label != artefact.labels[entry.class_id]:
             yield failed(f"set: label {entry.label!r}, class {entry.class_id} is {artefact.labels[entry.class_id]!r}")
+
+
+def _calibration(artefact: Artefact) -> Iterator[Finding]:
+    """Yield the reasons why the server would not answer from the calibration of this card."""
+    calibration = artefact.calibration
+    if calibration is None:
+        return
+    if calibration.model != artefact.digest:
+        yield undecided(f"calibration: it is about {calibration.model}, model.onnx has {artefact.digest}")
+    coverages = [entry.coverage for entry in calibration.quantiles]
+    if coverages != sorted(set(coverages)):
+        yield undecided("calibration: the coverages of its quantiles do not rise")
+    if any((calibration.n + 1) * (1 - Fraction(repr(coverage))) < 1 for coverage in coverages):
+        yield undecided(f"calibration: {calibration.n} images are too few for its largest coverage")
 
 
 def against_scores(answer: Answer, artefact: Artefact, derivation: Derivation) -> Iterator[Finding]:

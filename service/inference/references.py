@@ -163,7 +163,9 @@ class _Search:
         least_N = radius_NP[:, 0]
         farthest = np.sqrt(self.start_ND.shape[1])
         live_N = live_N & (least_N > 0.0) & (least_N < farthest) & ~settled_NP[:, 0]
-        near_NP = radius_NP <= least_N[:, None] * _NEAR
+        with np.errstate(over="ignore"):
+            # Of pairs whose margins never change.
+            near_NP = radius_NP <= least_N[:, None] * _NEAR
         index_M, place_M = np.nonzero(live_N[:, None] & near_NP & ~settled_NP)
         return index_M, order_NP[index_M, place_M]
 

@@ -206,3 +206,8 @@ def test_a_calibration_of_another_model_is_refused(folder: Path) -> None:
 def test_coverages_that_do_not_rise_are_refused(coverages: tuple[float, ...]) -> None:
     with pytest.raises(ValidationError, match="must rise"):
         calibration(digest(b""), *coverages)
+
+
+def test_a_coverage_that_the_images_do_not_support_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"too few for the coverage 0\.9999"):
+        calibration(digest(b""), 0.9, 0.9999)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,7 @@ FORGED: dict[str, tuple[Callable[[Json], Json], str]] = {
         lambda a: {"certificate": {**a["certificate"], "epsilon": 5.0, "robust_at_epsilon": False}},
         "is missing, its exact score is",
     ),
+    "a coverage that is no share": (lambda _: {"coverage": -5.0}, "coverage: -5.0 is not between 0 and 1"),
     "no coverage": (lambda _: {"coverage": None}, "set: given with coverage null"),
     "no set": (lambda _: {"set": None}, "set: null with coverage 0.9"),
     "the other decision": (lambda _: {"decision": "abstain"}, "decision: abstain, and the radius"),
@@ -138,3 +141,24 @@ def test_an_answer_of_a_version_without_sets_holds(archived: Archived, tmp_path:
     older = {name: value for name, value in archived.answer.items() if name not in ("coverage", "set", "max_error")}
     del older["decision"]
     assert archived.check(tmp_path, older).conclusion is Conclusion.HOLDS
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model": f"sha256:{'0' * 64}"}, "calibration: it is about sha256:000"),
+        ({"quantiles": [{"coverage": 0.9, "quantile": -0.1}, {"coverage": 0.5, "quantile": 0.4}]}, "do not rise"),
+        ({"n": 8}, "calibration: 8 images are too few"),
+    ],
+)
+def test_a_calibration_that_the_server_refuses_decides_nothing(
+    archived: Archived, tmp_path: Path, change: Json, reason: str
+) -> None:
+    copied = tmp_path / "calibrated"
+    shutil.copytree(archived.artefact, copied)
+    card = json.loads((copied / "card.json").read_text())
+    card["calibration"].update(change)
+    (copied / "card.json").write_text(json.dumps(card))
+    verdict = archived.check(tmp_path, artefact=copied)
+    assert verdict.conclusion is not Conclusion.HOLDS
+    assert any(reason in line for line in verdict.lines)
