@@ -32,7 +32,7 @@ class ImageOptions(_Wire):
     counterfactual: bool = False
     """Whether to search, along the transport direction, for the nearest image of another class."""
 
-    proof: Literal["fast", "best"] = "fast"
+    proof: Annotated[Literal["fast", "best"], Expected("fast or best")] = "fast"
     """`best` searches, along the transport direction, for reference images at which a larger radius is proved."""
 
     epsilon: Annotated[
