@@ -76,8 +76,14 @@ def test_logits_of_the_file_and_of_the_written_graph_are_within_the_proved_error
     report(compared)
 
 
-def disagreements(network: Network, seed: int) -> int:
-    """Return for how many images slope and gradient disagree along a random direction."""
+def disagreements(network: Network, error: float, seed: int) -> int:
+    """Return for how many images slope and gradient disagree along a random direction, by more than rounding.
+
+    Args:
+        network: differentiated.
+        error: bound of |computed - exact logit|.
+        seed: of images and directions.
+    """
     forward, beside = (Engine(graph.content, "cpu", 1) for graph in (forward_graph(network), gradient_graph(network)))
     random = np.random.default_rng(seed)
     image = random.uniform(0.1, 0.9, (IMAGES, *network.image.shape))
@@ -92,6 +98,7 @@ def disagreements(network: Network, seed: int) -> int:
     slope = (margin(image + STEP * direction) - margin(image - STEP * direction)) / (2.0 * STEP)
     found = (gradient * direction).reshape(IMAGES, -1).sum(axis=1)
     scale = 1e-4 * (1.0 + np.abs(slope) + np.abs(found)) * (1.0 + np.abs(logits).max())
+    scale += error * np.abs(weights).sum(axis=1) / STEP
     return int((np.abs(slope - found) > scale).sum())
 
 
@@ -104,15 +111,16 @@ def test_gradients_are_slopes_but_for_kinks(first: int) -> None:
         if network is None:
             continue
         try:
-            if certify(graph.model).logit_error > 1.0:
+            error = certify(graph.model).logit_error
+            if error > 1e-8:
                 # Difference quotients may be rounding errors.
                 continue
-            of_one = disagreements(network, seed)
+            of_one = disagreements(network, error, seed)
         except (UnsupportedModelError, GraphError):
             continue
         # A kink lies between the two ends of a difference quotient now and then, for one image or another.
         assert of_one <= 2, (seed, of_one)
         wrong, compared = wrong + of_one, compared + 1
     print(f"{compared} networks, {wrong} of {IMAGES * compared} images with a kink in between")  # noqa: T201
-    assert compared >= 4
+    assert compared >= 2
     assert wrong <= 0.05 * IMAGES * compared
