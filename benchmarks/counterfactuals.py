@@ -8,7 +8,6 @@ batches of 1, 8 and 16, one thread. `--write` replaces the tables of `docs/count
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.soundness.document import write_measured  # noqa: E402
 from models.data.datasets import load_dataset, options_of  # noqa: E402
 from models.export import code_version, environment  # noqa: E402
 from service.certificate import Radii  # noqa: E402
@@ -123,9 +123,7 @@ def main() -> None:
     )
     print(text)
     if arguments.write:
-        document = DOCUMENT.read_text(encoding="utf-8")
-        pattern = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        DOCUMENT.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", document), encoding="utf-8")
+        write_measured(DOCUMENT, text)
 
 
 def _quality(name: str, view: View, questions: Questions, targeted: bool) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.soundness.document import write_measured
 from models.data.datasets import options_of
 from models.evaluation.calibration import REPORTED, Scored, score
 from models.evaluation.measure import labelled_images
@@ -224,7 +224,7 @@ def main() -> None:
     for name in names:
         classifier = Classifier.load(arguments.models / name, "cpu", arguments.threads)
         epsilons = [0.0, *(float(epsilon) for epsilon in classifier.card.recipe["epsilons"])]
-        images = labelled_images(classifier, _folder(classifier, arguments.data), "test")
+        images = labelled_images(classifier, data_folder(classifier, arguments.data), "test")
         scored = score(classifier, images)
         logit_K = head_constants((arguments.models / name / "model.onnx").read_bytes(), classifier.certificate)
         for row in split_rows(name, scored, methods(scored, classifier.certificate, logit_K), epsilons):
@@ -254,12 +254,11 @@ def main() -> None:
         ]
     )
     if arguments.write:
-        document = DOCUMENT.read_text(encoding="utf-8")
-        pattern = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        DOCUMENT.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", document), encoding="utf-8")
+        write_measured(DOCUMENT, text)
 
 
-def _folder(classifier: Classifier, data: Path) -> Path:
+def data_folder(classifier: Classifier, data: Path) -> Path:
+    """Return the folder of the data set of a model, below a folder of data sets or that itself."""
     dataset = options_of(classifier.card.data, list(classifier.labels)).dataset
     names = (classifier.name, str(classifier.card.data["name"]), dataset, _FOLDERS.get(dataset, dataset))
     return next((data / name for name in names if (data / name).is_dir()), data)

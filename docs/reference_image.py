@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 import time
@@ -19,7 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from models.data.datasets import load_dataset, options_of  # noqa: E402
+from benchmarks.soundness.document import write_measured  # noqa: E402
+from docs.certified_sets import data_folder  # noqa: E402
+from models.evaluation.measure import labelled_images  # noqa: E402
 from models.export import code_version, environment  # noqa: E402
 from service.inference.classifier import Classifier, Prediction, View, counterfactuals, with_references  # noqa: E402
 from service.inference.references import find_references  # noqa: E402
@@ -55,16 +56,12 @@ def main() -> None:
             f"{code_version()}; last column: median of the processor times of {arguments.single} images, alternating.",
         ]
     )
-    found = PAGE.read_text(encoding="utf-8")
-    pattern = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
-    PAGE.write_text(pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", found), encoding="utf-8")
+    write_measured(PAGE, text)
 
 
 def test_images(classifier: Classifier, data: Path, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Return images and labels of the test set, evenly spaced where there are more."""
-    options = options_of(classifier.card.data, list(classifier.labels))
-    folder = data / "malaria-cells" if classifier.name == "malaria-cells" else data
-    found = load_dataset(options, folder, test_only=True).test
+    found = labelled_images(classifier, data_folder(classifier, data), "test")
     count = min(most, len(found))
     chosen = found.at(torch.arange(count) * len(found) // count)
     return chosen.pixels(torch.float64).numpy(), chosen.labels_N.numpy()

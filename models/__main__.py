@@ -130,19 +130,23 @@ def _describe_calibrate(calibrate: argparse.ArgumentParser) -> None:
 
 
 def _describe_artefact(command: argparse.ArgumentParser) -> None:
-    command.add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the model")
+    _describe_model_and_data(command, "folder of the model")
+    command.add_argument(
+        "--provider", choices=PROVIDERS, default="auto", help="auto: CUDA where available (default: auto)"
+    )
+    command.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="threads of ONNX Runtime (default: %(default)s)"
+    )
+
+
+def _describe_model_and_data(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument("artefact", type=Path, metavar="ARTEFACT", help=text)
     command.add_argument(
         "--data",
         type=Path,
         default=Path("data"),
         metavar="DIR",
         help="folder of the data set in the card, as given to `train` (default: %(default)s)",
-    )
-    command.add_argument(
-        "--provider", choices=PROVIDERS, default="auto", help="auto: CUDA where available (default: auto)"
-    )
-    command.add_argument(
-        "--threads", type=_positive, default=1, metavar="N", help="threads of ONNX Runtime (default: %(default)s)"
     )
 
 
@@ -168,14 +172,7 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
 
 
 def _describe_convert(convert: argparse.ArgumentParser) -> None:
-    convert.add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the model, in float64")
-    convert.add_argument(
-        "--data",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="folder of the data set in the card, as given to `train` (default: %(default)s)",
-    )
+    _describe_model_and_data(convert, "folder of the model, in float64")
     convert.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of models; written: DIR/NAME-float32"
     )

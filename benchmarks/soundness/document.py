@@ -40,6 +40,13 @@ def write_section(name: str, target: str, content: str, file: Path = FILE) -> No
     file.write_text(text, encoding="utf-8")
 
 
+def write_measured(page: Path, content: str) -> None:
+    """Replace what stands between `<!-- measured -->` and `<!-- /measured -->` of a page."""
+    text = page.read_text(encoding="utf-8")
+    pattern = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
+    page.write_text(pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text), encoding="utf-8")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; cells are written with `str`, None as `-`."""
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]

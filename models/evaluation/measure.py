@@ -107,7 +107,7 @@ def evaluate(
         classifier = Classifier.load(artefact, provider, threads)
     except ProviderError as error:
         raise EvaluationError(str(error)) from error
-    test = test_set(classifier, data)
+    test = labelled_images(classifier, data, "test")
     image_NCHW, label_N = test.pixels(torch.float64).numpy(), test.labels_N.numpy()
     chosen_N = evenly_spaced(len(image_NCHW) if limit is None else limit, len(image_NCHW), "--limit")
     image_NCHW, label_N = image_NCHW[chosen_N], label_N[chosen_N]
@@ -323,11 +323,6 @@ def _code_digest() -> str:
 def _versions() -> dict[str, Any]:
     made = environment(0.0)
     return {name: made[name] for name in ("torch", "onnxruntime", "numpy")}
-
-
-def test_set(classifier: Classifier, data: Path) -> LabelledImages:
-    """Return the test set that the card of a model names; raise the errors of `labelled_images`."""
-    return labelled_images(classifier, data, "test")
 
 
 def labelled_images(classifier: Classifier, data: Path, part: Literal["train", "test"]) -> LabelledImages:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from models.data.labelled import LabelledImages
-from models.evaluation.measure import EvaluationError, epsilons_of, test_set
+from models.evaluation.measure import EvaluationError, epsilons_of, labelled_images
 from models.export import ExportRefusedError, converted, described, forward_engine, radii
 from models.precision import PrecisionError
 from service.artefact.card import Card, CertifiedAccuracy, write_artefact
@@ -84,7 +84,7 @@ def convert(artefact: Path, data: Path, out: Path, block: int) -> str:
     classifier = Classifier.load(artefact, "cpu", 1)
     if classifier.certificate.precision != "float64":
         raise EvaluationError(f"{artefact} is in float32 already: name the artefact in float64")
-    test = test_set(classifier, data)
+    test = labelled_images(classifier, data, "test")
     model_bytes = (artefact / "model.onnx").read_bytes()
     try:
         made, certificate = converted(model_bytes, block)

@@ -6,7 +6,7 @@ not know it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -100,14 +100,16 @@ def check_predictions(classifier: Classifier, options: ImageOptions, predictions
     classifier.check_targets(predictions, [_target(classifier, options)] * len(predictions))
 
 
-def needs_gradients(options: ImageOptions, predictions: Sequence[Prediction]) -> bool:
+def needs_gradients(options: ImageOptions, predictions: Iterable[Prediction]) -> bool:
     """Return whether `explain`, which runs the gradient graph, follows the predictions of a request.
 
     Args:
         options: those of the request.
         predictions: one for each image of the request.
     """
-    return options.counterfactual or any(_needs_references(options, prediction) for prediction in predictions)
+    if options.counterfactual or options.proof == "best":
+        return True
+    return options.epsilon is not None and any(_needs_references(options, prediction) for prediction in predictions)
 
 
 def explain(model: Provable, outcomes: Sequence[Outcome[Any]]) -> list[Prediction]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,16 +111,15 @@ class Passes:
             chunk.request.images[chunk.start] = image_NCHW[offset : offset + chunk.count]
             offset += chunk.count
         for chunk in deliveries.store(chunks, predictions):
-            request = chunk.request
-            predictions = [prediction for prediction in request.predictions if prediction is not None]
-            if needs_gradients(chunk.decoded.options, predictions):
-                self._queue_search(chunk, predictions, deliveries)
+            if needs_gradients(chunk.decoded.options, _answers(chunk.request)):
+                self._queue_search(chunk, deliveries)
             else:
-                deliveries.computed.append(request)
+                deliveries.computed.append(chunk.request)
 
-    def _queue_search(self, chunk: Chunk, predictions: Sequence[Prediction], deliveries: Deliveries) -> None:
+    def _queue_search(self, chunk: Chunk, deliveries: Deliveries) -> None:
         """Queue the search of a predicted request; its gradients wait for those of other requests."""
         request, decoded = chunk.request, chunk.decoded
+        predictions = list(_answers(request))
         try:
             check_predictions(decoded.classifier, decoded.options, predictions)
         except Exception as error:
@@ -169,6 +168,11 @@ class Passes:
             if pace is None:
                 pace = self._paces[classifier.digest] = measure_pace(classifier)
         return pace
+
+
+def _answers(request: Request[Any]) -> Iterator[Prediction]:
+    """Yield the predictions of a request that are computed."""
+    return (prediction for prediction in request.predictions if prediction is not None)
 
 
 def _chunks(request: Request[Any], decoded: Decoded[Any], view: View, pieces: int) -> list[Chunk]:

@@ -50,19 +50,8 @@ from service.certificate.rules import (
 from service.network import operators
 
 RULES = (
-    *(
-        activations,
-        arithmetic,
-        blocks,
-        convolution,
-        linear,
-        operands,
-        piecewise,
-        pooling,
-        products,
-        rearrangements,
-        reductions,
-    ),
+    *(activations, arithmetic, blocks, convolution, linear, operands),
+    *(piecewise, pooling, products, rearrangements, reductions),
     *(resizing, selections, squares, table, windows),
 )
 MODULES = (analysis, convolutions, descent, facts, joint, kernels, matrices, norms, torus, values, *RULES)

@@ -3,13 +3,35 @@ reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 from onnx import numpy_helper
 from random_graphs import GraphBuilder
 
 Build = Callable[[GraphBuilder], str]
+
+
+def model_of(build: Build, shape: tuple[int, ...] = (4,), opset: int = 18, batch: object = "N") -> bytes:
+    """Return the file of a graph with four logits."""
+    builder = GraphBuilder(np.random.default_rng(0), dtype=np.float64, opset=opset)
+    return builder.model(shape, build(builder), 4, batch)
+
+
+def run_on_files(folder: Path, models: Iterable[bytes], script: str) -> subprocess.CompletedProcess[str]:
+    """Return the end of a process that runs a script, whose arguments are files with these models."""
+    paths: list[str] = []
+    for number, model in enumerate(models):
+        path = folder / f"{number}.onnx"
+        path.write_bytes(model)
+        paths.append(str(path))
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *paths]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
 
 
 def constant(b: GraphBuilder, numbers: object) -> str:

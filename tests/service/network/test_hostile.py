@@ -7,8 +7,6 @@ under limits of time and memory.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from hostile_sizes import Build, model_of, run_on_files
 from onnx import TensorProto, helper, numpy_helper
 from random_graphs import GraphBuilder
 
@@ -26,7 +25,6 @@ from service.network.reader import read
 from service.network.writer import write
 from service.runtime.engine import Engine
 
-Build = Callable[[GraphBuilder], str]
 Edit = Callable[[onnx.ModelProto], object]
 MOST_SECONDS = 2.0
 MOST_MEGABYTES = 200
@@ -48,11 +46,6 @@ def stored(b: GraphBuilder, tensor: TensorProto) -> str:
 def filled(b: GraphBuilder, value: object, *shape: int) -> str:
     """Return a constant that the file computes: one number, many times."""
     return b.one("ConstantOfShape", constant(b, shape), value=numpy_helper.from_array(np.array([value])))
-
-
-def model_of(build: Build, shape: tuple[int, ...] = (4,), opset: int = 18, batch: object = "N") -> bytes:
-    builder = GraphBuilder(np.random.default_rng(0), dtype=np.float64, opset=opset)
-    return builder.model(shape, build(builder), 4, batch)
 
 
 def reasons(model: bytes) -> tuple[str, ...]:
@@ -366,14 +359,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_sizes_cost_neither_time_nor_memory(tmp_path: Path) -> None:
-    paths: list[str] = []
-    for number, build in enumerate(SIZES.values()):
-        path = tmp_path / f"{number}.onnx"
-        path.write_bytes(model_of(build))
-        paths.append(str(path))
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _MEASURED, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
+    done = run_on_files(tmp_path, map(model_of, SIZES.values()), _MEASURED)
     for kind, (status, seconds, megabytes) in zip(SIZES, json.loads(done.stdout), strict=True):
         assert (status, seconds < MOST_SECONDS, megabytes < MOST_MEGABYTES) == (2, True, True), (
             kind,

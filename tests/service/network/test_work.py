@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import run_command
-from hostile_sizes import SMALL_FILES, Build, constant, filled
+from hostile_sizes import SMALL_FILES, Build, constant, filled, model_of, run_on_files
 from random_graphs import GraphBuilder
 
 from service.artefact.verification import verify
@@ -31,11 +29,6 @@ MOST_SECONDS = 2.0
 MOST_MEGABYTES = 200
 ALLOWED = frozenset(["4000 Relus of 16", "sums of 2048", "sums of 512", "8000 logits"])
 """Files of `SMALL_FILES` that are proved within these limits."""
-
-
-def model_of(build: Build, shape: tuple[int, ...] = (4,)) -> bytes:
-    builder = GraphBuilder(np.random.default_rng(0), dtype=np.float64, opset=18)
-    return builder.model(shape, build(builder), 4, "N")
 
 
 def two_layers(b: GraphBuilder) -> str:
@@ -60,14 +53,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_a_small_file_ends_within_two_seconds_and_200_megabytes(tmp_path: Path) -> None:
-    paths: list[str] = []
-    for number, build in enumerate(SMALL_FILES.values()):
-        path = tmp_path / f"{number}.onnx"
-        path.write_bytes(model_of(build))
-        paths.append(str(path))
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _MEASURED, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
+    done = run_on_files(tmp_path, map(model_of, SMALL_FILES.values()), _MEASURED)
     ends = [json.loads(line[9:]) for line in done.stdout.splitlines() if line.startswith("measured ")]
     messages = done.stderr.split("measured\n")
     for kind, (status, seconds, megabytes), message in zip(SMALL_FILES, ends, messages, strict=False):
