@@ -242,19 +242,22 @@ def _cross_entropy(*, min_margin: float, temperature: float, per_pair_bound: boo
 def _dense(
     name: str,
     dataset: Literal["mnist", "fashion-mnist"],
-    layers: int,
+    widths: tuple[int, ...],
     loss: Loss,
     augment: Augment | None,
+    held_out: int = 0,
     **schedule: Any,
 ) -> ImageRecipe:
     return ImageRecipe(
         name=name,
         dataset=dataset,
-        network=Network(widths=(768,) * layers, parametrisation="stiefel"),
+        network=Network(widths=widths, parametrisation="stiefel"),
         loss=loss,
         schedule=_LARGE_BATCHES.model_copy(update=schedule),
         epsilons=(0.3, 1.0, 1.58) if dataset == "mnist" else (0.1, 0.25, 0.5, 1.0),
         augment=augment,
+        validation_images=held_out,
+        calibration_images=held_out,
     )
 
 
@@ -279,7 +282,7 @@ RECIPES: dict[str, AnyRecipe] = {
         _dense(
             "mnist",
             "mnist",
-            3,
+            (768,) * 3,
             _radius_loss(min_margin=2.3, alpha=10.0, accuracy_alpha=15.0, accuracy_margin=0.5),
             _SMALL_AFFINE,
             epochs=40,
@@ -288,7 +291,7 @@ RECIPES: dict[str, AnyRecipe] = {
         _dense(
             "mnist-accurate",
             "mnist",
-            3,
+            (768,) * 3,
             _cross_entropy(min_margin=0.7, temperature=0.12, per_pair_bound=False),
             _SMALL_AFFINE,
             epochs=12,
@@ -297,21 +300,23 @@ RECIPES: dict[str, AnyRecipe] = {
         _dense(
             "fashion-mnist-accurate",
             "fashion-mnist",
-            3,
+            (1024,) * 3,
             _cross_entropy(min_margin=0.45, temperature=0.11, per_pair_bound=False),
             _MIRRORED,
+            held_out=2000,
             epochs=20,
             precision="32-true",
         ),
         # At large radii a network is short of capacity, not of images: augmentation costs as much as it gives.
-        _dense("mnist-robust", "mnist", 5, _cross_entropy(min_margin=2.4, temperature=0.35), None, epochs=14),
+        _dense("mnist-robust", "mnist", (768,) * 5, _cross_entropy(min_margin=2.4, temperature=0.35), None, epochs=14),
         _dense(
             "fashion-mnist-robust",
             "fashion-mnist",
-            5,
+            (1024,) * 5,
             _cross_entropy(min_margin=2.0, temperature=0.22),
             None,
-            epochs=11,
+            held_out=2000,
+            epochs=14,
         ),
         ImageRecipe(
             name="cifar10",
