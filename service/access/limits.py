@@ -9,6 +9,8 @@ import time
 
 _WAYS = 4
 _SLOT_BYTES = 16
+_ROUNDING_S = 1e-6
+"""More than the rounding of a time since the start of the machine."""
 
 
 class Buckets:
@@ -34,8 +36,7 @@ class Buckets:
         self._full_at_s = memory[slots * 8 :].cast("d")
         self._sets = slots // _WAYS
         self._period_s = 1.0 / per_s
-        # Half a period more: the rounding of the clock may not take a token.
-        self._span_s = (burst - 0.5) * self._period_s
+        self._span_s = (burst - 1) * self._period_s + _ROUNDING_S
 
     def take(self, client: str) -> float:
         """Take a token of a client; return 0, or the seconds until there is one."""
