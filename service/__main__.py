@@ -96,26 +96,27 @@ def _parser(program: str) -> argparse.ArgumentParser:
             "against it on stderr, one per line.",
         )
     )
-    _describe_keys(commands.add_parser("keys", help="Make API keys.", description="Make API keys."))
+    _describe_keys(
+        commands.add_parser(
+            "keys",
+            help="Make an API key.",
+            description="Print a new API key, which cannot be shown again, and the line to add to the file of "
+            "LIPCERT_API_KEYS_FILE, from which the key cannot be derived.",
+        )
+    )
     return parser
 
 
 def _describe_keys(parser: argparse.ArgumentParser) -> None:
-    new = parser.add_subparsers(title="commands", metavar="COMMAND", required=True).add_parser(
-        "new",
-        help="Make an API key.",
-        description="Print a new API key, which cannot be shown again, and the line to add to the file of "
-        "LIPCERT_API_KEYS_FILE, from which the key cannot be derived.",
-    )
-    new.add_argument("name", metavar="NAME", help="1 to 64 letters, digits, - and _")
-    new.add_argument(
+    parser.add_argument("action", choices=["new"])
+    parser.add_argument("name", metavar="NAME", help="1 to 64 letters, digits, - and _")
+    parser.add_argument(
         "--scope",
         action="append",
         choices=SCOPES,
-        metavar="SCOPE",
-        help=f"{', '.join(SCOPES)} (everything); can be repeated; default: predict",
+        help="can be repeated; admin includes the others; default: predict",
     )
-    new.set_defaults(run=_new_key)
+    parser.set_defaults(run=_new_key)
 
 
 def _describe_import(parser: argparse.ArgumentParser) -> None:
