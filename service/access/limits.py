@@ -59,14 +59,17 @@ class Buckets:
         return 0.0
 
 
-@functools.lru_cache(4096)
 def client_of(address: str) -> str:
     """Return the client that has an address: an IPv6 client has a whole network of 64 bits."""
+    # A proxy can pass on any text as an address; the longest one has 45 characters, and a zone.
+    return _network_of(address[:64]) if ":" in address else address
+
+
+@functools.lru_cache(4096)
+def _network_of(address: str) -> str:
     try:
-        parsed = ipaddress.ip_address(address)
+        parsed = ipaddress.IPv6Address(address)
     except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
         return address
     if parsed.ipv4_mapped is not None:
         return str(parsed.ipv4_mapped)

@@ -27,10 +27,11 @@ _OPEN = _HEALTH | {"/", "/docs", "/openapi.json"}
 _OPEN_BELOW = ("/static/", "/samples/")
 _PREDICT = frozenset({"/predict", "/predict/batch", "/models", "/v2"})
 _PREDICT_BELOW = ("/models/", "/v2/models/")
-_OPEN_INFERENCE = "/v2"
 _FAILURES_PER_S, _FAILURES = 1.0, 20
 """Requests without a valid key from one address that are answered 401; more are answered 429."""
 _LOGGED_PER_S = 1 / 60
+_RETRY_AFTER_S = 3600
+"""Longest pause that a client is told."""
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class AccessMiddleware:
         if per_address is not None and path not in _HEALTH:
             wait_s = per_address.take(_client(scope))
             if wait_s:
-                return _refused(RateLimitError, math.ceil(wait_s), _has_error_member(path))
+                return _limited(wait_s, path)
         needed = scope_of(path)
         if keys is None or needed is None:
             return None
@@ -102,17 +103,17 @@ class AccessMiddleware:
         if per_key is not None:
             wait_s = per_key.take(key.name)
             if wait_s:
-                return _refused(RateLimitError, math.ceil(wait_s), _has_error_member(path))
-        return None if key.allows(needed) else _refused(ForbiddenError, needed, _has_error_member(path))
+                return _limited(wait_s, path)
+        return None if key.allows(needed) else _refused(ForbiddenError, needed, _is_open_inference(path))
 
     def _unauthorized(self, scope: Scope, path: str) -> Response:
         client = _client(scope)
         wait_s = self._failures.take(client)
         if not wait_s:
-            return _refused(UnauthorizedError, None, _has_error_member(path))
+            return _refused(UnauthorizedError, None, _is_open_inference(path))
         if not self._log_lines.take(""):
             _log.warning("many requests without a valid API key, the last one from %s", client[:100])
-        return _refused(RateLimitError, math.ceil(wait_s), _has_error_member(path))
+        return _limited(wait_s, path)
 
 
 def describe_access(openapi: dict[str, Any], access: Access) -> None:
@@ -155,8 +156,12 @@ def _key_in(headers: list[tuple[bytes, bytes]]) -> bytes | None:
     return found
 
 
-def _has_error_member(path: str) -> bool:
-    return path.startswith(_OPEN_INFERENCE)
+def _is_open_inference(path: str) -> bool:
+    return path.startswith("/v2")
+
+
+def _limited(wait_s: float, path: str) -> Response:
+    return _refused(RateLimitError, math.ceil(min(wait_s, _RETRY_AFTER_S)), _is_open_inference(path))
 
 
 @functools.lru_cache(1024)

@@ -175,7 +175,7 @@ def test_a_damaged_file_changes_nothing_and_is_one_line_of_the_log(
         for _ in range(3):
             clock.now_s += 1.0
             assert name_found(ring, KEY) == "ci"
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.name == "service.access.keys")
     assert record.levelno == logging.ERROR
     assert str(file) in record.getMessage()
     assert LINE.split(":")[-1][:20] not in record.getMessage()
