@@ -7,30 +7,19 @@ import contextlib
 import logging
 import ssl
 from pathlib import Path
-from types import SimpleNamespace
 
 import certificates
 import pytest
+from fake_clock import Clock
 
 from service.access import watch
 from service.access.certificate import Certificate
 from service.errors import SettingsError
 
 
-class Clock(SimpleNamespace):
-    """A clock for `Watch` that the test moves."""
-
-    now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(watch, "time", clock)
-    return clock
+    return Clock().install(monkeypatch, watch)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from commands import run_command
+from fake_clock import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,20 +24,9 @@ OTHER, OTHER_LINE = new_key("ops", ["metrics", "predict"])
 RING = KeyRing(f"{LINE};{OTHER_LINE}", None)
 
 
-class Clock(SimpleNamespace):
-    """A clock for `Watch` that the test moves."""
-
-    now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(watch, "time", clock)
-    return clock
+    return Clock().install(monkeypatch, watch)
 
 
 @pytest.fixture

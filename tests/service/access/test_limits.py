@@ -6,9 +6,9 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from fake_clock import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,15 +16,6 @@ from service.access import limits
 from service.access.limits import Buckets, client_of
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-class Clock(SimpleNamespace):
-    """A clock that the test moves."""
-
-    now_s = 1e6
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 class Bucket:
@@ -53,8 +44,7 @@ def test_each_client_has_the_bucket_of_the_specification(
     per_s: int, burst: int, requests: list[tuple[str, int]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        clock = Clock()
-        patch.setattr(limits, "time", clock)
+        clock = Clock().install(patch, limits)
         buckets = Buckets(per_s, burst, slots=64)
         start_s = clock.now_s
         quarters = 0
@@ -69,8 +59,7 @@ def test_each_client_has_the_bucket_of_the_specification(
 
 
 def test_a_flood_of_clients_takes_no_more_memory_and_never_limits_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(limits, "time", clock)
+    Clock().install(monkeypatch, limits)
     buckets = Buckets(1.0, 2, slots=64)
     size = buckets._clients.nbytes + buckets._full_at_s.nbytes
     for number in range(10_000):

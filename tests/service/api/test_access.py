@@ -7,13 +7,13 @@ import base64
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from client import HEIGHT, WIDTH, Client
 from encoding import npy
+from fake_clock import Clock
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from hypothesis import given
@@ -68,20 +68,9 @@ WRONG = {
 }
 
 
-class Clock(SimpleNamespace):
-    """A clock that the test moves."""
-
-    now_s = 1e6
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(limits, "time", clock)
-    return clock
+    return Clock().install(monkeypatch, limits)
 
 
 @pytest.fixture
