@@ -170,8 +170,9 @@ def test_a_damaged_file_changes_nothing_and_is_one_line_of_the_log(
     assert LINE.split(":")[-1][:20] not in record.getMessage()
 
 
-def test_a_key_that_is_revoked_while_it_is_checked_is_refused(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("left", [OTHER_LINE, new_key("ci", ["admin"])[1]], ids=["revoked", "rotated"])
+def test_a_key_that_leaves_while_it_is_checked_is_refused(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{LINE}\n{OTHER_LINE}")
@@ -179,7 +180,7 @@ def test_a_key_that_is_revoked_while_it_is_checked_is_refused(
     hash_of = keys._hash_of
 
     def revoke(*arguments: object) -> str:
-        replace(file, OTHER_LINE)
+        replace(file, left)
         clock.now_s += 1.0
         assert name_found(ring, "lipcert.ci.wrong") is None
         return hash_of(*arguments)  # type: ignore[arg-type]
