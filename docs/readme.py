@@ -101,7 +101,8 @@ def settings_block() -> str:
     for name, field in Settings.model_fields.items():
         default = field.default.relative_to(ROOT) if isinstance(field.default, Path) else field.default
         meaning = " ".join((field.description or "").split())
-        rows.append(f"| `{PREFIX}{name.upper()}` | `{default}` | {meaning} |")
+        shown = "" if default in (None, "") else f"`{default}`"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.params import Depends
 from fastapi.staticfiles import StaticFiles
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api import open_inference
+from service.api.access import KEY_HEADERS, Access, AccessMiddleware, access_of, describe_access
 from service.api.errors import add_error_handlers
 from service.api.examples import STATIC, make_examples
 from service.api.metrics import MetricsMiddleware
@@ -26,7 +28,7 @@ from service.metrics import Metrics
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
 from service.runtime.session import GpuLimits
-from service.settings import Settings, Threads, threads_of
+from service.settings import Settings, Threads, list_of, threads_of
 
 _DESCRIPTION = """
 Image classifiers with a certificate in every answer. For an image x the service answers a class and a `radius`: for
@@ -47,7 +49,10 @@ Errors are RFC 9457 problem details, `application/problem+json`; `detail` states
 
 
 def create_app(
-    settings: Settings, classifiers: Mapping[str, Classifier] | None = None, dependencies: Sequence[Depends] = ()
+    settings: Settings,
+    classifiers: Mapping[str, Classifier] | None = None,
+    dependencies: Sequence[Depends] = (),
+    access: Access | None = None,
 ) -> FastAPI:
     """Return the application, ready to answer.
 
@@ -55,10 +60,12 @@ def create_app(
         settings: see `service.settings`.
         classifiers: by name; default: those in `settings.models`.
         dependencies: FastAPI dependencies of every route.
+        access: keys and limits that several processes share; default: those of the settings.
 
     Raises:
-        ArtefactError, ProviderError, SettingsError: see `load_classifiers`.
+        ArtefactError, ProviderError, SettingsError: see `load_classifiers` and `access_of`.
     """
+    access = access or access_of(settings)
     if classifiers is None:
         classifiers = load_classifiers(settings)
     default = classifiers.get(settings.default_model)
@@ -98,12 +105,25 @@ def create_app(
     app.include_router(build_router(service))
     app.include_router(open_inference.build_router(service))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    # The last one added is the first to see a request: preflight requests have no key, and all answers are counted.
+    if access is not None:
+        app.add_middleware(AccessMiddleware, access=access)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list_of(settings.cors_origins),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["Accept", "Content-Type", "Prefer", *KEY_HEADERS],
+            expose_headers=["Retry-After"],
+        )
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = document(app, examples, [open_inference.InferRequest])
+            if access is not None:
+                describe_access(app.openapi_schema, access)
         return app.openapi_schema
 
     app.openapi = openapi

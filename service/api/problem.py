@@ -48,6 +48,10 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeviceLostError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.AccessError: HTTPStatus.FORBIDDEN,
+        errors.UnauthorizedError: HTTPStatus.UNAUTHORIZED,
+        errors.ForbiddenError: HTTPStatus.FORBIDDEN,
+        errors.RateLimitError: HTTPStatus.TOO_MANY_REQUESTS,
         # These stop the server at start. In an answer, a graph file has changed since, or a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -79,6 +83,12 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
         headers["Accept"] = ", ".join(error.accepted)
     if isinstance(error, errors.BusyError):
         headers["Retry-After"] = _RETRY_AFTER_S
+    if isinstance(error, errors.RateLimitError):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, errors.UnauthorizedError):
+        headers["WWW-Authenticate"] = 'Bearer realm="lipcert"'
+    if isinstance(error, errors.ForbiddenError):
+        headers["WWW-Authenticate"] = f'Bearer realm="lipcert", error="insufficient_scope", scope="{error.scope}"'
     return problem(
         status,
         detail,

@@ -40,11 +40,11 @@ _PREDICT_BATCH = """Classify several images of one size, all grey or all RGB; an
 One invalid image refuses the whole batch. The certificate of an image holds in any batch.
 """
 _BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
+# The pages load from this server alone, and no other page frames them; the browser enforces it.
 _PAGE_HEADERS = {
-    # The pages load from this server only; the browser enforces it.
-    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:",
-    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
 }
 
 

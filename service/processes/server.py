@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -26,13 +27,22 @@ _GRACE_S = 5.0
 class Server(uvicorn.Server):
     """uvicorn that ends as after a signal when the device of a model is lost."""
 
-    def __init__(self, app: FastAPI, log_level: str, is_lost: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        log_level: str,
+        is_lost: Callable[[], bool],
+        tls: ssl.SSLContext | None = None,
+        trusted_proxies: Sequence[str] = (),
+    ) -> None:
         """Configure uvicorn.
 
         Args:
             app: the application.
             log_level: least severe message that is logged.
             is_lost: called ten times a second; returns whether the device has failed for good.
+            tls: serves HTTPS.
+            trusted_proxies: addresses and networks whose X-Forwarded-For names the client.
         """
         super().__init__(
             uvicorn.Config(
@@ -43,8 +53,11 @@ class Server(uvicorn.Server):
                 access_log=log_level == "debug",
                 timeout_graceful_shutdown=DRAIN_S,
                 ws="none",
-                # Nothing here needs the client's address or protocol.
-                proxy_headers=False,
+                proxy_headers=bool(trusted_proxies),
+                forwarded_allow_ips=list(trusted_proxies),
+                ssl_context_factory=None if tls is None else lambda _, __: tls,
+                server_header=False,
+                headers=[("X-Content-Type-Options", "nosniff")],
             )
         )
         self._is_lost = is_lost

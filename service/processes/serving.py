@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import ipaddress
 import logging
 import os
 import socket
@@ -28,6 +29,7 @@ from service.errors import SettingsError
 from service.runtime.cpus import usable_cpus
 
 if TYPE_CHECKING:
+    from service.access.certificate import Certificate
     from service.settings import Settings
 
 _log = logging.getLogger("service")
@@ -50,15 +52,18 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
     from service.processes.prefork import bind, listen, serve_in_processes
 
     settings = _with_processes(settings)
+    certificate = _certificate_of(settings)
     with contextlib.ExitStack() as stack:
         # Taken before the models are verified: a port in use is then reported at once.
         first = stack.enter_context(bind(settings.host, settings.port))
         if settings.processes > 1:
             _share_counters(stack)
-        serve = _loaded(settings, pool)
+        serve = _loaded(settings, pool, certificate)
         listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
         host, port = first.getsockname()[:2]
-        _log.info("serving on http://%s:%d - the API is at /docs", f"[{host}]" if ":" in host else host, port)
+        scheme = "http" if certificate is None else "https"
+        _log.info("serving on %s://%s:%d - the API is at /docs", scheme, f"[{host}]" if ":" in host else host, port)
+        _warn_if_open(settings, host)
         # All objects of the start stay: no collection has to look at them again.
         gc.freeze()
         gc.enable()
@@ -76,21 +81,27 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
     os._exit(0)
 
 
-def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket], int]:
+def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | None) -> Callable[[socket.socket], int]:
     """Load the models; return a function that serves on a socket, in this process or in one forked from it."""
     from service.artefact.card import artefact_folders
 
     folders = artefact_folders(settings.models, settings.default_model)
     pool.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
+    from service.api.access import access_of
     from service.api.app import create_app
     from service.inference.loading import load_classifiers
     from service.processes.server import Server
-    from service.settings import threads_of
+    from service.settings import list_of, threads_of
 
     with pool:
+        access = access_of(settings)
         classifiers = load_classifiers(settings, pool)
     # The application runs the default model for its examples.
-    inherited = create_app(settings, classifiers) if threads_of(settings, usable_cpus()).run_before_fork else None
+    inherited = (
+        create_app(settings, classifiers, access=access)
+        if threads_of(settings, usable_cpus()).run_before_fork
+        else None
+    )
 
     def is_lost() -> bool:
         return any(classifier.is_lost for classifier in classifiers.values())
@@ -99,10 +110,37 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
         if settings.processes > 1:
             # Not inherited: threads, and pages that are written to.
             classifiers[settings.default_model].warm_up()
-        app = inherited or create_app(settings, classifiers)
-        return Server(app, settings.log_level, is_lost).serve_on(listener)
+        app = inherited or create_app(settings, classifiers, access=access)
+        tls = None if certificate is None else certificate.context()
+        proxies = list_of(settings.trusted_proxies)
+        return Server(app, settings.log_level, is_lost, tls, proxies).serve_on(listener)
 
     return serve
+
+
+def _certificate_of(settings: Settings) -> Certificate | None:
+    """Return the certificate of the settings; raises `SettingsError` for one without a key or that cannot be used."""
+    if settings.tls_certificate is None and settings.tls_key is None:
+        return None
+    from service.access.certificate import Certificate
+
+    if settings.tls_certificate is None or settings.tls_key is None:
+        raise SettingsError("LIPCERT_TLS_CERTIFICATE and LIPCERT_TLS_KEY belong together; set both, or unset both")
+    return Certificate(settings.tls_certificate, settings.tls_key)
+
+
+def _warn_if_open(settings: Settings, address: str) -> None:
+    has_keys = settings.api_keys_file is not None or settings.api_keys
+    if (
+        not has_keys
+        and not settings.allow_anonymous
+        and not ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    ):
+        _log.warning(
+            "ANYBODY who reaches %s is served: there is no API key; set LIPCERT_API_KEYS_FILE (`lipcert keys new NAME` "
+            "makes a key), LIPCERT_HOST=127.0.0.1, or LIPCERT_ALLOW_ANONYMOUS=1 if this is intended",
+            address,
+        )
 
 
 def _with_processes(settings: Settings) -> Settings:

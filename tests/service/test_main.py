@@ -62,6 +62,23 @@ def test_a_misspelt_setting_ends_it_with_status_2(
     assert only_error(caplog) == "LIPCERT_MODEL is not a setting of this server; did you mean LIPCERT_MODELS?"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("LIPCERT_API_KEYS", "ci predict", "LIPCERT_API_KEYS, line 1: it has 2 words"),
+        ("LIPCERT_API_KEYS", ";", "LIPCERT_API_KEYS has no key"),
+        ("LIPCERT_API_KEYS_FILE", "/nowhere/keys", "LIPCERT_API_KEYS_FILE='/nowhere/keys' cannot be read"),
+        ("LIPCERT_TLS_KEY", "/nowhere/key", "LIPCERT_TLS_CERTIFICATE and LIPCERT_TLS_KEY belong together"),
+    ],
+)
+def test_access_that_cannot_be_controlled_ends_it_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str, fault: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main([]) == 2
+    assert only_error(caplog).startswith(fault)
+
+
 @pytest.mark.parametrize("file", ["model.onnx", "card.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut short", "empty"])
 def test_a_missing_or_damaged_file_of_an_artefact_ends_it_and_is_named(
