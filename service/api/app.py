@@ -16,12 +16,13 @@ from service.api.errors import add_error_handlers
 from service.api.examples import STATIC, make_examples
 from service.api.metrics import MetricsMiddleware
 from service.api.openapi import document
-from service.api.predict import Models, Service
+from service.api.predict import Service
 from service.api.routes import add_predictions, build_router
+from service.artefact.verified_files import watched
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
-from service.inference.loading import load_classifiers
+from service.inference.loading import Models, load_classifiers
 from service.metrics import Metrics
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
@@ -53,7 +54,7 @@ def create_app(
 
     Args:
         settings: see `service.settings`.
-        classifiers: by name; default: those in `settings.models`.
+        classifiers: by name, for example of `load_classifiers`; default: those in `settings.models`.
         dependencies: FastAPI dependencies of every route.
 
     Raises:
@@ -68,7 +69,8 @@ def create_app(
     for classifier in classifiers.values():
         metrics.note_model(classifier.name, classifier.provider, classifier.digest)
     batcher = Batcher(limits_of(settings, threads, classifiers), metrics)
-    service = Service(settings, Models(classifiers), examples, metrics, batcher)
+    models = classifiers if isinstance(classifiers, Models) else Models(classifiers)
+    service = Service(settings, models, examples, metrics, batcher)
 
     app = FastAPI(
         title="lipcert",
@@ -79,7 +81,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         dependencies=dependencies,
-        lifespan=_closing(batcher),
+        lifespan=_running(batcher, models),
         # FastAPI would look for a provider of traces in each request, for 5 us; a tracer can be added as a middleware.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         generate_unique_id_function=lambda route: route.name,
@@ -129,10 +131,11 @@ def limits_of(settings: Settings, threads: Threads, classifiers: Mapping[str, Cl
     )
 
 
-def _closing(batcher: Batcher) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+def _running(batcher: Batcher, models: Models) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        yield
+        with watched(classifier.files for classifier in models.values()):
+            yield
         batcher.close()
 
     return lifespan

@@ -99,6 +99,8 @@ class Answer(ClassLabel):
 
     model: str
     digest: str
+    card_digest: str | None = None
+    """Absent in answers of versions that did not name their card yet."""
     logits: list[_Finite | None]
     image: AnswerImage | None = None
     """Absent in answers of versions that did not name their image yet."""
@@ -157,6 +159,8 @@ class Artefact:
     """Of `model.onnx`, as the card has it."""
     digest: str
     """Of `model.onnx`, as its bytes give it."""
+    card_digest: str
+    """Of `card.json`, as its bytes give it."""
     model_bytes: bytes
     calibration: Calibration | None = None
 
@@ -186,7 +190,8 @@ def read_answer(path: Path) -> Answer:
     Raises:
         KeptError: the file is missing, or is not such an answer.
     """
-    found = _json(path, "the JSON file with the archived answer", _ANSWER_CURE)
+    content = read_bytes(path, "the JSON file with the archived answer")
+    found = _json(path, content, _ANSWER_CURE)
     if isinstance(found, dict) and "predictions" in found:
         predictions = found["predictions"]
         if not isinstance(predictions, list) or len(predictions) != 1:
@@ -208,7 +213,8 @@ def read_artefact(folder: Path) -> Artefact:
         KeptError: a file is missing, or the card is not valid.
     """
     path = folder / "card.json"
-    card = _record(_Card, _json(path, _FOLDER, _CARD_CURE), path, _CARD_CURE)
+    content = read_bytes(path, _FOLDER)
+    card = _record(_Card, _json(path, content, _CARD_CURE), path, _CARD_CURE)
     if _MODEL not in card.graphs:
         raise KeptError(f"{path}: `graphs.{_MODEL}` is missing; {_CARD_CURE}")
     model_bytes = read_bytes(folder / _MODEL, _FOLDER)
@@ -218,14 +224,13 @@ def read_artefact(folder: Path) -> Artefact:
         input_shape=(card.input.channels, card.input.height, card.input.width),
         stated_digest=card.graphs[_MODEL],
         digest=sha256(model_bytes),
+        card_digest=sha256(content),
         model_bytes=model_bytes,
         calibration=card.calibration,
     )
 
 
-def _json(path: Path, expected: str, cure: str) -> object:
-    content = read_bytes(path, expected)
-
+def _json(path: Path, content: bytes, cure: str) -> object:
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON number")
 

@@ -15,9 +15,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from service.artefact.card import Card, check_card, read_card
+from service.artefact.card import Card, check_card, parse_card
 from service.artefact.engines import lazy_engines
+from service.artefact.files import CARD_FILE, MODEL_FILE, digest, read_file
 from service.artefact.findings import Findings
+from service.artefact.verified_files import VerifiedFiles
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
 from service.errors import (
     ChannelsError,
@@ -70,6 +72,9 @@ class Classifier:
     name: str
     digest: str
     """`sha256:<hex>` of the bytes of `model.onnx` that are run and certified."""
+    card_digest: str
+    """`sha256:<hex>` of the bytes of `card.json` that were read."""
+    files: VerifiedFiles
     labels: tuple[str, ...]
     card: Card
     certificate: Certificate
@@ -79,11 +84,14 @@ class Classifier:
     input_shape: tuple[int, int, int]
     """(D, A, B)."""
 
-    def __init__(self, card: Card, digest: str, certificate: Certificate, model: Runs, transport: Runs) -> None:
+    def __init__(
+        self, card: Card, files: VerifiedFiles, certificate: Certificate, model: Runs, transport: Runs
+    ) -> None:
         """Use `load` or `from_findings`, which check the arguments against each other."""
         self.card = card
         self.name = card.name
-        self.digest = digest
+        self.files = files
+        self.digest, self.card_digest = files.digests[MODEL_FILE], files.digests[CARD_FILE]
         self.labels = tuple(card.labels)
         self.certificate = certificate
         self.provider = model.provider
@@ -133,7 +141,7 @@ class Classifier:
         """Return the classifier of a verified artefact.
 
         Each graph is loaded when it is first run, from the bytes that the findings are about: a file that has changed
-        by then is an `ArtefactError`, and a GPU that does not run it a `ProviderError`.
+        by then is an `ArtefactChangedError`, and a GPU that does not run it a `ProviderError`.
 
         Args:
             folder: as in `load`.
@@ -145,10 +153,12 @@ class Classifier:
         Raises:
             ArtefactError: the findings report a fault, or the card is not about these graphs.
         """
-        card = read_card(folder)
+        content = read_file(folder / CARD_FILE)
+        card = parse_card(folder / CARD_FILE, content)
         check_card(folder, card, findings)
-        model, transport = lazy_engines(folder, findings, provider, threads, limits)
-        return cls(card, findings.digest, findings.facts().certificate, model, transport)
+        files = VerifiedFiles(folder, card.name, {MODEL_FILE: findings.digest, CARD_FILE: digest(content)})
+        model, transport = lazy_engines(files, findings, provider, threads, limits)
+        return cls(card, files, findings.facts().certificate, model, transport)
 
     @property
     def is_lost(self) -> bool:
@@ -168,7 +178,10 @@ class Classifier:
             ImageSizeError: another height or width than the model's, and `resize` is false.
             SideTooLongError: a side is too long to be resized.
             ChannelsError: there is no conversion of this number of channels.
+            ArtefactChangedError: the files of the model have been found changed.
         """
+        if self.files.have_changed:
+            self.files.refuse_changed()
         sent_channels, sent_height, sent_width = sent_shape
         channels, height, width = self.input_shape
         # The shape of a cached view has been checked, apart from its size.

@@ -88,7 +88,7 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
     from service.settings import threads_of
 
     with pool:
-        classifiers = load_classifiers(settings, pool)
+        classifiers = load_classifiers(settings, pool, folders)
     # The application runs the default model for its examples.
     inherited = create_app(settings, classifiers) if threads_of(settings, usable_cpus()).run_before_fork else None
 
