@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ from service.runtime.engine import Runs
 from service.runtime.provider import Provider, Resolved, load_on
 from service.runtime.session import GpuLimits
 from service.shapes import Float64
+
+if TYPE_CHECKING:
+    from service.artefact.signature import Signers
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +139,13 @@ class Classifier:
 
     @classmethod
     def from_findings(
-        cls, folder: Path, findings: Findings, provider: Resolved, threads: int, limits: GpuLimits | None = None
+        cls,
+        folder: Path,
+        findings: Findings,
+        provider: Resolved,
+        threads: int,
+        limits: GpuLimits | None = None,
+        signers: Signers | None = None,
     ) -> Classifier:
         """Return the classifier of a verified artefact.
 
@@ -149,11 +158,14 @@ class Classifier:
             provider: of `resolve_provider`.
             threads: as in `load`.
             limits: of each graph on a GPU.
+            signers: keys of which one must have signed the card; default: no signature is read.
 
         Raises:
-            ArtefactError: the findings report a fault, or the card is not about these graphs.
+            ArtefactError: the findings report a fault, or the card is not signed or not about these graphs.
         """
         content = read_file(folder / CARD_FILE)
+        if signers is not None:
+            signers.check(folder / CARD_FILE, content)
         card = parse_card(folder / CARD_FILE, content)
         check_card(folder, card, findings)
         files = VerifiedFiles(folder, card.name, {MODEL_FILE: findings.digest, CARD_FILE: digest(content)})
@@ -178,10 +190,7 @@ class Classifier:
             ImageSizeError: another height or width than the model's, and `resize` is false.
             SideTooLongError: a side is too long to be resized.
             ChannelsError: there is no conversion of this number of channels.
-            ArtefactChangedError: the files of the model have been found changed.
         """
-        if self.files.have_changed:
-            self.files.refuse_changed()
         sent_channels, sent_height, sent_width = sent_shape
         channels, height, width = self.input_shape
         # The shape of a cached view has been checked, apart from its size.

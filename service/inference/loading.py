@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from service.artefact.card import artefact_folders, read_card
 from service.artefact.files import CARD_FILE
@@ -15,6 +16,9 @@ from service.runtime.cpus import usable_cpus
 from service.runtime.provider import Resolved, load_on
 from service.runtime.session import GpuLimits
 from service.settings import Settings, threads_of
+
+if TYPE_CHECKING:
+    from service.artefact.signature import Signers
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ def load_classifiers(
         ArtefactError: the folder cannot be read or holds no artefact; or a file of the default model, or of any model
             if `settings.strict`, is missing, damaged or without proof.
         ProviderError: the provider is not available, or the GPU does not run the default model.
-        SettingsError: there is no model of the default name.
+        SettingsError: there is no model of the default name, or `settings.require_signature` names no keys.
     """
     if folders is None:
         folders = artefact_folders(settings.models, settings.default_model)
@@ -62,7 +66,13 @@ def load_classifiers(
         with VerifierPool(usable_cpus()) as new:
             new.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
             return load_classifiers(settings, new, folders)
-    models = load_on(settings.provider, lambda provider: _load_all(settings, folders, pool, provider))
+    signers = None
+    if settings.require_signature:
+        from service.artefact.signature import Signers
+
+        signers = Signers.of(settings.require_signature)
+        _log.info("a signature of one of %d keys is required", len(signers.keys))
+    models = load_on(settings.provider, lambda provider: _load_all(settings, folders, pool, provider, signers))
     for name, error in models.broken.items():
         _log.error("model %s is not served: %s: %s", name, error.file, error.line)
     if settings.default_model not in models:
@@ -73,7 +83,9 @@ def load_classifiers(
     return models
 
 
-def _load_all(settings: Settings, folders: Sequence[Path], pool: VerifierPool, provider: Resolved) -> Models:
+def _load_all(
+    settings: Settings, folders: Sequence[Path], pool: VerifierPool, provider: Resolved, signers: Signers | None
+) -> Models:
     threads = threads_of(settings, usable_cpus())
     limits = GpuLimits(settings.forward_batch or GpuLimits().batch, settings.gpu_memory_bytes)
     served: dict[str, Classifier] = {}
@@ -81,7 +93,8 @@ def _load_all(settings: Settings, folders: Sequence[Path], pool: VerifierPool, p
     # The default model first: it warms up while others are still being verified.
     for folder in folders:
         try:
-            classifier = Classifier.from_findings(folder, pool.findings(folder), provider, threads.inference, limits)
+            findings = pool.findings(folder)
+            classifier = Classifier.from_findings(folder, findings, provider, threads.inference, limits, signers)
             if classifier.name in served:
                 raise ArtefactError(
                     folder / CARD_FILE, f"the name {classifier.name!r} is taken by another artefact; change one."
