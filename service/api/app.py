@@ -19,6 +19,7 @@ from service.api.openapi import document
 from service.api.predict import Service
 from service.api.routes import add_predictions, build_router
 from service.artefact.verified_files import watched
+from service.errors import ArtefactChangedError
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
@@ -63,7 +64,11 @@ def create_app(
     if classifiers is None:
         classifiers = load_classifiers(settings)
     default = classifiers.get(settings.default_model)
-    examples = None if default is None else make_examples(default)
+    examples = None
+    if default is not None:
+        # A process that takes the place of another may find changed files; its requests are told.
+        with contextlib.suppress(ArtefactChangedError):
+            examples = make_examples(default)
     threads = threads_of(settings, usable_cpus())
     metrics = Metrics(shared=threads.processes > 1)
     for classifier in classifiers.values():

@@ -127,9 +127,11 @@ def watched(artefacts: Iterable[VerifiedFiles]) -> Generator[None]:
     end = threading.Event()
 
     def watch() -> None:
-        while not end.wait(_EVERY_S):
+        # At once, too: this process may take the place of another one.
+        while not end.is_set():
             for files in artefacts:
                 files.check()
+            end.wait(_EVERY_S)
 
     # Not joined: a file system that does not answer must not hold up the end of the server.
     threading.Thread(target=watch, name="artefacts", daemon=True).start()

@@ -19,6 +19,8 @@ from service.errors import KeptError
 _ANSWER_CURE = "keep the JSON object that POST /predict answers, as it was received"
 _CARD_CURE = "copy the artefact again"
 _MODEL = "model.onnx"
+_LARGEST_CARD, _LARGEST_MODEL = 16 * 2**20, 2**31 - 1
+"""Bytes, as the server has them."""
 _FOLDER = "the folder with model.onnx and card.json (--model)"
 _Found = TypeVar("_Found", bound="_Record")
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -170,13 +172,20 @@ def sha256(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def read_bytes(path: Path, expected: str) -> bytes:
-    """Return the bytes of a file; `expected` says in a message which file it should be.
+def read_bytes(path: Path, expected: str, largest: int | None = None) -> bytes:
+    """Return the bytes of a file.
+
+    Args:
+        path: of the file.
+        expected: which file it should be, for a message.
+        largest: bytes that it may have; null: a pipe or a device is read, too.
 
     Raises:
-        KeptError: the file is missing or cannot be read.
+        KeptError: the file is missing, cannot be read, or is beyond `largest`.
     """
     try:
+        if largest is not None and (path.stat().st_size > largest or not path.is_file()):
+            raise KeptError(f"{path}: is no regular file of at most {largest} bytes; name {expected}")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise KeptError(f"{path}: there is no such file; name {expected}") from error
@@ -213,11 +222,11 @@ def read_artefact(folder: Path) -> Artefact:
         KeptError: a file is missing, or the card is not valid.
     """
     path = folder / "card.json"
-    content = read_bytes(path, _FOLDER)
+    content = read_bytes(path, _FOLDER, _LARGEST_CARD)
     card = _record(_Card, _json(path, content, _CARD_CURE), path, _CARD_CURE)
     if _MODEL not in card.graphs:
         raise KeptError(f"{path}: `graphs.{_MODEL}` is missing; {_CARD_CURE}")
-    model_bytes = read_bytes(folder / _MODEL, _FOLDER)
+    model_bytes = read_bytes(folder / _MODEL, _FOLDER, _LARGEST_MODEL)
     return Artefact(
         name=card.name,
         labels=card.labels,

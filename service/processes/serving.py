@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from service.artefact.pool import VerifierPool
-from service.errors import SettingsError
+from service.errors import ArtefactChangedError, SettingsError
 from service.runtime.cpus import usable_cpus
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
 
     def serve(listener: socket.socket) -> int:
         if settings.processes > 1:
-            # Not inherited: threads, and pages that are written to.
-            classifiers[settings.default_model].warm_up()
+            # Not inherited: threads, and pages that are written to. Requests are told of files that have changed since.
+            with contextlib.suppress(ArtefactChangedError):
+                classifiers[settings.default_model].warm_up()
         app = inherited or create_app(settings, classifiers)
         return Server(app, settings.log_level, is_lost).serve_on(listener)
 
