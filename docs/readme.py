@@ -84,7 +84,7 @@ def shortened(value: Any, key: str = "") -> Any:
     if isinstance(value, float):
         digits = 10.0 ** (3 - math.floor(math.log10(abs(value)))) if value else 1.0
         return math.floor(value * digits) / digits if key.startswith("radius") else float(f"{value:.4g}")
-    return f"{value[:24]}..." if key in ("image", "digest") else value
+    return f"{value[:24]}..." if key in ("image", "digest", "card_digest") else value
 
 
 def example_block(text: str) -> str:

@@ -24,7 +24,7 @@
       │   ├─ UnknownModelError
       │   ├─ UnknownLabelError
       │   ├─ TargetIsPredictedClassError
-  │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
+      │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
       ├─ BusyError                       the request is valid, and the server has no capacity for it now
       │   ├─ OverloadedError
       │   ├─ DeadlineError
@@ -33,6 +33,9 @@
       │   ├─ UnauthorizedError           no valid API key
       │   ├─ ForbiddenError              a valid API key without the scope
       │   └─ RateLimitError              more requests than the rate of a key or an address
+      ├─ UnavailableError                the request is valid, and its model cannot answer before the operator acts
+      │   ├─ ArtefactChangedError        its files are not those that were verified
+      │   └─ ModelNotAvailableError      it could not be verified when the server started
       ├─ ArtefactError                   a file of an artefact is missing, damaged or cannot be proved
       ├─ ProviderError                   the requested execution provider is not available
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
@@ -48,6 +51,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+
+_LINE = 500
+"""Characters of the reason why a model is not served."""
 
 
 class LipcertError(Exception):
@@ -273,13 +279,43 @@ class RateLimitError(AccessError):
         )
 
 
+class UnavailableError(LipcertError):
+    """The request is valid, and its model cannot answer before the operator acts."""
+
+
+class ArtefactChangedError(UnavailableError):
+    """The files of a model are not those that were verified when the server started."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the files of model {name!r} have changed since this server verified them, so it does not answer; the "
+            "operator can put them back, or start the server again"
+        )
+
+
+class ModelNotAvailableError(UnavailableError):
+    """A model in the folder of models could not be verified when the server started."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"model {name!r} is not available: {reason} The operator can repair it and start the server again; GET "
+            "/models lists the models that answer"
+        )
+
+
 class ArtefactError(LipcertError):
-    """A file of an artefact is missing, damaged or cannot be proved; the server does not start with it."""
+    """A file of an artefact is missing, damaged or cannot be proved."""
 
     def __init__(self, file: Path, reason: str) -> None:
         self.file = file
         self.reason = reason
         super().__init__(f"{file}: {reason}")
+
+    @property
+    def line(self) -> str:
+        """The reason in one line of bounded length."""
+        words = " ".join(self.reason.split())
+        return words if len(words) <= _LINE else f"{words[: _LINE - 3]}..."
 
 
 class ProviderError(LipcertError):

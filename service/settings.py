@@ -52,6 +52,14 @@ class Settings(BaseSettings):
     default_model: Annotated[str, Field(min_length=1)] = "mnist"
     """Name of the model that answers a request without a model name."""
 
+    strict: bool = False
+    """Whether a model that cannot be verified ends the start; otherwise the others are served and `/models` lists it as
+    broken. The default model always has to be verified."""
+
+    require_signature: str = ""
+    """Public key of minisign, or a file of such keys: a model whose `card.json` none of them has signed cannot be
+    verified. Empty: signatures are not read."""
+
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     """Execution provider: `auto` takes CUDA where it works, else warns and takes the CPU; `cuda` ends the start where
     CUDA does not work."""

@@ -18,12 +18,14 @@ from service.api.errors import add_error_handlers
 from service.api.examples import STATIC, make_examples
 from service.api.metrics import MetricsMiddleware
 from service.api.openapi import document
-from service.api.predict import Models, Service
+from service.api.predict import Service
 from service.api.routes import add_predictions, build_router
+from service.artefact.verified_files import watched
+from service.errors import ArtefactChangedError
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
-from service.inference.loading import load_classifiers
+from service.inference.loading import Models, load_classifiers
 from service.metrics import Metrics
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
@@ -58,7 +60,7 @@ def create_app(
 
     Args:
         settings: see `service.settings`.
-        classifiers: by name; default: those in `settings.models`.
+        classifiers: by name, for example of `load_classifiers`; default: those in `settings.models`.
         dependencies: FastAPI dependencies of every route.
         access: keys and limits that several processes share; default: those of the settings.
 
@@ -69,13 +71,18 @@ def create_app(
     if classifiers is None:
         classifiers = load_classifiers(settings)
     default = classifiers.get(settings.default_model)
-    examples = None if default is None else make_examples(default)
+    examples = None
+    if default is not None:
+        # A process that takes the place of another may find changed files; its requests are told.
+        with contextlib.suppress(ArtefactChangedError):
+            examples = make_examples(default)
     threads = threads_of(settings, usable_cpus())
     metrics = Metrics(shared=threads.processes > 1)
     for classifier in classifiers.values():
         metrics.note_model(classifier.name, classifier.provider, classifier.digest)
     batcher = Batcher(limits_of(settings, threads, classifiers), metrics)
-    service = Service(settings, Models(classifiers), examples, metrics, batcher)
+    models = classifiers if isinstance(classifiers, Models) else Models(classifiers)
+    service = Service(settings, models, examples, metrics, batcher)
 
     app = FastAPI(
         title="lipcert",
@@ -86,7 +93,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         dependencies=dependencies,
-        lifespan=_closing(batcher),
+        lifespan=_running(batcher, models),
         # FastAPI would look for a provider of traces in each request, for 5 us; a tracer can be added as a middleware.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         generate_unique_id_function=lambda route: route.name,
@@ -149,10 +156,11 @@ def limits_of(settings: Settings, threads: Threads, classifiers: Mapping[str, Cl
     )
 
 
-def _closing(batcher: Batcher) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+def _running(batcher: Batcher, models: Models) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        yield
+        with watched(classifier.files for classifier in models.values()):
+            yield
         batcher.close()
 
     return lifespan

@@ -96,6 +96,8 @@ _TYPICAL_ERRORS: tuple[errors.LipcertError, ...] = (
     errors.TargetIsPredictedClassError("7"),
     errors.OverloadedError(1024),
     errors.DeadlineError(30.0),
+    errors.ArtefactChangedError("mnist"),
+    errors.ModelNotAvailableError("mnist-0-8", "the file is missing."),
 )
 
 

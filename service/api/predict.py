@@ -23,10 +23,10 @@ from service.api.encoded import ArrayBatch, EncodedBatch
 from service.api.examples import Examples
 from service.api.parsing import Query, parse_batch, parse_predict
 from service.api.schema import Options
-from service.errors import ImageTooLargeError, UnknownModelError
+from service.errors import ImageTooLargeError
 from service.inference.batching import Batcher
-from service.inference.classifier import Classifier
 from service.inference.jobs import Question
+from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
 from service.metrics import Metrics
 from service.settings import Settings
@@ -36,14 +36,6 @@ Result = TypeVar("Result")
 # Decoded in some 30 microseconds, or refused from the header.
 _AT_ONCE_BYTES = 8 * 1024
 _AT_ONCE_PIXELS = 4096
-
-
-class Models(dict[str, Classifier]):
-    """The served models by name."""
-
-    def __missing__(self, name: str) -> Classifier:
-        """Raise `UnknownModelError`."""
-        raise UnknownModelError(name, self)
 
 
 @dataclass(frozen=True)
@@ -58,9 +50,9 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the default model is loaded and no GPU was lost."""
-        is_lost = any(classifier.is_lost for classifier in self.models.values())
-        return self.settings.default_model in self.models and not is_lost
+        """Whether the default model is loaded, no GPU was lost and no artefact has changed."""
+        fails = any(classifier.is_lost or classifier.files.have_changed for classifier in self.models.values())
+        return self.settings.default_model in self.models and not fails
 
     async def ask(
         self, request: Request, accepted: Sequence[str], question_of: Callable[[Head, bytes], Question[Result, Any]]

@@ -52,7 +52,10 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.UnauthorizedError: HTTPStatus.UNAUTHORIZED,
         errors.ForbiddenError: HTTPStatus.FORBIDDEN,
         errors.RateLimitError: HTTPStatus.TOO_MANY_REQUESTS,
-        # These stop the server at start. In an answer, a graph file has changed since, or a check is missing.
+        errors.UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.ArtefactChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.ModelNotAvailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+        # These stop the server at start. In an answer, a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.SettingsError: HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -15,7 +15,15 @@ from service.api.answers import describe, describe_in_full
 from service.api.examples import STATIC
 from service.api.openapi import SAMPLES, problem_responses
 from service.api.predict import Service, image_endpoint
-from service.api.schema import BatchAnswer, LiveAnswer, ModelAnswer, ModelsAnswer, PredictAnswer, ReadyAnswer
+from service.api.schema import (
+    BatchAnswer,
+    BrokenModel,
+    LiveAnswer,
+    ModelAnswer,
+    ModelsAnswer,
+    PredictAnswer,
+    ReadyAnswer,
+)
 
 _PREDICT = """Classify one image, with a certified radius.
 
@@ -98,16 +106,17 @@ def _add_models(router: APIRouter, service: Service) -> None:
 
     @router.get("/models", tags=["models"], summary="All models", response_model=ModelsAnswer)
     async def list_models() -> Response:
-        """The served models: labels, input, proved bound, digest, execution provider."""
+        """The served models: labels, input, proved bound, digests, execution provider; and those that are broken."""
         models = [describe(classifier, default_model) for classifier in service.models.values()]
-        return _json(ModelsAnswer(models=models))
+        broken = [BrokenModel(name=name, reason=error.line) for name, error in service.models.broken.items()]
+        return _json(ModelsAnswer(models=models, broken=broken))
 
     @router.get(
         "/models/{name}",
         tags=["models"],
         summary="One model, with its card",
         response_model=ModelAnswer,
-        responses=problem_responses(404),
+        responses=problem_responses(404, 503),
     )
     async def show_model(name: str) -> Response:
         """One model: its proved bounds, its execution provider and its card."""
@@ -125,10 +134,15 @@ def _add_operations(router: APIRouter, service: Service) -> None:
         tags=["operations"],
         summary="Readiness",
         response_model=ReadyAnswer,
-        responses={503: {"model": ReadyAnswer, "description": "No default model is loaded, or the GPU was lost."}},
+        responses={
+            503: {
+                "model": ReadyAnswer,
+                "description": "No default model is loaded, the GPU was lost, or an artefact has changed.",
+            }
+        },
     )
     async def ready() -> Response:
-        """Whether the default model is proved, loaded and has run once, and the GPU responds."""
+        """Whether the default model is proved, loaded and has run once, the GPU responds and no artefact changed."""
         default = service.models.get(service.settings.default_model)
         provider = None if default is None else default.provider
         status = "ready" if service.is_ready else "not ready"

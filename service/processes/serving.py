@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from service.artefact.pool import VerifierPool
-from service.errors import SettingsError
+from service.errors import ArtefactChangedError, SettingsError
 from service.runtime.cpus import usable_cpus
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
 
     with pool:
         access = access_of(settings)
-        classifiers = load_classifiers(settings, pool)
+        classifiers = load_classifiers(settings, pool, folders)
     # The application runs the default model for its examples.
     inherited = (
         create_app(settings, classifiers, access=access)
@@ -108,12 +108,13 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
 
     def serve(listener: socket.socket) -> int:
         if settings.processes > 1:
-            # Not inherited: threads, and pages that are written to.
-            classifiers[settings.default_model].warm_up()
+            # Not inherited: threads, and pages that are written to. Requests are told of files that have changed since.
+            with contextlib.suppress(ArtefactChangedError):
+                classifiers[settings.default_model].warm_up()
         app = inherited or create_app(settings, classifiers, access=access)
         tls = None if certificate is None else certificate.context()
         proxies = list_of(settings.trusted_proxies)
-        return Server(app, settings.log_level, is_lost, tls, proxies).serve_on(listener)
+        return Server(app, settings.log_level, is_lost, tls=tls, trusted_proxies=proxies).serve_on(listener)
 
     return serve
 

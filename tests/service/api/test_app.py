@@ -24,6 +24,7 @@ from PIL import Image
 from service.api.answers import radius_in_grey_levels
 from service.api.app import create_app
 from service.api.examples import SAMPLE_DIGIT
+from service.artefact.files import digest
 from service.errors import ArtefactError, SettingsError
 from service.inference.classifier import Classifier, Prediction, View
 from service.pixels.images import decode_image
@@ -103,7 +104,7 @@ def test_all_forms_and_the_batch_give_the_same_answer(client: Client, grey_HW: n
 def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_HW: np.ndarray) -> None:
     answer = FORMS["json"](client, grey_HW, {"epsilon": 0.5, "counterfactual": True}).json()
     assert set(answer) == {
-        *("model", "digest", "class_id", "label", "logits", "image", "certificate", "counterfactual"),
+        *("model", "digest", "card_digest", "class_id", "label", "logits", "image", "certificate", "counterfactual"),
         *("coverage", "set", "max_error", "decision"),
     }
     assert (answer["coverage"], answer["set"], answer["max_error"], answer["decision"]) == (None, None, None, None)
@@ -126,6 +127,7 @@ def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_
     assert answer["certificate"]["norm"] == "l2"
     assert answer["counterfactual"]["media_type"] == "image/png"
     assert answer["digest"].startswith("sha256:")
+    assert answer["card_digest"] == client.get("/models/grey").json()["card_digest"]
 
 
 def digest_of(image_CHW: np.ndarray) -> str:
@@ -451,12 +453,17 @@ def test_the_bytes_of_an_image_body_decide_its_format(client: Client, grey_HW: n
     assert response.status_code == 200
 
 
-def test_models_are_listed_with_what_is_proved_of_them(client: Client, classifiers: Mapping[str, Classifier]) -> None:
-    models = {model["name"]: model for model in client.get("/models").json()["models"]}
+def test_models_are_listed_with_what_is_proved_of_them(
+    client: Client, classifiers: Mapping[str, Classifier], zoo: Path
+) -> None:
+    answer = client.get("/models").json()
+    assert answer["broken"] == []
+    models = {model["name"]: model for model in answer["models"]}
     assert set(models) == set(classifiers)
     assert [name for name, model in models.items() if model["default"]] == ["grey"]
     for name, classifier in classifiers.items():
         assert models[name]["digest"] == classifier.digest
+        assert models[name]["card_digest"] == digest((zoo / name / "card.json").read_bytes())
         assert models[name]["labels"] == list(classifier.labels)
         assert models[name]["lipschitz_bound"] == classifier.certificate.lipschitz_bound
         assert models[name]["provider"] == "CPUExecutionProvider"

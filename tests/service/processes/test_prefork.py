@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -234,6 +235,37 @@ def test_each_process_holds_its_own_socket_and_not_the_life_of_the_others(shared
     assert len(lifelines) == 1
     assert lifelines < pipes_of(shared.process.pid, os.O_WRONLY)
     assert not lifelines & (pipes_of(one, os.O_WRONLY) | pipes_of(other, os.O_WRONLY))
+
+
+# With two threads in an inference a process loads the default model itself, with one it inherits the loaded model.
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_replacement_of_a_process_refuses_an_artefact_that_has_changed(
+    zoo: Path, tmp_path: Path, threads: int
+) -> None:
+    models = Path(shutil.copytree(zoo, tmp_path / "models"))
+    with Servers(models, tmp_path) as servers:
+        server = servers(threads=threads)
+        server.wait_ready()
+        path = models / "grey" / "model.onnx"
+        content = path.read_bytes()
+        path.write_bytes(b"another model")
+        wait_until(lambda: server.count("model grey: ") == 2)
+        os.kill(server.children[0], signal.SIGKILL)
+        server.wait_ready(processes=3)
+        wait_until(lambda: server.count("model grey: ") == 3)
+        for _ in range(10):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            with contextlib.closing(connection):
+                connection.request("POST", "/predict", npy(image()), _HEADERS)
+                answer = connection.getresponse()
+                assert answer.status == 503
+                assert json.loads(answer.read())["type"] == "urn:problem-type:lipcert:artefact-changed"
+        assert server.count("model grey: ") == 3
+        path.write_bytes(content)
+        wait_until(lambda: server.count("are again those that were verified") == 2)
+        assert len({pid for pid, _ in server.ask_all("/predict", npy(image()))}) == 2
+        server.process.terminate()
+        server.assert_ended_well("ended with")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
