@@ -45,6 +45,9 @@ certificate: the radius refers to the image that was sent, which `image` in the 
 Errors are RFC 9457 problem details, `application/problem+json`; `detail` states the cause and the remedy.
 """
 
+# Longest wait for the workers at the end.
+_CLOSE_S = 1.0
+
 
 def create_app(
     settings: Settings, classifiers: Mapping[str, Classifier] | None = None, dependencies: Sequence[Depends] = ()
@@ -100,6 +103,7 @@ def create_app(
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
+    app.state.service = service
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -133,6 +137,8 @@ def _closing(batcher: Batcher) -> Callable[[FastAPI], contextlib.AbstractAsyncCo
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
-        batcher.close()
+        if not batcher.is_closed:
+            # Called on the event loop, which hands the last answers over afterwards.
+            batcher.close(_CLOSE_S)
 
     return lifespan

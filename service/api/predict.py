@@ -26,6 +26,7 @@ from service.api.schema import Options
 from service.errors import ImageTooLargeError, UnknownModelError
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
+from service.inference.health import LEAST_STUCK_S, Health
 from service.inference.jobs import Question
 from service.inference.outcome import Decoded, Outcome
 from service.metrics import Metrics
@@ -56,11 +57,12 @@ class Service:
     metrics: Metrics
     batcher: Batcher
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the default model is loaded and no GPU was lost."""
-        is_lost = any(classifier.is_lost for classifier in self.models.values())
-        return self.settings.default_model in self.models and not is_lost
+    @functools.cached_property
+    def health(self) -> Health:
+        """Faults of this process."""
+        settings = self.settings
+        stuck_s = settings.stuck_s or max(LEAST_STUCK_S, settings.deadline_s / 3.0)
+        return Health(self.models, settings.default_model, self.batcher, stuck_s)
 
     async def ask(
         self, request: Request, accepted: Sequence[str], question_of: Callable[[Head, bytes], Question[Result, Any]]

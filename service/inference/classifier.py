@@ -17,6 +17,7 @@ import numpy as np
 
 from service.artefact.card import Card, check_card, read_card
 from service.artefact.engines import lazy_engines
+from service.artefact.files import MODEL_FILE
 from service.artefact.findings import Findings
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
 from service.errors import (
@@ -78,6 +79,10 @@ class Classifier:
     """The execution provider that runs it, for example `CPUExecutionProvider`."""
     input_shape: tuple[int, int, int]
     """(D, A, B)."""
+    path: Path | None = None
+    """The file of the model; null where it was not loaded from a file."""
+    is_warm: bool = False
+    """Whether `warm_up` has loaded both graphs."""
 
     def __init__(self, card: Card, digest: str, certificate: Certificate, model: Runs, transport: Runs) -> None:
         """Use `load` or `from_findings`, which check the arguments against each other."""
@@ -148,7 +153,9 @@ class Classifier:
         card = read_card(folder)
         check_card(folder, card, findings)
         model, transport = lazy_engines(folder, findings, provider, threads, limits)
-        return cls(card, findings.digest, findings.facts().certificate, model, transport)
+        classifier = cls(card, findings.digest, findings.facts().certificate, model, transport)
+        classifier.path = folder / MODEL_FILE
+        return classifier
 
     @property
     def is_lost(self) -> bool:
@@ -160,6 +167,7 @@ class Classifier:
         view = self.view(self.input_shape)
         view.margin_gradient(np.zeros((1, *self.input_shape)), np.zeros((1, len(self.labels))))
         view.classify(np.zeros((1, *self.input_shape)))
+        self.is_warm = True
 
     def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
         """Return the model for images of one shape, (C, H, W); the same object for the same shape, while it is cached.

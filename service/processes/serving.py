@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("service")
 
-_GRACE_S = 5
-"""Seconds for the end of a process beyond those for its open requests."""
 _BACKLOG = 2048
 _COLLECT_AFTER = 50_000
 """Allocations between two garbage collections: requests leave hardly any garbage in cycles."""
@@ -67,9 +65,11 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
             return serve(first)
         from prometheus_client.multiprocess import mark_process_dead
 
-        from service.processes.server import DRAIN_S
+        from service.processes.server import LAST_S
 
-        serve_in_processes(listeners, serve, mark_process_dead, grace_s=DRAIN_S + _GRACE_S)
+        # Beside the open requests: the end of the listeners, the last answers, and the end of the process.
+        grace_s = settings.grace_s + 2 * LAST_S
+        serve_in_processes(listeners, serve, mark_process_dead, grace_s, settings.drain_s)
     # Signals do nothing here. The interpreter would restore them before it ends, and one more would end the process
     # with another status.
     logging.shutdown()
@@ -84,7 +84,8 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
     pool.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
     from service.api.app import create_app
     from service.inference.loading import load_classifiers
-    from service.processes.server import Server
+    from service.processes.prefork import beat
+    from service.processes.server import Ending, Server
     from service.settings import threads_of
 
     with pool:
@@ -100,7 +101,8 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
             # Not inherited: threads, and pages that are written to.
             classifiers[settings.default_model].warm_up()
         app = inherited or create_app(settings, classifiers)
-        return Server(app, settings.log_level, is_lost).serve_on(listener)
+        ending = Ending(settings.drain_s, settings.grace_s, settings.processes == 1, beat)
+        return Server(app, settings.log_level, is_lost, ending).serve_on(listener)
 
     return serve
 

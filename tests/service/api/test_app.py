@@ -481,7 +481,9 @@ def test_without_its_default_model_the_server_lives_and_is_not_ready(client: Cli
     empty = Client(create_app(Settings(default_model="grey"), {}), client._runner)
     assert empty.get("/health/live").status_code == 200
     response = empty.get("/health/ready")
-    assert (response.status_code, response.json()) == (503, {"status": "not ready", "provider": None})
+    reasons = ["the default model grey is not loaded; see the log of the start"]
+    assert response.status_code == 503
+    assert response.json() == {"status": "not ready", "provider": None, "reasons": reasons}
     assert empty.get("/openapi.json").status_code == 200
 
 
