@@ -53,6 +53,7 @@ class Batcher:
         self._workers = Workers(limits, self._queues, metrics)
         self._admission = Admission(limits, self._queues.purge)
         self.place = self._admission.place
+        self.wake = self._queues.wake
         self.beats = self._workers.beats
         self.max_delay_s = limits.max_delay_s
         self._is_started = False

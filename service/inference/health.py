@@ -26,6 +26,8 @@ LEAST_STUCK_S = 5.0
 # Share of the time after which a worker is stuck.
 _NOT_READY = 0.4
 _CHECK_EVERY_S = 60.0
+# Silence of a worker for which the others wait no longer.
+_SLOW_S = 0.5
 
 
 class Health:
@@ -64,8 +66,10 @@ class Health:
     def observe(self) -> None:
         """Observe the workers and the queue, several times a second."""
         elapsed_s = self._pulse.observe()
-        is_untaken = self._batcher.is_waiting and not self._batcher.beats
-        self._untaken_s = self._untaken_s + elapsed_s if is_untaken else 0.0
+        is_waiting = self._batcher.is_waiting
+        self._untaken_s = self._untaken_s + elapsed_s if is_waiting and not self._batcher.beats else 0.0
+        if is_waiting and self._pulse.silent(_SLOW_S):
+            self._batcher.wake()
         self._check_due_s -= elapsed_s
 
     def check(self) -> None:
