@@ -113,7 +113,7 @@ class Settings(BaseSettings):
     """Seconds after SIGTERM in which `/health/ready` is 503 and everything else goes on: load balancers take the server
     out in the meantime."""
 
-    grace_s: Annotated[float, Field(gt=0.0, le=3_600.0, allow_inf_nan=False)] = 7.0
+    grace_s: Annotated[float, Field(gt=0.0, le=3_600.0, allow_inf_nan=False)] = 6.0
     """Seconds after that in which open requests are answered; then they get status 503, and the process ends."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"

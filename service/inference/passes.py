@@ -198,8 +198,10 @@ class Passes:
         def beat(expected_s: float) -> None:
             self._beats[thread] = time.monotonic(), "the first passes of a model", expected_s
 
-        beat(0.0 if classifier.is_warm else LOAD_S)
+        # Another model may be loading.
+        beat(LOAD_S)
         with self._queues.occupied(), self._measuring:
+            beat(0.0 if classifier.is_warm else LOAD_S)
             pace = self._paces.get(classifier.digest)
             if pace is None:
                 pace = self._paces[classifier.digest] = measure_pace(classifier, beat)

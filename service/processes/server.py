@@ -50,7 +50,7 @@ class Ending:
 
     drain_s: float = 0.0
     """See `Settings.drain_s`."""
-    grace_s: float = 7.0
+    grace_s: float = 6.0
     """See `Settings.grace_s`."""
     is_alone: bool = True
     """Whether no other process holds the listener."""
@@ -154,7 +154,7 @@ class Server(uvicorn.Server):
     def _end_with(self, status: int, notice_s: float, grace_s: float) -> None:
         self._status = status
         self._end_at_s = time.monotonic() + notice_s
-        _end_process_in(notice_s + 2 * HANDSHAKE_S + grace_s + LAST_S, status)
+        _end_process_in(notice_s + 2 * HANDSHAKE_S + grace_s + 2 * LAST_S, status)
 
     async def _turn(self, seconds: float) -> None:
         """Let the event loop run for some seconds, at least for one turn."""

@@ -12,6 +12,7 @@ import logging
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Sequence
 
@@ -32,6 +33,8 @@ def keep_out(listener: socket.socket) -> None:
     A client that tries gets no answer while the socket is open, and is refused when it tries again. Without effect
     where the system has no such filter.
     """
+    if sys.platform != "linux":
+        return
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _NO_SYN))
     with contextlib.suppress(OSError):
         listener.setsockopt(
