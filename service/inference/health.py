@@ -80,7 +80,6 @@ class Health:
 
     def faults(self) -> list[str]:
         """Return why the process is not ready, one sentence each; empty if it is."""
-        self.observe()
         faults = self.fatal_faults()
         if self.is_stopping:
             faults.append("the server is stopping")
@@ -98,7 +97,8 @@ class Health:
         return faults
 
     def fatal_faults(self) -> list[str]:
-        """Return the faults that a restart of the process cures."""
+        """Return the faults that a restart of the process cures; observe first."""
+        self.observe()
         faults = [
             f"a worker has been stuck for {self._stuck_s:g} s in {doing}" for doing in self._pulse.silent(self._stuck_s)
         ]

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 _SHORT_S = 1.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_EVERY_S = 1.0
-_HANG_S = 12.0
+_HANG_S = 10.0
 """Seconds without a beat after which a process is killed; later than its own watchdog."""
 _START_S = 300.0
 """The same before its first beat: it loads the default model in the meantime."""

@@ -39,7 +39,7 @@ _NOTICE_S = 2.0
 """Seconds from the loss of the GPU to the end: a load balancer that probes every second sees the 503."""
 _STUCK_GRACE_S = 2.0
 """Seconds in which the other workers of a process with a stuck one answer."""
-_HANG_S = 10.0
+_HANG_S = 8.0
 """Seconds without a turn of the event loop after which the process ends."""
 _TURN_S = 0.02
 
@@ -105,7 +105,6 @@ class Server(uvicorn.Server):
             self._end_with(DEVICE_LOST_STATUS, _NOTICE_S, self._ending.grace_s)
         elif self._end_at_s is None and self._service is not None:
             health = self._service.health
-            health.observe()
             health.check()
             if faults := health.fatal_faults():
                 _log.error("%s: the server ends with status %d", "; ".join(faults), STUCK_STATUS)
