@@ -6,15 +6,15 @@ from, a lost device, and, while nothing is in progress, a self-check of the defa
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from service.artefact.files import read_verified
-from service.errors import LipcertError
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
 from service.inference.heartbeats import LOAD_S, Beats, Pulse
@@ -141,9 +141,10 @@ class SelfCheck:
 
     def _find_fault(self) -> str | None:
         classifier = self._classifier
+        path = classifier.path
         try:
-            if classifier.path is not None:
-                read_verified(classifier.path, classifier.digest)
+            if path is not None and _digest(path) != classifier.digest:
+                return f"{path} has changed since the start; put it back, or start the server again"
             answer = self._answer()
             self._kept = self._kept or answer
             if answer != self._kept:
@@ -151,8 +152,8 @@ class SelfCheck:
                     f"model {classifier.name} answers the same image with other bits than before; check the "
                     "memory and the processor of this machine, and start the server again"
                 )
-        except LipcertError as error:
-            return str(error)
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror or error}); put it back, or start the server again"
         except Exception as error:
             return f"model {classifier.name} does not answer: {error}"
         return None
@@ -166,3 +167,9 @@ class SelfCheck:
         finally:
             self._beats.pop(thread, None)
         return prediction.logits_K.tobytes(), *(value for value in prediction if not isinstance(value, np.ndarray))
+
+
+def _digest(path: Path) -> str:
+    """Return the digest of a file, which is read in pieces."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

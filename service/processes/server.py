@@ -118,8 +118,7 @@ class Server(uvicorn.Server):
         drain_s = self._ending.drain_s if is_asked and signal.SIGTERM in self._captured_signals else 0.0
         grace_s = _STUCK_GRACE_S if self._status == STUCK_STATUS else self._ending.grace_s
         self._watchdog.end()
-        if is_asked:
-            _end_process_in(drain_s + 2 * HANDSHAKE_S + grace_s + LAST_S, 0)
+        last = _end_process_in(drain_s + 2 * HANDSHAKE_S + grace_s + LAST_S, 0) if is_asked else None
         logging.getLogger("uvicorn.error").info("Shutting down")
         if self._service is not None:
             self._service.health.is_stopping = True
@@ -133,6 +132,8 @@ class Server(uvicorn.Server):
         await self._wait_for_answers(until_s)
         if not self.force_exit:
             await self.lifespan.shutdown()
+        if last is not None:
+            last.cancel()
 
     def serve_on(self, listener: socket.socket) -> int:
         """Serve until a signal and return the exit status; the process itself ends here if it cannot go on."""
@@ -196,7 +197,8 @@ class Server(uvicorn.Server):
             task.cancel()
 
 
-def _end_process_in(seconds: float, status: int) -> None:
+def _end_process_in(seconds: float, status: int) -> threading.Timer:
     last = threading.Timer(seconds, os._exit, (status,))
     last.daemon = True
     last.start()
+    return last

@@ -46,6 +46,7 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
     from service.processes.prefork import bind, listen, serve_in_processes
+    from service.processes.stopping import refuse_waiting
 
     settings = _with_processes(settings)
     with contextlib.ExitStack() as stack:
@@ -62,7 +63,12 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
         gc.enable()
         gc.set_threshold(_COLLECT_AFTER)
         if settings.processes == 1:
-            return serve(first)
+            try:
+                return serve(first)
+            finally:
+                # Stopped before the event loop ran.
+                if first.fileno() != -1:
+                    refuse_waiting([first])
         from prometheus_client.multiprocess import mark_process_dead
 
         from service.processes.server import LAST_S

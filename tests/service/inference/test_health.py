@@ -340,6 +340,11 @@ def test_an_idle_process_checks_the_file_and_an_answer_of_its_default_model_ever
         (fault,) = health.faults()
         assert str(path) in fault
     assert health.fatal_faults() == []
+    path.unlink()
+    run_check(health, clock)
+    assert health.faults() == [
+        f"{path} cannot be read (No such file or directory); put it back, or start the server again"
+    ]
     path.write_bytes(content)
     run_check(health, clock)
     assert health.faults() == []
@@ -348,6 +353,7 @@ def test_an_idle_process_checks_the_file_and_an_answer_of_its_default_model_ever
     (fault,) = health.faults()
     assert "with other bits" in fault
     assert [record.levelname for record in caplog.records if "self-check" in record.message] == [
+        "ERROR",
         "ERROR",
         "WARNING",
         "ERROR",

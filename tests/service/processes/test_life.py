@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +140,11 @@ class Server:
         self.process.stderr.close()
 
 
+Start = Callable[..., Server]
+
+
 @pytest.fixture
-def start(zoo: Path, tmp_path: Path) -> Iterator[type[Server]]:
+def start(zoo: Path, tmp_path: Path) -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
         def start(**settings: object) -> Server:
@@ -149,7 +152,7 @@ def start(zoo: Path, tmp_path: Path) -> Iterator[type[Server]]:
             stack.callback(server.close)
             return server
 
-        yield start  # type: ignore[misc]
+        yield start
 
 
 def read(connection: socket.socket) -> bytes:
@@ -209,7 +212,7 @@ class Load:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("repeat", range(STOPS))
-def test_a_stop_under_load_loses_no_request(start: type[Server], processes: int, repeat: int) -> None:
+def test_a_stop_under_load_loses_no_request(start: Start, processes: int, repeat: int) -> None:
     server = start(processes=processes)
     load = Load(server)
     assert server.stop() == 0
@@ -218,7 +221,7 @@ def test_a_stop_under_load_loses_no_request(start: type[Server], processes: int,
     assert "Traceback" not in server.log
 
 
-def test_a_rolling_restart_of_the_processes_under_load_loses_no_request(start: type[Server]) -> None:
+def test_a_rolling_restart_of_the_processes_under_load_loses_no_request(start: Start) -> None:
     server = start(processes=2)
     load = Load(server)
     for repeat in range(2 * STOPS):
@@ -233,7 +236,7 @@ def test_a_rolling_restart_of_the_processes_under_load_loses_no_request(start: t
     assert "Traceback" not in server.log
 
 
-def test_a_server_that_stops_is_not_ready_and_goes_on_until_the_drain_is_over(start: type[Server]) -> None:
+def test_a_server_that_stops_is_not_ready_and_goes_on_until_the_drain_is_over(start: Start) -> None:
     server = start(drain_s=2)
     with contextlib.closing(http.client.HTTPConnection(*server.address, timeout=60)) as kept:
         kept.request("GET", "/health/live")
@@ -254,7 +257,7 @@ def test_a_server_that_stops_is_not_ready_and_goes_on_until_the_drain_is_over(st
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_ends_in_time_with_status_0_and_a_503_for_who_waits_for_a_stuck_worker(
-    start: type[Server], processes: int
+    start: Start, processes: int
 ) -> None:
     server = start(processes=processes, grace_s=1)
     server.block("stuck")
@@ -270,7 +273,7 @@ def test_a_stop_ends_in_time_with_status_0_and_a_503_for_who_waits_for_a_stuck_w
     assert time.monotonic() - started_s < 15
 
 
-def test_a_stuck_worker_ends_the_process_with_a_status_of_its_own(start: type[Server]) -> None:
+def test_a_stuck_worker_ends_the_process_with_a_status_of_its_own(start: Start) -> None:
     server = start(stuck_s=2, workers=2)
     server.block("stuck")
     stuck = server.send(_STUCK_IMAGE)
@@ -284,7 +287,7 @@ def test_a_stuck_worker_ends_the_process_with_a_status_of_its_own(start: type[Se
     assert "a worker has been stuck for 2 s in a forward pass" in server.log
 
 
-def test_of_several_processes_one_with_a_stuck_worker_is_replaced(start: type[Server]) -> None:
+def test_of_several_processes_one_with_a_stuck_worker_is_replaced(start: Start) -> None:
     server = start(processes=2, stuck_s=1)
     flag = server.block("stuck")
     stuck = server.send(_STUCK_IMAGE)
@@ -295,7 +298,7 @@ def test_of_several_processes_one_with_a_stuck_worker_is_replaced(start: type[Se
     assert server.stop() == 0
 
 
-def test_a_process_whose_event_loop_hangs_ends(start: type[Server]) -> None:
+def test_a_process_whose_event_loop_hangs_ends(start: Start) -> None:
     server = start(hang_s=2)
     server.block("hang")
     with server.connect() as connection:
@@ -307,7 +310,7 @@ def test_a_process_whose_event_loop_hangs_ends(start: type[Server]) -> None:
 
 
 @pytest.mark.parametrize("how", ["hang", "SIGSTOP"])
-def test_a_process_that_hangs_or_is_stopped_is_replaced(start: type[Server], how: str) -> None:
+def test_a_process_that_hangs_or_is_stopped_is_replaced(start: Start, how: str) -> None:
     server = start(hang_s=2, processes=2)
     before = server.children
     with server.connect() as connection:
@@ -326,7 +329,7 @@ def test_a_process_that_hangs_or_is_stopped_is_replaced(start: type[Server], how
     assert server.stop() == 0
 
 
-def test_a_pause_of_all_processes_kills_none(start: type[Server]) -> None:
+def test_a_pause_of_all_processes_kills_none(start: Start) -> None:
     server = start(hang_s=1, processes=2)
     before = server.children
     os.killpg(server.process.pid, signal.SIGSTOP)
@@ -338,7 +341,7 @@ def test_a_pause_of_all_processes_kills_none(start: type[Server]) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sighup_ends_no_process(start: type[Server], processes: int) -> None:
+def test_sighup_ends_no_process(start: Start, processes: int) -> None:
     server = start(processes=processes)
     before = server.children
     os.killpg(server.process.pid, signal.SIGHUP)
@@ -348,7 +351,7 @@ def test_sighup_ends_no_process(start: type[Server], processes: int) -> None:
     assert "ended with" not in server.log
 
 
-def test_a_server_without_descriptors_for_more_connections_goes_on(start: type[Server]) -> None:
+def test_a_server_without_descriptors_for_more_connections_goes_on(start: Start) -> None:
     server = start()
     limit = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())) + 8
     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
