@@ -10,7 +10,7 @@
 Exit status: 0 stopped on request, the answer holds, the file is imported, or the second program accepts the folder; 1 a
 model, the provider or the port is not available, or the answer does not hold; 2 a setting, the command, a file to be
 audited or DIR is not valid, or a file is not imported; 3 the audit is undecided, or the second program refuses the
-folder; 70 the GPU was lost while serving.
+folder; 70 the GPU was lost while serving; 75 a worker or the event loop was stuck.
 """
 
 from __future__ import annotations
@@ -245,6 +245,9 @@ def _serve(_: argparse.Namespace) -> int:
     # again, and the handler ends the process with status 0.
     for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(stop_signal, stop)
+    # The end of a terminal, or the signal by which many servers read their settings again, must not end this one. The
+    # processes inherit it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Nothing loaded at start becomes garbage; collection would take a sixth of the time to ready.
     gc.disable()
     try:

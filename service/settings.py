@@ -148,6 +148,17 @@ class Settings(BaseSettings):
     tls_key: Path | None = None
     """PEM file with the key of the certificate, not encrypted."""
 
+    stuck_s: Annotated[float, Field(ge=0.0, le=86_400.0, allow_inf_nan=False)] = 0.0
+    """Seconds without a step of a worker, beyond those that the step may take, after which the process ends with status
+    75; 0: a third of `LIPCERT_DEADLINE_S`, and at least 5."""
+
+    drain_s: Annotated[float, Field(ge=0.0, le=3_600.0, allow_inf_nan=False)] = 1.0
+    """Seconds after SIGTERM in which `/health/ready` is 503 and everything else goes on: load balancers take the server
+    out in the meantime."""
+
+    grace_s: Annotated[float, Field(gt=0.0, le=3_600.0, allow_inf_nan=False)] = 6.0
+    """Seconds after that in which open requests are answered; then they get status 503, and the process ends."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
 

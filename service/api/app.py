@@ -49,6 +49,9 @@ certificate: the radius refers to the image that was sent, which `image` in the 
 Errors are RFC 9457 problem details, `application/problem+json`; `detail` states the cause and the remedy.
 """
 
+# Longest wait for the workers at the end.
+_CLOSE_S = 1.0
+
 
 def create_app(
     settings: Settings,
@@ -125,6 +128,7 @@ def create_app(
         )
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
+    app.state.service = service
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -161,6 +165,8 @@ def _running(batcher: Batcher, models: Models) -> Callable[[FastAPI], contextlib
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         with watched(classifier.files for classifier in models.values()):
             yield
-        batcher.close()
+        if not batcher.is_closed:
+            # Called on the event loop, which hands the last answers over afterwards.
+            batcher.close(_CLOSE_S)
 
     return lifespan

@@ -117,12 +117,14 @@ def build_router(service: Service) -> APIRouter:
         return {"name": "lipcert", "version": __version__, "extensions": []}
 
     @router.get("/health/live", summary="Liveness of the server")
-    async def server_live() -> dict[str, bool]:
-        return {"live": True}
+    async def server_live() -> Response:
+        is_live = not service.health.fatal_faults()
+        return JSONResponse({"live": is_live}, status_code=200 if is_live else 503)
 
     @router.get("/health/ready", summary="Readiness of the server")
     async def server_ready() -> Response:
-        return JSONResponse({"ready": service.is_ready}, status_code=200 if service.is_ready else 503)
+        is_ready = not service.health.faults()
+        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
     @router.get("/models/{name}", summary="Metadata of a model", responses=problem_responses(404, 503))
     async def model_metadata(name: str) -> dict[str, Any]:

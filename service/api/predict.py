@@ -25,6 +25,7 @@ from service.api.parsing import Query, parse_batch, parse_predict
 from service.api.schema import Options
 from service.errors import ImageTooLargeError
 from service.inference.batching import Batcher
+from service.inference.health import LEAST_STUCK_S, Health
 from service.inference.jobs import Question
 from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
@@ -48,11 +49,12 @@ class Service:
     metrics: Metrics
     batcher: Batcher
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the default model is loaded, no GPU was lost and no artefact has changed."""
-        fails = any(classifier.is_lost or classifier.files.have_changed for classifier in self.models.values())
-        return self.settings.default_model in self.models and not fails
+    @functools.cached_property
+    def health(self) -> Health:
+        """Faults of this process."""
+        settings = self.settings
+        stuck_s = settings.stuck_s or max(LEAST_STUCK_S, settings.deadline_s / 3.0)
+        return Health(self.models, settings.default_model, self.batcher, stuck_s)
 
     async def ask(
         self, request: Request, accepted: Sequence[str], question_of: Callable[[Head, bytes], Question[Result, Any]]

@@ -124,29 +124,33 @@ def _add_models(router: APIRouter, service: Service) -> None:
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:
-    @router.get("/health/live", tags=["operations"], summary="Liveness", response_model=LiveAnswer)
+    @router.get(
+        "/health/live",
+        tags=["operations"],
+        summary="Liveness",
+        response_model=LiveAnswer,
+        responses={503: {"model": LiveAnswer, "description": "A worker is stuck: the process has to be replaced."}},
+    )
     async def live() -> Response:
-        """Whether the process responds."""
-        return _json(LiveAnswer())
+        """Whether the process works, or only a restart helps."""
+        faults = service.health.fatal_faults()
+        return _health(LiveAnswer(status="not live" if faults else "live", reasons=faults))
 
     @router.get(
         "/health/ready",
         tags=["operations"],
         summary="Readiness",
         response_model=ReadyAnswer,
-        responses={
-            503: {
-                "model": ReadyAnswer,
-                "description": "No default model is loaded, the GPU was lost, or an artefact has changed.",
-            }
-        },
+        responses={503: {"model": ReadyAnswer, "description": "The server must not get requests; `reasons` says why."}},
     )
     async def ready() -> Response:
-        """Whether the default model is proved, loaded and has run once, the GPU responds and no artefact changed."""
+        """Whether the default model is loaded and answers, the workers and the queue move, and the server is not
+        stopping."""
         default = service.models.get(service.settings.default_model)
+        faults = service.health.faults()
+        status = "not ready" if faults else "ready"
         provider = None if default is None else default.provider
-        status = "ready" if service.is_ready else "not ready"
-        return _json(ReadyAnswer(status=status, provider=provider), status=200 if service.is_ready else 503)
+        return _health(ReadyAnswer(status=status, provider=provider, reasons=faults))
 
     @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -181,6 +185,11 @@ def _constant(answer: Response) -> Callable[[], Response]:
         return answer
 
     return give
+
+
+def _health(answer: LiveAnswer | ReadyAnswer) -> Response:
+    content = answer.model_dump_json(exclude=None if answer.reasons else {"reasons"})
+    return Response(content, status_code=503 if answer.reasons else 200, media_type="application/json")
 
 
 def _json(answer: BaseModel, status: int = 200) -> Response:

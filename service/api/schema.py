@@ -279,7 +279,9 @@ class ModelAnswer(ModelSummary):
 class LiveAnswer(_Wire):
     """Liveness of the server."""
 
-    status: Literal["live"] = "live"
+    status: Literal["live", "not live"] = "live"
+    reasons: list[str] = []
+    """Why a restart is needed, one sentence each; absent while the server is live."""
 
 
 class ReadyAnswer(_Wire):
@@ -288,6 +290,8 @@ class ReadyAnswer(_Wire):
     status: Literal["ready", "not ready"]
     provider: str | None
     """ONNX Runtime execution provider of the default model; null where it is not loaded."""
+    reasons: list[str] = []
+    """Why the server is not ready, one sentence each; absent while it is."""
 
 
 class Problem(BaseModel):

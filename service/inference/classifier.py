@@ -86,6 +86,8 @@ class Classifier:
     """The execution provider that runs it, for example `CPUExecutionProvider`."""
     input_shape: tuple[int, int, int]
     """(D, A, B)."""
+    is_warm: bool = False
+    """Whether `warm_up` has loaded both graphs."""
 
     def __init__(
         self, card: Card, files: VerifiedFiles, certificate: Certificate, model: Runs, transport: Runs
@@ -182,6 +184,7 @@ class Classifier:
         view = self.view(self.input_shape)
         view.margin_gradient(np.zeros((1, *self.input_shape)), np.zeros((1, len(self.labels))))
         view.classify(np.zeros((1, *self.input_shape)))
+        self.is_warm = True
 
     def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
         """Return the model for images of one shape, (C, H, W); the same object for the same shape, while it is cached.

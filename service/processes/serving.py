@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("service")
 
-_GRACE_S = 5
-"""Seconds for the end of a process beyond those for its open requests."""
 _BACKLOG = 2048
 _COLLECT_AFTER = 50_000
 """Allocations between two garbage collections: requests leave hardly any garbage in cycles."""
@@ -50,6 +48,7 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
     from service.processes.prefork import bind, listen, serve_in_processes
+    from service.processes.stopping import refuse_waiting
 
     settings = _with_processes(settings)
     certificate = _certificate_of(settings)
@@ -69,12 +68,19 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
         gc.enable()
         gc.set_threshold(_COLLECT_AFTER)
         if settings.processes == 1:
-            return serve(first)
+            try:
+                return serve(first)
+            finally:
+                # Stopped before the event loop ran.
+                if first.fileno() != -1:
+                    refuse_waiting([first])
         from prometheus_client.multiprocess import mark_process_dead
 
-        from service.processes.server import DRAIN_S
+        from service.processes.server import LAST_S
 
-        serve_in_processes(listeners, serve, mark_process_dead, grace_s=DRAIN_S + _GRACE_S)
+        # Beside the open requests: the end of the listeners, the last answers, and the end of the process.
+        grace_s = settings.grace_s + 2 * LAST_S
+        serve_in_processes(listeners, serve, mark_process_dead, grace_s, settings.drain_s)
     # Signals do nothing here. The interpreter would restore them before it ends, and one more would end the process
     # with another status.
     logging.shutdown()
@@ -90,7 +96,8 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
     from service.api.access import access_of
     from service.api.app import create_app
     from service.inference.loading import load_classifiers
-    from service.processes.server import Server
+    from service.processes.prefork import beat
+    from service.processes.server import Ending, Server
     from service.settings import list_of, threads_of
 
     with pool:
@@ -112,9 +119,11 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
             with contextlib.suppress(ArtefactChangedError):
                 classifiers[settings.default_model].warm_up()
         app = inherited or create_app(settings, classifiers, access=access)
+        ending = Ending(settings.drain_s, settings.grace_s, settings.processes == 1, beat)
         tls = None if certificate is None else certificate.context()
         proxies = list_of(settings.trusted_proxies)
-        return Server(app, settings.log_level, is_lost, tls=tls, trusted_proxies=proxies).serve_on(listener)
+        server = Server(app, settings.log_level, is_lost, ending, tls=tls, trusted_proxies=proxies)
+        return server.serve_on(listener)
 
     return serve
 

@@ -8,6 +8,7 @@ import io
 import json
 import struct
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from fractions import Fraction
@@ -488,7 +489,9 @@ def test_without_its_default_model_the_server_lives_and_is_not_ready(client: Cli
     empty = Client(create_app(Settings(default_model="grey"), {}), client._runner)
     assert empty.get("/health/live").status_code == 200
     response = empty.get("/health/ready")
-    assert (response.status_code, response.json()) == (503, {"status": "not ready", "provider": None})
+    reasons = ["the default model grey is not loaded; see the log of the start"]
+    assert response.status_code == 503
+    assert response.json() == {"status": "not ready", "provider": None, "reasons": reasons}
     assert empty.get("/openapi.json").status_code == 200
 
 
@@ -511,6 +514,26 @@ def test_with_a_lost_gpu_the_server_lives_and_is_not_ready(
     response = app.get(path)
     assert response.status_code == 503
     assert answer.items() <= response.json().items()
+
+
+def test_with_a_stuck_worker_the_server_is_neither_ready_nor_live_and_says_why(
+    client: Client, classifiers: Mapping[str, Classifier]
+) -> None:
+    app = create_app(Settings(default_model="grey", stuck_s=0.05), classifiers)
+    stuck = Client(app, client._runner)
+    assert stuck.get("/health/live").json() == {"status": "live"}
+    app.state.service.batcher.beats[1] = time.monotonic(), "decoding", 0.0
+    until_s = time.monotonic() + 30
+    while stuck.get("/health/live").status_code == 200:
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+    reasons = ["a worker has been stuck for 0.05 s in decoding"]
+    assert stuck.get("/health/live").json() == {"status": "not live", "reasons": reasons}
+    ready = {"status": "not ready", "provider": "CPUExecutionProvider", "reasons": reasons}
+    assert stuck.get("/health/ready").json() == ready
+    for path, answer in (("/v2/health/live", {"live": False}), ("/v2/health/ready", {"ready": False})):
+        response = stuck.get(path)
+        assert (response.status_code, response.json()) == (503, answer)
 
 
 def test_metrics_count_requests_by_route_and_abstentions_by_model(

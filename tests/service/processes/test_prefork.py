@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import mmap
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from service.api.app import limits_of
 from service.errors import PortError, SettingsError
 from service.inference.classifier import Classifier
 from service.processes import serving
-from service.processes.prefork import bind, listen
+from service.processes.prefork import Watch, bind, listen
 from service.runtime import provider
 from service.runtime.cpus import usable_cpus
 from service.settings import Settings, Threads
@@ -432,6 +433,35 @@ def test_processes_that_keep_ending_or_cannot_start_are_started_with_pauses_unti
     assert sum("ended with exit status 3" in line for line in log) == 3
     assert sum("no server process can be started (Resource" in line for line in log) == (refused > 0)
     assert started_s[3] - started_s[0] > 2 * 0.2
+
+
+def test_a_process_hangs_only_in_seconds_in_which_its_parent_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("service.processes.prefork.time.monotonic", lambda: now_s)
+    beats = mmap.mmap(-1, 2)
+    watch = Watch(beats)
+    watch.add(0)
+    watch.add(1)
+
+    def look(seconds: int, *beating: int) -> list[int]:
+        nonlocal now_s
+        hung: list[int] = []
+        for _ in range(seconds):
+            now_s += 1.0
+            for number in beating:
+                beats[number] = beats[number] % 255 + 1
+            hung += watch.hung([0, 1])
+        return hung
+
+    # Process 1 starts for longer than a process that beats may hang.
+    assert look(100, 0) == []
+    assert look(1, 0, 1) == []
+    now_s += 3600.0
+    assert look(9, 0) == []
+    assert look(3, 0) == [1]
+    watch.add(1)
+    assert look(290, 0) == []
+    assert look(20, 0) == [1]
 
 
 def test_0_takes_a_process_for_each_cpu() -> None:
