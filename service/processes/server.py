@@ -12,6 +12,8 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
+from service.connection.protocol import Connection
+
 _log = logging.getLogger(__name__)
 
 DRAIN_S = 10
@@ -26,17 +28,25 @@ _GRACE_S = 5.0
 class Server(uvicorn.Server):
     """uvicorn that ends as after a signal when the device of a model is lost."""
 
-    def __init__(self, app: FastAPI, log_level: str, is_lost: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        log_level: str,
+        is_lost: Callable[[], bool],
+        connections: type[Connection] | None = None,
+    ) -> None:
         """Configure uvicorn.
 
         Args:
             app: the application.
             log_level: least severe message that is logged.
             is_lost: called ten times a second; returns whether the device has failed for good.
+            connections: class of the connections, see `connection_class`; default: with its default limits.
         """
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connections or Connection,
                 log_config=None,
                 log_level=log_level,
                 # A line for each request costs more than reading it; /metrics counts them.
