@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import logging
 import urllib.parse
@@ -31,15 +32,21 @@ class Phase(Enum):
 
 
 async def general_options(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-    """Answer `OPTIONS *` (RFC 9110 section 9.3.7), which is about the server and no path."""
+    """Answer `OPTIONS *` (RFC 9110 section 9.3.7), which is about the server and no path.
+
+    Args:
+        scope: of ASGI, as the others.
+        receive: not called.
+        send: takes the response.
+    """
     del scope, receive
     headers = [(b"allow", b"GET, HEAD, OPTIONS, POST")]
     await send({"type": "http.response.start", "status": 204, "headers": headers})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class RequestReader(HttpToolsProtocol):
-    """A connection as a source of requests; what is refused ends it."""
+class RequestReader(HttpToolsProtocol, abc.ABC):
+    """A connection as a source of requests; a refusal ends it."""
 
     limits = ConnectionLimits()
     refusals = Refusals(limits)
@@ -52,29 +59,29 @@ class RequestReader(HttpToolsProtocol):
         self.drops_input = False
         self.stops = False
         """Whether the next request is the last."""
-        # What a request may do with the transport.
         self.outlet: Any = None
+        """The transport, as requests see it."""
         self._head_bytes = 0
         self._has_upgrade = False
         self._is_chunked = False
-        # Of the body: as it came, its content, and what came since the last content.
+        # Of the body: with its framing, without, and since the last piece of content.
         self._raw_bytes = self._content_bytes = self._content_seen = self._barren_bytes = 0
         self._keeps_alive = True
 
+    @abc.abstractmethod
     def end(self, answer: bytes) -> None:
         """Write a last answer and close."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def refuse_input(self, answer: bytes) -> None:
         """Write a last answer after those that are due, and close."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def drop(self, size: int) -> None:
         """Note that `size` bytes of input were dropped."""
-        raise NotImplementedError
 
     def data_received(self, data: bytes) -> None:
-        """Parse what the client sent."""
+        """Parse bytes of the client."""
         while data and not self.drops_input:
             piece, data = data, b""
             if self.phase is Phase.BODY:
@@ -168,8 +175,8 @@ class RequestReader(HttpToolsProtocol):
             self._has_upgrade = True
             return
         version = self.parser.get_http_version()
-        self._is_chunked = check_head(self.url, version, self.headers, self.limits, self.refusals)
         self.scope["method"] = method.decode("ascii")
+        self._is_chunked = check_head(self.url, version, self.headers, self.limits, self.refusals)
         if version != "1.1":
             self.scope["http_version"] = version
         app = self._locate(method)
