@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import threading
@@ -172,8 +171,3 @@ def read_answer(client: socket.socket) -> Answer:
         piece = client.recv(65536)
         assert piece, f"closed after {received!r}"
         received += piece
-
-
-def run(coroutine: Any) -> Any:
-    """Run a coroutine in a new event loop."""
-    return asyncio.run(coroutine)

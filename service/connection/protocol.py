@@ -225,10 +225,13 @@ class Connection(RequestReader):
         elif self.is_answering:
             if self._is_half_closed and waited_s > _LEFT_S:
                 self.transport.abort()
+        elif self.stops and self.phase is Phase.IDLE:
+            if waited_s >= _STOP_S:
+                self.transport.close()
         elif self.phase is Phase.HEAD or not self.cycle:
             if waited_s > limits.head_s:
                 self.refuse_input(self.refusals.slow_head)
-        elif waited_s > limits.idle_s or (self.stops and waited_s >= _STOP_S):
+        elif waited_s > limits.idle_s:
             self.transport.close()
         if not unread:
             self._unread_ticks = 0

@@ -88,14 +88,17 @@ class RequestReader(HttpToolsProtocol, abc.ABC):
                 self.ticks = 0
                 self._raw_bytes += len(piece)
             else:
-                room = self.limits.head_bytes + 1 - self._head_bytes
+                room = self.limits.head_bytes - self._head_bytes
                 if len(piece) > room:
+                    if room == 0:
+                        self.refuse_input(self.refusals.head)
+                        break
                     piece, data = piece[:room], piece[room:]
                 self._head_bytes += len(piece)
             try:
                 self.parser.feed_data(piece)
-                if self.phase is not Phase.IDLE or self._head_bytes:
-                    self._check_size(piece)
+                if self.phase is not Phase.IDLE:
+                    self._check_unfinished(piece)
             except httptools.HttpParserUpgrade as stop:
                 # The parser stops after the head, and would take the body for the next request.
                 data = piece[stop.args[0] :] + data
@@ -123,25 +126,23 @@ class RequestReader(HttpToolsProtocol, abc.ABC):
         if isinstance(error, httptools.HttpParserCallbackError):
             _log.error("a request could not be parsed", exc_info=error)
         if isinstance(error, httptools.HttpParserInvalidMethodError):
-            # A letter starts a method; anything else, such as a TLS handshake, is not HTTP.
+            # A letter starts a method, unless the piece starts with another request; a TLS handshake is not HTTP.
             return self.refusals.method if piece[:1].isalpha() else syntax("it does not start with a method")
         if self.parser.get_http_version() == "2.0":
             return self.refusals.version
         return syntax(str(error))
 
-    def _check_size(self, piece: bytes) -> None:
-        """Raise `Refused` if a head, or the framing of a body, is too large so far."""
-        limit = self.limits.head_bytes
-        if self.phase is not Phase.BODY:
-            if self._head_bytes > limit:
-                raise Refused(self.refusals.head)
-            if piece.endswith(b"\n") and self.phase is Phase.HEAD and self.parser.get_http_version() in ("0.0", "0.9"):
+    def _check_unfinished(self, piece: bytes) -> None:
+        """Raise `Refused` if a request line has no version, or if the framing of a body is too large so far."""
+        if self.phase is Phase.HEAD:
+            if piece.endswith(b"\n") and self.parser.get_http_version() in ("0.0", "0.9"):
                 raise Refused(syntax("the request line has no version"))
         elif self._is_chunked:
             if self._content_seen != self._content_bytes:
                 self._content_seen, self._barren_bytes = self._content_bytes, 0
             else:
                 self._barren_bytes += len(piece)
+            limit = self.limits.head_bytes
             framing = self._raw_bytes - self._content_bytes
             if self._barren_bytes > limit or framing > limit + self._content_bytes:
                 raise Refused(self.refusals.framing)
@@ -153,7 +154,7 @@ class RequestReader(HttpToolsProtocol, abc.ABC):
         self.ticks = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Note a header; trailers, whose size `_check_size` limits, are dropped."""
+        """Note a header; trailers, whose size `_check_unfinished` limits, are dropped."""
         if self.phase is Phase.HEAD:
             name = name.lower()
             if name == b"expect" and value.lower() == b"100-continue":
