@@ -27,7 +27,7 @@ The response is constant bytes with `Connection: close`; the connection adds `Da
 _LINGER_S = 2.0
 """Silence of a client that was refused, after which the connection is closed."""
 _LINGER_MOST_S = 10.0
-_LINGER_BYTES = 64 * 1024 * 1024
+_LINGER_BYTES = 256 * 1024 * 1024
 _MOST_LINGERING = 128
 """Connections beyond the limit that are closed so that the client surely reads why."""
 _LEFT_S = 1.0
