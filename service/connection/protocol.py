@@ -213,7 +213,8 @@ class Connection(RequestReader):
         limits = self.limits
         if unread := self.transport.get_write_buffer_size():
             self._await_reader(unread)
-        elif self._lingers:
+        elif self._lingers or self.transport.is_closing():
+            # Of TLS, a client that does not close its side keeps a connection that is closed.
             self._linger_ticks += 1
             if waited_s > _LINGER_S or self._linger_ticks * TICK_S > _LINGER_MOST_S:
                 self.transport.abort()
