@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.params import Depends
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 
@@ -112,8 +113,9 @@ def create_app(
     )
     # At the head of the router, which tries its routes in order.
     add_predictions(app.router, service)
-    app.include_router(build_router(service))
-    app.include_router(open_inference.build_router(service))
+    for router in (build_router(service), open_inference.build_router(service)):
+        app.include_router(router)
+        app.include_router(_heads(router))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     # The last one added is the first to see a request: preflight requests have no key, and all answers are counted.
     if access is not None:
@@ -139,6 +141,23 @@ def create_app(
 
     app.openapi = openapi
     return app
+
+
+def _heads(router: APIRouter) -> APIRouter:
+    """Return a route for HEAD wherever `router` has one for GET (RFC 9110 section 9.1); the server drops the body."""
+    heads = APIRouter()
+    for route in router.routes:
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            heads.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                name=route.name,
+                response_model=route.response_model,
+                response_class=route.response_class,
+                include_in_schema=False,
+            )
+    return heads
 
 
 def limits_of(settings: Settings, threads: Threads, classifiers: Mapping[str, Classifier]) -> Limits:

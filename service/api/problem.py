@@ -22,6 +22,10 @@ _RETRY_AFTER_S = "1"
 
 STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
     {
+        errors.RequestSyntaxError: HTTPStatus.BAD_REQUEST,
+        errors.HeadTooLargeError: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        errors.TargetTooLongError: HTTPStatus.REQUEST_URI_TOO_LONG,
+        errors.TooSlowError: HTTPStatus.REQUEST_TIMEOUT,
         errors.EmptyBodyError: HTTPStatus.BAD_REQUEST,
         errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
         errors.UnknownModelError: HTTPStatus.NOT_FOUND,
@@ -46,6 +50,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.InputError: HTTPStatus.BAD_REQUEST,
         errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.TooManyConnectionsError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeviceLostError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.AccessError: HTTPStatus.FORBIDDEN,
@@ -55,6 +60,8 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.ArtefactChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.ModelNotAvailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.NotImplementedByServerError: HTTPStatus.NOT_IMPLEMENTED,
+        errors.HttpVersionError: HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
         # These stop the server at start. In an answer, a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,

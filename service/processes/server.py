@@ -25,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.predict import Service
+from service.connection.protocol import Connection
 from service.processes.stopping import HANDSHAKE_S, has_waiting, keep_out
 from service.processes.watchdog import Watchdog
 
@@ -69,6 +70,7 @@ class Server(uvicorn.Server):
         is_lost: Callable[[], bool],
         ending: Ending | None = None,
         *,
+        connections: type[Connection] | None = None,
         tls: ssl.SSLContext | None = None,
         trusted_proxies: Sequence[str] = (),
     ) -> None:
@@ -79,12 +81,14 @@ class Server(uvicorn.Server):
             log_level: least severe message that is logged.
             is_lost: called ten times a second; returns whether the device has failed for good.
             ending: default: of one process, without a drain.
+            connections: class of the connections, see `connection_class`; default: with its default limits.
             tls: serves HTTPS.
             trusted_proxies: addresses and networks whose X-Forwarded-For names the client.
         """
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connections or Connection,
                 log_config=None,
                 log_level=log_level,
                 # A line for each request costs more than reading it; /metrics counts them.

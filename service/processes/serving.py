@@ -95,6 +95,8 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
     pool.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
     from service.api.access import access_of
     from service.api.app import create_app
+    from service.connection.limits import limits_of
+    from service.connection.protocol import connection_class
     from service.inference.loading import load_classifiers
     from service.processes.prefork import beat
     from service.processes.server import Ending, Server
@@ -119,10 +121,15 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
             with contextlib.suppress(ArtefactChangedError):
                 classifiers[settings.default_model].warm_up()
         app = inherited or create_app(settings, classifiers, access=access)
-        ending = Ending(settings.drain_s, settings.grace_s, settings.processes == 1, beat)
-        tls = None if certificate is None else certificate.context()
-        proxies = list_of(settings.trusted_proxies)
-        server = Server(app, settings.log_level, is_lost, ending, tls=tls, trusted_proxies=proxies)
+        server = Server(
+            app,
+            settings.log_level,
+            is_lost,
+            Ending(settings.drain_s, settings.grace_s, settings.processes == 1, beat),
+            connections=connection_class(limits_of(settings)),
+            tls=None if certificate is None else certificate.context(),
+            trusted_proxies=list_of(settings.trusted_proxies),
+        )
         return server.serve_on(listener)
 
     return serve
