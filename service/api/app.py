@@ -18,6 +18,7 @@ from service.api.metrics import MetricsMiddleware
 from service.api.openapi import document
 from service.api.predict import Models, Service
 from service.api.routes import add_predictions, build_router
+from service.api.tensors import InferRequest
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
@@ -103,7 +104,7 @@ def create_app(
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = document(app, examples, [open_inference.InferRequest])
+            app.openapi_schema = document(app, examples, [InferRequest])
         return app.openapi_schema
 
     app.openapi = openapi

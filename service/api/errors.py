@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from service.api import open_inference
 from service.api.problem import problem, problem_of
-from service.errors import LipcertError
+from service.errors import LipcertError, shortened
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def add_error_handlers(app: FastAPI) -> None:
         path = request.url.path
         answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
         if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
-            _log.error("%s %s: %s", request.method, path, error, exc_info=error)
+            _log.error("%s %s: %s", request.method, shortened(path), error, exc_info=error)
         return answer
 
     @app.exception_handler(ClientDisconnect)
@@ -40,10 +40,10 @@ def add_error_handlers(app: FastAPI) -> None:
         path = request.url.path
         detail = str(error.detail)
         if error.status_code == HTTPStatus.NOT_FOUND:
-            detail = f"there is no resource at {path}; /docs lists all paths"
+            detail = f"there is no resource at {shortened(path)}; /docs lists all paths"
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "another method")
-            detail = f"method {request.method} is not allowed at {path}; use {allowed}"
+            detail = f"method {request.method} is not allowed at {shortened(path)}; use {allowed}"
         return problem(error.status_code, detail, instance=path, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)

@@ -5,13 +5,13 @@ There is one function for each format whose decoder does so. Data behind the end
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 
 import simplejpeg
 
 from service.errors import ImageFormatError
+from service.pixels.structure import JPEG_END_OF_SCAN, JPEG_MARKER, gif_colour_table_size
 
 _UINT32_BE = struct.Struct(">I")
 _UINT16_BE = struct.Struct(">H")
@@ -26,9 +26,6 @@ _SOI, _EOI, _SOS, _DHT, _DQT, _DRI, _TEM = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xDD, 0
 _SOF_SEQUENTIAL, _SOF_PROGRESSIVE = (0xC0, 0xC1), 0xC2
 # Lossless, hierarchical and arithmetic-coded files; C4, C8 and CC are no frame headers.
 _SOF_OTHERS = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
-_JPEG_MARKER = re.compile(rb"\xff[\x01-\xfe]")
-# Inside entropy-coded data, FF 00 is a byte FF, and restart markers (D0 to D7) belong to the data.
-_JPEG_END_OF_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _ALL_COEFFICIENTS = (1 << 64) - 1
 _BEHIND_THE_IMAGE = "extraneous bytes before marker 0xd9"
 _UNKNOWN_SAMPLING = "subsampling"
@@ -124,7 +121,7 @@ def check_jpeg(data: bytes) -> None:
             if bits & 0x0F == 0:
                 for component in segment[5:after_components:2]:
                     missing[component] &= ~(((2 << last) - 1) & -(1 << first))
-            end = _JPEG_END_OF_SCAN.search(data, at)
+            end = JPEG_END_OF_SCAN.search(data, at)
             if end is None:
                 raise ValueError("the last scan has no end")
             segments += [segment[:after_components] + bytes((first, last, bits)), data[at : end.start()]]
@@ -147,7 +144,7 @@ def check_jpeg(data: bytes) -> None:
 
 
 def _next_marker(data: bytes, at: int) -> tuple[int, int]:
-    found = _JPEG_MARKER.search(data, at)
+    found = JPEG_MARKER.search(data, at)
     if found is None:
         raise ValueError("there is no EOI marker")
     return data[found.end() - 1], found.end()
@@ -159,11 +156,11 @@ def check_gif(data: bytes) -> None:
     Raises:
         IndexError: the file ends before its trailer.
     """
-    at = 13 + _colour_table_size(data[10])
+    at = 13 + gif_colour_table_size(data[10])
     while data[at] != 0x3B:
         kind = data[at]
         if kind == 0x2C:
-            at += 11 + _colour_table_size(data[at + 9])
+            at += 11 + gif_colour_table_size(data[at + 9])
         elif kind == 0x21:
             at += 2
         else:
@@ -173,10 +170,6 @@ def check_gif(data: bytes) -> None:
         while data[at]:
             at += 1 + data[at]
         at += 1
-
-
-def _colour_table_size(flags: int) -> int:
-    return 3 << (flags & 0x07) + 1 if flags & 0x80 else 0
 
 
 def with_other_padding(data: bytes) -> bytes | None:

@@ -1,0 +1,234 @@
+"""Child processes that run one function on bytes of clients, with limits on processor time and memory.
+
+::
+
+    this process ──starts──► nursery: imports the function once ──forks──► child: one job at a time
+         └──────────────────────── job and result, over a socket ────────────┘
+
+Decoders of images are large C libraries: only the system bounds their time and memory, and survives their crashes.
+The nursery starts with the first job and inherits no descriptor but its own socket, so it holds no listener and no
+model. It ends when its socket closes, and so does each child: both end with this process, even if it is killed.
+
+The system ends a child that exceeds its processor time (`ITIMER_PROF`, in microseconds); another child is forked for
+the next job. Results are bytes, never pickles: a child that was taken over by a file must not take this process over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import pickle
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from service.errors import BusyError, TooCostlyError
+
+Result = tuple[bytes, Any]
+"""What a function returns: a head, and a buffer."""
+
+# A child that has needed more is replaced, since Python and the decoders keep memory for later.
+_KEPT_BYTES = 96 * 1024 * 1024
+# Longest time until a child answers: far above its processor time, for machines that are busy.
+_SILENT_S = 30.0
+_START_S = 30.0
+
+
+class Limits(NamedTuple):
+    """Limits of one job."""
+
+    cpu_s: float
+    """Processor time, in seconds."""
+    memory_bytes: int
+    """Memory beyond that of an idle child."""
+
+
+class Children:
+    """A pool of child processes; all methods may be called from any thread."""
+
+    def __init__(self, function: str, most: int) -> None:
+        """Start no process.
+
+        Args:
+            function: `module:name`; takes an object and bytes, returns a `Result`.
+            most: jobs that run at the same time.
+        """
+        self._function = function
+        self._threads = ThreadPoolExecutor(most, thread_name_prefix="child")
+        self._lock = threading.Lock()
+        self._idle: list[_Child] = []
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    async def run(self, order: object, content: bytes, limits: Limits) -> tuple[bytes, bytes]:
+        """Return the head and the buffer that the function returns for an order and bytes.
+
+        Args:
+            order: what to do; it is pickled.
+            content: bytes of a client.
+            limits: of this job.
+
+        Raises:
+            TooCostlyError: the job exceeded its limits, or its process crashed.
+            BusyError: no child can be started.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._run, order, content, limits)
+
+    def close(self) -> None:
+        """End all processes; running jobs fail."""
+        with self._lock:
+            for child in self._idle:
+                child.connection.close()
+            self._idle.clear()
+            if self._control is not None:
+                self._control.close()
+                self._control = None
+            if self._nursery is not None:
+                self._nursery.wait()
+                self._nursery = None
+
+    def _run(self, order: object, content: bytes, limits: Limits) -> tuple[bytes, bytes]:
+        child = self._child()
+        connection = child.connection
+        try:
+            connection.send_bytes(pickle.dumps((order, limits)))
+            connection.send_bytes(content)
+            if not connection.poll(_SILENT_S):
+                raise TimeoutError
+            head, body, stays = connection.recv_bytes(), connection.recv_bytes(), connection.recv_bytes()
+        except (EOFError, OSError):
+            connection.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+            raise TooCostlyError from None
+        if stays:
+            with self._lock:
+                self._idle.append(child)
+        else:
+            connection.close()
+        return head, body
+
+    def _child(self) -> _Child:
+        with self._lock:
+            while self._idle:
+                child = self._idle.pop()
+                # Something to read before any job: its end, by whoever killed it.
+                if not child.connection.poll():
+                    return child
+                child.connection.close()
+            try:
+                return self._fork()
+            except (EOFError, OSError):
+                # The nursery was killed.
+                self._nursery = None
+            try:
+                return self._fork()
+            except (EOFError, OSError) as error:
+                raise BusyError(
+                    f"the server cannot start a process that reads this body ({error}); send it again after a pause"
+                ) from error
+
+    def _fork(self) -> _Child:
+        if self._nursery is None:
+            mine, other = socket.socketpair()
+            # The same modules as in this process, wherever it found them.
+            code = (
+                f"import sys; sys.path[:] = {sys.path!r}; from service.children import main; main({self._function!r})"
+            )
+            with other:
+                self._nursery = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    stdin=other.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    # Ctrl-C is meant for the server.
+                    process_group=0,
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                )
+            self._control = mine
+        assert self._control is not None
+        mine, other = socket.socketpair()
+        with other:
+            socket.send_fds(self._control, [b"\0"], [other.fileno()])
+        connection = Connection(mine.detach())
+        if not connection.poll(_START_S):
+            connection.close()
+            raise TimeoutError("no answer")
+        return _Child(connection, int(connection.recv_bytes()))
+
+
+class _Child(NamedTuple):
+    connection: Connection[Any, Any]
+    pid: int
+
+
+def main(function: str) -> None:
+    """Fork a child for each socket that arrives over stdin, until stdin closes.
+
+    Args:
+        function: see `Children`.
+    """
+    module, name = function.split(":")
+    work = getattr(importlib.import_module(module), name)
+    # Children that end are forgotten at once.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with socket.socket(fileno=0) as control:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+            if not message:
+                os._exit(0)
+            with contextlib.suppress(OSError):
+                if os.fork() == 0:
+                    control.close()
+                    _work(Connection(descriptors[0]), work)
+            os.close(descriptors[0])
+
+
+def _work(connection: Connection[Any, Any], work: Callable[[Any, bytes], Result]) -> None:
+    """Do jobs, one after the other; never return."""
+    status = 1
+    try:
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            connection.send_bytes(str(os.getpid()).encode())
+            is_small = True
+            while is_small:
+                order, limits = pickle.loads(connection.recv_bytes())
+                content = connection.recv_bytes()
+                _set_memory(limits.memory_bytes)
+                signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
+                head, body = work(order, content)
+                signal.setitimer(signal.ITIMER_PROF, 0.0)
+                is_small = _bytes_of_this_process()[1] < _KEPT_BYTES
+                for part in (head, body, b"1" * is_small):
+                    connection.send_bytes(part)
+            status = 0
+    finally:
+        os._exit(status)
+
+
+def _set_memory(limit_bytes: int) -> None:
+    """Limit the memory that this process may take beyond what it has."""
+    virtual, _ = _bytes_of_this_process()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if virtual:
+        resource.setrlimit(resource.RLIMIT_AS, (virtual + limit_bytes, hard))
+
+
+def _bytes_of_this_process() -> tuple[int, int]:
+    """Return the virtual and the resident bytes; both 0 where the system does not tell."""
+    try:
+        virtual, resident, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except OSError:
+        return 0, 0
+    return int(virtual) * resource.getpagesize(), int(resident) * resource.getpagesize()
