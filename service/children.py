@@ -26,6 +26,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -91,12 +92,7 @@ class Children:
             for child in self._idle:
                 child.connection.close()
             self._idle.clear()
-            if self._control is not None:
-                self._control.close()
-                self._control = None
-            if self._nursery is not None:
-                self._nursery.wait()
-                self._nursery = None
+            self._end_nursery()
 
     def _run(self, order: object, content: bytes, limits: Limits) -> tuple[bytes, bytes]:
         child = self._child()
@@ -130,8 +126,8 @@ class Children:
             try:
                 return self._fork()
             except (EOFError, OSError):
-                # The nursery was killed.
-                self._nursery = None
+                # It was killed, or cannot fork.
+                self._end_nursery()
             try:
                 return self._fork()
             except (EOFError, OSError) as error:
@@ -140,12 +136,25 @@ class Children:
                 ) from error
 
     def _fork(self) -> _Child:
-        if self._nursery is None:
+        if self._control is None:
+            self._start_nursery()
+        assert self._control is not None
+        mine, other = socket.socketpair()
+        with mine, other:
+            socket.send_fds(self._control, [b"\0"], [other.fileno()])
+            other.close()
+            connection = Connection(mine.detach())
+        if not connection.poll(_START_S):
+            connection.close()
+            raise TimeoutError("no answer")
+        return _Child(connection, int(connection.recv_bytes()))
+
+    def _start_nursery(self) -> None:
+        # The same modules as in this process, wherever it found them.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from service.children import main; main({self._function!r})"
+        with contextlib.ExitStack() as unless_started:
             mine, other = socket.socketpair()
-            # The same modules as in this process, wherever it found them.
-            code = (
-                f"import sys; sys.path[:] = {sys.path!r}; from service.children import main; main({self._function!r})"
-            )
+            unless_started.enter_context(mine)
             with other:
                 self._nursery = subprocess.Popen(
                     [sys.executable, "-c", code],
@@ -155,16 +164,17 @@ class Children:
                     process_group=0,
                     env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
                 )
-            self._control = mine
-        assert self._control is not None
-        mine, other = socket.socketpair()
-        with other:
-            socket.send_fds(self._control, [b"\0"], [other.fileno()])
-        connection = Connection(mine.detach())
-        if not connection.poll(_START_S):
-            connection.close()
-            raise TimeoutError("no answer")
-        return _Child(connection, int(connection.recv_bytes()))
+            unless_started.pop_all()
+        self._control = mine
+
+    def _end_nursery(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._nursery is not None:
+            self._nursery.kill()
+            self._nursery.wait()
+            self._nursery = None
 
 
 class _Child(NamedTuple):
@@ -180,6 +190,8 @@ def main(function: str) -> None:
     """
     module, name = function.split(":")
     work = getattr(importlib.import_module(module), name)
+    # Decoders warn about files in as many lines as the files want.
+    warnings.simplefilter("ignore")
     # Children that end are forgotten at once.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
