@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-
 KEPT: list[bytes] = []
 
 

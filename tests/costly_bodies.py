@@ -169,7 +169,7 @@ _PREDICT: dict[str, tuple[str, Callable[[], bytes]]] = {
     # npy
     "nested header": (NPY, lambda: npy_header(b"(" * 9000)),
     "signs": (NPY, lambda: npy_header(b"-" * 9000 + b"1")),
-    "a header of 15 MB": (NPY, lambda: npy_header(b" " * 15 * MIB)),
+    "an npy header of 15 MB": (NPY, lambda: npy_header(b" " * 15 * MIB)),
     "a shape of 4,000 axes": (
         NPY,
         lambda: npy_header(b"{'descr': '<f8', 'fortran_order': False, 'shape': (" + b"1," * 4000 + b")}") + bytes(8),

@@ -35,9 +35,10 @@ from service.errors import (
     ImageFormatError,
     ImageSizeError,
     ImageTooLargeError,
+    InputError,
     NotAnImageError,
 )
-from service.pixels.integrity import check_gif, check_jpeg, check_png, with_other_padding
+from service.pixels.integrity import check_bmp, check_gif, check_jpeg, check_png, with_other_padding
 from service.pixels.structure import check_structure, webp_size
 from service.shapes import Float64, UInt8
 
@@ -150,7 +151,10 @@ def decode_image(
         ImageSizeError: the image has another size than `size_HW`.
         ImageFormatError: alpha, 16 bits, CMYK, several frames, or too many parts.
     """
-    picture = _plain_png(data, max_pixels - used_pixels)
+    most_pixels = max_pixels - used_pixels
+    if size_HW is not None:
+        most_pixels = min(most_pixels, max(PLAIN_PIXELS, size_HW[0] * size_HW[1]))
+    picture = _plain_png(data, most_pixels)
     if picture is None:
         check_structure(data)
         picture = _open(data, max_pixels, used_pixels)
@@ -158,8 +162,16 @@ def decode_image(
         # The orientation, which is not known yet, may swap the sides.
         if size_HW is not None and sorted(size_HW) != sorted(picture.size):
             raise ImageSizeError(height, width, *size_HW)
-        _refuse_lossy(picture)
-        picture = _load(picture, data)
+        try:
+            _refuse_lossy(picture)
+            return _load(picture, data)
+        except (InputError, MemoryError):
+            raise
+        except Exception:
+            # As in `_open`, the errors of the decoders have no common type.
+            raise NotAnImageError(
+                f"the {picture.format} file is truncated or damaged, not every pixel can be read; send the whole file"
+            ) from None
     return _pixels(picture)
 
 
@@ -288,26 +300,24 @@ def _refuse_lossy(picture: Image.Image) -> None:
         raise ImageFormatError(f"the image has mode {mode}; send 8-bit grey or RGB")
 
 
-def _load(picture: Image.Image, data: bytes) -> Image.Image:
-    """Decode every pixel; a truncated file is refused even if all its pixels can be decoded."""
-    try:
-        if picture.format == "PNG":
-            check_png(data)
-        elif picture.format == "JPEG":
-            check_jpeg(data)
-        elif picture.format == "GIF":
-            check_gif(data)
-        picture.load()
-        if picture.format == "WEBP" and (other := with_other_padding(data)) is not None:
-            with Image.open(io.BytesIO(other), formats=["WEBP"]) as padded:
-                if padded.tobytes() != picture.tobytes():
-                    raise ValueError("the image data is too short")
-        # The orientation is metadata; searching it takes as long as decoding a small image.
-        return ImageOps.exif_transpose(picture) if picture.info else picture
-    except (ImageFormatError, MemoryError):
-        raise
-    except Exception:
-        # As in `_open`, the errors of the decoders have no common type.
-        raise NotAnImageError(
-            f"the {picture.format} file is truncated or damaged, not every pixel can be read; send the whole file"
-        ) from None
+def _load(picture: Image.Image, data: bytes) -> UInt8[np.ndarray, "C H W"]:
+    """Decode every pixel; raise if data is missing, even if all pixels can be decoded."""
+    palette: int | None = None
+    if picture.format == "PNG":
+        palette = check_png(data)
+    elif picture.format == "JPEG":
+        check_jpeg(data)
+    elif picture.format == "GIF":
+        palette = check_gif(data)
+    elif picture.format == "BMP":
+        palette = check_bmp(data)
+    picture.load()
+    # A palette that is a ramp of greys is no palette to Pillow: the pixels are the entries all the same.
+    if palette is not None and picture.mode in ("P", "L") and np.asarray(picture).max() >= palette:
+        raise ValueError("a pixel has no colour in the palette")
+    if picture.format == "WEBP" and (other := with_other_padding(data)) is not None:
+        with Image.open(io.BytesIO(other), formats=["WEBP"]) as padded:
+            if padded.tobytes() != picture.tobytes():
+                raise ValueError("the image data is too short")
+    # The orientation is metadata; searching it takes as long as decoding a small image.
+    return _pixels(ImageOps.exif_transpose(picture) if picture.info else picture)

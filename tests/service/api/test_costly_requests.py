@@ -141,7 +141,7 @@ def test_a_costly_request_costs_little(server: Server, kind: str) -> None:
         except httpx.HTTPError:  # the head of the request is refused by the connection
             status, size = 400, 0
     if len(KINDS) > len(SOME):
-        print(f"| {kind} | {len(content)} | {status} | {size} | " + " | ".join(f"{v:.2f}" for v in figures.values()))
+        print(f"| {kind} | {len(content)} | {status} | {size} | " + " | ".join(f"{v:.2f}" for v in figures.values()))  # noqa: T201
     assert status in (200, 400, 404, 413, 414, 415, 422, 431)
     assert status == 200 or size <= 4096
     # Twice what the project allows, for machines that are busy.
