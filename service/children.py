@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import logging
 import os
 import pickle
 import resource
@@ -192,6 +193,7 @@ def main(function: str) -> None:
     work = getattr(importlib.import_module(module), name)
     # Decoders warn about files in as many lines as the files want.
     warnings.simplefilter("ignore")
+    logging.disable()
     # Children that end are forgotten at once.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -60,8 +60,8 @@ def parse_predict(head: Head, query: Query, body: bytes) -> tuple[Options, Encod
         return request, EncodedImage(request.image)
     if head.media_type == FORM:
         refuse_query(query, "form fields")
-        image, fields = parse_form(body, head.content_type)
-        return _from_strings(fields, "form", also="image"), EncodedImage(image)
+        image, fields = parse_form(body, head.content_type, list(Options.model_fields))
+        return _from_strings(fields, "form"), EncodedImage(image)
     options = _from_strings(query, "query") if query else NO_OPTIONS
     return options, ArrayImage(body) if head.media_type == NPY else EncodedImage(body)
 
@@ -150,9 +150,9 @@ def _first_repeated(names: Sequence[str]) -> str:
     return next(name for name in names if name in found or found.add(name))
 
 
-def _from_strings(fields: Query, place: str, also: str | None = None) -> Options:
+def _from_strings(fields: Query, place: str) -> Options:
     names = [name for name, _ in fields]
-    _refuse_unknown(names, [also, *Options.model_fields] if also else list(Options.model_fields), place)
+    _refuse_unknown(names, list(Options.model_fields), place)
     if len(set(names)) != len(names):
         raise OptionError(f"{quoted(_first_repeated(names))} is repeated in the {place}; give every option once")
     return _validated(Options, dict(fields), place, strings=True)
