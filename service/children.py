@@ -24,13 +24,13 @@ import pickle
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,9 +41,10 @@ Result = tuple[bytes, Any]
 
 # A child that has needed more is replaced, since Python and the decoders keep memory for later.
 _KEPT_BYTES = 96 * 1024 * 1024
-# Longest time until a child answers: far above its processor time, for machines that are busy.
-_SILENT_S = 30.0
-_START_S = 30.0
+# Longest time until a child answers, in seconds and microseconds: far above its processor time.
+_SILENT = struct.pack("ll", 30, 0)
+_FRAME = struct.Struct("<QQ?")
+_JOINED_BYTES = 64 * 1024
 
 
 class Limits(NamedTuple):
@@ -72,7 +73,7 @@ class Children:
         self._nursery: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
-    async def run(self, order: object, content: bytes, limits: Limits) -> tuple[bytes, bytes]:
+    async def run(self, order: object, content: bytes, limits: Limits) -> tuple[bytes, memoryview]:
         """Return the head and the buffer that the function returns for an order and bytes.
 
         Args:
@@ -91,21 +92,17 @@ class Children:
         """End all processes; running jobs fail."""
         with self._lock:
             for child in self._idle:
-                child.connection.close()
+                child.link.close()
             self._idle.clear()
             self._end_nursery()
 
-    def _run(self, order: object, content: bytes, limits: Limits) -> tuple[bytes, bytes]:
+    def _run(self, order: object, content: bytes, limits: Limits) -> tuple[bytes, memoryview]:
         child = self._child()
-        connection = child.connection
         try:
-            connection.send_bytes(pickle.dumps((order, limits)))
-            connection.send_bytes(content)
-            if not connection.poll(_SILENT_S):
-                raise TimeoutError
-            head, body, stays = connection.recv_bytes(), connection.recv_bytes(), connection.recv_bytes()
+            _send(child.link, pickle.dumps((order, limits)), content)
+            head, body, stays = _receive(child.link)
         except (EOFError, OSError):
-            connection.close()
+            child.link.close()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
             raise TooCostlyError from None
@@ -113,17 +110,21 @@ class Children:
             with self._lock:
                 self._idle.append(child)
         else:
-            connection.close()
-        return head, body
+            child.link.close()
+        return bytes(head), body
 
     def _child(self) -> _Child:
         with self._lock:
             while self._idle:
                 child = self._idle.pop()
-                # Something to read before any job: its end, by whoever killed it.
-                if not child.connection.poll():
+                try:
+                    # Something to read before any job: its end, by whoever killed it.
+                    child.link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                except BlockingIOError:
                     return child
-                child.connection.close()
+                except OSError:
+                    pass
+                child.link.close()
             try:
                 return self._fork()
             except (EOFError, OSError):
@@ -140,15 +141,17 @@ class Children:
         if self._control is None:
             self._start_nursery()
         assert self._control is not None
-        mine, other = socket.socketpair()
-        with mine, other:
+        link, other = socket.socketpair()
+        with other, contextlib.ExitStack() as unless_started:
+            unless_started.enter_context(link)
+            # By the system, not by Python, which would wait in the look at an idle child as well.
+            for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                link.setsockopt(socket.SOL_SOCKET, direction, _SILENT)
             socket.send_fds(self._control, [b"\0"], [other.fileno()])
             other.close()
-            connection = Connection(mine.detach())
-        if not connection.poll(_START_S):
-            connection.close()
-            raise TimeoutError("no answer")
-        return _Child(connection, int(connection.recv_bytes()))
+            pid, _, _ = _receive(link)
+            unless_started.pop_all()
+        return _Child(link, int(bytes(pid)))
 
     def _start_nursery(self) -> None:
         # The same modules as in this process, wherever it found them.
@@ -179,8 +182,34 @@ class Children:
 
 
 class _Child(NamedTuple):
-    connection: Connection[Any, Any]
+    link: socket.socket
     pid: int
+
+
+def _send(link: socket.socket, head: bytes, body: Any, flag: bool = False) -> None:
+    frame = _FRAME.pack(len(head), len(body), flag) + head
+    if len(body) <= _JOINED_BYTES:
+        link.sendall(frame + bytes(body))
+    else:
+        link.sendall(frame)
+        link.sendall(body)
+
+
+def _receive(link: socket.socket) -> tuple[memoryview, memoryview, bool]:
+    n_head, n_body, flag = _FRAME.unpack(_exactly(link, _FRAME.size))
+    parts = _exactly(link, n_head + n_body)
+    return parts[:n_head], parts[n_head:], flag
+
+
+def _exactly(link: socket.socket, count: int) -> memoryview:
+    view = memoryview(bytearray(count))
+    found = 0
+    while found < count:
+        more = link.recv_into(view[found:])
+        if not more:
+            raise EOFError
+        found += more
+    return view
 
 
 def main(function: str) -> None:
@@ -205,27 +234,27 @@ def main(function: str) -> None:
             with contextlib.suppress(OSError):
                 if os.fork() == 0:
                     control.close()
-                    _work(Connection(descriptors[0]), work)
+                    _work(socket.socket(fileno=descriptors[0]), work)
             os.close(descriptors[0])
 
 
-def _work(connection: Connection[Any, Any], work: Callable[[Any, bytes], Result]) -> None:
+def _work(link: socket.socket, work: Callable[[Any, bytes], Result]) -> None:
     """Do jobs, one after the other; never return."""
     status = 1
     try:
         with contextlib.suppress(EOFError, BrokenPipeError):
-            connection.send_bytes(str(os.getpid()).encode())
+            _send(link, str(os.getpid()).encode(), b"")
             is_small = True
             while is_small:
-                order, limits = pickle.loads(connection.recv_bytes())
-                content = connection.recv_bytes()
+                job, content, _ = _receive(link)
+                order, limits = pickle.loads(job)
                 _set_memory(limits.memory_bytes)
                 signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-                head, body = work(order, content)
+                head, body = work(order, bytes(content))
                 signal.setitimer(signal.ITIMER_PROF, 0.0)
                 is_small = _bytes_of_this_process()[1] < _KEPT_BYTES
-                for part in (head, body, b"1" * is_small):
-                    connection.send_bytes(part)
+                _send(link, head, body, is_small)
+                del content, body
             status = 0
     finally:
         os._exit(status)

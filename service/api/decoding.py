@@ -162,21 +162,39 @@ class Decoders:
             TooCostlyError: the limits of processor time or memory are exceeded.
             BusyError: no child process can be started.
         """
-        while self._pixels >= _WAITING * order.max_pixels:
-            self._blocked.append(asyncio.get_running_loop().create_future())
-            await self._blocked[-1]
-        head, body = await _children().run(order, content, _limits(order, len(content)))
-        request = _request(order, json.loads(head), body)
-        pixels = request.pixels_NCHW[:, 0].size
-        self._pixels += pixels
+        reserved = await self._reserve(order.max_pixels)
         try:
+            head, body = await _children().run(order, content, _limits(order, len(content)))
+            request = _request(order, json.loads(head), body)
+            pixels = request.pixels_NCHW[:, 0].size
+            self._release(reserved - pixels)
+            reserved = pixels
             yield request
         finally:
-            self._pixels -= pixels
-            while self._blocked:
-                waiting = self._blocked.popleft()
-                if not waiting.done():
-                    waiting.set_result(None)
+            self._release(reserved)
+
+    async def _reserve(self, pixels: int) -> int:
+        while self._pixels + pixels > _WAITING * pixels:
+            self._blocked.append(asyncio.get_running_loop().create_future())
+            try:
+                await self._blocked[-1]
+            except asyncio.CancelledError:
+                self._wake()
+                raise
+        self._pixels += pixels
+        return pixels
+
+    def _release(self, pixels: int) -> None:
+        self._pixels -= pixels
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let one request look whether there is room; it wakes the next when it has its result."""
+        while self._blocked:
+            waiting = self._blocked.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                return
 
 
 def _limits(order: Order, n_bytes: int) -> Limits:
@@ -187,20 +205,19 @@ def _limits(order: Order, n_bytes: int) -> Limits:
     )
 
 
-def _request(order: Order, head: dict[str, Any], body: bytes) -> Request:
+def _request(order: Order, head: dict[str, Any], body: memoryview) -> Request:
     """Return what a child has decoded; its bytes are believed no further than those of a client."""
     if "error" in head:
-        kind = getattr(errors, head["error"])
-        assert issubclass(kind, InputError)
-        error = kind.__new__(kind)
-        Exception.__init__(error, head["detail"])
-        raise error
-    if "traceback" in head:
-        raise RuntimeError(f"a child process failed on a body:\n{head['traceback']}")
+        kind = getattr(errors, head["error"], None)
+        if isinstance(kind, type) and issubclass(kind, InputError):
+            error = kind.__new__(kind)
+            Exception.__init__(error, head["detail"])
+            raise error
+    if "shape" not in head:
+        raise RuntimeError(f"a child process failed on a body:\n{head.get('traceback')}")
     shape = tuple(int(length) for length in head["shape"])
     pixels = np.frombuffer(body, np.uint8 if head["is_uint8"] else np.float64)
-    assert len(shape) == 4
-    assert pixels.size == prod(shape)
-    assert shape[1] in (1, 3, order.shapes[head["model"]][0])
+    if len(shape) != 4 or pixels.size != prod(shape) or shape[1] not in (1, 3, order.shapes[head["model"]][0]):
+        raise RuntimeError(f"a child process returned {pixels.size} values as an image of shape {shape}")
     options = (InferOptions if order.kind == "infer" else Options).model_validate(head["options"])
     return Request(head["model"], options, pixels.reshape(shape))
