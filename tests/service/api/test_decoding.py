@@ -206,7 +206,7 @@ def test_no_problem_document_is_long(client: Client) -> None:
         client.post("/predict?" + "n" * 8_000, content=b"x", headers=image),
         client.post("/predict?" + "n" * 50_000, content=b"x", headers=image),
         client.post("/predict?" + "&".join(f"n{n}" for n in range(500)), content=b"x", headers=image),
-        client.post("/predict?model=" + "\x00" * 2_000, content=encode(GREY), headers=image),
+        client.post("/predict?model=" + "%00" * 2_000, content=encode(GREY), headers=image),
         client.post(
             "/predict",
             content=json.dumps({"image": "", LONG[:1000]: 1}).encode()[:19_000],
