@@ -35,7 +35,7 @@ Kind = Literal["predict", "batch", "infer"]
 _MIB = 1024 * 1024
 _MOST_CHILDREN = 4
 # A JPEG file of two megapixels takes 0.1 s, and four million numbers in JSON 0.9 s.
-_CPU_S = 1.2
+_CPU_S = 1.1
 _CPU_PIXELS = 2 * _MIB
 _FIXED_BYTES = 64 * _MIB
 _BYTES_OF_A_PIXEL = 16

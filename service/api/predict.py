@@ -93,7 +93,14 @@ class Service:
                 return await self.batcher.ask(question, len(content))
 
     def order(self, kind: Kind, head: Head, query: Query, model: str) -> Order:
-        """Return how to decode a body; see `Order`."""
+        """Return how to decode a body.
+
+        Args:
+            kind: route of the request.
+            head: its headers.
+            query: names and values, in order.
+            model: name of the model, unless the options name another.
+        """
         settings = self.settings
         shapes = {name: classifier.input_shape for name, classifier in self.models.items()}
         return Order(kind, head, query, model, shapes, settings.max_pixels, settings.max_batch)
