@@ -4,6 +4,10 @@
 
     LipcertError
       ├─ InputError                      the request cannot be answered
+      │   ├─ RequestSyntaxError          not HTTP/1.1
+      │   ├─ HeadTooLargeError           bytes or number of headers, or framing of a chunked body
+      │   ├─ TargetTooLongError
+      │   ├─ TooSlowError                the client stopped sending in the middle of a request
       │   ├─ EmptyBodyError
       │   ├─ BodyTooLargeError
       │   ├─ MediaTypeError
@@ -26,11 +30,21 @@
       │   ├─ UnknownModelError
       │   ├─ UnknownLabelError
       │   ├─ TargetIsPredictedClassError
-  │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
+      │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
       ├─ BusyError                       the request is valid, and the server has no capacity for it now
       │   ├─ OverloadedError
+      │   ├─ TooManyConnectionsError
       │   ├─ DeadlineError
       │   └─ DeviceLostError             the GPU has failed for good; the server ends and is started again
+      ├─ AccessError                     the client may not ask this, or not now
+      │   ├─ UnauthorizedError           no valid API key
+      │   ├─ ForbiddenError              a valid API key without the scope
+      │   └─ RateLimitError              more requests than the rate of a key or an address
+      ├─ UnavailableError                the request is valid, and its model cannot answer before the operator acts
+      │   ├─ ArtefactChangedError        its files are not those that were verified
+      │   └─ ModelNotAvailableError      it could not be verified when the server started
+      ├─ NotImplementedByServerError     a method or transfer coding of HTTP that this server does not have
+      ├─ HttpVersionError                HTTP/2 or HTTP/3
       ├─ ArtefactError                   a file of an artefact is missing, damaged or cannot be proved
       ├─ ProviderError                   the requested execution provider is not available
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
@@ -49,6 +63,8 @@ from pathlib import Path
 
 _QUOTED = 100
 _LISTED = 1000
+_LINE = 500
+"""Characters of the reason why a model is not served."""
 
 
 def shortened(text: object) -> str:
@@ -88,6 +104,31 @@ class InputError(LipcertError):
         Exception.__init__(same_type, f"image {index}: {self}")
         same_type.__dict__.update(self.__dict__)
         return same_type
+
+
+class RequestSyntaxError(InputError):
+    """The bytes are not a request of HTTP/1.1."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the request is not valid: {reason}; send HTTP/1.1 as RFC 9112 defines it")
+
+
+class HeadTooLargeError(InputError):
+    """A request has more bytes of headers, trailers or framing, or more headers, than the limit of the server."""
+
+
+class TargetTooLongError(InputError):
+    """Path and query are longer than the limit of the server."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"path and query are longer than {limit_bytes} bytes; send options in the body (the operator can raise "
+            "LIPCERT_MAX_TARGET_BYTES)"
+        )
+
+
+class TooSlowError(InputError):
+    """The client stopped sending in the middle of a request."""
 
 
 class EmptyBodyError(InputError):
@@ -265,6 +306,16 @@ class OverloadedError(BusyError):
         )
 
 
+class TooManyConnectionsError(BusyError):
+    """The limit of connections of the process, or of one address, is reached."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server has too many open connections; send requests over fewer connections, or retry after a pause "
+            "(the operator can raise LIPCERT_MAX_CONNECTIONS or LIPCERT_MAX_CONNECTIONS_PER_ADDRESS)"
+        )
+
+
 class DeadlineError(BusyError):
     """The deadline of a request passed before it was answered."""
 
@@ -282,13 +333,90 @@ class DeviceLostError(BusyError):
         super().__init__("the GPU of this server was lost and the server is about to restart; send the request again")
 
 
+class AccessError(LipcertError):
+    """The client may not ask this, or not now; no part of the request but its key and its address matters."""
+
+
+class UnauthorizedError(AccessError):
+    """The path needs an API key, and the request has no valid one; the message says no more than that."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this path needs a valid API key; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY` (the operator "
+            "makes one with `lipcert keys new NAME --scope SCOPE`)"
+        )
+
+
+class ForbiddenError(AccessError):
+    """The API key is valid and has not the scope that the path needs."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+        super().__init__(
+            f"this path needs an API key with the scope {scope}; use another key, or ask the operator to add the scope "
+            "to this one (/docs lists all paths)"
+        )
+
+
+class RateLimitError(AccessError):
+    """More requests of a key or an address than the limit of the server."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(
+            "too many requests; wait for the seconds in Retry-After (the operator can raise LIPCERT_RATE_PER_KEY, "
+            "LIPCERT_RATE_PER_ADDRESS or LIPCERT_RATE_BURST)"
+        )
+
+
+class UnavailableError(LipcertError):
+    """The request is valid, and its model cannot answer before the operator acts."""
+
+
+class ArtefactChangedError(UnavailableError):
+    """The files of a model are not those that were verified when the server started."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the files of model {name!r} have changed since this server verified them, so it does not answer; the "
+            "operator can put them back, or start the server again"
+        )
+
+
+class ModelNotAvailableError(UnavailableError):
+    """A model in the folder of models could not be verified when the server started."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"model {name!r} is not available: {reason} The operator can repair it and start the server again; GET "
+            "/models lists the models that answer"
+        )
+
+
+class NotImplementedByServerError(LipcertError):
+    """A method or transfer coding of HTTP that this server does not implement."""
+
+
+class HttpVersionError(LipcertError):
+    """A version of HTTP that this server does not speak."""
+
+    def __init__(self) -> None:
+        super().__init__("this server speaks HTTP/1.1; send the request in that version, or put a proxy in front")
+
+
 class ArtefactError(LipcertError):
-    """A file of an artefact is missing, damaged or cannot be proved; the server does not start with it."""
+    """A file of an artefact is missing, damaged or cannot be proved."""
 
     def __init__(self, file: Path, reason: str) -> None:
         self.file = file
         self.reason = reason
         super().__init__(f"{file}: {reason}")
+
+    @property
+    def line(self) -> str:
+        """The reason in one line of bounded length."""
+        words = " ".join(self.reason.split())
+        return words if len(words) <= _LINE else f"{words[: _LINE - 3]}..."
 
 
 class ProviderError(LipcertError):

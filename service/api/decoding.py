@@ -26,7 +26,7 @@ from service.api.parsing import Query, parse_batch, parse_json, parse_predict
 from service.api.schema import Options
 from service.api.tensors import InferOptions, InferRequest, read_tensor
 from service.children import Children, Limits
-from service.errors import InputError, TooCostlyError, UnknownModelError
+from service.errors import InputError, ModelNotAvailableError, TooCostlyError, UnknownModelError
 from service.runtime.cpus import usable_cpus
 
 Shape = tuple[int, int, int]
@@ -54,6 +54,8 @@ class Order(NamedTuple):
     """Name of the model, unless the options name another."""
     shapes: Mapping[str, Shape]
     """Channels, height and width of the images that each model accepts."""
+    broken: Mapping[str, str]
+    """Reasons why models are not served, by name."""
     max_pixels: int
     max_batch: int
 
@@ -108,6 +110,8 @@ def decode_plain(order: Order, content: bytes) -> Request | None:
 
 
 def _shape(order: Order, name: str) -> Shape:
+    if name in order.broken:
+        raise ModelNotAvailableError(name, order.broken[name])
     if name not in order.shapes:
         raise UnknownModelError(name, order.shapes)
     return order.shapes[name]
@@ -117,7 +121,7 @@ def decode_in_child(order: Order, content: bytes) -> tuple[bytes, Any]:
     """Return the decoded body, or its error, as bytes; called in a child process."""
     try:
         request = decode(order, content)
-    except InputError as error:
+    except (InputError, ModelNotAvailableError) as error:
         return json.dumps({"error": type(error).__name__, "detail": str(error)}).encode(), b""
     except MemoryError:
         return json.dumps({"error": TooCostlyError.__name__, "detail": str(TooCostlyError())}).encode(), b""
@@ -209,7 +213,7 @@ def _request(order: Order, head: dict[str, Any], body: memoryview) -> Request:
     """Return what a child has decoded; its bytes are believed no further than those of a client."""
     if "error" in head:
         kind = getattr(errors, head["error"], None)
-        if isinstance(kind, type) and issubclass(kind, InputError):
+        if isinstance(kind, type) and issubclass(kind, InputError | ModelNotAvailableError):
             error = kind.__new__(kind)
             Exception.__init__(error, head["detail"])
             raise error

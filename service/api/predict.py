@@ -23,10 +23,10 @@ from service.api.decoding import Request as DecodedBody
 from service.api.examples import Examples
 from service.api.parsing import Query, read_query
 from service.api.schema import NO_OPTIONS, Options
-from service.errors import UnknownModelError
 from service.inference.batching import Batcher
-from service.inference.classifier import Classifier
+from service.inference.health import LEAST_STUCK_S, Health
 from service.inference.jobs import Answer_co, Question
+from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
 from service.metrics import Metrics
 from service.pixels.images import decode_plain as plain_pixels
@@ -37,14 +37,6 @@ Result = TypeVar("Result")
 
 # Parsed and decoded in some 30 microseconds.
 _AT_ONCE_BYTES = 8 * 1024
-
-
-class Models(dict[str, Classifier]):
-    """The served models by name."""
-
-    def __missing__(self, name: str) -> Classifier:
-        """Raise `UnknownModelError`."""
-        raise UnknownModelError(name, self)
 
 
 @dataclass(frozen=True)
@@ -58,11 +50,12 @@ class Service:
     batcher: Batcher
     decoders: Decoders = field(default_factory=Decoders)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the default model is loaded and no GPU was lost."""
-        is_lost = any(classifier.is_lost for classifier in self.models.values())
-        return self.settings.default_model in self.models and not is_lost
+    @functools.cached_property
+    def health(self) -> Health:
+        """Faults of this process."""
+        settings = self.settings
+        stuck_s = settings.stuck_s or max(LEAST_STUCK_S, settings.deadline_s / 3.0)
+        return Health(self.models, settings.default_model, self.batcher, stuck_s)
 
     async def ask(
         self, request: Request, accepted: Sequence[str], question_of: Callable[[Head, bytes], BodyQuestion[Result]]
@@ -103,7 +96,8 @@ class Service:
         """
         settings = self.settings
         shapes = {name: classifier.input_shape for name, classifier in self.models.items()}
-        return Order(kind, head, query, model, shapes, settings.max_pixels, settings.max_batch)
+        broken = {name: error.line for name, error in self.models.broken.items()}
+        return Order(kind, head, query, model, shapes, broken, settings.max_pixels, settings.max_batch)
 
     def count(self, outcome: Outcome[Any]) -> None:
         """Count the images of an answer, and the abstentions among them."""

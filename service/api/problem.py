@@ -24,6 +24,10 @@ _MOST_INSTANCE = 200
 
 STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
     {
+        errors.RequestSyntaxError: HTTPStatus.BAD_REQUEST,
+        errors.HeadTooLargeError: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        errors.TargetTooLongError: HTTPStatus.REQUEST_URI_TOO_LONG,
+        errors.TooSlowError: HTTPStatus.REQUEST_TIMEOUT,
         errors.EmptyBodyError: HTTPStatus.BAD_REQUEST,
         errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
         errors.UnknownModelError: HTTPStatus.NOT_FOUND,
@@ -50,9 +54,19 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.InputError: HTTPStatus.BAD_REQUEST,
         errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.TooManyConnectionsError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeviceLostError: HTTPStatus.SERVICE_UNAVAILABLE,
-        # These stop the server at start. In an answer, a graph file has changed since, or a check is missing.
+        errors.AccessError: HTTPStatus.FORBIDDEN,
+        errors.UnauthorizedError: HTTPStatus.UNAUTHORIZED,
+        errors.ForbiddenError: HTTPStatus.FORBIDDEN,
+        errors.RateLimitError: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.ArtefactChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.ModelNotAvailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.NotImplementedByServerError: HTTPStatus.NOT_IMPLEMENTED,
+        errors.HttpVersionError: HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
+        # These stop the server at start. In an answer, a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.SettingsError: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -83,6 +97,12 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
         headers["Accept"] = ", ".join(error.accepted)
     if isinstance(error, errors.BusyError):
         headers["Retry-After"] = _RETRY_AFTER_S
+    if isinstance(error, errors.RateLimitError):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, errors.UnauthorizedError):
+        headers["WWW-Authenticate"] = 'Bearer realm="lipcert"'
+    if isinstance(error, errors.ForbiddenError):
+        headers["WWW-Authenticate"] = f'Bearer realm="lipcert", error="insufficient_scope", scope="{error.scope}"'
     return problem(
         status,
         detail,

@@ -22,7 +22,7 @@ from service.api import decoding
 from service.api.body import Head
 from service.api.decoding import Decoders, Order, decode, decode_in_child
 from service.children import Limits
-from service.errors import InputError, NotAnImageError, TooCostlyError
+from service.errors import LipcertError, NotAnImageError, TooCostlyError
 
 SHAPES = {"grey": (1, HEIGHT, WIDTH), "colour": (3, HEIGHT, WIDTH)}
 JSON, FORM, NPY = "application/json", "multipart/form-data; boundary=X", "application/x-npy"
@@ -33,7 +33,7 @@ LARGE = np.random.default_rng(3).integers(0, 256, (90, 120, 3), np.uint8)
 
 def order(kind: Any, media_type: str = JSON, query: tuple[tuple[str, str], ...] = (), **changes: Any) -> Order:
     head = Head(media_type.partition(";")[0], media_type, None, False, math.inf, False)
-    return Order(kind, head, query, "grey", SHAPES, 100_000, 8)._replace(**changes)
+    return Order(kind, head, query, "grey", SHAPES, {"broken": "weights are missing."}, 100_000, 8)._replace(**changes)
 
 
 def text(data: bytes) -> str:
@@ -82,6 +82,7 @@ REFUSED: dict[str, tuple[Order, bytes]] = {
     "size": (order("predict", "image/jpeg"), encode(LARGE, "JPEG")),
     "pixels": (order("predict", "image/jpeg", max_pixels=100), encode(LARGE, "JPEG")),
     "model": (order("predict"), b'{"image": "", "model": "none"}'),
+    "broken model": (order("predict"), b'{"image": "", "model": "broken"}'),
     "second of a batch": (order("batch"), json.dumps({"images": [text(encode(GREY, "GIF")), "!"]}).encode()),
     "option": (order("predict"), b'{"image": "", "epsilon": -1}'),
     "unknown": (order("predict", "image/gif", (("rezise", "1"),)), encode(GREY, "GIF")),
@@ -102,9 +103,9 @@ def test_a_child_decodes_a_body_to_the_bit_as_this_process_does(kind: str) -> No
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_the_error_of_a_child_is_that_of_this_process(kind: str) -> None:
-    with pytest.raises(InputError) as expected:
+    with pytest.raises(LipcertError) as expected:
         decode(*REFUSED[kind])
-    with pytest.raises(InputError) as found:
+    with pytest.raises(LipcertError) as found:
         in_child(*REFUSED[kind])
     assert type(found.value) is type(expected.value)
     assert str(found.value) == str(expected.value)
