@@ -23,7 +23,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LipcertError)
     async def domain_error(request: Request, error: LipcertError) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
         if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
             _log.error("%s %s: %s", request.method, shortened(path), error, exc_info=error)
@@ -37,7 +37,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         detail, headers = str(error.detail), error.headers
         if error.status_code == HTTPStatus.NOT_FOUND:
             detail = f"there is no resource at {shortened(path)}; /docs lists all paths"
@@ -55,11 +55,11 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, faults, instance=request.url.path)
+        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, faults, instance=request.scope["path"])
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, error: Exception) -> Response:
         # Starlette raises it again after this answer, and the server logs it with its traceback.
         del error
         detail = "the server failed on this request; see its log"
-        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, instance=request.url.path)
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, instance=request.scope["path"])
