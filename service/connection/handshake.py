@@ -1,7 +1,7 @@
 """Connections of TLS, also before their handshake is over: they take places, and have the time of a head.
 
-The servers of asyncio and uvloop show a protocol its connection only after the handshake. Clients that begin none would
-be in nobody's count, and would take the open files of the process.
+The servers of asyncio and uvloop show a protocol its connection only after the handshake. Clients that never begin one
+would be in nobody's count, and would take the open files of the process.
 """
 
 from __future__ import annotations
