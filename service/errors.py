@@ -4,6 +4,8 @@
 
     LipcertError
       ├─ InputError                      the request cannot be answered
+      │   ├─ TooSlowError                the client stopped sending in the middle of a request
+      │   ├─ ClientGoneError
       │   ├─ EmptyBodyError
       │   ├─ BodyTooLargeError
       │   ├─ MediaTypeError
@@ -59,6 +61,10 @@ class InputError(LipcertError):
         Exception.__init__(same_type, f"image {index}: {self}")
         same_type.__dict__.update(self.__dict__)
         return same_type
+
+
+class TooSlowError(InputError):
+    """The client stopped sending in the middle of a request."""
 
 
 class EmptyBodyError(InputError):
@@ -203,17 +209,31 @@ class CalibrationError(InputError):
 
 
 class BusyError(LipcertError):
-    """The request is valid, and the server has no capacity for it now; a retry may succeed."""
+    """The request is valid, and the server has no capacity for it now; a retry may succeed.
+
+    Attributes:
+        retry_after_s: seconds after which.
+    """
+
+    retry_after_s: int = 1
 
 
 class OverloadedError(BusyError):
-    """The limit of concurrent requests, or of the bytes of their bodies, is reached."""
+    """The request would wait too long, or a limit of concurrent requests or of the bytes of their bodies is reached."""
 
-    def __init__(self, requests: int) -> None:
+    def __init__(self, settings: str, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
         super().__init__(
-            f"the server is at its limit with {requests} requests in progress; retry after a pause (the operator can "
-            "raise LIPCERT_MAX_REQUESTS or LIPCERT_MAX_WAITING_BYTES)"
+            f"the server has more requests than it can answer soon; retry after {retry_after_s} s (the operator can "
+            f"raise {settings})"
         )
+
+
+class ClientGoneError(InputError):
+    """The client has closed the connection before its request was answered; nobody reads this."""
+
+    def __init__(self) -> None:
+        super().__init__("the client has closed the connection; keep it open until the answer")
 
 
 class DeadlineError(BusyError):

@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 # Decoded in some 30 microseconds, or refused from the header.
 _AT_ONCE_BYTES = 8 * 1024
 _AT_ONCE_PIXELS = 4096
+ABANDON = "lipcert.abandon"
+"""Key of a function in the scope of a request, for the server to call when the client is gone."""
 
 
 class Models(dict[str, Classifier]):
@@ -75,14 +77,15 @@ class Service:
         Raises:
             MediaTypeError: see `read_head`.
             BodyTooLargeError, EmptyBodyError: see `read_body`.
-            OverloadedError, DeadlineError: see `Batcher`.
+            OverloadedError, DeadlineError, TooSlowError, ClientGoneError: see `Batcher`.
         """
         head = read_head(request, accepted)
         limit = self.settings.max_body_bytes
-        n_bytes = limit if head.length is None else min(limit, head.length)
-        with self.batcher.place(n_bytes, min(self.settings.deadline_s, head.wait_s)):
-            content = await read_body(request, head, limit)
-            return await self.batcher.ask(question_of(head, content), len(content))
+        client = request.scope.get("client") or ("", 0)
+        with self.batcher.place(min(self.settings.deadline_s, head.wait_s), client[0]) as place:
+            request.scope[ABANDON] = place.abandon
+            content = await read_body(request, head, limit, place)
+            return await self.batcher.ask(question_of(head, content), len(content), place)
 
     def count(self, outcome: Outcome[Any]) -> None:
         """Count the images of an answer, and the abstentions among them."""

@@ -18,10 +18,10 @@ from service import errors
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:problem-type:lipcert:"
-_RETRY_AFTER_S = "1"
-
 STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
     {
+        errors.TooSlowError: HTTPStatus.REQUEST_TIMEOUT,
+        errors.ClientGoneError: HTTPStatus.BAD_REQUEST,
         errors.EmptyBodyError: HTTPStatus.BAD_REQUEST,
         errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
         errors.UnknownModelError: HTTPStatus.NOT_FOUND,
@@ -78,7 +78,7 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
     if isinstance(error, errors.MediaTypeError):
         headers["Accept"] = ", ".join(error.accepted)
     if isinstance(error, errors.BusyError):
-        headers["Retry-After"] = _RETRY_AFTER_S
+        headers["Retry-After"] = str(error.retry_after_s)
     return problem(
         status,
         detail,

@@ -7,6 +7,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from service.api.predict import ABANDON
 from service.connection.limits import ConnectionLimits
 
 Refuse = Callable[[Any], bytes | None]
@@ -26,6 +27,15 @@ class Connection(HttpToolsProtocol):
 
     limits = ConnectionLimits()
     refuse: Refuse = staticmethod(never)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Abandon the request in progress: nobody reads its answer."""
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            abandon = cycle.scope.get(ABANDON)
+            if abandon is not None:
+                abandon()
+        super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         answer = self.refuse(cycle.scope)

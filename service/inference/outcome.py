@@ -68,7 +68,8 @@ class Decoded(Generic[Options_co]):
             CalibrationError: the model is not calibrated for the wanted coverage or error.
             InputError: the model takes no images of this shape.
         """
-        check_calibration(self.classifier, self.options)
+        if self.options.coverage is not None or self.options.max_error is not None:
+            check_calibration(self.classifier, self.options)
         if self.options.target is not None:
             self.classifier.class_of(self.options.target)
         return self.classifier.view(self.pixels_NCHW.shape[1:], self.options.resize)
