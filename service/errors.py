@@ -4,6 +4,9 @@
 
     LipcertError
       ├─ InputError                      the request cannot be answered
+      │   ├─ RequestSyntaxError          not HTTP/1.1
+      │   ├─ HeadTooLargeError           bytes or number of headers, or framing of a chunked body
+      │   ├─ TargetTooLongError
       │   ├─ TooSlowError                the client stopped sending in the middle of a request
       │   ├─ ClientGoneError
       │   ├─ EmptyBodyError
@@ -29,8 +32,11 @@
   │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
       ├─ BusyError                       the request is valid, and the server has no capacity for it now
       │   ├─ OverloadedError
+      │   ├─ TooManyConnectionsError
       │   ├─ DeadlineError
       │   └─ DeviceLostError             the GPU has failed for good; the server ends and is started again
+      ├─ NotImplementedByServerError     a method or transfer coding of HTTP that this server does not have
+      ├─ HttpVersionError                HTTP/2 or HTTP/3
       ├─ ArtefactError                   a file of an artefact is missing, damaged or cannot be proved
       ├─ ProviderError                   the requested execution provider is not available
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
@@ -61,6 +67,27 @@ class InputError(LipcertError):
         Exception.__init__(same_type, f"image {index}: {self}")
         same_type.__dict__.update(self.__dict__)
         return same_type
+
+
+class RequestSyntaxError(InputError):
+    """The bytes are not a request of HTTP/1.1."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the request is not valid: {reason}; send HTTP/1.1 as RFC 9112 defines it")
+
+
+class HeadTooLargeError(InputError):
+    """A request has more bytes of headers, trailers or framing, or more headers, than the limit of the server."""
+
+
+class TargetTooLongError(InputError):
+    """Path and query are longer than the limit of the server."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"path and query are longer than {limit_bytes} bytes; send options in the body (the operator can raise "
+            "LIPCERT_MAX_TARGET_BYTES)"
+        )
 
 
 class TooSlowError(InputError):
@@ -236,6 +263,16 @@ class ClientGoneError(InputError):
         super().__init__("the client has closed the connection; keep it open until the answer")
 
 
+class TooManyConnectionsError(BusyError):
+    """The limit of connections of the process, or of one address, is reached."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server has too many open connections; send requests over fewer connections, or retry after a pause "
+            "(the operator can raise LIPCERT_MAX_CONNECTIONS or LIPCERT_MAX_CONNECTIONS_PER_ADDRESS)"
+        )
+
+
 class DeadlineError(BusyError):
     """The deadline of a request passed before it was answered."""
 
@@ -251,6 +288,17 @@ class DeviceLostError(BusyError):
 
     def __init__(self) -> None:
         super().__init__("the GPU of this server was lost and the server is about to restart; send the request again")
+
+
+class NotImplementedByServerError(LipcertError):
+    """A method or transfer coding of HTTP that this server does not implement."""
+
+
+class HttpVersionError(LipcertError):
+    """A version of HTTP that this server does not speak."""
+
+    def __init__(self) -> None:
+        super().__init__("this server speaks HTTP/1.1; send the request in that version, or put a proxy in front")
 
 
 class ArtefactError(LipcertError):

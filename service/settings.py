@@ -67,6 +67,40 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1)] = 16 * 1024 * 1024
     """Largest request body, in bytes; enforced while the body arrives."""
 
+    max_head_bytes: Annotated[int, Field(ge=1024, le=1024 * 1024)] = 32 * 1024
+    """Largest head of a request, in bytes: request line and headers."""
+
+    max_headers: Annotated[int, Field(ge=10, le=10_000)] = 100
+    """Most headers of a request."""
+
+    max_target_bytes: Annotated[int, Field(ge=64, le=1024 * 1024)] = 8 * 1024
+    """Longest path with query, in bytes."""
+
+    max_pipelined: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Most requests of one connection that wait for the answer to an earlier one; the connection is closed after their
+    answers."""
+
+    max_connections: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Most open connections of a process; the one that is silent for longest gives way to a new one. 0 takes 16384, or
+    what the limit of open files allows."""
+
+    max_connections_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Most open connections of a process from one address. 0 sets no limit, because all clients behind a proxy have its
+    address."""
+
+    head_s: Annotated[float, Field(ge=1.0, le=3600.0, allow_inf_nan=False)] = 10.0
+    """Seconds from the first byte of a request, or from the start of its connection, to the end of its headers."""
+
+    body_s: Annotated[float, Field(ge=1.0, le=3600.0, allow_inf_nan=False)] = 10.0
+    """Most seconds between two pieces of a body."""
+
+    idle_s: Annotated[float, Field(ge=1.0, le=86_400.0, allow_inf_nan=False)] = 75.0
+    """Seconds that a connection waits for its next request; longer than a proxy in front keeps it (60 by default in
+    many)."""
+
+    write_s: Annotated[float, Field(ge=1.0, le=3600.0, allow_inf_nan=False)] = 30.0
+    """Seconds in which a client has to read its answer, and one more for each 16 KiB."""
+
     max_pixels: Annotated[int, Field(ge=1, le=PILLOW_PIXEL_LIMIT)] = 2 * 1024 * 1024
     """Most pixels that are decoded, of all images of a request; a counterfactual takes some 120 bytes for each pixel
     and channel."""

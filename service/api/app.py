@@ -7,8 +7,9 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.params import Depends
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 
 from service import __version__
@@ -100,8 +101,9 @@ def create_app(
     )
     # At the head of the router, which tries its routes in order.
     add_predictions(app.router, service)
-    app.include_router(build_router(service))
-    app.include_router(open_inference.build_router(service))
+    for router in (build_router(service), open_inference.build_router(service)):
+        app.include_router(router)
+        app.include_router(_heads(router))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
@@ -114,6 +116,23 @@ def create_app(
     app.openapi = openapi
     app.state.refuse = Refusals(service).refuse
     return app
+
+
+def _heads(router: APIRouter) -> APIRouter:
+    """Return a route for HEAD wherever `router` has one for GET (RFC 9110 section 9.1); the server drops the body."""
+    heads = APIRouter()
+    for route in router.routes:
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            heads.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                name=route.name,
+                response_model=route.response_model,
+                response_class=route.response_class,
+                include_in_schema=False,
+            )
+    return heads
 
 
 def limits_of(settings: Settings, threads: Threads, classifiers: Mapping[str, Classifier]) -> Limits:

@@ -38,13 +38,18 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path
-        detail = str(error.detail)
+        detail, headers = str(error.detail), error.headers
         if error.status_code == HTTPStatus.NOT_FOUND:
             detail = f"there is no resource at {path}; /docs lists all paths"
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            detail = f"method {request.method} is not allowed at {path}; use {allowed}"
-        return problem(error.status_code, detail, instance=path, headers=error.headers)
+            allowed = {"OPTIONS", *(error.headers or {"Allow": "GET"})["Allow"].split(", ")}
+            # The router names the methods of one route, and HEAD has its own.
+            allow = ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed - {"HEAD"}))
+            if request.method == "OPTIONS":
+                return Response(status_code=HTTPStatus.NO_CONTENT, headers={"Allow": allow})
+            detail = f"method {request.method} is not allowed at {path}; use {allow}"
+            headers = {"Allow": allow}
+        return problem(error.status_code, detail, instance=path, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:

@@ -20,8 +20,11 @@ MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:problem-type:lipcert:"
 STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
     {
-        errors.TooSlowError: HTTPStatus.REQUEST_TIMEOUT,
         errors.ClientGoneError: HTTPStatus.BAD_REQUEST,
+        errors.RequestSyntaxError: HTTPStatus.BAD_REQUEST,
+        errors.HeadTooLargeError: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        errors.TargetTooLongError: HTTPStatus.REQUEST_URI_TOO_LONG,
+        errors.TooSlowError: HTTPStatus.REQUEST_TIMEOUT,
         errors.EmptyBodyError: HTTPStatus.BAD_REQUEST,
         errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
         errors.UnknownModelError: HTTPStatus.NOT_FOUND,
@@ -46,8 +49,11 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.InputError: HTTPStatus.BAD_REQUEST,
         errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.TooManyConnectionsError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeviceLostError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.NotImplementedByServerError: HTTPStatus.NOT_IMPLEMENTED,
+        errors.HttpVersionError: HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
         # These stop the server at start. In an answer, a graph file has changed since, or a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -83,7 +83,7 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
     folders = artefact_folders(settings.models, settings.default_model)
     pool.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
     from service.api.app import create_app
-    from service.connection.limits import ConnectionLimits
+    from service.connection.limits import limits_of
     from service.connection.protocol import connection_class
     from service.inference.loading import load_classifiers
     from service.processes.server import Server
@@ -102,7 +102,7 @@ def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket],
             # Not inherited: threads, and pages that are written to.
             classifiers[settings.default_model].warm_up()
         app = inherited or create_app(settings, classifiers)
-        connections = connection_class(ConnectionLimits(), app.state.refuse)
+        connections = connection_class(limits_of(settings), app.state.refuse)
         return Server(app, settings.log_level, is_lost, connections).serve_on(listener)
 
     return serve
