@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.api.predict import ABANDON
 from service.connection.limits import ConnectionLimits
+from service.connection.pacer import Pacer
 from service.connection.reading import Phase, RequestReader
 from service.connection.refusals import Refusals, syntax
 from service.connection.registry import TICK_S, Registry
@@ -59,6 +60,7 @@ class Connection(RequestReader):
     """One connection of a client."""
 
     registry = Registry(RequestReader.limits)
+    pacer = Pacer()
     refuse: Refuse = staticmethod(never)
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -103,7 +105,8 @@ class Connection(RequestReader):
         if self._running is not None and not self._running.response_complete:
             self._abandon(self._running)
         super().connection_lost(exc)
-        self.outlet = None
+        # Garbage is rarely collected: the cycle of the last request refers to this connection.
+        self.outlet = self.cycle = self._running = None
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Return whether to keep the connection of a client that sends nothing more."""
@@ -128,7 +131,16 @@ class Connection(RequestReader):
         if answer is None:
             super()._start_asgi_task(cycle, app)
         else:
-            cycle.response_complete = True
+            self.loop.call_later(self.pacer.delay_s(self.loop.time()), self._refuse, cycle, answer)
+
+    def _refuse(self, cycle: RequestResponseCycle, answer: bytes) -> None:
+        """Write the answer to a request that the application does not see, and close."""
+        cycle.response_complete = True
+        if self.phase is Phase.IDLE and not self.drops_input and not self.pipeline:
+            # Nothing is unread: the client gets the answer without lingering.
+            self._write(answer)
+            self.transport.close()
+        else:
             self.end(answer)
 
     def on_response_complete(self) -> None:
@@ -167,12 +179,15 @@ class Connection(RequestReader):
 
     def end(self, answer: bytes) -> None:
         """Write a last answer and close."""
+        self._write(answer)
+        self.drops_input = True
+        self._close_gently()
+
+    def _write(self, answer: bytes) -> None:
         if not self.transport.is_closing():
             status, _, rest = answer.partition(b"\r\n")
             date = [b"%s: %s\r\n" % header for header in self.server_state.default_headers]
             self.transport.write(b"".join([status, b"\r\n", *date, rest]))
-        self.drops_input = True
-        self._close_gently()
 
     def drop(self, size: int) -> None:
         """Close if the client goes on sending what nobody reads."""
@@ -259,6 +274,7 @@ def connection_class(limits: ConnectionLimits, refuse: Refuse = never) -> type[C
         "limits": limits,
         "refusals": Refusals(limits),
         "registry": Registry(limits),
+        "pacer": Pacer(),
         "refuse": staticmethod(refuse),
     }
     return type("ServedConnection", (Connection,), members)

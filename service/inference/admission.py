@@ -26,9 +26,12 @@ _GAIN = 1 / 32
 # An answer counts as at most so many times the average: it may have waited for a model that was loaded.
 _MOST_GROWTH = 4.0
 # Wait that is admitted in an overload, in units of the time of a request alone.
-_WAIT_ALONE = 2.0
+_WAIT_ALONE = 3.0
 # Duration of an overload, after which a burst may wait again: whether clients have gone shows only then.
 _HOLD_S = 10.0
+# Refused clients that are asked to come back in one second: all at once they would be a flood of their own.
+_RETRIES_PER_S = 100.0
+_LONGEST_RETRY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Load:
     A request that would wait for more than `max_wait_s` is refused. `burst` requests are an overload: for the next
     seconds a request is refused that would wait for more than twice the time of a request alone. That time is the mean
     and three deviations over requests that found nothing ahead, so accepted ones take about three times as long. If
-    that limit held always, a few dozen clients that wait for each other's answers would be refused. A request that finds
+    that limit held always, a few dozen clients that take turns would be refused. A request that finds
     nothing ahead never is.
     """
 
@@ -155,6 +158,8 @@ class Admission:
         self._requests = 0
         self._bytes = 0
         self._coming = 0
+        self._refused = 0.0
+        self._refused_s = 0.0
         self._clients: dict[str, _Client] = {}
         self._most_requests = max(1, math.ceil(limits.max_requests * limits.client_share))
         self._most_bytes = limits.max_bytes * limits.client_share
@@ -173,7 +178,8 @@ class Admission:
     def refusal(self, client: str) -> tuple[str, int] | None:
         """Return why a further request from this address is refused; null to admit it.
 
-        The reason is the settings that the operator can raise, and the header Retry-After in seconds.
+        The reason is the settings that the operator can raise, and the header Retry-After in seconds: the expected wait,
+        and one second more for every `_RETRIES_PER_S` clients that were refused before.
         """
         limits = self.limits
         requests = self._requests + self._coming
@@ -186,7 +192,11 @@ class Admission:
             cause = WAIT
         else:
             return None
-        return cause, retry_after_s(self.predictions.wait_s(self._coming))
+        now_s = time.monotonic()
+        self._refused = max(0.0, self._refused - (now_s - self._refused_s) * _RETRIES_PER_S) + 1.0
+        self._refused_s = now_s
+        turn_s = min(self._refused / _RETRIES_PER_S, _LONGEST_RETRY_S)
+        return cause, retry_after_s(self.predictions.wait_s(self._coming) + turn_s)
 
     def expect(self, loop: asyncio.AbstractEventLoop) -> None:
         """Count a request that was admitted before its task runs, for this iteration of the event loop."""
@@ -401,7 +411,8 @@ def retry_after_s(wait_s: float) -> int:
 
 def _too_slow(rate: float) -> TooSlowError:
     return TooSlowError(
-        f"the body arrives at less than {rate:g} bytes per second; send it faster (the operator can lower LIPCERT_MIN_RATE)"
+        f"the body arrives at less than {rate:g} bytes per second; send it faster (the operator can lower "
+        "LIPCERT_MIN_RATE)"
     )
 
 
