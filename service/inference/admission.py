@@ -21,17 +21,22 @@ WAIT = "LIPCERT_MAX_WAIT_MS"
 _GRACE_S = 5.0
 """Seconds before the rate of a body counts: connections start slowly."""
 _CHECK_S = 1.0
-# Weight of one answer in the moving averages.
+# Weight of one answer in the moving averages, and busy seconds that the speed of the server is measured over.
 _GAIN = 1 / 32
+_MEMORY_S = 0.5
 # An answer counts as at most so many times the average: it may have waited for a model that was loaded.
 _MOST_GROWTH = 4.0
 # Wait that is admitted in an overload, in units of the time of a request alone.
 _WAIT_ALONE = 3.0
-# Duration of an overload, after which a burst may wait again: whether clients have gone shows only then.
-_HOLD_S = 10.0
+# Seconds after the last refusal that end an overload: refused clients come back until then.
+_CALM_S = 5.0
+# Duration after which a burst may wait all the same, since a few dozen clients that take turns look the same. It doubles
+# if that is an overload again.
+_OVERLOAD_S = 15.0
+_LONGEST_OVERLOAD_S = 60.0
 # Refused clients that are asked to come back in one second: all at once they would be a flood of their own.
 _RETRIES_PER_S = 100.0
-_LONGEST_RETRY_S = 10.0
+_LONGEST_RETRY_S = 4.0
 
 
 @dataclass(frozen=True)
@@ -64,33 +69,39 @@ class Limits:
 class Load:
     """Work in progress of one kind, predictions or searches, and how long a further request would wait for it.
 
-    Work is the time that a cost model predicts (`Pace`). A request takes the work ahead of it and its own, times
-    `stretch`: a moving average over answers, which knows the batches, the workers and the machine as they are. By
-    Little's law an average over all kinds of requests suffices.
+    Work is time as a cost model predicts it (`Pace`). What is ahead of a request takes that long, times `slowness`: busy
+    seconds for each second of work that was done lately, which knows the batches, the workers and the machine.
 
-    A request that would wait for more than `max_wait_s` is refused. `burst` requests are an overload: for the next
-    seconds a request is refused that would wait for more than twice the time of a request alone. That time is the mean
-    and three deviations over requests that found nothing ahead, so accepted ones take about three times as long. If
-    that limit held always, a few dozen clients that take turns would be refused. A request that finds
-    nothing ahead never is.
+    A request that would wait for more than `max_wait_s` is refused. `burst` requests are an overload: until it ends, a
+    request is refused that would wait for more than `_WAIT_ALONE` times the time of a request alone, mean and
+    three deviations, so that accepted ones take at most about three times as long. If that limit held always, a few
+    dozen clients that take turns would be refused. A request that finds nothing ahead never is.
     """
 
     def __init__(self, burst: int, max_wait_s: float) -> None:
         """Start without work."""
         self._burst = burst
         self._max_wait_s = max_wait_s
+        self.begun = 0
+        """Requests since the start."""
         self.requests = 0
         self.work_s = 0.0
         self.typical_s = 0.001
         """Mean work of a request."""
-        self._stretch = 2.0
+        self._busy_s, self._done_s = 2.0 * _MEMORY_S, _MEMORY_S
+        self._usual = 2.0
+        """Slowness before the overload: refusals slow answers down, and to refuse more for that would be no cure."""
+        self._last_s = 0.0
         self._alone = 2.0
+        """Mean time of a request alone, in units of its work."""
         self._deviation = 0.5
         self._overloaded_until_s = -math.inf
+        self._ends_s = -math.inf
+        self._duration_s = _OVERLOAD_S
 
     def wait_s(self, coming: int = 0) -> float:
         """Return the expected wait of a further request, after `coming` typical ones, in seconds."""
-        return (self.work_s + coming * self.typical_s) * self._stretch
+        return (self.work_s + coming * self.typical_s) * self._busy_s / self._done_s
 
     def refuses(self, coming: int = 0) -> bool:
         """Return whether a further request, after `coming` typical ones, would wait too long."""
@@ -98,16 +109,26 @@ class Load:
         if ahead == 0:
             return False
         now_s = time.monotonic()
-        if ahead >= self._burst:
-            self._overloaded_until_s = now_s + _HOLD_S
-        most_s = self._max_wait_s
+        if ahead >= self._burst and now_s >= self._overloaded_until_s:
+            is_again = now_s < self._overloaded_until_s + _OVERLOAD_S
+            self._duration_s = min(2.0 * self._duration_s, _LONGEST_OVERLOAD_S) if is_again else _OVERLOAD_S
+            self._ends_s = now_s + self._duration_s
+            self._overloaded_until_s = now_s + _CALM_S
+            self._usual = self._busy_s / self._done_s
+        wait_s = self.wait_s(coming)
         if now_s < self._overloaded_until_s:
             alone_s = (self._alone + 3.0 * self._deviation) * self.typical_s
-            most_s = min(most_s, _WAIT_ALONE * alone_s)
-        return (self.work_s + coming * self.typical_s) * self._stretch > most_s
+            slowness = min(self._usual, self._busy_s / self._done_s)
+            if (self.work_s + coming * self.typical_s) * slowness > _WAIT_ALONE * alone_s:
+                self._overloaded_until_s = min(now_s + _CALM_S, self._ends_s)
+                return True
+        return wait_s > self._max_wait_s
 
-    def begin(self, work_s: float) -> None:
+    def begin(self, work_s: float, now_s: float) -> None:
         """Add the work of a request."""
+        if self.requests == 0:
+            self._last_s = now_s
+        self.begun += 1
         self.requests += 1
         self.work_s += work_s
 
@@ -116,19 +137,24 @@ class Load:
         self.requests -= 1
         self.work_s = self.work_s - work_s if self.requests else 0.0
 
-    def learn(self, work_s: float, ahead_s: float, seconds: float) -> None:
+    def learn(self, work_s: float, now_s: float, alone_s: float) -> None:
         """Learn from an answer.
 
         Args:
             work_s: work of the request.
-            ahead_s: work in progress when it began.
-            seconds: from its beginning to its answer.
+            now_s: `time.monotonic()`.
+            alone_s: from its beginning to its answer, if there was no other in that time; otherwise 0.
         """
-        stretch = min(seconds / (ahead_s + work_s), _MOST_GROWTH * self._stretch)
-        self._stretch += (stretch - self._stretch) * _GAIN
+        passed_s, self._last_s = now_s - self._last_s, now_s
+        kept = max(0.0, 1.0 - passed_s / _MEMORY_S)
+        # At most a multiple of what was expected, as below: a model may have been loaded.
+        most_s = _MOST_GROWTH * (self.work_s + work_s) * self._busy_s / self._done_s
+        self._busy_s = self._busy_s * kept + min(passed_s, most_s)
+        self._done_s = self._done_s * kept + work_s
         self.typical_s += (work_s - self.typical_s) * _GAIN
-        if ahead_s == 0.0:
-            error = min(stretch, _MOST_GROWTH * self._alone) - self._alone
+        # Refusals slow a request down as well.
+        if alone_s and now_s >= self._overloaded_until_s:
+            error = min(alone_s / work_s, _MOST_GROWTH * self._alone) - self._alone
             self._alone += error * _GAIN
             self._deviation += (abs(error) - self._deviation) * _GAIN
 
@@ -288,8 +314,9 @@ class Place:
     """Which work is in progress; null while the body is read."""
     work_s: float = 0.0
     """Estimate of its work."""
-    _ahead_s: float = 0.0
+    _is_first: bool = False
     _began_s: float = 0.0
+    _number: int = 0
     _entered_s: float = 0.0
     _has_left: bool = False
     _task: asyncio.Task[Any] = field(init=False)
@@ -393,15 +420,19 @@ class Place:
             self._timer = self.loop.call_later(min(left_s, _CHECK_S) if self._load is None else left_s, self._check)
 
     def _begin(self, load: Load, work_s: float) -> None:
-        self._load, self.work_s, self._ahead_s, self._began_s = load, work_s, load.work_s, time.monotonic()
-        load.begin(work_s)
+        self._began_s = time.monotonic()
+        self._load, self.work_s, self._is_first = load, work_s, load.requests == 0
+        load.begin(work_s, self._began_s)
+        self._number = load.begun
 
     def _end(self, is_answered: bool) -> None:
         load, self._load = self._load, None
         if load is not None:
             load.end(self.work_s)
             if is_answered:
-                load.learn(self.work_s, self._ahead_s, time.monotonic() - self._began_s)
+                now_s = time.monotonic()
+                is_alone = self._is_first and load.begun == self._number
+                load.learn(self.work_s, now_s, now_s - self._began_s if is_alone else 0.0)
 
 
 def retry_after_s(wait_s: float) -> int:

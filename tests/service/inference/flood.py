@@ -183,7 +183,7 @@ def main() -> None:
             print(_line(f"{clients} clients", seen))
             capacity = max(capacity, seen.rate(200))
         for clients in options.clients:
-            for obeys in (False, True):
+            for obeys in (True, False):
                 seen = runner.run(measure(clients, obeys))
                 print(_line(f"{clients} clients, {'obey' if obeys else 'retry'}", seen))
                 ratio = seen.quantile_s(200, 0.99) / alone.quantile_s(200, 0.99)
