@@ -42,11 +42,11 @@ def add_error_handlers(app: FastAPI) -> None:
         if error.status_code == HTTPStatus.NOT_FOUND:
             detail = f"there is no resource at {path}; /docs lists all paths"
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = {"OPTIONS", *(error.headers or {"Allow": "GET"})["Allow"].split(", ")}
-            # The router names the methods of one route, and HEAD has its own.
-            allow = ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed - {"HEAD"}))
+            # The router names the methods of one route; HEAD has a route of its own.
+            allow = (error.headers or {"Allow": "GET, HEAD"})["Allow"]
+            allow = "GET, HEAD" if allow == "GET" else allow
             if request.method == "OPTIONS":
-                return Response(status_code=HTTPStatus.NO_CONTENT, headers={"Allow": allow})
+                return Response(status_code=HTTPStatus.NO_CONTENT, headers={"Allow": f"{allow}, OPTIONS"})
             detail = f"method {request.method} is not allowed at {path}; use {allow}"
             headers = {"Allow": allow}
         return problem(error.status_code, detail, instance=path, headers=headers)

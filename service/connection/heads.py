@@ -1,4 +1,4 @@
-"""Checks of the head of a request: what RFC 9112 asks for and the parser lets pass, and limits."""
+"""Checks of the head of a request: demands of RFC 9112 that the parser does not check, and limits."""
 
 from __future__ import annotations
 
@@ -67,7 +67,14 @@ def origin_form(target: bytes) -> bytes:
 
 
 def without_upgrade(method: bytes, url: bytes, version: str, headers: Headers) -> bytes:
-    """Return a head without `Upgrade`, which a server may ignore (RFC 9110 section 7.8)."""
+    """Return a head without `Upgrade`, which a server may ignore (RFC 9110 section 7.8).
+
+    Args:
+        method: of the request line, as the others.
+        url: target.
+        version: of HTTP, such as "1.1".
+        headers: with names in lower case.
+    """
     lines = [b"%s %s HTTP/%s" % (method, url, version.encode())]
     lines += [b"%s: %s" % header for header in headers if header[0] != b"upgrade"]
     return b"\r\n".join([*lines, b"\r\n"])

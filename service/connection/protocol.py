@@ -1,7 +1,7 @@
 """The protocol of one connection: uvicorn's for httptools, with limits, deadlines and constant refusals.
 
 Deadlines are counted in ticks of the registry, so that a request reads no clock. A refusal is written after the answers
-that are due. What the client still sends is then dropped for a while: a socket that is closed with unread input resets
+that are due. Further input is then dropped for a while: a socket that is closed with unread input resets
 the connection, and the client may lose the answer.
 """
 
@@ -46,7 +46,7 @@ def never(scope: Any) -> None:
 
 
 class _Outlet:
-    """What a response may do with the transport; `close` waits until the client has read the answer."""
+    """The transport as responses see it: `close` waits until the client has read the answer."""
 
     __slots__ = ("close", "is_closing", "write")
 
@@ -117,7 +117,7 @@ class Connection(RequestReader):
         return self.is_answering and not self._lingers
 
     def shutdown(self) -> None:
-        """Answer what is under way, or what comes within `_STOP_S`, and close."""
+        """Answer open requests, and one that comes within `_STOP_S`, and close."""
         self.stops = True
         self.ticks = 0
         if self.cycle:
@@ -185,12 +185,14 @@ class Connection(RequestReader):
 
     def _write(self, answer: bytes) -> None:
         if not self.transport.is_closing():
+            if self.phase is not Phase.IDLE and self.scope.get("method") == "HEAD":
+                answer = answer[: answer.index(b"\r\n\r\n") + 4]
             status, _, rest = answer.partition(b"\r\n")
             date = [b"%s: %s\r\n" % header for header in self.server_state.default_headers]
             self.transport.write(b"".join([status, b"\r\n", *date, rest]))
 
     def drop(self, size: int) -> None:
-        """Close if the client goes on sending what nobody reads."""
+        """Close if the client goes on sending for long."""
         self.ticks = 0
         self._dropped_bytes += size
         if self._dropped_bytes > _LINGER_BYTES:
@@ -241,10 +243,13 @@ class Connection(RequestReader):
         elif self.is_answering:
             if self._is_half_closed and waited_s > _LEFT_S:
                 self.transport.abort()
+        elif self.stops and self.phase is Phase.IDLE:
+            if waited_s >= _STOP_S:
+                self.transport.close()
         elif self.phase is Phase.HEAD or not self.cycle:
             if waited_s > limits.head_s:
                 self.refuse_input(self.refusals.slow_head)
-        elif waited_s > limits.idle_s or (self.stops and waited_s >= _STOP_S):
+        elif waited_s > limits.idle_s:
             self.transport.close()
         if not unread:
             self._unread_ticks = 0
@@ -258,7 +263,7 @@ class Connection(RequestReader):
             self.transport.abort()
 
     def resume_writing(self) -> None:
-        """Note that the client has read most of what was written."""
+        """Note that the client has read most of the output."""
         super().resume_writing()
         self._unread_ticks = 0
 

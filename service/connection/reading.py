@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import logging
 import urllib.parse
@@ -31,15 +32,21 @@ class Phase(Enum):
 
 
 async def general_options(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-    """Answer `OPTIONS *` (RFC 9110 section 9.3.7), which is about the server and no path."""
+    """Answer `OPTIONS *` (RFC 9110 section 9.3.7), which is about the server and no path.
+
+    Args:
+        scope: of ASGI, as the others.
+        receive: not called.
+        send: takes the response.
+    """
     del scope, receive
     headers = [(b"allow", b"GET, HEAD, OPTIONS, POST")]
     await send({"type": "http.response.start", "status": 204, "headers": headers})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class RequestReader(HttpToolsProtocol):
-    """A connection as a source of requests; what is refused ends it."""
+class RequestReader(HttpToolsProtocol, abc.ABC):
+    """A connection as a source of requests; a refusal ends it."""
 
     limits = ConnectionLimits()
     refusals = Refusals(limits)
@@ -52,43 +59,46 @@ class RequestReader(HttpToolsProtocol):
         self.drops_input = False
         self.stops = False
         """Whether the next request is the last."""
-        # What a request may do with the transport.
         self.outlet: Any = None
+        """The transport, as requests see it."""
         self._head_bytes = 0
         self._has_upgrade = False
         self._is_chunked = False
-        # Of the body: as it came, its content, and what came since the last content.
+        # Of the body: with its framing, without, and since the last piece of content.
         self._raw_bytes = self._content_bytes = self._content_seen = self._barren_bytes = 0
         self._keeps_alive = True
 
+    @abc.abstractmethod
     def end(self, answer: bytes) -> None:
         """Write a last answer and close."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def refuse_input(self, answer: bytes) -> None:
         """Write a last answer after those that are due, and close."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def drop(self, size: int) -> None:
         """Note that `size` bytes of input were dropped."""
-        raise NotImplementedError
 
     def data_received(self, data: bytes) -> None:
-        """Parse what the client sent."""
+        """Parse bytes of the client."""
         while data and not self.drops_input:
             piece, data = data, b""
             if self.phase is Phase.BODY:
                 self.ticks = 0
                 self._raw_bytes += len(piece)
             else:
-                room = self.limits.head_bytes + 1 - self._head_bytes
+                room = self.limits.head_bytes - self._head_bytes
                 if len(piece) > room:
+                    if room == 0:
+                        self.refuse_input(self.refusals.head)
+                        break
                     piece, data = piece[:room], piece[room:]
                 self._head_bytes += len(piece)
             try:
                 self.parser.feed_data(piece)
-                if self.phase is not Phase.IDLE or self._head_bytes:
-                    self._check_size(piece)
+                if self.phase is not Phase.IDLE:
+                    self._check_unfinished(piece)
             except httptools.HttpParserUpgrade as stop:
                 # The parser stops after the head, and would take the body for the next request.
                 data = piece[stop.args[0] :] + data
@@ -116,25 +126,23 @@ class RequestReader(HttpToolsProtocol):
         if isinstance(error, httptools.HttpParserCallbackError):
             _log.error("a request could not be parsed", exc_info=error)
         if isinstance(error, httptools.HttpParserInvalidMethodError):
-            # A letter starts a method; anything else, such as a TLS handshake, is not HTTP.
+            # A letter starts a method, unless the piece starts with another request; a TLS handshake is not HTTP.
             return self.refusals.method if piece[:1].isalpha() else syntax("it does not start with a method")
         if self.parser.get_http_version() == "2.0":
             return self.refusals.version
         return syntax(str(error))
 
-    def _check_size(self, piece: bytes) -> None:
-        """Raise `Refused` if a head, or the framing of a body, is too large so far."""
-        limit = self.limits.head_bytes
-        if self.phase is not Phase.BODY:
-            if self._head_bytes > limit:
-                raise Refused(self.refusals.head)
-            if piece.endswith(b"\n") and self.phase is Phase.HEAD and self.parser.get_http_version() in ("0.0", "0.9"):
+    def _check_unfinished(self, piece: bytes) -> None:
+        """Raise `Refused` if a request line has no version, or if the framing of a body is too large so far."""
+        if self.phase is Phase.HEAD:
+            if piece.endswith(b"\n") and self.parser.get_http_version() in ("0.0", "0.9"):
                 raise Refused(syntax("the request line has no version"))
         elif self._is_chunked:
             if self._content_seen != self._content_bytes:
                 self._content_seen, self._barren_bytes = self._content_bytes, 0
             else:
                 self._barren_bytes += len(piece)
+            limit = self.limits.head_bytes
             framing = self._raw_bytes - self._content_bytes
             if self._barren_bytes > limit or framing > limit + self._content_bytes:
                 raise Refused(self.refusals.framing)
@@ -146,7 +154,7 @@ class RequestReader(HttpToolsProtocol):
         self.ticks = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Note a header; trailers, whose size `_check_size` limits, are dropped."""
+        """Note a header; trailers, whose size `_check_unfinished` limits, are dropped."""
         if self.phase is Phase.HEAD:
             name = name.lower()
             if name == b"expect" and value.lower() == b"100-continue":
@@ -168,8 +176,8 @@ class RequestReader(HttpToolsProtocol):
             self._has_upgrade = True
             return
         version = self.parser.get_http_version()
-        self._is_chunked = check_head(self.url, version, self.headers, self.limits, self.refusals)
         self.scope["method"] = method.decode("ascii")
+        self._is_chunked = check_head(self.url, version, self.headers, self.limits, self.refusals)
         if version != "1.1":
             self.scope["http_version"] = version
         app = self._locate(method)

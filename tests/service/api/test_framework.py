@@ -109,8 +109,29 @@ def test_a_body_limit_of_the_application_applies_to_predictions(client: Client, 
 
 
 @pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
-@pytest.mark.parametrize("method", ["GET", "PUT", "OPTIONS", "HEAD"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "HEAD"])
 def test_other_methods_than_post_are_refused(client: Client, path: str, method: str) -> None:
     response = client.request(method, path)
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/v2/models/grey/infer"])
+def test_options_of_a_path_are_its_methods(client: Client, path: str) -> None:
+    response = client.request("OPTIONS", path)
+    assert (response.status_code, response.headers["allow"], response.content) == (204, "POST, OPTIONS", b"")
+
+
+def test_head_is_answered_wherever_get_is(client: Client, app: FastAPI) -> None:
+    found = {path for path in paths(app) if client.get(path).status_code == 200}
+    assert {"/", "/docs", "/health/ready", "/metrics", "/models", "/models/grey", "/samples/image.png", "/v2"} <= found
+    for path in found:
+        response = client.request("HEAD", path)
+        got = client.get(path)
+        assert response.status_code == 200, path
+        assert response.content == b""
+        assert response.headers["content-type"] == got.headers["content-type"]
+        if path != "/metrics":  # which counts these requests
+            assert response.headers["content-length"] == got.headers["content-length"]
+        assert client.request("OPTIONS", path).headers["allow"] == "GET, HEAD, OPTIONS"
+        assert client.post(path).headers["allow"] == "GET, HEAD"
