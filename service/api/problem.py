@@ -96,6 +96,14 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
     )
 
 
+def last_bytes(answer: Response) -> bytes:
+    """Return the complete response, but for `Date`; the client is told that the connection closes."""
+    lines = [f"HTTP/1.1 {answer.status_code} {HTTPStatus(answer.status_code).phrase}\r\n".encode()]
+    for name, value in answer.raw_headers:
+        lines += [name, b": ", value, b"\r\n"]
+    return b"".join([*lines, b"connection: close\r\n\r\n", bytes(answer.body)])
+
+
 def problem(
     status: int,
     detail: str,

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from service.api.predict import Service
-from service.api.problem import problem_of
+from service.api.problem import last_bytes, problem_of
 from service.errors import OverloadedError
 
 _INFER = ("/v2/models/", "/infer")
@@ -53,8 +53,5 @@ class Refusals:
 @functools.lru_cache(_MOST_ANSWERS)
 def _answer(path: str, settings: str, retry_after_s: int) -> bytes:
     """Return the response that the application would give, as bytes; the connection closes after it."""
-    answer = problem_of(OverloadedError(settings, retry_after_s), path, error_member=path.startswith(_INFER[0]))
-    lines = [b"HTTP/1.1 503 Service Unavailable\r\n"]
-    for name, value in answer.raw_headers:
-        lines += [name, b": ", value, b"\r\n"]
-    return b"".join([*lines, b"connection: close\r\n\r\n", bytes(answer.body)])
+    error = OverloadedError(settings, retry_after_s)
+    return last_bytes(problem_of(error, path, error_member=path.startswith(_INFER[0])))

@@ -126,12 +126,13 @@ class Connection(RequestReader):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         answer = self.refuse(cycle.scope)
-        if answer is None and self._is_spare and "/health/" not in cycle.scope["path"]:
-            answer = self.refusals.connections
-        if answer is None:
-            super()._start_asgi_task(cycle, app)
-        else:
+        if answer is not None:
             self.loop.call_later(self.pacer.delay_s(self.loop.time()), self._refuse, cycle, answer)
+        elif self._is_spare and "/health/" not in cycle.scope["path"]:
+            cycle.response_complete = True
+            self.end(self.refusals.connections)
+        else:
+            super()._start_asgi_task(cycle, app)
 
     def _refuse(self, cycle: RequestResponseCycle, answer: bytes) -> None:
         """Write the answer to a request that the application does not see, and close."""

@@ -27,7 +27,7 @@ _MEMORY_S = 0.5
 # An answer counts as at most so many times the average: it may have waited for a model that was loaded.
 _MOST_GROWTH = 4.0
 # Wait that is admitted in an overload, in units of the time of a request alone.
-_WAIT_ALONE = 3.0
+_WAIT_ALONE = 2.5
 # Seconds after the last refusal that end an overload: refused clients come back until then.
 _CALM_S = 5.0
 # Duration after which a burst may wait all the same, since a few dozen clients that take turns look the same. It doubles
