@@ -108,6 +108,9 @@ class Load:
         ahead = self.requests + coming
         if ahead == 0:
             return False
+        wait_s = self.wait_s(coming)
+        if ahead < self._burst and self._ends_s == -math.inf:
+            return wait_s > self._max_wait_s
         now_s = time.monotonic()
         if ahead >= self._burst and now_s >= self._overloaded_until_s:
             is_again = now_s < self._overloaded_until_s + _OVERLOAD_S
@@ -115,7 +118,6 @@ class Load:
             self._ends_s = now_s + self._duration_s
             self._overloaded_until_s = now_s + _CALM_S
             self._usual = self._busy_s / self._done_s
-        wait_s = self.wait_s(coming)
         if now_s < self._overloaded_until_s:
             alone_s = (self._alone + 3.0 * self._deviation) * self.typical_s
             slowness = min(self._usual, self._busy_s / self._done_s)
@@ -160,7 +162,7 @@ class Load:
 
 
 @dataclass(eq=False, slots=True)
-class _Client:
+class Client:
     """What the requests of one address hold."""
 
     requests: int = 0
@@ -186,7 +188,7 @@ class Admission:
         self._coming = 0
         self._refused = 0.0
         self._refused_s = 0.0
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, Client] = {}
         self._most_requests = max(1, math.ceil(limits.max_requests * limits.client_share))
         self._most_bytes = limits.max_bytes * limits.client_share
         self._places: set[Place] = set()
@@ -212,7 +214,7 @@ class Admission:
         # One request is always admitted: the limit of a single body is enforced where the body is read.
         if requests >= limits.max_requests or (self._requests and self._bytes >= limits.max_bytes):
             cause = FULL
-        elif client and client in self._clients and self._clients[client].requests >= self._most_requests:
+        elif client and (holder := self._clients.get(client)) and holder.requests >= self._most_requests:
             cause = SHARE
         elif self.predictions.refuses(self._coming):
             cause = WAIT
@@ -248,8 +250,11 @@ class Admission:
             raise OverloadedError(*refusal)
         self._requests += 1
         self._places.add(place)
-        if place.client:
-            self._clients.setdefault(place.client, _Client()).requests += 1
+        holder = self._clients.get(place.client)
+        if holder is None:
+            holder = self._clients[place.client] = Client()
+        holder.requests += 1
+        place.holder = holder
 
     def hold(self, place: Place, n_bytes: int) -> None:
         """Set the bytes that a place holds.
@@ -257,29 +262,31 @@ class Admission:
         Raises:
             OverloadedError: there is no room for them.
         """
-        client = self._clients.get(place.client) or _Client()
+        holder = place.holder
         grown = n_bytes - place.n_bytes
+        cause = None
         if grown > 0:
-            retry_s = retry_after_s(self.predictions.wait_s())
-            if self._requests > 1 and self._bytes + grown > self.limits.max_bytes:
-                raise OverloadedError(FULL, retry_s)
-            if client.requests > 1 and client.n_bytes + grown > self._most_bytes:
-                raise OverloadedError(SHARE, retry_s)
+            # One request is always admitted, see `refusal`.
+            if self._bytes + grown > self.limits.max_bytes and self._requests > 1:
+                cause = FULL
+            elif holder.n_bytes + grown > self._most_bytes and holder.requests > 1 and place.client:
+                cause = SHARE
+        if cause is not None:
+            raise OverloadedError(cause, retry_after_s(self.predictions.wait_s()))
         place.n_bytes = n_bytes
         self._bytes += grown
-        client.n_bytes += grown
+        holder.n_bytes += grown
 
     def leave(self, place: Place) -> None:
         """Free a place."""
         self._requests -= 1
         self._bytes -= place.n_bytes
         self._places.discard(place)
-        client = self._clients.get(place.client)
-        if client is not None:
-            client.requests -= 1
-            client.n_bytes -= place.n_bytes
-            if client.requests == 0:
-                del self._clients[place.client]
+        holder = place.holder
+        holder.requests -= 1
+        holder.n_bytes -= place.n_bytes
+        if holder.requests == 0:
+            del self._clients[place.client]
 
     def close(self) -> None:
         """Admit no further request, and end those in progress with `BusyError`; called from any thread."""
@@ -308,6 +315,7 @@ class Place:
     deadline_s: float
     n_bytes: int = 0
     """Bytes of the body that are in memory."""
+    holder: Client = field(init=False)
     loop: asyncio.AbstractEventLoop = field(init=False)
     _received: int = 0
     _load: Load | None = None

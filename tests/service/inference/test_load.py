@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from service.inference import admission
-from service.inference.admission import Limits, Load, Place, retry_after_s
+from service.inference.admission import Limits, Load, retry_after_s
 
 BURST = 80
 
@@ -143,7 +143,8 @@ def test_work_that_is_weighed_counts_for_those_behind(clock: Clock) -> None:
     waits = []
     for images in (1, 256):
         room = admission.Admission(Limits())
-        place = Place(room, "", 30.0)
+        place = room.place(30.0)
+        room.enter(place)
         place.begin(100)
         place.weigh(images * 0.001)
         waits.append(room.predictions.wait_s())
