@@ -106,7 +106,8 @@ class Connection(RequestReader):
             self._abandon(self._running)
         super().connection_lost(exc)
         # Garbage is rarely collected: the cycle of the last request refers to this connection.
-        self.outlet = self.cycle = self._running = None
+        self.outlet = self._running = None
+        self.cycle = None  # type: ignore[assignment]
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Return whether to keep the connection of a client that sends nothing more."""

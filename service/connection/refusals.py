@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-
 from service.api.problem import last_bytes, problem_of
 from service.connection.limits import ConnectionLimits
 from service.errors import (

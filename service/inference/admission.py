@@ -30,11 +30,11 @@ _MOST_GROWTH = 4.0
 _WAIT_ALONE = 2.5
 # Seconds after the last refusal that end an overload: refused clients come back until then.
 _CALM_S = 5.0
-# Duration after which a burst may wait all the same, since a few dozen clients that take turns look the same. It doubles
-# if that is an overload again.
+# Duration after which a burst may wait all the same: a few dozen clients that take turns look the same. It doubles if
+# that is an overload again.
 _OVERLOAD_S = 15.0
 _LONGEST_OVERLOAD_S = 60.0
-# Refused clients that are asked to come back in one second: all at once they would be a flood of their own.
+# Refused clients that are asked to come back in one second.
 _RETRIES_PER_S = 100.0
 _LONGEST_RETRY_S = 4.0
 
@@ -69,8 +69,8 @@ class Limits:
 class Load:
     """Work in progress of one kind, predictions or searches, and how long a further request would wait for it.
 
-    Work is time as a cost model predicts it (`Pace`). What is ahead of a request takes that long, times `slowness`: busy
-    seconds for each second of work that was done lately, which knows the batches, the workers and the machine.
+    Work is time as a cost model predicts it (`Pace`). What is ahead of a request takes that long, times the slowness:
+    busy seconds for each second of work that was done lately, which knows the batches, the workers and the machine.
 
     A request that would wait for more than `max_wait_s` is refused. `burst` requests are an overload: until it ends, a
     request is refused that would wait for more than `_WAIT_ALONE` times the time of a request alone, mean and
@@ -206,8 +206,8 @@ class Admission:
     def refusal(self, client: str) -> tuple[str, int] | None:
         """Return why a further request from this address is refused; null to admit it.
 
-        The reason is the settings that the operator can raise, and the header Retry-After in seconds: the expected wait,
-        and one second more for every `_RETRIES_PER_S` clients that were refused before.
+        The reason is the settings that the operator can raise, and Retry-After in seconds: the expected wait, and a
+        second more for every `_RETRIES_PER_S` clients that were refused before.
         """
         limits = self.limits
         requests = self._requests + self._coming
@@ -359,23 +359,16 @@ class Place:
             raise self._reason() from None
 
     def receive(self, n_bytes: int, kept: int) -> None:
-        """Note how much of the body has arrived.
-
-        Args:
-            n_bytes: in all.
-            kept: bytes of it in memory.
+        """Note how much of the body has arrived, and how much of it is in memory.
 
         Raises:
-            OverloadedError: there is no room for them.
+            OverloadedError: there is no room for it.
         """
         self._received = n_bytes
         self.admission.hold(self, kept)
 
     def begin(self, n_bytes: int) -> None:
         """Let the work begin: the body is complete.
-
-        Args:
-            n_bytes: its length.
 
         Raises:
             OverloadedError: there is no room for it.
@@ -422,7 +415,8 @@ class Place:
         if elapsed_s >= self.deadline_s:
             self.stop(lambda: DeadlineError(self.deadline_s))
         elif self._load is None and self._received < rate * elapsed_s:
-            self.stop(lambda: _too_slow(rate))
+            cure = "send it faster (the operator can lower LIPCERT_MIN_RATE)"
+            self.stop(lambda: TooSlowError(f"the body arrives at less than {rate:g} bytes per second; {cure}"))
         else:
             left_s = self.deadline_s - elapsed_s
             self._timer = self.loop.call_later(min(left_s, _CHECK_S) if self._load is None else left_s, self._check)
@@ -446,13 +440,6 @@ class Place:
 def retry_after_s(wait_s: float) -> int:
     """Return the header Retry-After for a wait: whole seconds, from 1 to an hour."""
     return max(1, min(3600, math.ceil(wait_s)))
-
-
-def _too_slow(rate: float) -> TooSlowError:
-    return TooSlowError(
-        f"the body arrives at less than {rate:g} bytes per second; send it faster (the operator can lower "
-        "LIPCERT_MIN_RATE)"
-    )
 
 
 def stopping() -> BusyError:

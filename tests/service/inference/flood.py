@@ -6,8 +6,8 @@
 * 16 and 64 clients that take turns: the capacity is the larger rate;
 * each N (160 and 640), of two kinds: clients that retry at once after a 503, and clients that obey `Retry-After`.
 
-A client keeps its connection until the server closes it. The time of an answer includes the connection if it is new. Run
-server and clients on different CPUs (`taskset`); the figures are only as quiet as the machine.
+A client keeps its connection until the server closes it. The time of an answer includes a new connection.
+Run server and clients on different CPUs (`taskset`); the figures are only as quiet as the machine.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ async def flood(
 
 def post(content: bytes, media_type: str, target: str = "/predict") -> bytes:
     """Return the bytes of a request."""
-    head = f"POST {target} HTTP/1.1\r\nHost: test\r\nContent-Type: {media_type}\r\nContent-Length: {len(content)}\r\n\r\n"
+    lines = (f"POST {target} HTTP/1.1", "Host: test", f"Content-Type: {media_type}", f"Content-Length: {len(content)}")
+    head = "\r\n".join([*lines, "", ""])
     return head.encode() + content
 
 
