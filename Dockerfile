@@ -38,7 +38,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-I", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"LIPCERT_PORT\") or 8000}/health/ready', timeout=4)"]
+    CMD ["python", "-I", "-c", "import os, ssl, urllib.request as r; e = os.environ.get; s = 's' if e('LIPCERT_TLS_CERTIFICATE') else ''; r.urlopen(f'http{s}://127.0.0.1:{e(\"LIPCERT_PORT\") or 8000}/health/ready', timeout=4, context=ssl._create_unverified_context())"]
 ENTRYPOINT ["python", "-m", "service"]
 
 FROM runtime AS gpu

@@ -20,6 +20,9 @@ endif
 # Pinned once, in pyproject.toml; not in the lock, because the right build of it depends on the machine.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
 UV    := uv==0.13.9
+# Tools of the supply chain, and their venv.
+AUDITORS := cyclonedx-bom==7.5.0 pip-audit==2.10.1
+SUPPLY := .venv-supply
 # In `make check`; `make test` runs each test once.
 CHECKS := check-lint check-types check-contracts check-documents
 DOCUMENT_TESTS := tests/project/test_documents.py tests/project/test_licences.py tests/project/test_readme.py
@@ -34,7 +37,7 @@ PEERS := .venv-peers
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence bench lock image clean
+.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence bench lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -115,11 +118,21 @@ lock:  ## resolve the dependencies of pyproject.toml again and write requirement
 	lock build.txt --group build; \
 	lock test.txt pyproject.toml --extra train --extra evaluate --extra test --excludes "$$folder/unlocked.txt"
 
+sbom: $(SUPPLY)/installed  ## write the bill of materials of both images, build/sbom-cpu.json and build/sbom-gpu.json (CycloneDX), from the locks
+	@mkdir -p build
+	set -e; for kind in cpu gpu; do PYTHONWARNINGS=ignore $(SUPPLY)/bin/cyclonedx-py requirements requirements/serve-$$kind.txt \
+	  --pyproject pyproject.toml --output-reproducible -o build/sbom-$$kind.json; done
+
+# --strict: a library that is not found, for example because the network is not, is a failure.
+advisories: $(SUPPLY)/installed  ## look up the locked libraries among the known vulnerabilities (needs the network)
+	set -e; for lock in requirements/*.txt; do echo "$$lock"; $(SUPPLY)/bin/pip-audit --strict --vulnerability-service osv \
+	  --disable-pip --require-hashes --progress-spinner off -r $$lock; done
+
 image:  ## build the container image lipcert:cpu (or lipcert:gpu with ACCELERATOR=gpu)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target $(ACCELERATOR) --tag lipcert:$(ACCELERATOR) .
 
-clean:  ## remove .venv, .venv-libraries, .venv-peers* and caches
-	rm -rf $(VENV) $(OTHERS) $(PEERS) $(PEERS)-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, .venv-libraries, .venv-peers*, .venv-supply and caches
+	rm -rf $(VENV) $(OTHERS) $(PEERS) $(PEERS)-* $(SUPPLY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find benchmarks lipcert models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:
@@ -150,6 +163,11 @@ $(VENV)/project: pyproject.toml requirements/build.txt $(VENV)/serve-$(ACCELERAT
 $(OTHERS)/installed: benchmarks/libraries/requirements.txt
 	$(PYTHON) -m venv --clear $(OTHERS)
 	$(OTHERS)/bin/python -m pip --disable-pip-version-check --no-input install -r $<
+	@touch $@
+
+$(SUPPLY)/installed: Makefile
+	$(PYTHON) -m venv --clear $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(AUDITORS)
 	@touch $@
 
 # A server that cannot be installed here is left out of the tables, which say so; the next call tries again.

@@ -84,7 +84,7 @@ def shortened(value: Any, key: str = "") -> Any:
     if isinstance(value, float):
         digits = 10.0 ** (3 - math.floor(math.log10(abs(value)))) if value else 1.0
         return math.floor(value * digits) / digits if key.startswith("radius") else float(f"{value:.4g}")
-    return f"{value[:24]}..." if key in ("image", "digest") else value
+    return f"{value[:24]}..." if key in ("image", "digest", "card_digest") else value
 
 
 def example_block(text: str) -> str:
@@ -101,7 +101,8 @@ def settings_block() -> str:
     for name, field in Settings.model_fields.items():
         default = field.default.relative_to(ROOT) if isinstance(field.default, Path) else field.default
         meaning = " ".join((field.description or "").split())
-        rows.append(f"| `{PREFIX}{name.upper()}` | `{default}` | {meaning} |")
+        shown = "" if default in (None, "") else f"`{default}`"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

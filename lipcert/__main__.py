@@ -15,6 +15,7 @@ COMMANDS = {
     "evidence": "write the evidence folder of an artefact, as `python -m service evidence`",
     "certify": "prove bounds of an ONNX file, as `python -m service.certificate`",
     "import": "make an artefact of an ONNX file, as `python -m service import`",
+    "keys": "make API keys, as `python -m service keys`",
     "train": "train, export and measure a recipe, as `python -m models train`",
     "calibrate": "calibrate certified sets and decisions, as `python -m models calibrate`",
     "evaluate": "measure and attack an artefact, as `python -m models evaluate`",

@@ -5,11 +5,12 @@
 `python -m service import FILE.onnx --out DIR`: make an artefact of an ONNX file, see docs/import.md.
 
 `python -m service evidence ARTEFACT --out DIR`: write the evidence folder of an artefact, see docs/evidence.md.
+`python -m service keys new NAME --scope predict`: make an API key, see docs/access.md.
 
 Exit status: 0 stopped on request, the answer holds, the file is imported, or the second program accepts the folder; 1 a
 model, the provider or the port is not available, or the answer does not hold; 2 a setting, the command, a file to be
 audited or DIR is not valid, or a file is not imported; 3 the audit is undecided, or the second program refuses the
-folder; 70 the GPU was lost while serving.
+folder; 70 the GPU was lost while serving; 75 a worker or the event loop was stuck.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import FrameType
 
+from service.access.scopes import PREDICT, SCOPES
 from service.artefact.pool import VerifierPool
 from service.errors import ImportRefusedError, KeptError, LipcertError, SettingsError
 from service.processes.serving import run_server
@@ -94,7 +96,27 @@ def _parser(program: str) -> argparse.ArgumentParser:
             "against it on stderr, one per line.",
         )
     )
+    _describe_keys(
+        commands.add_parser(
+            "keys",
+            help="Make an API key.",
+            description="Print a new API key, which cannot be shown again, and the line to add to the file of "
+            "LIPCERT_API_KEYS_FILE, from which the key cannot be derived.",
+        )
+    )
     return parser
+
+
+def _describe_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["new"])
+    parser.add_argument("name", metavar="NAME", help="1 to 64 letters, digits, - and _")
+    parser.add_argument(
+        "--scope",
+        action="append",
+        choices=SCOPES,
+        help="can be repeated; admin includes the others; default: predict",
+    )
+    parser.set_defaults(run=_new_key)
 
 
 def _describe_import(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +218,14 @@ def _evidence(chosen: argparse.Namespace) -> int:
     return 0 if verdict.accepted else 3
 
 
+def _new_key(chosen: argparse.Namespace) -> int:
+    from service.access.keys import new_key
+
+    key, line = new_key(chosen.name, chosen.scope or [PREDICT])
+    sys.stdout.write(f"key:  {key}\nline: {line}\n")
+    return 0
+
+
 def _serve(_: argparse.Namespace) -> int:
     if importlib.util.find_spec("onnxruntime") is None:
         _log.error("serving needs onnxruntime, which is not installed: `pip install 'lipcert[cpu]'`, or [gpu]")
@@ -215,6 +245,9 @@ def _serve(_: argparse.Namespace) -> int:
     # again, and the handler ends the process with status 0.
     for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(stop_signal, stop)
+    # The end of a terminal, or the signal by which many servers read their settings again, must not end this one. The
+    # processes inherit it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Nothing loaded at start becomes garbage; collection would take a sixth of the time to ready.
     gc.disable()
     try:

@@ -29,12 +29,19 @@
       │   ├─ UnknownModelError
       │   ├─ UnknownLabelError
       │   ├─ TargetIsPredictedClassError
-  │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
+      │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
       ├─ BusyError                       the request is valid, and the server has no capacity for it now
       │   ├─ OverloadedError
       │   ├─ TooManyConnectionsError
       │   ├─ DeadlineError
       │   └─ DeviceLostError             the GPU has failed for good; the server ends and is started again
+      ├─ AccessError                     the client may not ask this, or not now
+      │   ├─ UnauthorizedError           no valid API key
+      │   ├─ ForbiddenError              a valid API key without the scope
+      │   └─ RateLimitError              more requests than the rate of a key or an address
+      ├─ UnavailableError                the request is valid, and its model cannot answer before the operator acts
+      │   ├─ ArtefactChangedError        its files are not those that were verified
+      │   └─ ModelNotAvailableError      it could not be verified when the server started
       ├─ NotImplementedByServerError     a method or transfer coding of HTTP that this server does not have
       ├─ HttpVersionError                HTTP/2 or HTTP/3
       ├─ ArtefactError                   a file of an artefact is missing, damaged or cannot be proved
@@ -52,6 +59,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+
+_LINE = 500
+"""Characters of the reason why a model is not served."""
 
 
 class LipcertError(Exception):
@@ -290,6 +300,66 @@ class DeviceLostError(BusyError):
         super().__init__("the GPU of this server was lost and the server is about to restart; send the request again")
 
 
+class AccessError(LipcertError):
+    """The client may not ask this, or not now; no part of the request but its key and its address matters."""
+
+
+class UnauthorizedError(AccessError):
+    """The path needs an API key, and the request has no valid one; the message says no more than that."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this path needs a valid API key; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY` (the operator "
+            "makes one with `lipcert keys new NAME --scope SCOPE`)"
+        )
+
+
+class ForbiddenError(AccessError):
+    """The API key is valid and has not the scope that the path needs."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+        super().__init__(
+            f"this path needs an API key with the scope {scope}; use another key, or ask the operator to add the scope "
+            "to this one (/docs lists all paths)"
+        )
+
+
+class RateLimitError(AccessError):
+    """More requests of a key or an address than the limit of the server."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(
+            "too many requests; wait for the seconds in Retry-After (the operator can raise LIPCERT_RATE_PER_KEY, "
+            "LIPCERT_RATE_PER_ADDRESS or LIPCERT_RATE_BURST)"
+        )
+
+
+class UnavailableError(LipcertError):
+    """The request is valid, and its model cannot answer before the operator acts."""
+
+
+class ArtefactChangedError(UnavailableError):
+    """The files of a model are not those that were verified when the server started."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the files of model {name!r} have changed since this server verified them, so it does not answer; the "
+            "operator can put them back, or start the server again"
+        )
+
+
+class ModelNotAvailableError(UnavailableError):
+    """A model in the folder of models could not be verified when the server started."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"model {name!r} is not available: {reason} The operator can repair it and start the server again; GET "
+            "/models lists the models that answer"
+        )
+
+
 class NotImplementedByServerError(LipcertError):
     """A method or transfer coding of HTTP that this server does not implement."""
 
@@ -302,12 +372,18 @@ class HttpVersionError(LipcertError):
 
 
 class ArtefactError(LipcertError):
-    """A file of an artefact is missing, damaged or cannot be proved; the server does not start with it."""
+    """A file of an artefact is missing, damaged or cannot be proved."""
 
     def __init__(self, file: Path, reason: str) -> None:
         self.file = file
         self.reason = reason
         super().__init__(f"{file}: {reason}")
+
+    @property
+    def line(self) -> str:
+        """The reason in one line of bounded length."""
+        words = " ".join(self.reason.split())
+        return words if len(words) <= _LINE else f"{words[: _LINE - 3]}..."
 
 
 class ProviderError(LipcertError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -50,6 +51,14 @@ class Settings(BaseSettings):
 
     default_model: Annotated[str, Field(min_length=1)] = "mnist"
     """Name of the model that answers a request without a model name."""
+
+    strict: bool = False
+    """Whether a model that cannot be verified ends the start; otherwise the others are served and `/models` lists it as
+    broken. The default model always has to be verified."""
+
+    require_signature: str = ""
+    """Public key of minisign, or a file of such keys: a model whose `card.json` none of them has signed cannot be
+    verified. Empty: signatures are not read."""
 
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     """Execution provider: `auto` takes CUDA where it works, else warns and takes the CPU; `cuda` ends the start where
@@ -151,8 +160,69 @@ class Settings(BaseSettings):
     deadline_s: Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)] = 30.0
     """Seconds after which a request without an answer gets status 503; `Prefer: wait=SECONDS` asks for less."""
 
+    api_keys_file: Path | None = None
+    """File of API keys, with lines of `lipcert keys new`; a change counts within a second. With a key, every path but
+    pages and health needs one."""
+
+    api_keys: str = ""
+    """API keys, separated by `;`, besides those of the file."""
+
+    allow_anonymous: bool = False
+    """Whether serving without API keys beyond this machine is intended; without it, the start warns."""
+
+    rate_per_key: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Requests per second of one API key, over all processes; more get status 429. 0 sets no limit."""
+
+    rate_per_address: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Requests per second of one address (IPv6: of one network of 64 bits), over all processes; more get status 429. 0
+    sets no limit."""
+
+    rate_burst: Annotated[int, Field(ge=1)] = 50
+    """Requests that a key or an address may send at once before its rate limits it."""
+
+    trusted_proxies: str = ""
+    """Addresses and networks of proxies, separated by commas, whose `X-Forwarded-For` names the address of the
+    client."""
+
+    cors_origins: str = ""
+    """Origins, separated by commas, whose pages may send requests from a browser; `*` is every origin."""
+
+    tls_certificate: Path | None = None
+    """PEM file with the certificate and its chain; serves HTTPS, TLS 1.2 or newer. A new handshake takes a changed
+    file."""
+
+    tls_key: Path | None = None
+    """PEM file with the key of the certificate, not encrypted."""
+
+    stuck_s: Annotated[float, Field(ge=0.0, le=86_400.0, allow_inf_nan=False)] = 0.0
+    """Seconds without a step of a worker, beyond those that the step may take, after which the process ends with status
+    75; 0: a third of `LIPCERT_DEADLINE_S`, and at least 5."""
+
+    drain_s: Annotated[float, Field(ge=0.0, le=3_600.0, allow_inf_nan=False)] = 1.0
+    """Seconds after SIGTERM in which `/health/ready` is 503 and everything else goes on: load balancers take the server
+    out in the meantime."""
+
+    grace_s: Annotated[float, Field(gt=0.0, le=3_600.0, allow_inf_nan=False)] = 6.0
+    """Seconds after that in which open requests are answered; then they get status 503, and the process ends."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: str) -> str:
+        """Return the value; the web server would take a misspelt network for the name of a socket."""
+        for network in list_of(value):
+            ipaddress.ip_network(network)
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        for origin in list_of(value):
+            if not re.fullmatch(r"\*|https?://[^/\s?#]+", origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme and host alone, as https://example.org")
+        return value
 
 
 @dataclass(frozen=True)
@@ -182,6 +252,11 @@ def threads_of(settings: Settings, cpus: int) -> Threads:
     share = max(1, cpus // processes)
     workers = settings.workers or min(share, _MOST_WORKERS)
     return Threads(processes, workers, settings.threads or max(1, share // workers))
+
+
+def list_of(value: str) -> list[str]:
+    """Return the parts of a setting that are separated by commas."""
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def variable_names() -> list[str]:

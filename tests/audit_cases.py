@@ -119,8 +119,8 @@ def server_agrees(model: bytes, shape: tuple[int, ...], seed: int, dtype: type =
     return all(radius * derivation.margin_bounds[i][j] <= surplus[j] for j in range(len(surplus)) if j != i)
 
 
-def append_operators(artefact: Path, *operators: str) -> str:
-    """Append operators, each named after itself, to the model of an artefact and its card; return the new digest."""
+def append_operators(artefact: Path, *operators: str) -> dict[str, str]:
+    """Append operators, each named after itself, to the model of an artefact; return the digests of its answers."""
     model = onnx.load(artefact / "model.onnx")
     names = [f"before {operator}" for operator in operators]
     model.graph.node[-1].output[0] = names[0]
@@ -131,4 +131,4 @@ def append_operators(artefact: Path, *operators: str) -> str:
     card = json.loads((artefact / "card.json").read_text())
     card["graphs"]["model.onnx"] = digest(content)
     (artefact / "card.json").write_text(json.dumps(card))
-    return digest(content)
+    return {"digest": digest(content), "card_digest": digest((artefact / "card.json").read_bytes())}

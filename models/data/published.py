@@ -1,6 +1,6 @@
 """The published data sets MNIST, Fashion-MNIST and CIFAR-10, verified by their checksums.
 
-The files of a set are searched in DIR/<set> and in DIR; missing files are downloaded to DIR/<set>. The md5 of the
+The files of a set are searched in DIR/<set> and in DIR; missing files are downloaded to DIR/<set>. The sha256 of the
 uncompressed content is compared, so a repacked archive is accepted and a wrong one is refused.
 
 Axes: N images, C channels (1 grey, 3 RGB), H height, W width.
@@ -42,8 +42,8 @@ class Published:
     folder: str
     """Folder in DIR for its files."""
     labels: tuple[str, ...]
-    md5: dict[str, str]
-    """File name -> md5 of its uncompressed content."""
+    sha256: dict[str, str]
+    """File name -> sha256 of its uncompressed content."""
     mirrors: tuple[str, ...]
     """Public addresses, tried in order."""
     name: str
@@ -53,17 +53,17 @@ class Published:
     @property
     def card(self) -> dict[str, Any]:
         """The description of the data set in the card of an artefact."""
-        return {"name": self.name, "source": self.source, "licence": self.licence, "md5": self.md5}
+        return {"name": self.name, "source": self.source, "licence": self.licence, "sha256": self.sha256}
 
 
 MNIST = Published(
     folder="mnist",
     labels=tuple("0123456789"),
-    md5={
-        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    sha256={
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     },
     mirrors=(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -88,11 +88,11 @@ FASHION_MNIST = Published(
         "Bag",
         "Ankle boot",
     ),
-    md5={
-        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
-        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    sha256={
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     },
     mirrors=(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -106,13 +106,13 @@ FASHION_MNIST = Published(
 CIFAR10 = Published(
     folder="cifar-10-batches-py",
     labels=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    md5={
-        "data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "data_batch_4": "634d18415352ddfa80567beed471001a",
-        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        "test_batch": "40351d587109b95175f43aff81a1287e",
+    sha256={
+        "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
+        "data_batch_2": "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8",
+        "data_batch_3": "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9",
+        "data_batch_4": "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b",
+        "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
+        "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
     },
     mirrors=("https://www.cs.toronto.edu/~kriz/",),
     name="CIFAR-10",
@@ -135,7 +135,7 @@ def load_idx(directory: Path, published: Published) -> tuple[LabelledImages, Lab
     Raises:
         DataError: a file is missing and cannot be downloaded, has the wrong content, or is no idx file.
     """
-    content = {name: _checked_idx(directory, name, published) for name in published.md5}
+    content = {name: _checked_idx(directory, name, published) for name in published.sha256}
     train_images, train_labels, test_images, test_labels = content
     return (
         read_labelled_images(content[train_images], content[train_labels], "training set"),
@@ -150,14 +150,14 @@ def load_cifar10(directory: Path, published: Published = CIFAR10) -> tuple[Label
         DataError: the archive cannot be downloaded, or a file is missing or has the wrong content.
     """
     content = _cifar10_content(directory, published)
-    for name, expected in published.md5.items():
-        actual = _md5(content[name])
+    for name, expected in published.sha256.items():
+        actual = _sha256(content[name])
         if actual != expected:
             raise DataError(
-                f"{directory}: {published.folder}/{name} has md5 {actual}, expected {expected}: it is damaged or "
+                f"{directory}: {published.folder}/{name} has sha256 {actual}, expected {expected}: it is damaged or "
                 f"another data set; delete {published.folder} and {CIFAR10_ARCHIVE} to have them downloaded again"
             )
-    *train, test = (_read_cifar10(content[name]) for name in published.md5)
+    *train, test = (_read_cifar10(content[name]) for name in published.sha256)
     return (
         LabelledImages(torch.cat([t.images_NCHW for t in train]), torch.cat([t.labels_N for t in train])),
         test,
@@ -187,16 +187,16 @@ def read_labelled_images(images: bytes, labels: bytes, name: str) -> LabelledIma
 
 def _checked_idx(directory: Path, name: str, published: Published) -> bytes:
     """Return the first file with the right checksum; a file of the same name that belongs to another set is skipped."""
-    expected = published.md5[name]
-    sisters = {other.md5[name] for other in _IDX_SETS if name in other.md5} - {expected}
+    expected = published.sha256[name]
+    sisters = {other.sha256[name] for other in _IDX_SETS if name in other.sha256} - {expected}
     for path in _candidates(directory, published.folder, name):
         content = _read(path)
-        actual = _md5(content)
+        actual = _sha256(content)
         if actual == expected:
             return content
         if actual not in sisters:
             raise DataError(
-                f"{path} has md5 {actual} (uncompressed), expected {expected}: it is damaged or another data set; "
+                f"{path} has sha256 {actual} (uncompressed), expected {expected}: it is damaged or another data set; "
                 "delete it to have it downloaded again"
             )
     path = _download(directory / published.folder, f"{name}.gz", published.mirrors)
@@ -205,12 +205,12 @@ def _checked_idx(directory: Path, name: str, published: Published) -> bytes:
     except DataError:
         path.unlink()
         raise
-    actual = _md5(content)
+    actual = _sha256(content)
     if actual != expected:
         path.unlink()
         raise DataError(
-            f"the file downloaded as {path} has md5 {actual} (uncompressed), expected {expected}, and was removed: run "
-            "the command again, or put the right file there"
+            f"the file downloaded as {path} has sha256 {actual} (uncompressed), expected {expected}, and was removed: "
+            "run the command again, or put the right file there"
         )
     return content
 
@@ -229,8 +229,8 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read ({error}): delete it, it is downloaded again") from error
 
 
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _download(folder: Path, name: str, mirrors: Sequence[str]) -> Path:
@@ -270,11 +270,11 @@ def _read_idx(content: bytes, magic: int, dimensions: int, name: str) -> UInt8[n
 
 def _cifar10_content(directory: Path, published: Published) -> dict[str, bytes]:
     for folder in (directory / published.folder, directory):
-        present = [name for name in published.md5 if (folder / name).is_file()]
-        if len(present) == len(published.md5):
-            return {name: _read(folder / name) for name in published.md5}
+        present = [name for name in published.sha256 if (folder / name).is_file()]
+        if len(present) == len(published.sha256):
+            return {name: _read(folder / name) for name in published.sha256}
         if present:
-            missing = ", ".join(sorted(set(published.md5) - set(present)))
+            missing = ", ".join(sorted(set(published.sha256) - set(present)))
             raise DataError(f"{folder} has no {missing}: copy them there, or delete the others to have all downloaded")
     places = [place / CIFAR10_ARCHIVE for place in (directory / published.folder, directory)]
     archive = next((path for path in places if path.is_file()), None)
@@ -283,7 +283,7 @@ def _cifar10_content(directory: Path, published: Published) -> dict[str, bytes]:
         archive = _download(directory / published.folder, CIFAR10_ARCHIVE, published.mirrors)
     try:
         with tarfile.open(archive) as members:
-            files = {name: members.extractfile(f"{published.folder}/{name}") for name in published.md5}
+            files = {name: members.extractfile(f"{published.folder}/{name}") for name in published.sha256}
             return {name: file.read() for name, file in files.items() if file is not None}
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
         if downloaded:

@@ -43,6 +43,7 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
         {
             "model": classifier.name,
             "digest": classifier.digest,
+            "card_digest": classifier.card_digest,
             "class_id": prediction.class_id,
             "label": labels[prediction.class_id],
             "logits": prediction.logits_K.tolist(),
@@ -191,6 +192,7 @@ def describe(classifier: Classifier, default_model: str) -> ModelSummary:
         name=classifier.name,
         default=classifier.name == default_model,
         digest=classifier.digest,
+        card_digest=classifier.card_digest,
         labels=list(classifier.labels),
         input=InputAnswer(channels=channels, height=height, width=width),
         lipschitz_bound=classifier.certificate.lipschitz_bound,

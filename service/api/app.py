@@ -11,25 +11,29 @@ from fastapi import APIRouter, FastAPI
 from fastapi.params import Depends
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api import open_inference
+from service.api.access import KEY_HEADERS, Access, AccessMiddleware, access_of, describe_access
 from service.api.errors import add_error_handlers
 from service.api.examples import STATIC, make_examples
 from service.api.metrics import MetricsMiddleware
 from service.api.openapi import document
-from service.api.predict import Models, Service
+from service.api.predict import Service
 from service.api.refusals import Refusals
 from service.api.routes import add_predictions, build_router
+from service.artefact.verified_files import watched
+from service.errors import ArtefactChangedError
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier
-from service.inference.loading import load_classifiers
+from service.inference.loading import Models, load_classifiers
 from service.metrics import Metrics
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
 from service.runtime.session import GpuLimits
-from service.settings import Settings, Threads, threads_of
+from service.settings import Settings, Threads, list_of, threads_of
 
 # Least number of requests in progress that are an overload, of all processes and of one.
 _BURST = 80
@@ -51,30 +55,43 @@ certificate: the radius refers to the image that was sent, which `image` in the 
 Errors are RFC 9457 problem details, `application/problem+json`; `detail` states the cause and the remedy.
 """
 
+# Longest wait for the workers at the end.
+_CLOSE_S = 1.0
+
 
 def create_app(
-    settings: Settings, classifiers: Mapping[str, Classifier] | None = None, dependencies: Sequence[Depends] = ()
+    settings: Settings,
+    classifiers: Mapping[str, Classifier] | None = None,
+    dependencies: Sequence[Depends] = (),
+    access: Access | None = None,
 ) -> FastAPI:
     """Return the application, ready to answer.
 
     Args:
         settings: see `service.settings`.
-        classifiers: by name; default: those in `settings.models`.
+        classifiers: by name, for example of `load_classifiers`; default: those in `settings.models`.
         dependencies: FastAPI dependencies of every route.
+        access: keys and limits that several processes share; default: those of the settings.
 
     Raises:
-        ArtefactError, ProviderError, SettingsError: see `load_classifiers`.
+        ArtefactError, ProviderError, SettingsError: see `load_classifiers` and `access_of`.
     """
+    access = access or access_of(settings)
     if classifiers is None:
         classifiers = load_classifiers(settings)
     default = classifiers.get(settings.default_model)
-    examples = None if default is None else make_examples(default)
+    examples = None
+    if default is not None:
+        # A process that takes the place of another may find changed files; its requests are told.
+        with contextlib.suppress(ArtefactChangedError):
+            examples = make_examples(default)
     threads = threads_of(settings, usable_cpus())
     metrics = Metrics(shared=threads.processes > 1)
     for classifier in classifiers.values():
         metrics.note_model(classifier.name, classifier.provider, classifier.digest)
     batcher = Batcher(limits_of(settings, threads, classifiers), metrics)
-    service = Service(settings, Models(classifiers), examples, metrics, batcher)
+    models = classifiers if isinstance(classifiers, Models) else Models(classifiers)
+    service = Service(settings, models, examples, metrics, batcher)
 
     app = FastAPI(
         title="lipcert",
@@ -85,7 +102,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         dependencies=dependencies,
-        lifespan=_closing(batcher),
+        lifespan=_running(batcher, models),
         # FastAPI would look for a provider of traces in each request, for 5 us; a tracer can be added as a middleware.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         generate_unique_id_function=lambda route: route.name,
@@ -105,12 +122,26 @@ def create_app(
         app.include_router(router)
         app.include_router(_heads(router))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    # The last one added is the first to see a request: preflight requests have no key, and all answers are counted.
+    if access is not None:
+        app.add_middleware(AccessMiddleware, access=access)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list_of(settings.cors_origins),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["Accept", "Content-Type", "Prefer", *KEY_HEADERS],
+            expose_headers=["Retry-After"],
+        )
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
+    app.state.service = service
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = document(app, examples, [open_inference.InferRequest])
+            if access is not None:
+                describe_access(app.openapi_schema, access)
         return app.openapi_schema
 
     app.openapi = openapi
@@ -164,10 +195,13 @@ def _burst(forward_batch: int, threads: Threads) -> int:
     return max(_LEAST_BURST, max(_BURST, 5 * forward_batch // 2) // threads.processes)
 
 
-def _closing(batcher: Batcher) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+def _running(batcher: Batcher, models: Models) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        yield
-        batcher.close()
+        with watched(classifier.files for classifier in models.values()):
+            yield
+        if not batcher.is_closed:
+            # Called on the event loop, which hands the last answers over afterwards.
+            batcher.close(_CLOSE_S)
 
     return lifespan

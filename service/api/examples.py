@@ -61,7 +61,7 @@ def make_examples(classifier: Classifier) -> Examples:
         answer=answer_to(Options()),
         epsilon_answer=answer_to(Options(epsilon=0.5)),
         counterfactual_answer=answer_to(Options(epsilon=0.5, counterfactual=True)),
-        models=json.loads(ModelsAnswer(models=[describe(classifier, classifier.name)]).model_dump_json()),
+        models=json.loads(ModelsAnswer(models=[describe(classifier, classifier.name)], broken=[]).model_dump_json()),
         model=json.loads(describe_in_full(classifier, classifier.name).model_dump_json()),
     )
 

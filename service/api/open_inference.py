@@ -117,20 +117,24 @@ def build_router(service: Service) -> APIRouter:
         return {"name": "lipcert", "version": __version__, "extensions": []}
 
     @router.get("/health/live", summary="Liveness of the server")
-    async def server_live() -> dict[str, bool]:
-        return {"live": True}
+    async def server_live() -> Response:
+        is_live = not service.health.fatal_faults()
+        return JSONResponse({"live": is_live}, status_code=200 if is_live else 503)
 
     @router.get("/health/ready", summary="Readiness of the server")
     async def server_ready() -> Response:
-        return JSONResponse({"ready": service.is_ready}, status_code=200 if service.is_ready else 503)
+        is_ready = not service.health.faults()
+        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
-    @router.get("/models/{name}", summary="Metadata of a model", responses=problem_responses(404))
+    @router.get("/models/{name}", summary="Metadata of a model", responses=problem_responses(404, 503))
     async def model_metadata(name: str) -> dict[str, Any]:
         return _metadata(service.models[name])
 
-    @router.get("/models/{name}/ready", summary="Readiness of a model", responses=problem_responses(404))
-    async def model_ready(name: str) -> dict[str, Any]:
-        return {"name": service.models[name].name, "ready": True}
+    @router.get("/models/{name}/ready", summary="Readiness of a model", responses=problem_responses(404, 503))
+    async def model_ready(name: str) -> Response:
+        classifier = service.models[name]
+        is_ready = not (classifier.is_lost or classifier.files.have_changed)
+        return JSONResponse({"name": name, "ready": is_ready}, status_code=200 if is_ready else 503)
 
     @router.post(
         "/models/{name}/infer",
@@ -194,7 +198,11 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
             for name, datatype in _OUTPUTS.items()
             if name not in _CALIBRATED or classifier.card.calibration is not None
         ],
-        "parameters": {"labels": list(classifier.labels), "provider": classifier.provider},
+        "parameters": {
+            "labels": list(classifier.labels),
+            "card_digest": classifier.card_digest,
+            "provider": classifier.provider,
+        },
     }
 
 

@@ -45,6 +45,8 @@ def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[Base
         description=app.description,
         routes=app.routes,
         tags=app.openapi_tags,
+        # Relative to the document, so that requests go below the prefix of a proxy.
+        servers=[{"url": "."}],
     )
     schemas: Json = openapi["components"]["schemas"]
     for model in (PredictRequest, BatchRequest, Problem, *bodies):
@@ -94,6 +96,8 @@ _TYPICAL_ERRORS: tuple[errors.LipcertError, ...] = (
     errors.TargetIsPredictedClassError("7"),
     errors.OverloadedError("LIPCERT_MAX_WAIT_MS", 1),
     errors.DeadlineError(30.0),
+    errors.ArtefactChangedError("mnist"),
+    errors.ModelNotAvailableError("mnist-0-8", "the file is missing."),
 )
 
 
@@ -130,7 +134,7 @@ def _predict_body(examples: Examples | None) -> Json:
             "with a counterfactual": {"value": {"image": examples.base64, **wanted}},
         }
         # JSON cannot express a binary body; the server provides the same image as a file.
-        file: Json = {"sample": {"summary": "GET this file and send it", "externalValue": f"{SAMPLES}/image.png"}}
+        file: Json = {"sample": {"summary": "GET this file and send it", "externalValue": f".{SAMPLES}/image.png"}}
         # The docs page fills in every field of a form, with the word "string" unless there is an example.
         form: Json = {name: field.default for name, field in Options.model_fields.items() if field.annotation is bool}
         form |= {
@@ -143,7 +147,7 @@ def _predict_body(examples: Examples | None) -> Json:
             content[body.FORM]["schema"]["properties"][name]["example"] = value
         content["image/png"]["examples"] = file
         content[body.NPY]["examples"] = {
-            "sample": {"summary": "GET this file and send it", "externalValue": f"{SAMPLES}/image.npy"}
+            "sample": {"summary": "GET this file and send it", "externalValue": f".{SAMPLES}/image.npy"}
         }
     return content
 
@@ -166,7 +170,7 @@ def _batch_body(examples: Examples | None) -> Json:
             "two images": {"value": {"images": [examples.base64, examples.base64], "epsilon": 0.5}}
         }
         content[body.NPY]["examples"] = {
-            "sample": {"summary": "GET this file and send it", "externalValue": f"{SAMPLES}/batch.npy"}
+            "sample": {"summary": "GET this file and send it", "externalValue": f".{SAMPLES}/batch.npy"}
         }
     return content
 

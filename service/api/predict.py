@@ -23,10 +23,11 @@ from service.api.encoded import ArrayBatch, EncodedBatch
 from service.api.examples import Examples
 from service.api.parsing import Query, parse_batch, parse_predict
 from service.api.schema import Options
-from service.errors import ImageTooLargeError, UnknownModelError
+from service.errors import ImageTooLargeError
 from service.inference.batching import Batcher
-from service.inference.classifier import Classifier
+from service.inference.health import LEAST_STUCK_S, Health
 from service.inference.jobs import Question
+from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
 from service.metrics import Metrics
 from service.settings import Settings
@@ -40,14 +41,6 @@ ABANDON = "lipcert.abandon"
 """Key of a function in the scope of a request, for the server to call when the client is gone."""
 
 
-class Models(dict[str, Classifier]):
-    """The served models by name."""
-
-    def __missing__(self, name: str) -> Classifier:
-        """Raise `UnknownModelError`."""
-        raise UnknownModelError(name, self)
-
-
 @dataclass(frozen=True)
 class Service:
     """The state that the routes share."""
@@ -58,11 +51,12 @@ class Service:
     metrics: Metrics
     batcher: Batcher
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the default model is loaded and no GPU was lost."""
-        is_lost = any(classifier.is_lost for classifier in self.models.values())
-        return self.settings.default_model in self.models and not is_lost
+    @functools.cached_property
+    def health(self) -> Health:
+        """Faults of this process."""
+        settings = self.settings
+        stuck_s = settings.stuck_s or max(LEAST_STUCK_S, settings.deadline_s / 3.0)
+        return Health(self.models, settings.default_model, self.batcher, stuck_s)
 
     async def ask(
         self, request: Request, accepted: Sequence[str], question_of: Callable[[Head, bytes], Question[Result, Any]]

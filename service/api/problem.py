@@ -52,9 +52,16 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.TooManyConnectionsError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeadlineError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.DeviceLostError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.AccessError: HTTPStatus.FORBIDDEN,
+        errors.UnauthorizedError: HTTPStatus.UNAUTHORIZED,
+        errors.ForbiddenError: HTTPStatus.FORBIDDEN,
+        errors.RateLimitError: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.ArtefactChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.ModelNotAvailableError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.NotImplementedByServerError: HTTPStatus.NOT_IMPLEMENTED,
         errors.HttpVersionError: HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
-        # These stop the server at start. In an answer, a graph file has changed since, or a check is missing.
+        # These stop the server at start. In an answer, a check is missing.
         errors.ArtefactError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.SettingsError: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -83,8 +90,12 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
     headers: dict[str, str] = {}
     if isinstance(error, errors.MediaTypeError):
         headers["Accept"] = ", ".join(error.accepted)
-    if isinstance(error, errors.BusyError):
+    if isinstance(error, errors.BusyError | errors.RateLimitError):
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, errors.UnauthorizedError):
+        headers["WWW-Authenticate"] = 'Bearer realm="lipcert"'
+    if isinstance(error, errors.ForbiddenError):
+        headers["WWW-Authenticate"] = f'Bearer realm="lipcert", error="insufficient_scope", scope="{error.scope}"'
     return problem(
         status,
         detail,

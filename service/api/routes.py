@@ -15,7 +15,15 @@ from service.api.answers import describe, describe_in_full
 from service.api.examples import STATIC
 from service.api.openapi import SAMPLES, problem_responses
 from service.api.predict import Service, image_endpoint
-from service.api.schema import BatchAnswer, LiveAnswer, ModelAnswer, ModelsAnswer, PredictAnswer, ReadyAnswer
+from service.api.schema import (
+    BatchAnswer,
+    BrokenModel,
+    LiveAnswer,
+    ModelAnswer,
+    ModelsAnswer,
+    PredictAnswer,
+    ReadyAnswer,
+)
 
 _PREDICT = """Classify one image, with a certified radius.
 
@@ -40,11 +48,11 @@ _PREDICT_BATCH = """Classify several images of one size, all grey or all RGB; an
 One invalid image refuses the whole batch. The certificate of an image holds in any batch.
 """
 _BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
+# The pages load from this server alone, and no other page frames them; the browser enforces it.
 _PAGE_HEADERS = {
-    # The pages load from this server only; the browser enforces it.
-    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:",
-    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
 }
 
 
@@ -98,16 +106,17 @@ def _add_models(router: APIRouter, service: Service) -> None:
 
     @router.get("/models", tags=["models"], summary="All models", response_model=ModelsAnswer)
     async def list_models() -> Response:
-        """The served models: labels, input, proved bound, digest, execution provider."""
+        """The served models: labels, input, proved bound, digests, execution provider; and those that are broken."""
         models = [describe(classifier, default_model) for classifier in service.models.values()]
-        return _json(ModelsAnswer(models=models))
+        broken = [BrokenModel(name=name, reason=error.line) for name, error in service.models.broken.items()]
+        return _json(ModelsAnswer(models=models, broken=broken))
 
     @router.get(
         "/models/{name}",
         tags=["models"],
         summary="One model, with its card",
         response_model=ModelAnswer,
-        responses=problem_responses(404),
+        responses=problem_responses(404, 503),
     )
     async def show_model(name: str) -> Response:
         """One model: its proved bounds, its execution provider and its card."""
@@ -115,24 +124,33 @@ def _add_models(router: APIRouter, service: Service) -> None:
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:
-    @router.get("/health/live", tags=["operations"], summary="Liveness", response_model=LiveAnswer)
+    @router.get(
+        "/health/live",
+        tags=["operations"],
+        summary="Liveness",
+        response_model=LiveAnswer,
+        responses={503: {"model": LiveAnswer, "description": "A worker is stuck: the process has to be replaced."}},
+    )
     async def live() -> Response:
-        """Whether the process responds."""
-        return _json(LiveAnswer())
+        """Whether the process works, or only a restart helps."""
+        faults = service.health.fatal_faults()
+        return _health(LiveAnswer(status="not live" if faults else "live", reasons=faults))
 
     @router.get(
         "/health/ready",
         tags=["operations"],
         summary="Readiness",
         response_model=ReadyAnswer,
-        responses={503: {"model": ReadyAnswer, "description": "No default model is loaded, or the GPU was lost."}},
+        responses={503: {"model": ReadyAnswer, "description": "The server must not get requests; `reasons` says why."}},
     )
     async def ready() -> Response:
-        """Whether the default model is proved, loaded and has run once, and the GPU responds."""
+        """Whether the default model is loaded and answers, the workers and the queue move, and the server is not
+        stopping."""
         default = service.models.get(service.settings.default_model)
+        faults = service.health.faults()
+        status = "not ready" if faults else "ready"
         provider = None if default is None else default.provider
-        status = "ready" if service.is_ready else "not ready"
-        return _json(ReadyAnswer(status=status, provider=provider), status=200 if service.is_ready else 503)
+        return _health(ReadyAnswer(status=status, provider=provider, reasons=faults))
 
     @router.get("/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -167,6 +185,11 @@ def _constant(answer: Response) -> Callable[[], Response]:
         return answer
 
     return give
+
+
+def _health(answer: LiveAnswer | ReadyAnswer) -> Response:
+    content = answer.model_dump_json(exclude=None if answer.reasons else {"reasons"})
+    return Response(content, status_code=503 if answer.reasons else 200, media_type="application/json")
 
 
 def _json(answer: BaseModel, status: int = 200) -> Response:

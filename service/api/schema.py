@@ -188,6 +188,8 @@ class PredictAnswer(_Wire):
     model: str
     digest: str
     """sha256 of the ONNX bytes that computed this answer."""
+    card_digest: str
+    """sha256 of `card.json`, from which the labels of this answer are, and the calibration of `set` and `decision`."""
     class_id: int
     label: str
     logits: list[float | None]
@@ -235,6 +237,8 @@ class ModelSummary(_Wire):
     """Whether it answers requests that name no model."""
     digest: str
     """sha256 of its `model.onnx`."""
+    card_digest: str
+    """sha256 of its `card.json`, which holds labels and calibration."""
     labels: list[str]
     input: InputAnswer
     lipschitz_bound: float | None
@@ -245,10 +249,20 @@ class ModelSummary(_Wire):
     """ONNX Runtime execution provider that runs it, for example `CPUExecutionProvider`."""
 
 
+class BrokenModel(_Wire):
+    """A model that is not served."""
+
+    name: str
+    reason: str
+    """Why its artefact could not be verified when the server started."""
+
+
 class ModelsAnswer(_Wire):
     """The served models."""
 
     models: list[ModelSummary]
+    broken: list[BrokenModel]
+    """Models in the same folder that are not served: a request for one gets status 503."""
 
 
 class ModelAnswer(ModelSummary):
@@ -265,7 +279,9 @@ class ModelAnswer(ModelSummary):
 class LiveAnswer(_Wire):
     """Liveness of the server."""
 
-    status: Literal["live"] = "live"
+    status: Literal["live", "not live"] = "live"
+    reasons: list[str] = []
+    """Why a restart is needed, one sentence each; absent while the server is live."""
 
 
 class ReadyAnswer(_Wire):
@@ -274,6 +290,8 @@ class ReadyAnswer(_Wire):
     status: Literal["ready", "not ready"]
     provider: str | None
     """ONNX Runtime execution provider of the default model; null where it is not loaded."""
+    reasons: list[str] = []
+    """Why the server is not ready, one sentence each; absent while it is."""
 
 
 class Problem(BaseModel):

@@ -10,6 +10,7 @@ compared with the digest that was verified.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +22,14 @@ from service.certificate.proof_limits import NO_LIMITS, ProofLimits
 from service.certificate.sets import order_statistic
 from service.errors import ArtefactError
 
+_log = logging.getLogger(__name__)
+
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_FAULTS = 5
+"""Faults of a card that a message names."""
+_LOCATION = 100
+"""Characters of the place of a fault."""
 
 
 class _Contract(BaseModel):
@@ -166,43 +173,76 @@ class Card(_Contract):
 
 
 def artefact_folders(models: Path, first: str) -> list[Path]:
-    """Return the folders of artefacts in a folder of models, by name, without those that start with `.` or `_`.
+    """Return the folders of artefacts in a folder of models, by name.
+
+    A folder without `card.json`, except `first`, is passed over with a warning; `lost+found` and names that start with
+    `.` or `_`, which systems and archives leave behind, without one.
 
     Args:
         models: the folder of models.
         first: name of the folder that comes before all others.
 
     Raises:
-        ArtefactError: there is no such folder, or nothing is in it.
+        ArtefactError: there is no such folder, or no artefact is in it.
     """
     try:
-        folders = sorted(
-            (path for path in models.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))),
-            key=lambda path: (path.name != first, path.name),
-        )
+        folders = [
+            path
+            for path in sorted(models.iterdir(), key=lambda path: (path.name != first, path.name))
+            if path.is_dir() and not path.name.startswith((".", "_")) and path.name != "lost+found"
+        ]
     except OSError as error:
         raise ArtefactError(
             models, f"the folder of models cannot be read ({error.strerror}); set LIPCERT_MODELS"
         ) from None
-    if not folders:
-        raise ArtefactError(models, "the folder holds no artefact; set LIPCERT_MODELS to one that does")
-    return folders
+    artefacts = [folder for folder in folders if _has_card(folder) or folder.name == first]
+    if without := [folder.name for folder in folders if folder not in artefacts]:
+        _log.warning("passed over in %s, without %s: %s", models, CARD_FILE, ", ".join(without))
+    if not artefacts:
+        itself = "; it is an artefact itself: name the folder around it" if _has_card(models) else ""
+        raise ArtefactError(
+            models, f"the folder holds no artefact; set LIPCERT_MODELS to a folder of folders that do{itself}"
+        )
+    return artefacts
+
+
+def _has_card(folder: Path) -> bool:
+    try:
+        # Not followed: a link that leads nowhere is a fault of an artefact.
+        (folder / CARD_FILE).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass  # What cannot be looked into is reported when it is read.
+    return True
 
 
 def read_card(folder: Path) -> Card:
-    """Read `card.json` alone, without looking at the model.
+    """Read `card.json` alone, without looking at the model; raises `ArtefactError` as `parse_card` does."""
+    return parse_card(folder / CARD_FILE, read_file(folder / CARD_FILE))
+
+
+def parse_card(path: Path, content: bytes) -> Card:
+    """Return the card that a file holds.
+
+    Args:
+        path: of the file, for messages.
+        content: its bytes.
 
     Raises:
-        ArtefactError: the card is missing or is not a valid `Card`.
+        ArtefactError: it is not a valid `Card`.
     """
-    path = folder / CARD_FILE
     try:
-        return Card.model_validate_json(read_file(path))
+        return Card.model_validate_json(content)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'card'}: {fault['msg']}" for fault in error.errors()
-        )
-        raise ArtefactError(path, f"not a valid card ({faults}). Correct it, or export the artefact again.") from error
+        faults = [
+            f"{'.'.join(str(part) for part in fault['loc'])[:_LOCATION] or 'card'}: {fault['msg']}"
+            for fault in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        more = f"; and {len(faults) - _FAULTS} more" if len(faults) > _FAULTS else ""
+        raise ArtefactError(
+            path, f"not a valid card ({'; '.join(faults[:_FAULTS])}{more}). Correct it, or export the artefact again."
+        ) from error
 
 
 def write_artefact(folder: Path, card: Card, model_bytes: bytes, limits: ProofLimits = NO_LIMITS) -> Findings:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from service.artefact.files import MODEL_FILE, read_verified
+from service.artefact.files import MODEL_FILE
 from service.artefact.findings import Findings, Verified
 from service.artefact.splices import Splice
+from service.artefact.verified_files import VerifiedFiles
 from service.certificate import Certificate
 from service.errors import ArtefactError, ProviderError
 from service.runtime.engine import Engine, LazyEngine
@@ -20,7 +21,7 @@ from service.runtime.session import GpuLimits, GraphError
 
 
 def lazy_engines(
-    folder: Path, findings: Findings, provider: Resolved, threads: int, limits: GpuLimits | None = None
+    files: VerifiedFiles, findings: Findings, provider: Resolved, threads: int, limits: GpuLimits | None = None
 ) -> tuple[LazyEngine, LazyEngine]:
     """Return the engines of the logits and of their gradient, each loaded when it is first run.
 
@@ -28,19 +29,19 @@ def lazy_engines(
     the CPU before anything else is run.
 
     Args:
-        folder: of the artefact.
-        findings: of this run of the program.
+        files: of the artefact.
+        findings: about them, of this run of the program.
         provider: of `resolve_provider`.
         threads: threads inside one operator; at least 1.
         limits: of each graph on a GPU.
 
     Raises:
-        ArtefactError: the findings report a fault. Loading raises it where the file has changed since.
+        ArtefactError: the findings report a fault. Loading raises `ArtefactChangedError` where the file has changed.
     """
-    facts, path = findings.facts(), folder / MODEL_FILE
+    facts, path = findings.facts(), files.folder / MODEL_FILE
 
     def load(graph: Splice) -> Engine:
-        content = graph.join(read_verified(path, findings.digest))
+        content = graph.join(files.read_model())
         engine = load_engine(path, content, provider, threads, limits)
         if provider == "cuda":
             _check_device(path, engine, facts)

@@ -203,6 +203,8 @@ def proof(answer: Answer, derived: Derived) -> str:
         parts.append(
             f'counterfactual class {found.class_id} ("{found.label}") at distance {found.distance!r} confirmed'
         )
+    if "card_digest" not in answer.model_fields_set:
+        parts.append("its labels are those of the card that was named: answers of its version name none")
     if unknown := [*answer.unknown(), *derived.not_audited]:
         parts.append(f"not audited: {', '.join(unknown)}")
     return "; ".join(parts)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import numpy_helper
 
 from service.audit.balls import NotAuditableError
@@ -91,7 +91,8 @@ def read_graph(model_bytes: bytes) -> Graph:
     """
     try:
         model = onnx.load_model_from_string(model_bytes)
-        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+        # Before the checker and the conversion of tensors to arrays, which would look for the files.
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model)):
             raise NotAuditableError("weights are stored outside the file, where its digest does not reach")
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
@@ -120,6 +121,17 @@ def read_graph(model_bytes: bytes) -> Graph:
         constants=constants,
         nodes=tuple(_node(proto) for proto in graph.node),
     )
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor of a model, wherever it is."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if field.is_repeated else (value,):
+                yield from _tensors(part)
 
 
 def _node(proto: onnx.NodeProto) -> Node:

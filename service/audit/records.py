@@ -19,6 +19,8 @@ from service.errors import KeptError
 _ANSWER_CURE = "keep the JSON object that POST /predict answers, as it was received"
 _CARD_CURE = "copy the artefact again"
 _MODEL = "model.onnx"
+_LARGEST_CARD, _LARGEST_MODEL = 16 * 2**20, 2**31 - 1
+"""Bytes, as the server has them."""
 _FOLDER = "the folder with model.onnx and card.json (--model)"
 _Found = TypeVar("_Found", bound="_Record")
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -99,6 +101,8 @@ class Answer(ClassLabel):
 
     model: str
     digest: str
+    card_digest: str | None = None
+    """Absent in answers of versions that did not name their card yet."""
     logits: list[_Finite | None]
     image: AnswerImage | None = None
     """Absent in answers of versions that did not name their image yet."""
@@ -157,6 +161,8 @@ class Artefact:
     """Of `model.onnx`, as the card has it."""
     digest: str
     """Of `model.onnx`, as its bytes give it."""
+    card_digest: str
+    """Of `card.json`, as its bytes give it."""
     model_bytes: bytes
     calibration: Calibration | None = None
 
@@ -166,13 +172,20 @@ def sha256(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def read_bytes(path: Path, expected: str) -> bytes:
-    """Return the bytes of a file; `expected` says in a message which file it should be.
+def read_bytes(path: Path, expected: str, largest: int | None = None) -> bytes:
+    """Return the bytes of a file.
+
+    Args:
+        path: of the file.
+        expected: which file it should be, for a message.
+        largest: bytes that it may have; null: a pipe or a device is read, too.
 
     Raises:
-        KeptError: the file is missing or cannot be read.
+        KeptError: the file is missing, cannot be read, or is beyond `largest`.
     """
     try:
+        if largest is not None and (path.stat().st_size > largest or not path.is_file()):
+            raise KeptError(f"{path}: is no regular file of at most {largest} bytes; name {expected}")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise KeptError(f"{path}: there is no such file; name {expected}") from error
@@ -186,7 +199,8 @@ def read_answer(path: Path) -> Answer:
     Raises:
         KeptError: the file is missing, or is not such an answer.
     """
-    found = _json(path, "the JSON file with the archived answer", _ANSWER_CURE)
+    content = read_bytes(path, "the JSON file with the archived answer")
+    found = _json(path, content, _ANSWER_CURE)
     if isinstance(found, dict) and "predictions" in found:
         predictions = found["predictions"]
         if not isinstance(predictions, list) or len(predictions) != 1:
@@ -208,24 +222,24 @@ def read_artefact(folder: Path) -> Artefact:
         KeptError: a file is missing, or the card is not valid.
     """
     path = folder / "card.json"
-    card = _record(_Card, _json(path, _FOLDER, _CARD_CURE), path, _CARD_CURE)
+    content = read_bytes(path, _FOLDER, _LARGEST_CARD)
+    card = _record(_Card, _json(path, content, _CARD_CURE), path, _CARD_CURE)
     if _MODEL not in card.graphs:
         raise KeptError(f"{path}: `graphs.{_MODEL}` is missing; {_CARD_CURE}")
-    model_bytes = read_bytes(folder / _MODEL, _FOLDER)
+    model_bytes = read_bytes(folder / _MODEL, _FOLDER, _LARGEST_MODEL)
     return Artefact(
         name=card.name,
         labels=card.labels,
         input_shape=(card.input.channels, card.input.height, card.input.width),
         stated_digest=card.graphs[_MODEL],
         digest=sha256(model_bytes),
+        card_digest=sha256(content),
         model_bytes=model_bytes,
         calibration=card.calibration,
     )
 
 
-def _json(path: Path, expected: str, cure: str) -> object:
-    content = read_bytes(path, expected)
-
+def _json(path: Path, content: bytes, cure: str) -> object:
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON number")
 

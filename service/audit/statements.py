@@ -116,6 +116,11 @@ def against_card(answer: Answer, artefact: Artefact, sent: SentImage) -> Iterato
             f"model.onnx: the card states the digest {artefact.stated_digest}, the file has {artefact.digest}; the "
             "artefact has been changed"
         )
+    if "card_digest" in answer.model_fields_set and answer.card_digest != artefact.card_digest:
+        yield undecided(
+            f"card_digest: the answer is of {answer.card_digest}, card.json has {artefact.card_digest}; name the "
+            "artefact that answered, with its card as it was"
+        )
     if answer.model != artefact.name:
         yield failed(f"model: {answer.model!r}, the artefact is {artefact.name!r}")
     if len(answer.logits) != len(artefact.labels):

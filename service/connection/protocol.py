@@ -29,7 +29,7 @@ The response is constant bytes with `Connection: close`; the connection adds `Da
 _LINGER_S = 2.0
 """Silence of a client that was refused, after which the connection is closed."""
 _LINGER_MOST_S = 10.0
-_LINGER_BYTES = 64 * 1024 * 1024
+_LINGER_BYTES = 256 * 1024 * 1024
 _MOST_LINGERING = 128
 """Connections beyond the limit that are closed so that the client surely reads why."""
 _LEFT_S = 1.0
@@ -233,7 +233,8 @@ class Connection(RequestReader):
         limits = self.limits
         if unread := self.transport.get_write_buffer_size():
             self._await_reader(unread)
-        elif self._lingers:
+        elif self._lingers or self.transport.is_closing():
+            # Of TLS, a client that does not close its side keeps a connection that is closed.
             self._linger_ticks += 1
             if waited_s > _LINGER_S or self._linger_ticks * TICK_S > _LINGER_MOST_S:
                 self.transport.abort()

@@ -50,6 +50,8 @@ class RequestReader(HttpToolsProtocol, abc.ABC):
 
     limits = ConnectionLimits()
     refusals = Refusals(limits)
+    stops = False
+    """Whether the next request is the last; set on the class, of all connections."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -57,8 +59,6 @@ class RequestReader(HttpToolsProtocol, abc.ABC):
         self.ticks = 0
         """Of the registry, since the client sent something that the server waits for."""
         self.drops_input = False
-        self.stops = False
-        """Whether the next request is the last."""
         self.outlet: Any = None
         """The transport, as requests see it."""
         self._head_bytes = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from typing import Protocol
 
@@ -16,6 +17,8 @@ _SLICES = 8
 """Parts of the connections, looked at one after the other: 16,000 at once would delay others by some 10 ms."""
 _GIVE_WAY = 64
 """Connections closed at once when the limit is reached, so that not every new one looks for them."""
+
+_log = logging.getLogger(__name__)
 
 
 class Member(Protocol):
@@ -94,7 +97,11 @@ class Registry:
         return bool(silent)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        for member in list(self._slices[self._next]):
-            member.tick()
-        self._next = (self._next + 1) % _SLICES
         self._timer = loop.call_later(TICK_S / _SLICES, self._tick, loop) if self._slice_of else None
+        for member in list(self._slices[self._next]):
+            try:
+                member.tick()
+            except Exception:
+                _log.exception("a connection fails, and is closed")
+                member.give_way()
+        self._next = (self._next + 1) % _SLICES

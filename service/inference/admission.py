@@ -24,7 +24,7 @@ _CHECK_S = 1.0
 # Weight of one answer in the moving averages, and busy seconds that the speed of the server is measured over.
 _GAIN = 1 / 32
 _MEMORY_S = 0.5
-# An answer counts as at most so many times the average: it may have waited for a model that was loaded.
+# Longest time of an answer that counts, in units of the average: it may have waited for a model that was loaded.
 _MOST_GROWTH = 4.0
 # Wait that is admitted in an overload, in units of the time of a request alone.
 _WAIT_ALONE = 2.5

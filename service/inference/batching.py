@@ -54,6 +54,9 @@ class Batcher:
         self._admission = Admission(limits, self._queues.purge)
         self.place = self._admission.place
         self.refusal, self.expect = self._admission.refusal, self._admission.expect
+        self.wake = self._queues.wake
+        self.beats = self._workers.beats
+        self.max_delay_s = limits.max_delay_s
         self._is_started = False
 
     def ask(self, question: Question[Answer, Any], n_bytes: int, place: Place) -> asyncio.Future[Answer]:
@@ -77,11 +80,20 @@ class Batcher:
             self._workers.start()
         return request.future
 
-    def close(self) -> None:
-        """Let the workers finish the batches in progress, and end them; requests that wait get `BusyError`."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Let the workers finish the batches in progress, and end them; requests that wait get `BusyError`.
+
+        `timeout_s` limits the wait for the workers. Return whether all have ended.
+        """
         self._queues.close()
-        self._workers.join()
+        has_ended = self._workers.join(timeout_s)
         self._admission.close()
+        return has_ended
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether images wait to be predicted."""
+        return self._queues.has_predictions
 
     @property
     def is_closed(self) -> bool:

@@ -11,13 +11,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from service.artefact.card import Card, check_card, read_card
+from service.artefact.card import Card, check_card, parse_card
 from service.artefact.engines import lazy_engines
+from service.artefact.files import CARD_FILE, MODEL_FILE, digest, read_file
 from service.artefact.findings import Findings
+from service.artefact.verified_files import VerifiedFiles
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
 from service.errors import (
     ChannelsError,
@@ -34,6 +36,9 @@ from service.runtime.engine import Runs
 from service.runtime.provider import Provider, Resolved, load_on
 from service.runtime.session import GpuLimits
 from service.shapes import Float64
+
+if TYPE_CHECKING:
+    from service.artefact.signature import Signers
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +75,9 @@ class Classifier:
     name: str
     digest: str
     """`sha256:<hex>` of the bytes of `model.onnx` that are run and certified."""
+    card_digest: str
+    """`sha256:<hex>` of the bytes of `card.json` that were read."""
+    files: VerifiedFiles
     labels: tuple[str, ...]
     card: Card
     certificate: Certificate
@@ -78,12 +86,17 @@ class Classifier:
     """The execution provider that runs it, for example `CPUExecutionProvider`."""
     input_shape: tuple[int, int, int]
     """(D, A, B)."""
+    is_warm: bool = False
+    """Whether `warm_up` has loaded both graphs."""
 
-    def __init__(self, card: Card, digest: str, certificate: Certificate, model: Runs, transport: Runs) -> None:
+    def __init__(
+        self, card: Card, files: VerifiedFiles, certificate: Certificate, model: Runs, transport: Runs
+    ) -> None:
         """Use `load` or `from_findings`, which check the arguments against each other."""
         self.card = card
         self.name = card.name
-        self.digest = digest
+        self.files = files
+        self.digest, self.card_digest = files.digests[MODEL_FILE], files.digests[CARD_FILE]
         self.labels = tuple(card.labels)
         self.certificate = certificate
         self.provider = model.provider
@@ -128,12 +141,18 @@ class Classifier:
 
     @classmethod
     def from_findings(
-        cls, folder: Path, findings: Findings, provider: Resolved, threads: int, limits: GpuLimits | None = None
+        cls,
+        folder: Path,
+        findings: Findings,
+        provider: Resolved,
+        threads: int,
+        limits: GpuLimits | None = None,
+        signers: Signers | None = None,
     ) -> Classifier:
         """Return the classifier of a verified artefact.
 
         Each graph is loaded when it is first run, from the bytes that the findings are about: a file that has changed
-        by then is an `ArtefactError`, and a GPU that does not run it a `ProviderError`.
+        by then is an `ArtefactChangedError`, and a GPU that does not run it a `ProviderError`.
 
         Args:
             folder: as in `load`.
@@ -141,14 +160,19 @@ class Classifier:
             provider: of `resolve_provider`.
             threads: as in `load`.
             limits: of each graph on a GPU.
+            signers: keys of which one must have signed the card; default: no signature is read.
 
         Raises:
-            ArtefactError: the findings report a fault, or the card is not about these graphs.
+            ArtefactError: the findings report a fault, or the card is not signed or not about these graphs.
         """
-        card = read_card(folder)
+        content = read_file(folder / CARD_FILE)
+        if signers is not None:
+            signers.check(folder / CARD_FILE, content)
+        card = parse_card(folder / CARD_FILE, content)
         check_card(folder, card, findings)
-        model, transport = lazy_engines(folder, findings, provider, threads, limits)
-        return cls(card, findings.digest, findings.facts().certificate, model, transport)
+        files = VerifiedFiles(folder, card.name, {MODEL_FILE: findings.digest, CARD_FILE: digest(content)})
+        model, transport = lazy_engines(files, findings, provider, threads, limits)
+        return cls(card, files, findings.facts().certificate, model, transport)
 
     @property
     def is_lost(self) -> bool:
@@ -160,6 +184,7 @@ class Classifier:
         view = self.view(self.input_shape)
         view.margin_gradient(np.zeros((1, *self.input_shape)), np.zeros((1, len(self.labels))))
         view.classify(np.zeros((1, *self.input_shape)))
+        self.is_warm = True
 
     def view(self, sent_shape: tuple[int, int, int], resize: bool = False) -> View:
         """Return the model for images of one shape, (C, H, W); the same object for the same shape, while it is cached.

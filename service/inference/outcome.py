@@ -67,7 +67,10 @@ class Decoded(Generic[Options_co]):
             UnknownLabelError: the target is no label of the model.
             CalibrationError: the model is not calibrated for the wanted coverage or error.
             InputError: the model takes no images of this shape.
+            ArtefactChangedError: the files of the model are not those that were verified.
         """
+        if self.classifier.files.have_changed:
+            self.classifier.files.refuse_changed()
         if self.options.coverage is not None or self.options.max_error is not None:
             check_calibration(self.classifier, self.options)
         if self.options.target is not None:

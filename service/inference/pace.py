@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +50,13 @@ class Pace:
         return max(1, math.ceil(max(efficient, long_enough)))
 
 
-def measure_pace(classifier: Classifier) -> Pace:
+def measure_pace(classifier: Classifier, beat: Callable[[float], None] = lambda _: None) -> Pace:
     """Return the pace of a model, from passes of one and of several black images; the first pass also loads the model.
 
     The two sizes take turns, and on the CPU the clock is the processor time of this thread: other work on the machine,
     and the event loop that holds the GIL, would make shares too small. On a GPU the thread waits.
+
+    `beat` is called after each pass, with the seconds that the next one may be expected to take.
     """
     clock = time.perf_counter if classifier.provider == CUDA else time.thread_time
     view = classifier.view(classifier.input_shape)
@@ -63,7 +66,9 @@ def measure_pace(classifier: Classifier) -> Pace:
             image_NCHW = np.zeros((count, *classifier.input_shape))
             start = clock()
             view.classify(image_NCHW)
+            elapsed_s = clock() - start
+            beat(_SEVERAL * elapsed_s)
             if is_warm:
-                seconds[count] = min(seconds[count], clock() - start)
+                seconds[count] = min(seconds[count], elapsed_s)
     image_s = max((seconds[_SEVERAL] - seconds[1]) / (_SEVERAL - 1), seconds[1] / _MOST_SHARE)
     return Pace(max(seconds[1] - image_s, 0.0), image_s)

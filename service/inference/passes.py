@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from service.certificate import Certificate, Radii
 from service.inference.admission import Limits
 from service.inference.classifier import Classifier, Prediction, View
 from service.inference.deliveries import Deliveries
+from service.inference.heartbeats import LOAD_S, Beats
 from service.inference.jobs import Chunk, Request
 from service.inference.outcome import Decoded, Outcome, check_predictions, explain, needs_gradients
 from service.inference.pace import Pace, measure_pace
@@ -22,11 +24,21 @@ from service.pixels.images import unit_images
 
 _log = logging.getLogger(__name__)
 
+# Forward passes that cost at least as much as a step of a search.
+_GRADIENT_PASSES = 4
+
 
 class Passes:
     """Computation of batches; one that fails runs again chunk by chunk, so that one request alone fails."""
 
-    def __init__(self, limits: Limits, queues: Queues, metrics: Metrics, predict_waiting: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        queues: Queues,
+        metrics: Metrics,
+        predict_waiting: Callable[[], None],
+        beats: Beats,
+    ) -> None:
         """Compute nothing yet.
 
         Args:
@@ -34,13 +46,17 @@ class Passes:
             queues: where searches wait for their turn.
             metrics: counts batches.
             predict_waiting: computes a batch of waiting predictions, if there is one.
+            beats: receives the steps of the workers.
         """
+        self._beats = beats
         self._limits = limits
         self._queues = queues
         self._metrics = metrics
         self._predict_waiting = predict_waiting
         self._paces: dict[str, Pace] = {}
         """By digest of the model."""
+        self._searched: set[str] = set()
+        """Digests of the models whose gradients are loaded."""
         self._measuring = threading.Lock()
 
     def split(self, request: Request[Any], decoded: Decoded[Any], view: View) -> list[Chunk]:
@@ -105,6 +121,8 @@ class Passes:
             pace = self._paces.get(classifier.digest) or self._measure_pace(classifier)
             self._queues.pays = pace.share
             image_NCHW = unit_images([chunk.pixels_NCHW for chunk in chunks])
+            expected_s = pace.fixed_s + pace.image_s * len(image_NCHW)
+            self._beats[threading.get_ident()] = time.monotonic(), "a forward pass", expected_s
             predictions = first.view.predict(image_NCHW)
         except Exception as error:
             self._alone_or_fail(chunks, error, deliveries, self._predict)
@@ -139,14 +157,26 @@ class Passes:
         chunks = [chunk for chunk in chunks if not chunk.request.future.done()]
         if not chunks:
             return
+        thread, classifier = threading.get_ident(), chunks[0].decoded.classifier
+        pace = self._paces.get(classifier.digest)
+        count = sum(chunk.count for chunk in chunks)
+        # The first search of a model loads its gradient.
+        is_loaded = pace is not None and (classifier.is_warm or classifier.digest in self._searched)
+        step_s = _GRADIENT_PASSES * (pace.fixed_s + pace.image_s * count) if pace is not None and is_loaded else LOAD_S
+
+        def beat() -> None:
+            self._beats[thread] = time.monotonic(), "a search", step_s
+
+        beat()
         try:
-            view = _PreemptibleView(chunks[0].view, self._predict_waiting, lambda: self._is_abandoned(chunks))
+            view = _PreemptibleView(chunks[0].view, self._predict_waiting, lambda: self._is_abandoned(chunks), beat)
             predictions = explain(view, [_predicted(chunk) for chunk in chunks])
         except _AbandonedError:
             return
         except Exception as error:
             self._alone_or_fail(chunks, error, deliveries, self._search)
             return
+        self._searched.add(classifier.digest)
         self._metrics.batch_images["counterfactual"].observe(len(predictions))
         deliveries.computed += [chunk.request for chunk in deliveries.store(chunks, predictions)]
 
@@ -169,10 +199,18 @@ class Passes:
 
     def _measure_pace(self, classifier: Classifier) -> Pace:
         """Measure a pace once: two measurements at the same time would slow each other."""
+        thread = threading.get_ident()
+
+        def beat(expected_s: float) -> None:
+            self._beats[thread] = time.monotonic(), "the first passes of a model", expected_s
+
+        # Another model may be loading.
+        beat(LOAD_S)
         with self._queues.occupied(), self._measuring:
+            beat(0.0 if classifier.is_warm else LOAD_S)
             pace = self._paces.get(classifier.digest)
             if pace is None:
-                pace = self._paces[classifier.digest] = measure_pace(classifier)
+                pace = self._paces[classifier.digest] = measure_pace(classifier, beat)
         return pace
 
 
@@ -213,8 +251,15 @@ class _AbandonedError(Exception):
 class _PreemptibleView:
     """A view whose search lets predictions pass before each gradient, and ends when no client waits for it."""
 
-    def __init__(self, view: View, predict_waiting: Callable[[], None], is_abandoned: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        view: View,
+        predict_waiting: Callable[[], None],
+        is_abandoned: Callable[[], bool],
+        beat: Callable[[], None],
+    ) -> None:
         self._view = view
+        self._beat = beat
         self._predict_waiting = predict_waiting
         self._is_abandoned = is_abandoned
 
@@ -223,10 +268,12 @@ class _PreemptibleView:
         return self._view.certificate
 
     def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
+        self._beat()
         return self._view.classify(image_NCHW)
 
     def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self._predict_waiting()
         if self._is_abandoned():
             raise _AbandonedError
+        self._beat()
         return self._view.margin_gradient(image_NCHW, weights_NK)

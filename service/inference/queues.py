@@ -103,6 +103,11 @@ class Queues:
             self._searches = deque(_awaited(self._searches))
             self._note()
 
+    def wake(self) -> None:
+        """Wake an idle worker for what waits, also where another worker would soon come for it."""
+        with self._condition:
+            self._condition.notify()
+
     def close(self) -> None:
         """Wake every worker; `wait` returns false from now on."""
         with self._condition:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from service.inference.admission import Limits
 from service.inference.deliveries import Deliveries
+from service.inference.heartbeats import Beats
 from service.inference.jobs import Batch, Chunk
 from service.inference.passes import Passes
 from service.inference.queues import Queues
@@ -30,7 +32,9 @@ class Workers:
         """
         self._limits = limits
         self._queues = queues
-        self._passes = Passes(limits, queues, metrics, self._compute_predictions)
+        self.beats: Beats = {}
+        """The steps of the threads."""
+        self._passes = Passes(limits, queues, metrics, self._compute_predictions, self.beats)
         self._threads: list[threading.Thread] = []
         self._python = threading.Lock()
         """Held by the worker that decodes or answers."""
@@ -44,14 +48,22 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def join(self) -> None:
-        """Wait for the end of the threads, once the queues are closed."""
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end of the threads, once the queues are closed; return whether all have ended.
+
+        `timeout_s` limits the wait: a thread can be stuck for good, for example in a driver.
+        """
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join()
+            thread.join(None if until_s is None else max(0.0, until_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
+        thread = threading.get_ident()
         while self._queues.wait():
             self._compute_next(searches=True)
+            # Not in a `finally`: a worker that ends here leaves its last step behind, and counts as stuck.
+            self.beats.pop(thread, None)
 
     def _compute_predictions(self) -> None:
         """Compute one batch of predictions if there is one: the worker is in the middle of a search."""
@@ -61,6 +73,7 @@ class Workers:
     def _compute_next(self, searches: bool) -> None:
         """Take, decode, compute and answer one batch, if there is one; a search only if wanted."""
         deliveries = Deliveries()
+        self.beats[threading.get_ident()] = time.monotonic(), "a batch", 0.0
         # One worker at a time takes, decodes and answers: threads that all run Python only take the GIL from each
         # other. The second worker finds a fuller batch.
         with self._python:
@@ -82,6 +95,7 @@ class Workers:
             _log.exception("a worker failed on a batch")
             for request in {*batch.requests, *(chunk.request for chunk in [*chunks, *batch.searches])}:
                 deliveries.fail(request, error)
+        self.beats[threading.get_ident()] = time.monotonic(), "answering", 0.0
         deliveries.send(self._python)
 
     def _decode(self, batch: Batch, deliveries: Deliveries) -> list[Chunk]:
@@ -92,6 +106,7 @@ class Workers:
                 self._queues.put_back(batch.requests[number:])
                 del batch.requests[number:]
                 break
+            self.beats[threading.get_ident()] = time.monotonic(), "decoding", 0.0
             if request.future.done():  # its deadline has passed, or its client is gone
                 continue
             try:

@@ -255,16 +255,11 @@ def _attribute(attribute: onnx.AttributeProto, again: bool) -> object:
 
 
 def tensor_array(tensor: onnx.TensorProto) -> np.ndarray:
-    """Return a stored tensor as an array.
+    """Return a tensor that is stored in the file as an array.
 
     Raises:
-        ValueError: it is stored outside the file, or holds other elements than those of `SUPPORTED_TYPES`.
+        ValueError: it holds other elements than those of `SUPPORTED_TYPES`.
     """
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise ValueError(
-            "is stored outside the file, where its digest does not reach; write one file: "
-            "onnx.save(onnx.load(FILE), FILE)"
-        )
     if tensor.data_type not in SUPPORTED_TYPES:
         raise ValueError(
             f"has elements of type {type_name(tensor.data_type)}; convert it to float64, float32, bool or integers"

@@ -8,12 +8,12 @@ lowerings does not know, in any opset, is refused. All reasons are collected bef
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from service.network.constants import EVALUATORS, PICKING, ROUNDS, evaluate
 from service.network.limits import (
@@ -157,7 +157,7 @@ def _parsed(model_bytes: bytes) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(model_bytes)
         # Before the checker, which would look for the files.
-        outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        outside = [tensor.name for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
         if outside:
             raise UnsupportedModelError(
                 [
@@ -173,6 +173,17 @@ def _parsed(model_bytes: bytes) -> onnx.ModelProto:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError([f"not a valid ONNX model: {first_line}"]) from error
     return model
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor of a model: weights, attributes, parts of sparse tensors, bodies of functions and branches."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if field.is_repeated else (value,):
+                yield from _tensors(part)
 
 
 def _opset(model: onnx.ModelProto, reasons: list[str]) -> int:

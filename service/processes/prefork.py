@@ -9,7 +9,8 @@ before the fork, above all the models.
 
 Each process listens on its own socket; the system gives each new connection to one of them (`SO_REUSEPORT`). The parent
 keeps all sockets open, so that a connection in the backlog of a process that ends is accepted by its replacement. The
-processes end with the parent, even if it is killed.
+processes end with the parent, even if it is killed. A process that does not call `beat` for some seconds is killed: its
+event loop hangs, or it is stopped (SIGSTOP).
 
 No signal handler of the parent raises, because a signal can arrive anywhere, also while the parent ends the others: a
 signal is a byte in a pipe that the parent waits for.
@@ -19,16 +20,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from service.errors import PortError
+from service.processes.stopping import HANDSHAKE_S, keep_out, refuse_waiting
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -38,6 +41,21 @@ _log = logging.getLogger(__name__)
 # A process that ended sooner is not replaced at once: its replacement would most likely end, too.
 _SHORT_S = 1.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
+_LOOK_EVERY_S = 1.0
+_HANG_S = 10.0
+"""Seconds without a beat after which a process is killed; later than its own watchdog."""
+_START_S = 300.0
+"""The same before its first beat: it loads the default model in the meantime."""
+
+_beats: mmap.mmap | None = None
+"""One byte for each process, shared by all of them, which its process counts up."""
+_own = 0
+
+
+def beat() -> None:
+    """Tell the parent that this process lives; called several times a second."""
+    if _beats is not None:
+        _beats[_own] = (_beats[_own] % 255) + 1
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -102,6 +120,7 @@ def serve_in_processes(
     serve: Callable[[socket.socket], int],
     ended: Callable[[int], None],
     grace_s: float,
+    drain_s: float = 0.0,
 ) -> None:
     """Run `serve` in a process for each socket and replace those that end, until SIGTERM or SIGINT; then end them all.
 
@@ -111,14 +130,18 @@ def serve_in_processes(
         listeners: of `listen`; closed at the end.
         serve: serves on one socket until SIGTERM and returns the exit status.
         ended: called with the process id of each process that has ended.
-        grace_s: seconds from SIGTERM to SIGKILL of a process.
+        grace_s: seconds from SIGTERM to SIGKILL of a process, beyond those of the drain.
+        drain_s: seconds from SIGTERM until new connections are kept out; not after SIGINT.
     """
+    global _beats
     # Imported here: a server of one process needs `bind`, and not this.
     import multiprocessing
     from multiprocessing.connection import wait
 
     # No thread may run here: a fork would lose it, and leave the locks that it held.
     context = multiprocessing.get_context("fork")
+    _beats = mmap.mmap(-1, len(listeners))
+    watch = Watch(_beats)
     lifeline, held = os.pipe()
     stopping, stop = os.pipe()
     os.set_blocking(stop, False)
@@ -128,6 +151,8 @@ def serve_in_processes(
     """Start times of the processes that do not run, on the monotonic clock."""
 
     def run(number: int) -> None:
+        global _own
+        _own = number
         signal.set_wakeup_fd(-1)
         for stop_signal in _STOPS:
             signal.signal(stop_signal, _end_once)
@@ -137,7 +162,10 @@ def serve_in_processes(
         for other in range(len(listeners)):
             if other != number:
                 listeners[other].close()
-        threading.Thread(target=_end_with_parent, args=(lifeline, grace_s), daemon=True).start()
+        end = threading.Thread(
+            target=_end_with_parent, args=(lifeline, listeners[number], drain_s, grace_s), daemon=True
+        )
+        end.start()
         raise SystemExit(serve(listeners[number]))
 
     def start(number: int) -> None:
@@ -152,6 +180,7 @@ def serve_in_processes(
             due_s[number] = started_s[number] + _SHORT_S
         else:
             running[number] = process
+            watch.add(number)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
@@ -172,32 +201,80 @@ def serve_in_processes(
             for number in [number for number, at_s in due_s.items() if at_s <= now_s]:
                 del due_s[number]
                 start(number)
-            left_s = max(0.0, min(due_s.values()) - time.monotonic()) if due_s else None
+            left_s = max(0.0, min(due_s.values()) - time.monotonic()) if due_s else _LOOK_EVERY_S
+            left_s = min(left_s, _LOOK_EVERY_S)
             ready = wait([stopping, *(process.sentinel for process in running.values())], left_s)
             if stopping in ready:
+                if signal.SIGTERM not in os.read(stopping, 1024):
+                    drain_s = 0.0
                 return
+            for number in watch.hung(running):
+                _log.error("server process %s hangs and is killed", running[number].pid)
+                running[number].kill()
             for number in [number for number, process in running.items() if process.sentinel in ready]:
                 replace(number)
     finally:
-        _end_all(list(running.values()), listeners, grace_s)
+        _end_all(list(running.values()), listeners, drain_s, grace_s)
         signal.set_wakeup_fd(-1)
         for descriptor in (lifeline, held, stopping, stop):
             os.close(descriptor)
 
 
-def _end_all(processes: Sequence[BaseProcess], listeners: Sequence[socket.socket], grace_s: float) -> None:
-    # First: connections that no process will accept are refused and do not wait.
-    for listener in listeners:
-        listener.close()
+class Watch:
+    """Silence of the processes in observed seconds: a pause of the parent is not the fault of a process."""
+
+    def __init__(self, beats: mmap.mmap) -> None:
+        """Watch no process yet; `beats` has a byte for each."""
+        self._beats = beats
+        self._seen: dict[int, int] = {}
+        self._silent_s: dict[int, float] = {}
+        self._looked_s = time.monotonic()
+
+    def add(self, number: int) -> None:
+        """Watch a process that has just started, and has not beaten yet."""
+        # Without a beat of its predecessor.
+        self._beats[number] = self._seen[number] = 0
+        self._silent_s[number] = 0.0
+
+    def hung(self, running: Iterable[int]) -> list[int]:
+        """Return which of the running processes have hung for too long; each is named once."""
+        now_s = time.monotonic()
+        elapsed_s, self._looked_s = min(now_s - self._looked_s, _LOOK_EVERY_S), now_s
+        hung: list[int] = []
+        for number in running:
+            beats = self._beats[number]
+            self._silent_s[number] = 0.0 if beats != self._seen[number] else self._silent_s[number] + elapsed_s
+            self._seen[number] = beats
+            if self._silent_s[number] > (_HANG_S if beats else _START_S):
+                self._silent_s[number] = 0.0
+                hung.append(number)
+        return hung
+
+
+def _end_all(
+    processes: Sequence[BaseProcess], listeners: Sequence[socket.socket], drain_s: float, grace_s: float
+) -> None:
     for process in processes:
         process.terminate()
-    until_s = time.monotonic() + grace_s
+    until_s = time.monotonic() + drain_s + grace_s
+    _join(processes, time.monotonic() + drain_s)
+    for listener in listeners:
+        keep_out(listener)
+    # In the meantime the processes take what is in the backlogs.
+    _join(processes, time.monotonic() + 2 * HANDSHAKE_S)
+    refuse_waiting(listeners)
+    _join(processes, until_s)
     for process in processes:
-        process.join(max(0.0, until_s - time.monotonic()))
         if process.exitcode is None:
-            _log.error("server process %s did not end in %g s and is killed", process.pid, grace_s)
+            _log.error("server process %s did not end in %g s and is killed", process.pid, drain_s + grace_s)
             process.kill()
             process.join()
+
+
+def _join(processes: Sequence[BaseProcess], until_s: float) -> None:
+    """Wait for the end of all processes, or for a time."""
+    for process in processes:
+        process.join(max(0.0, until_s - time.monotonic()))
 
 
 def _how(process: BaseProcess) -> str:
@@ -210,10 +287,14 @@ def _how(process: BaseProcess) -> str:
         return f"signal {-code}"
 
 
-def _end_with_parent(lifeline: int, grace_s: float) -> None:
+def _end_with_parent(lifeline: int, listener: socket.socket, drain_s: float, grace_s: float) -> None:
     # The parent never writes, so reading ends when the parent does.
     os.read(lifeline, 1)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(drain_s)
+    # Nobody else holds the socket any more.
+    with contextlib.suppress(OSError):
+        keep_out(listener)
     time.sleep(grace_s)
     os._exit(1)
 

@@ -1,47 +1,89 @@
-"""The uvicorn server of one process, which also ends when the GPU is lost."""
+"""The uvicorn server of one process: how it starts, watches itself, and ends without losing a request.
+
+::
+
+    SIGTERM ─► not ready, answers close their connections ─► new connections are kept out, the backlog is taken
+                                (drain_s)                                      (HANDSHAKE_S)
+            ─► the listener closes, open requests are answered ─► the rest gets 503 ─► status 0
+                                    (grace_s)                           (1 s)
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import signal
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.predict import Service
 from service.connection.protocol import Connection
+from service.processes.stopping import HANDSHAKE_S, has_waiting, keep_out
+from service.processes.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
-DRAIN_S = 10
-"""Seconds in which open requests are answered after a signal."""
 DEVICE_LOST_STATUS = 70
 """Exit status after the loss of a GPU: EX_SOFTWARE of sysexits.h, the status of nothing else here."""
+STUCK_STATUS = 75
+"""Exit status after a worker or the event loop got stuck: EX_TEMPFAIL of sysexits.h."""
+LAST_S = 1.0
+"""Seconds for the answers with status 503 at the end."""
 _NOTICE_S = 2.0
 """Seconds from the loss of the GPU to the end: a load balancer that probes every second sees the 503."""
-_GRACE_S = 5.0
+_STUCK_GRACE_S = 2.0
+"""Seconds in which the other workers of a process with a stuck one answer."""
+_HANG_S = 8.0
+"""Seconds without a turn of the event loop after which the process ends."""
+_TURN_S = 0.02
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a server ends, and who is told that it lives."""
+
+    drain_s: float = 0.0
+    """See `Settings.drain_s`."""
+    grace_s: float = 6.0
+    """See `Settings.grace_s`."""
+    is_alone: bool = True
+    """Whether no other process holds the listener."""
+    beat: Callable[[], None] = lambda: None
+    """Called several times a second."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn that ends as after a signal when the device of a model is lost."""
+    """uvicorn that takes what the system has accepted before it ends, and ends when it cannot go on."""
 
     def __init__(
         self,
         app: FastAPI,
         log_level: str,
         is_lost: Callable[[], bool],
+        ending: Ending | None = None,
+        *,
         connections: type[Connection] | None = None,
+        tls: ssl.SSLContext | None = None,
+        trusted_proxies: Sequence[str] = (),
     ) -> None:
         """Configure uvicorn.
 
         Args:
-            app: the application.
+            app: of `create_app`.
             log_level: least severe message that is logged.
             is_lost: called ten times a second; returns whether the device has failed for good.
+            ending: default: of one process, without a drain.
             connections: class of the connections, see `connection_class`; default: with its default limits.
+            tls: serves HTTPS.
+            trusted_proxies: addresses and networks whose X-Forwarded-For names the client.
         """
         super().__init__(
             uvicorn.Config(
@@ -51,31 +93,131 @@ class Server(uvicorn.Server):
                 log_level=log_level,
                 # A line for each request costs more than reading it; /metrics counts them.
                 access_log=log_level == "debug",
-                timeout_graceful_shutdown=DRAIN_S,
                 ws="none",
-                # Nothing here needs the client's address or protocol.
-                proxy_headers=False,
+                proxy_headers=bool(trusted_proxies),
+                forwarded_allow_ips=list(trusted_proxies),
+                ssl_context_factory=None if tls is None else lambda _, __: tls,
+                server_header=False,
+                headers=[("X-Content-Type-Options", "nosniff")],
             )
         )
+        self._service: Service | None = getattr(getattr(app, "state", None), "service", None)
         self._is_lost = is_lost
+        self._ending = ending or Ending()
+        self._watchdog = Watchdog(_HANG_S, STUCK_STATUS)
         self._end_at_s: float | None = None
+        self._status = 0
+        self._is_jammed = False
+        """Whether a worker did not end."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, and watch the event loop."""
+        await super().startup(sockets)
+        self._watchdog.start()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether the server has to end; uvicorn calls this ten times a second."""
+        self._beat()
         if self._end_at_s is None and self._is_lost():
             _log.error("a GPU was lost: /health/ready is 503, and the server ends with status %d", DEVICE_LOST_STATUS)
-            self._end_at_s = time.monotonic() + _NOTICE_S
             # A worker may wait for the device forever, and the application for that worker.
-            last = threading.Timer(_NOTICE_S + DRAIN_S + _GRACE_S, os._exit, (DEVICE_LOST_STATUS,))
-            last.daemon = True
-            last.start()
+            self._end_with(DEVICE_LOST_STATUS, _NOTICE_S, self._ending.grace_s)
+        elif self._end_at_s is None and self._service is not None:
+            health = self._service.health
+            health.check()
+            if faults := health.fatal_faults():
+                _log.error("%s: the server ends with status %d", "; ".join(faults), STUCK_STATUS)
+                self._end_with(STUCK_STATUS, 0.0, _STUCK_GRACE_S)
         return await super().on_tick(counter) or (self._end_at_s is not None and time.monotonic() >= self._end_at_s)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what the system has accepted, and end; see the module."""
+        is_asked = self._end_at_s is None
+        # Ctrl-C is not announced to a load balancer.
+        drain_s = self._ending.drain_s if is_asked and signal.SIGTERM in self._captured_signals else 0.0
+        grace_s = _STUCK_GRACE_S if self._status == STUCK_STATUS else self._ending.grace_s
+        self._watchdog.end()
+        last = _end_process_in(drain_s + 2 * HANDSHAKE_S + grace_s + LAST_S, 0) if is_asked else None
+        logging.getLogger("uvicorn.error").info("Shutting down")
+        if self._service is not None:
+            self._service.health.is_stopping = True
+        # The protocol closes a connection after an answer with this header, also one that is being computed.
+        self.server_state.default_headers.append((b"connection", b"close"))
+        await self._turn(drain_s)
+        until_s = time.monotonic() + HANDSHAKE_S + grace_s
+        await self._close_listeners(sockets or [])
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await self._wait_for_answers(until_s)
+        if not self.force_exit:
+            await self.lifespan.shutdown()
+        if last is not None:
+            last.cancel()
+
     def serve_on(self, listener: socket.socket) -> int:
-        """Serve until a signal and return the exit status; the process itself ends here if the device was lost."""
-        self.run(sockets=[listener])
-        if self._end_at_s is not None:
-            # ONNX Runtime aborts the process (status 134) when a session is destroyed whose device is lost.
-            logging.shutdown()
-            os._exit(DEVICE_LOST_STATUS)
+        """Serve until a signal and return the exit status; the process itself ends here if it cannot go on."""
+        try:
+            self.run(sockets=[listener])
+        finally:
+            if self._end_at_s is not None or self._is_jammed:
+                # ONNX Runtime aborts the process (status 134) when a session is destroyed whose device is lost, and
+                # waits for a run that does not end.
+                logging.shutdown()
+                os._exit(self._status)
         return 0 if self.started else 1
+
+    def _beat(self) -> None:
+        self._watchdog.beat()
+        self._ending.beat()
+
+    def _end_with(self, status: int, notice_s: float, grace_s: float) -> None:
+        self._status = status
+        self._end_at_s = time.monotonic() + notice_s
+        _end_process_in(notice_s + 2 * HANDSHAKE_S + grace_s + 2 * LAST_S, status)
+
+    async def _turn(self, seconds: float) -> None:
+        """Let the event loop run for some seconds, at least for one turn."""
+        until_s = time.monotonic() + seconds
+        while True:
+            self._beat()
+            await asyncio.sleep(_TURN_S)
+            if self.force_exit or time.monotonic() >= until_s:
+                return
+
+    async def _close_listeners(self, listeners: list[socket.socket]) -> None:
+        until_s = time.monotonic() + 2 * HANDSHAKE_S
+        # Otherwise what comes later waits for another process.
+        if self._ending.is_alone:
+            for listener in listeners:
+                keep_out(listener)
+        await self._turn(HANDSHAKE_S)
+        while listeners and has_waiting(listeners) and not self.force_exit and time.monotonic() < until_s:
+            await self._turn(0.0)
+        for server in self.servers:
+            server.close()
+        for listener in listeners:
+            listener.close()
+        # A connection that was accepted last has still to send its request.
+        await self._turn(HANDSHAKE_S / 2)
+
+    async def _wait_for_answers(self, until_s: float) -> None:
+        state = self.server_state
+        while (state.connections or state.tasks) and not self.force_exit and time.monotonic() < until_s:
+            await self._turn(0.0)
+        if self._service is not None:
+            if state.tasks:
+                _log.error("%d requests were not answered before the end and get status 503", len(state.tasks))
+            # The workers hand their last answers over, and what still waits gets its 503.
+            self._is_jammed = not self._service.batcher.close(0.0 if self.force_exit else LAST_S / 2)
+        until_s = time.monotonic() + LAST_S / 2
+        while state.tasks and not self.force_exit and time.monotonic() < until_s:
+            await self._turn(0.0)
+        for task in state.tasks:
+            task.cancel()
+
+
+def _end_process_in(seconds: float, status: int) -> threading.Timer:
+    last = threading.Timer(seconds, os._exit, (status,))
+    last.daemon = True
+    last.start()
+    return last

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import ipaddress
 import logging
 import os
 import socket
@@ -24,16 +25,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from service.artefact.pool import VerifierPool
-from service.errors import SettingsError
+from service.errors import ArtefactChangedError, SettingsError
 from service.runtime.cpus import usable_cpus
 
 if TYPE_CHECKING:
+    from service.access.certificate import Certificate
     from service.settings import Settings
 
 _log = logging.getLogger("service")
 
-_GRACE_S = 5
-"""Seconds for the end of a process beyond those for its open requests."""
 _BACKLOG = 2048
 _COLLECT_AFTER = 50_000
 """Allocations between two garbage collections: requests leave hardly any garbage in cycles."""
@@ -48,64 +48,116 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
     from service.processes.prefork import bind, listen, serve_in_processes
+    from service.processes.stopping import refuse_waiting
 
     settings = _with_processes(settings)
+    certificate = _certificate_of(settings)
     with contextlib.ExitStack() as stack:
         # Taken before the models are verified: a port in use is then reported at once.
         first = stack.enter_context(bind(settings.host, settings.port))
         if settings.processes > 1:
             _share_counters(stack)
-        serve = _loaded(settings, pool)
+        serve = _loaded(settings, pool, certificate)
         listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
         host, port = first.getsockname()[:2]
-        _log.info("serving on http://%s:%d - the API is at /docs", f"[{host}]" if ":" in host else host, port)
+        scheme = "http" if certificate is None else "https"
+        _log.info("serving on %s://%s:%d - the API is at /docs", scheme, f"[{host}]" if ":" in host else host, port)
+        _warn_if_open(settings, host)
         # All objects of the start stay: no collection has to look at them again.
         gc.freeze()
         gc.enable()
         gc.set_threshold(_COLLECT_AFTER)
         if settings.processes == 1:
-            return serve(first)
+            try:
+                return serve(first)
+            finally:
+                # Stopped before the event loop ran.
+                if first.fileno() != -1:
+                    refuse_waiting([first])
         from prometheus_client.multiprocess import mark_process_dead
 
-        from service.processes.server import DRAIN_S
+        from service.processes.server import LAST_S
 
-        serve_in_processes(listeners, serve, mark_process_dead, grace_s=DRAIN_S + _GRACE_S)
+        # Beside the open requests: the end of the listeners, the last answers, and the end of the process.
+        grace_s = settings.grace_s + 2 * LAST_S
+        serve_in_processes(listeners, serve, mark_process_dead, grace_s, settings.drain_s)
     # Signals do nothing here. The interpreter would restore them before it ends, and one more would end the process
     # with another status.
     logging.shutdown()
     os._exit(0)
 
 
-def _loaded(settings: Settings, pool: VerifierPool) -> Callable[[socket.socket], int]:
+def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | None) -> Callable[[socket.socket], int]:
     """Load the models; return a function that serves on a socket, in this process or in one forked from it."""
     from service.artefact.card import artefact_folders
 
     folders = artefact_folders(settings.models, settings.default_model)
     pool.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
+    from service.api.access import access_of
     from service.api.app import create_app
     from service.connection.limits import limits_of
     from service.connection.protocol import connection_class
     from service.inference.loading import load_classifiers
-    from service.processes.server import Server
-    from service.settings import threads_of
+    from service.processes.prefork import beat
+    from service.processes.server import Ending, Server
+    from service.settings import list_of, threads_of
 
     with pool:
-        classifiers = load_classifiers(settings, pool)
+        access = access_of(settings)
+        classifiers = load_classifiers(settings, pool, folders)
     # The application runs the default model for its examples.
-    inherited = create_app(settings, classifiers) if threads_of(settings, usable_cpus()).run_before_fork else None
+    inherited = (
+        create_app(settings, classifiers, access=access)
+        if threads_of(settings, usable_cpus()).run_before_fork
+        else None
+    )
 
     def is_lost() -> bool:
         return any(classifier.is_lost for classifier in classifiers.values())
 
     def serve(listener: socket.socket) -> int:
         if settings.processes > 1:
-            # Not inherited: threads, and pages that are written to.
-            classifiers[settings.default_model].warm_up()
-        app = inherited or create_app(settings, classifiers)
-        connections = connection_class(limits_of(settings), app.state.refuse)
-        return Server(app, settings.log_level, is_lost, connections).serve_on(listener)
+            # Not inherited: threads, and pages that are written to. Requests are told of files that have changed since.
+            with contextlib.suppress(ArtefactChangedError):
+                classifiers[settings.default_model].warm_up()
+        app = inherited or create_app(settings, classifiers, access=access)
+        server = Server(
+            app,
+            settings.log_level,
+            is_lost,
+            Ending(settings.drain_s, settings.grace_s, settings.processes == 1, beat),
+            connections=connection_class(limits_of(settings), app.state.refuse),
+            tls=None if certificate is None else certificate.context(),
+            trusted_proxies=list_of(settings.trusted_proxies),
+        )
+        return server.serve_on(listener)
 
     return serve
+
+
+def _certificate_of(settings: Settings) -> Certificate | None:
+    """Return the certificate of the settings; raises `SettingsError` for one without a key or that cannot be used."""
+    if settings.tls_certificate is None and settings.tls_key is None:
+        return None
+    from service.access.certificate import Certificate
+
+    if settings.tls_certificate is None or settings.tls_key is None:
+        raise SettingsError("LIPCERT_TLS_CERTIFICATE and LIPCERT_TLS_KEY belong together; set both, or unset both")
+    return Certificate(settings.tls_certificate, settings.tls_key)
+
+
+def _warn_if_open(settings: Settings, address: str) -> None:
+    has_keys = settings.api_keys_file is not None or settings.api_keys
+    if (
+        not has_keys
+        and not settings.allow_anonymous
+        and not ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    ):
+        _log.warning(
+            "ANYBODY who reaches %s is served: there is no API key; set LIPCERT_API_KEYS_FILE (`lipcert keys new NAME` "
+            "makes a key), LIPCERT_HOST=127.0.0.1, or LIPCERT_ALLOW_ANONYMOUS=1 if this is intended",
+            address,
+        )
 
 
 def _with_processes(settings: Settings) -> Settings:

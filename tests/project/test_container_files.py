@@ -2,6 +2,7 @@
 
 import json
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import certificates
 import pytest
 import yaml
 
@@ -116,8 +118,9 @@ def test_image_takes_the_lock_of_its_target_and_nothing_else(target: str) -> Non
     ]
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[HTTPServer, list[str]]]:
+@pytest.fixture(params=["http", "https"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[HTTPServer, list[str], dict[str, str]]]:
+    """A server, the paths that it was asked for, and the settings of the container."""
     paths: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -132,23 +135,32 @@ def server() -> Iterator[tuple[HTTPServer, list[str]]]:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        settings = {"LIPCERT_PORT": str(http_server.server_port)}
+        if request.param == "https":
+            (tmp_path / "pem").write_text(certificates.FIRST + certificates.FIRST_KEY)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tmp_path / "pem")
+            http_server.socket = context.wrap_socket(http_server.socket, server_side=True)
+            settings["LIPCERT_TLS_CERTIFICATE"] = "/run/pem"
         thread = threading.Thread(target=http_server.serve_forever)
         thread.start()
-        yield http_server, paths
+        yield http_server, paths, settings
         http_server.shutdown()
         thread.join()
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
-def test_healthcheck_follows_readiness(server: tuple[HTTPServer, list[str]], status: int, healthy: bool) -> None:
-    http_server, paths = server
+def test_healthcheck_follows_readiness(
+    server: tuple[HTTPServer, list[str], dict[str, str]], status: int, healthy: bool
+) -> None:
+    http_server, paths, settings = server
     http_server.RequestHandlerClass.status = status  # pyright: ignore
     _, _, command = dict(lineage("cpu"))["HEALTHCHECK"].partition(" CMD ")
     program, *arguments = json.loads(command)
     assert program == "python"
     result = subprocess.run(
         [sys.executable, *arguments],
-        env={"LIPCERT_PORT": str(http_server.server_port)},
+        env=settings,
         capture_output=True,
         check=False,
         timeout=30,
@@ -184,7 +196,10 @@ def test_compose_service_is_confined(profile: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert [mount.split(":")[0] for mount in service["tmpfs"]] == ["/tmp"]
-    assert service["ports"] == ["${LIPCERT_PORT:-8000}:8000"]
+    assert service["ports"] == ["${BIND_ADDRESS:-127.0.0.1}:${LIPCERT_PORT:-8000}:8000"]
+    assert service["cpus"] == "${CPUS:-1}"
+    assert service["pids_limit"] == "${PIDS:-1024}"
+    assert service["mem_limit"] == ("${MEMORY:-2g}" if profile == "cpu" else "${MEMORY:-8g}")
     assert service["build"]["target"] == profile
     assert service["build"]["args"] == {"BASE_IMAGE": "${BASE_IMAGE:-python:3.11-slim}"}
     assert "user" not in service

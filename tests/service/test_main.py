@@ -62,9 +62,26 @@ def test_a_misspelt_setting_ends_it_with_status_2(
     assert only_error(caplog) == "LIPCERT_MODEL is not a setting of this server; did you mean LIPCERT_MODELS?"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("LIPCERT_API_KEYS", "ci predict", "LIPCERT_API_KEYS, line 1: it has 2 words"),
+        ("LIPCERT_API_KEYS", ";", "LIPCERT_API_KEYS has no key"),
+        ("LIPCERT_API_KEYS_FILE", "/nowhere/keys", "LIPCERT_API_KEYS_FILE='/nowhere/keys' cannot be read"),
+        ("LIPCERT_TLS_KEY", "/nowhere/key", "LIPCERT_TLS_CERTIFICATE and LIPCERT_TLS_KEY belong together"),
+    ],
+)
+def test_access_that_cannot_be_controlled_ends_it_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str, fault: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main([]) == 2
+    assert only_error(caplog).startswith(fault)
+
+
 @pytest.mark.parametrize("file", ["model.onnx", "card.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut short", "empty"])
-def test_a_missing_or_damaged_file_of_an_artefact_ends_it_and_is_named(
+def test_a_missing_or_damaged_file_of_the_default_model_ends_it_and_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, copy: Path, file: str, damage: str
 ) -> None:
     broken = copy / "grey" / file
@@ -72,12 +89,13 @@ def test_a_missing_or_damaged_file_of_an_artefact_ends_it_and_is_named(
     broken.unlink()
     if damage != "missing":
         broken.write_bytes(content[: len(content) // 2] if damage == "cut short" else b"")
+    monkeypatch.setenv("LIPCERT_DEFAULT_MODEL", "grey")
     monkeypatch.setenv("LIPCERT_MODELS", str(copy))
     assert main([]) == 1
     assert only_error(caplog).startswith(f"{broken}: ")
 
 
-def test_a_model_without_a_proof_ends_it_and_is_named(
+def test_a_default_model_without_a_proof_ends_it_and_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, copy: Path
 ) -> None:
     model_file, card_file = copy / "grey" / "model.onnx", copy / "grey" / "card.json"
@@ -90,6 +108,7 @@ def test_a_model_without_a_proof_ends_it_and_is_named(
     card = json.loads(card_file.read_text())
     card["graphs"]["model.onnx"] = digest(model_file.read_bytes())
     card_file.write_text(json.dumps(card))
+    monkeypatch.setenv("LIPCERT_DEFAULT_MODEL", "grey")
     monkeypatch.setenv("LIPCERT_MODELS", str(copy))
     assert main([]) == 1
     message = only_error(caplog)
@@ -97,14 +116,26 @@ def test_a_model_without_a_proof_ends_it_and_is_named(
     assert "Exp" in message
 
 
-def test_two_artefacts_of_one_name_end_it(
+def test_two_artefacts_with_the_name_of_the_default_model_end_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, copy: Path
 ) -> None:
     graphs = builders.linear(np.ones((2, 4)), np.zeros(2), (1, 2, 2))
     builders.write(copy / "another", graphs, "grey")
+    monkeypatch.setenv("LIPCERT_DEFAULT_MODEL", "grey")
     monkeypatch.setenv("LIPCERT_MODELS", str(copy))
     assert main([]) == 1
     assert "the name 'grey' is taken" in only_error(caplog)
+
+
+def test_in_strict_mode_any_broken_model_ends_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, copy: Path
+) -> None:
+    (copy / "colour" / "model.onnx").unlink()
+    monkeypatch.setenv("LIPCERT_MODELS", str(copy))
+    monkeypatch.setenv("LIPCERT_DEFAULT_MODEL", "grey")
+    monkeypatch.setenv("LIPCERT_STRICT", "1")
+    assert main([]) == 1
+    assert only_error(caplog).startswith(f"{copy / 'colour' / 'model.onnx'}: ")
 
 
 def test_an_unknown_default_model_ends_it_with_status_2(

@@ -73,6 +73,12 @@ def test_a_variable_like_no_other_is_refused_with_the_known_names(monkeypatch: p
         ("LIPCERT_PROCESSES", "257"),
         ("LIPCERT_LOG_LEVEL", "loud"),
         ("LIPCERT_GPU_MEMORY_BYTES", "-1"),
+        ("LIPCERT_RATE_PER_KEY", "-1"),
+        ("LIPCERT_RATE_BURST", "0"),
+        ("LIPCERT_TRUSTED_PROXIES", "10.0.0.1/8"),
+        ("LIPCERT_TRUSTED_PROXIES", "127.0.0.1, proxy"),
+        ("LIPCERT_CORS_ORIGINS", "https://example.org/path"),
+        ("LIPCERT_CORS_ORIGINS", "example.org"),
     ],
 )
 def test_an_invalid_value_is_refused_in_one_line_that_names_variable_and_value(

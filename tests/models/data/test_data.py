@@ -33,7 +33,7 @@ from models.data.published import (
 )
 from models.recipes import Augment, DataOptions
 
-NAMES = tuple(MNIST.md5)
+NAMES = tuple(MNIST.sha256)
 AUGMENT = Augment(rotation_degrees=10, scale=0.1, shear=0.1, shift_pixels=1.5, flip=True, crop_padding=2)
 
 
@@ -54,8 +54,8 @@ def small_set() -> dict[str, bytes]:
 
 
 def published(files: dict[str, bytes], *mirrors: str, like: Published = MNIST) -> Published:
-    md5 = {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in files.items()}
-    return replace(like, md5=md5, mirrors=mirrors)
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return replace(like, sha256=sha256, mirrors=mirrors)
 
 
 def write(folder: Path, files: dict[str, bytes], *, compressed: bool) -> None:
@@ -82,7 +82,7 @@ def test_idx_files_are_found_raw_or_compressed_in_both_folders(tmp_path: Path, c
 def test_wrong_content_is_refused_and_the_file_is_kept(tmp_path: Path) -> None:
     files = small_set()
     write(tmp_path, files, compressed=True)
-    with pytest.raises(DataError, match=r"md5 .* expected .*delete it"):
+    with pytest.raises(DataError, match=r"sha256 .* expected .*delete it"):
         load_idx(tmp_path, replace(MNIST, mirrors=()))
     assert (tmp_path / f"{NAMES[0]}.gz").exists()
 
@@ -138,7 +138,7 @@ def test_missing_files_are_downloaded_from_the_first_mirror_that_answers(
 def test_download_of_wrong_content_is_removed(tmp_path: Path, mirror: tuple[Path, str]) -> None:
     folder, address = mirror
     write(folder, small_set(), compressed=True)
-    with pytest.raises(DataError, match="md5"):
+    with pytest.raises(DataError, match="sha256"):
         load_idx(tmp_path / "data", replace(MNIST, mirrors=(address,)))
     assert not (tmp_path / "data" / "mnist" / f"{NAMES[0]}.gz").exists()
 
@@ -254,7 +254,7 @@ def small_cifar() -> dict[str, bytes]:
         name: pickle.dumps(
             {b"data": random.integers(0, 256, (10, 3072), np.uint8), b"labels": list(range(10))}, protocol=3
         )
-        for name in CIFAR10.md5
+        for name in CIFAR10.sha256
     }
 
 
@@ -296,7 +296,7 @@ def test_cifar10_with_a_file_missing_damaged_or_dangerous_is_refused(tmp_path: P
         (tmp_path / name).write_bytes(content)
     known = published(files, like=CIFAR10)
     (tmp_path / "data_batch_3").write_bytes(files["data_batch_3"][:-9])
-    with pytest.raises(DataError, match=r"data_batch_3 has md5 .* expected .*delete"):
+    with pytest.raises(DataError, match=r"data_batch_3 has sha256 .* expected .*delete"):
         load_cifar10(tmp_path, known)
     (tmp_path / "data_batch_3").unlink()
     with pytest.raises(DataError, match=r"has no data_batch_3: copy"):

@@ -8,6 +8,7 @@ import io
 import json
 import struct
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from fractions import Fraction
@@ -24,6 +25,7 @@ from PIL import Image
 from service.api.answers import radius_in_grey_levels
 from service.api.app import create_app
 from service.api.examples import SAMPLE_DIGIT
+from service.artefact.files import digest
 from service.errors import ArtefactError, SettingsError
 from service.inference.classifier import Classifier, Prediction, View
 from service.pixels.images import decode_image
@@ -103,7 +105,7 @@ def test_all_forms_and_the_batch_give_the_same_answer(client: Client, grey_HW: n
 def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_HW: np.ndarray) -> None:
     answer = FORMS["json"](client, grey_HW, {"epsilon": 0.5, "counterfactual": True}).json()
     assert set(answer) == {
-        *("model", "digest", "class_id", "label", "logits", "image", "certificate", "counterfactual"),
+        *("model", "digest", "card_digest", "class_id", "label", "logits", "image", "certificate", "counterfactual"),
         *("coverage", "set", "max_error", "decision"),
     }
     assert (answer["coverage"], answer["set"], answer["max_error"], answer["decision"]) == (None, None, None, None)
@@ -126,6 +128,7 @@ def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_
     assert answer["certificate"]["norm"] == "l2"
     assert answer["counterfactual"]["media_type"] == "image/png"
     assert answer["digest"].startswith("sha256:")
+    assert answer["card_digest"] == client.get("/models/grey").json()["card_digest"]
 
 
 def digest_of(image_CHW: np.ndarray) -> str:
@@ -451,12 +454,17 @@ def test_the_bytes_of_an_image_body_decide_its_format(client: Client, grey_HW: n
     assert response.status_code == 200
 
 
-def test_models_are_listed_with_what_is_proved_of_them(client: Client, classifiers: Mapping[str, Classifier]) -> None:
-    models = {model["name"]: model for model in client.get("/models").json()["models"]}
+def test_models_are_listed_with_what_is_proved_of_them(
+    client: Client, classifiers: Mapping[str, Classifier], zoo: Path
+) -> None:
+    answer = client.get("/models").json()
+    assert answer["broken"] == []
+    models = {model["name"]: model for model in answer["models"]}
     assert set(models) == set(classifiers)
     assert [name for name, model in models.items() if model["default"]] == ["grey"]
     for name, classifier in classifiers.items():
         assert models[name]["digest"] == classifier.digest
+        assert models[name]["card_digest"] == digest((zoo / name / "card.json").read_bytes())
         assert models[name]["labels"] == list(classifier.labels)
         assert models[name]["lipschitz_bound"] == classifier.certificate.lipschitz_bound
         assert models[name]["provider"] == "CPUExecutionProvider"
@@ -481,7 +489,9 @@ def test_without_its_default_model_the_server_lives_and_is_not_ready(client: Cli
     empty = Client(create_app(Settings(default_model="grey"), {}), client._runner)
     assert empty.get("/health/live").status_code == 200
     response = empty.get("/health/ready")
-    assert (response.status_code, response.json()) == (503, {"status": "not ready", "provider": None})
+    reasons = ["the default model grey is not loaded; see the log of the start"]
+    assert response.status_code == 503
+    assert response.json() == {"status": "not ready", "provider": None, "reasons": reasons}
     assert empty.get("/openapi.json").status_code == 200
 
 
@@ -504,6 +514,26 @@ def test_with_a_lost_gpu_the_server_lives_and_is_not_ready(
     response = app.get(path)
     assert response.status_code == 503
     assert answer.items() <= response.json().items()
+
+
+def test_with_a_stuck_worker_the_server_is_neither_ready_nor_live_and_says_why(
+    client: Client, classifiers: Mapping[str, Classifier]
+) -> None:
+    app = create_app(Settings(default_model="grey", stuck_s=0.05), classifiers)
+    stuck = Client(app, client._runner)
+    assert stuck.get("/health/live").json() == {"status": "live"}
+    app.state.service.batcher.beats[1] = time.monotonic(), "decoding", 0.0
+    until_s = time.monotonic() + 30
+    while stuck.get("/health/live").status_code == 200:
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+    reasons = ["a worker has been stuck for 0.05 s in decoding"]
+    assert stuck.get("/health/live").json() == {"status": "not live", "reasons": reasons}
+    ready = {"status": "not ready", "provider": "CPUExecutionProvider", "reasons": reasons}
+    assert stuck.get("/health/ready").json() == ready
+    for path, answer in (("/v2/health/live", {"live": False}), ("/v2/health/ready", {"ready": False})):
+        response = stuck.get(path)
+        assert (response.status_code, response.json()) == (503, answer)
 
 
 def test_metrics_count_requests_by_route_and_abstentions_by_model(

@@ -43,7 +43,11 @@ def test_the_server_and_its_models_describe_themselves(client: Client) -> None:
     assert [(output["name"], output["datatype"]) for output in model["outputs"]] == [
         (output["name"], output["datatype"]) for output in question_outputs
     ]
-    assert model["parameters"] == {"labels": ["class 0", "class 1", "class 2"], "provider": "CPUExecutionProvider"}
+    assert model["parameters"] == {
+        "labels": ["class 0", "class 1", "class 2"],
+        "card_digest": client.get("/models/grey").json()["card_digest"],
+        "provider": "CPUExecutionProvider",
+    }
     assert model["versions"] == [client.get("/models/grey").json()["digest"]]
 
 

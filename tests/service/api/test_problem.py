@@ -21,9 +21,9 @@ def test_every_domain_error_has_a_status_and_nothing_else_has() -> None:
     assert set(tree(errors.LipcertError)) == set(STATUS)
 
 
-def test_every_input_error_is_a_4xx_and_every_other_a_5xx() -> None:
+def test_every_error_of_the_client_is_a_4xx_and_every_other_a_5xx() -> None:
     for error, status in STATUS.items():
-        expected = 4 if issubclass(error, errors.InputError) else 5
+        expected = 4 if issubclass(error, errors.InputError | errors.AccessError) else 5
         assert status // 100 == expected, error.__name__
 
 

@@ -11,8 +11,10 @@ from builders import random_groupsort, write
 from fake_gpu import NO_KERNEL, FakeGpu
 
 from service.artefact.engines import lazy_engines, probe
+from service.artefact.files import MODEL_FILE
 from service.artefact.findings import Findings
 from service.artefact.verification import verify
+from service.artefact.verified_files import VerifiedFiles
 from service.errors import ArtefactError, ProviderError
 from service.runtime.provider import CPU, CUDA
 from service.runtime.session import GpuLimits
@@ -27,14 +29,19 @@ def findings(tmp_path: Path) -> Findings:
     return verify(tmp_path)
 
 
+@pytest.fixture
+def files(tmp_path: Path, findings: Findings) -> VerifiedFiles:
+    return VerifiedFiles(tmp_path, "test", {MODEL_FILE: findings.digest})
+
+
 def test_on_a_gpu_too_a_graph_is_loaded_when_it_is_first_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, findings: Findings
+    monkeypatch: pytest.MonkeyPatch, files: VerifiedFiles, findings: Findings
 ) -> None:
     gpu = FakeGpu().install(monkeypatch)
-    model, gradient = lazy_engines(tmp_path, findings, "cuda", 1, GpuLimits(batch=4, memory_bytes=5_000_000))
+    model, gradient = lazy_engines(files, findings, "cuda", 1, GpuLimits(batch=4, memory_bytes=5_000_000))
     assert (model.provider, gradient.provider) == (CUDA, CUDA)
     assert gpu.opened == []
-    on_cpu, _ = lazy_engines(tmp_path, findings, "cpu", 1)
+    on_cpu, _ = lazy_engines(files, findings, "cpu", 1)
     assert on_cpu.provider == CPU
     np.testing.assert_array_equal(
         model.run(["logits"], {"image": IMAGE})[0], on_cpu.run(["logits"], {"image": IMAGE})[0]
@@ -57,10 +64,10 @@ def test_both_graphs_are_compared_on_an_image_with_every_grey_level(findings: Fi
 
 @pytest.mark.parametrize(("offset", "refused"), [(0.0, False), (1e-9, True)])
 def test_a_gpu_whose_logits_are_outside_the_proved_error_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, findings: Findings, offset: float, refused: bool
+    monkeypatch: pytest.MonkeyPatch, files: VerifiedFiles, findings: Findings, offset: float, refused: bool
 ) -> None:
     FakeGpu(offset=offset).install(monkeypatch)
-    model, gradient = lazy_engines(tmp_path, findings, "cuda", 1, GpuLimits(batch=1))
+    model, gradient = lazy_engines(files, findings, "cuda", 1, GpuLimits(batch=1))
     inputs = {"image": IMAGE, "margin_weights": WEIGHTS}
     for engine, names in ((model, ["image"]), (gradient, inputs)):
         refusal = pytest.raises(ProviderError, match=r"model\.onnx: .* no radius would hold")
@@ -69,23 +76,23 @@ def test_a_gpu_whose_logits_are_outside_the_proved_error_is_refused(
 
 
 def test_a_gpu_that_computes_nan_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, findings: Findings
+    monkeypatch: pytest.MonkeyPatch, files: VerifiedFiles, findings: Findings
 ) -> None:
     FakeGpu(offset=float("nan")).install(monkeypatch)
-    model, _ = lazy_engines(tmp_path, findings, "cuda", 1, GpuLimits(batch=1))
+    model, _ = lazy_engines(files, findings, "cuda", 1, GpuLimits(batch=1))
     with pytest.raises(ProviderError, match="no radius would hold"):
         model.run(["logits"], {"image": IMAGE})
 
 
 def test_a_failure_of_the_gpu_names_the_file_and_blames_the_provider(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, findings: Findings
+    monkeypatch: pytest.MonkeyPatch, files: VerifiedFiles, findings: Findings
 ) -> None:
     FakeGpu(open_failure=NO_KERNEL).install(monkeypatch)
-    model, _ = lazy_engines(tmp_path, findings, "cuda", 1)
+    model, _ = lazy_engines(files, findings, "cuda", 1)
     with pytest.raises(ProviderError, match=r"model\.onnx: the GPU does not run a graph that the CPU runs"):
         model.run(["logits"], {"image": IMAGE})
 
 
 def test_findings_with_a_fault_give_no_engines(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="missing"):
-        lazy_engines(tmp_path, verify(tmp_path), "cpu", 1)
+        lazy_engines(VerifiedFiles(tmp_path, "test", {}), verify(tmp_path), "cpu", 1)

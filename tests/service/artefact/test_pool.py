@@ -81,6 +81,29 @@ def test_a_process_that_is_killed_is_an_error_that_says_so(folders: list[Path]) 
         assert caught.value.file == folders[0]
 
 
+def test_a_model_that_ends_its_process_takes_no_other_along(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if the system had killed it at the second of three models, because the memory is too small.
+    deadly = (
+        "import os, service.artefact.verification as module; verify = module.verify; module.verify = lambda folder, "
+        f"limits: os._exit(9) if folder.name == {folders[1].name!r} else verify(folder, limits); from service"
+    )
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        pools.subprocess,
+        "Popen",
+        lambda command, **options: popen([*command[:2], command[2].replace("from service", deadly, 1)], **options),
+    )
+    with VerifierPool(1) as pool:
+        pool.start(folders)
+        pool.findings(folders[0]).facts()
+        with pytest.raises(ArtefactError, match="ended before it was done") as caught:
+            pool.findings(folders[1])
+        assert caught.value.file == folders[1]
+        pool.findings(folders[2]).facts()
+
+
 def test_no_process_is_left_when_the_work_is_done(folders: list[Path]) -> None:
     before = children_of(os.getpid())  # of other tests, such as a resource tracker
     with VerifierPool(3) as pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from fractions import Fraction
@@ -172,6 +173,11 @@ FAILED: dict[str, tuple[Callable[[Json], object], list[str]]] = {
 
 UNDECIDED: dict[str, tuple[Callable[[Json], object], list[str]]] = {
     "digest": (lambda a: a.update(digest=digest(b"")), ["digest: the answer is of sha256:e3b0c442"]),
+    "digest of another card": (
+        lambda a: a.update(card_digest=digest(b"")),
+        ["card_digest: the answer is of sha256:e3b0c442"],
+    ),
+    "no digest of a card": (lambda a: a.update(card_digest=None), ["card_digest: the answer is of None"]),
     "norm": (certificate(norm="linf"), ["norm: 'linf' is not audited, l2 is"]),
     "no image": (lambda a: a.update(image=None), ["image: the answer does not name its image"]),
     "counterfactual that is not reached": (found(reached=False), ["counterfactual.reached: false with another class"]),
@@ -206,6 +212,33 @@ def test_a_change_that_nothing_contradicts_is_undecided(archived: Archived, tmp_
     assert len(verdict.undecided) == len(reasons), verdict.lines
     for line, reason in zip(verdict.undecided, reasons, strict=True):
         assert line.startswith(reason), verdict.lines
+
+
+def test_labels_that_are_forged_in_answer_and_card_do_not_hold(archived: Archived, tmp_path: Path) -> None:
+    folder = tmp_path / archived.artefact.name
+    shutil.copytree(archived.artefact, folder)
+    card = json.loads((folder / "card.json").read_text())
+    card["labels"][archived.answer["class_id"]] = "forged"
+    (folder / "card.json").write_text(json.dumps(card))
+    verdict = archived.check(tmp_path, archived.changed(label="forged"), artefact=folder)
+    assert verdict.conclusion is Conclusion.UNDECIDED
+    assert [line.partition(":")[0] for line in verdict.undecided] == ["card_digest"]
+    # Whoever writes the digest of the forged card, too, has another card than the archived one.
+    of_it = archived.changed(label="forged", card_digest=digest((folder / "card.json").read_bytes()))
+    verdict = archived.check(tmp_path, of_it)
+    assert verdict.conclusion is Conclusion.DOES_NOT_HOLD
+    assert [line.partition(":")[0] for line in (*verdict.failed, *verdict.undecided)] == ["label", "card_digest"]
+
+
+def test_an_answer_of_a_version_that_named_no_card_holds_and_the_report_says_so(
+    archived: Archived, tmp_path: Path
+) -> None:
+    older = deepcopy(archived.answer)
+    del older["card_digest"]
+    verdict = archived.check(tmp_path, older)
+    assert verdict.conclusion is Conclusion.HOLDS
+    assert verdict.proof.endswith("its labels are those of the card that was named: answers of its version name none")
+    assert "card" not in archived.check(tmp_path).proof
 
 
 def test_another_image_does_not_hold(archived: Archived, grey_HW: np.ndarray, tmp_path: Path) -> None:
@@ -255,7 +288,7 @@ def stays_true(path: tuple[str | int, ...], value: Any, other: Any) -> bool:
     if path == ("certificate", "references"):
         # Their order means nothing.
         return other == value[::-1]
-    if path[0] in ("coverage", "set", "max_error", "decision") and value is None:
+    if path == ("card_digest",) or (path[0] in ("coverage", "set", "max_error", "decision") and value is None):
         # Answers of earlier versions do not have them.
         return other is DELETED
     return path == ("counterfactual",) and other in (None, DELETED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 from audit_cases import derived, rational
 from onnx import TensorProto, helper, numpy_helper
+from outside_weights import OUTSIDE, write_numbers
 from random_graphs import GraphBuilder
 
 from service.audit.balls import NotAuditableError
@@ -157,10 +159,6 @@ def second_input(model: onnx.ModelProto) -> None:
     model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.DOUBLE, [1]))
 
 
-def external(model: onnx.ModelProto) -> None:
-    model.graph.initializer[0].data_location = TensorProto.EXTERNAL
-
-
 def local_function(model: onnx.ModelProto) -> None:
     node = helper.make_node("Relu", ["x"], ["y"])
     model.functions.append(helper.make_function("own", "F", ["x"], ["y"], [node], [helper.make_opsetid("", 18)]))
@@ -185,7 +183,6 @@ def old_opset(model: onnx.ModelProto) -> None:
 
 MODELS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "a second input": (second_input, "exactly one input, the image, and one output"),
-    "weights in another file": (external, "weights are stored outside the file"),
     "a local function": (local_function, "local functions or sparse weights"),
     "a weight that is NaN": (not_a_number, "a weight that is NaN or infinite"),
     "half precision": (half_precision, "the input must be float64 or float32"),
@@ -205,3 +202,13 @@ def test_a_model_that_is_not_read_is_refused_with_its_reason(name: str) -> None:
 def test_bytes_that_are_no_model_are_refused() -> None:
     with pytest.raises(NotAuditableError, match="not a valid ONNX model"):
         read_graph(b"\x08\x07onnx")
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_a_tensor_outside_the_file_is_refused_wherever_it_is_named(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_numbers(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotAuditableError, match="stored outside the file"):
+        read_graph(OUTSIDE[place]().SerializeToString())

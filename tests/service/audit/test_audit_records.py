@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -131,4 +132,24 @@ def test_an_artefact_without_one_of_its_files_is_named(archived: Archived, tmp_p
     folder = Path(shutil.copytree(archived.artefact, tmp_path / "artefact"))
     (folder / file).unlink()
     with pytest.raises(KeptError, match=rf"{file}: there is no such file; name the folder with model\.onnx"):
+        archived.check(tmp_path, artefact=folder)
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": Path.mkdir,
+    "larger than any artefact": lambda path: (path.touch(), os.truncate(path, 2**40)),
+}
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "card.json"])
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_file_of_an_artefact_is_refused_at_once(
+    archived: Archived, tmp_path: Path, kind: str, file: str
+) -> None:
+    folder = Path(shutil.copytree(archived.artefact, tmp_path / "artefact"))
+    (folder / file).unlink()
+    ODD[kind](folder / file)
+    with pytest.raises(KeptError, match=rf"{file}: is no regular file of at most .* bytes; name the folder with"):
         archived.check(tmp_path, artefact=folder)

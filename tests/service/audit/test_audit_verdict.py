@@ -182,8 +182,8 @@ def test_a_changed_artefact_leaves_the_answer_undecided(archived: Archived, tmp_
 
 def test_every_operator_without_a_rule_is_named(archived: Archived, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(archived.artefact, tmp_path / "artefact"))
-    digest = append_operators(folder, "Sin", "Neg", "ThresholdedRelu")
-    answer = archived.changed(digest=digest, counterfactual=None)
+    digests = append_operators(folder, "Sin", "Neg", "ThresholdedRelu")
+    answer = archived.changed(**digests, counterfactual=None)
     assert undecided(archived.check(tmp_path, answer, artefact=folder)) == [
         f"class, logits and radius: {operator} '{operator.lower()}': {refusal(operator)}"
         for operator in ("Sin", "ThresholdedRelu")

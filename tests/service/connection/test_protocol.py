@@ -10,7 +10,7 @@ from fake_connection import Held, Wire, scenario
 from live_server import echo, respond
 
 from service.connection.limits import ConnectionLimits
-from service.connection.protocol import Connection
+from service.connection.protocol import Connection, connection_class
 
 HOST = b"Host: a\r\n"
 GET = b"GET /next HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -215,11 +215,10 @@ async def test_input_after_a_refusal_is_dropped_for_ten_seconds_at_most() -> Non
 async def test_input_after_a_refusal_is_bounded() -> None:
     wire = Wire(LIMITS)
     await wire.send(b"GET / HTTP/1.1\r\n\r\n")
-    megabyte = bytes(1024 * 1024)
-    for _ in range(64):
-        await wire.send(megabyte)
+    piece = bytes(64 * 1024 * 1024)
+    await wire.send(*[piece] * 4)
     assert wire.transport.end is None
-    await wire.send(megabyte)
+    await wire.send(b"x")
     assert wire.transport.end == "aborted"
 
 
@@ -337,6 +336,29 @@ async def test_a_server_that_stops_answers_and_waits_a_moment_for_one_more_reque
     assert silent.transport.end is None
     await silent.wait(1)
     assert silent.transport.end == "closed"
+
+
+@scenario
+async def test_connections_that_come_after_the_stop_are_answered_once() -> None:
+    cls = connection_class(LIMITS)
+    cls.stops = True
+    wire = Wire(connections=cls)
+    await wire.send(GET)
+    assert (wire.statuses, wire.answers[0].headers["connection"]) == ([200], "close")
+    assert wire.transport.end == "closed"
+
+
+@scenario
+async def test_a_closed_connection_does_not_wait_for_ever_for_the_client_to_close() -> None:
+    """As of TLS: `close` sends a notification first, and waits for that of the client."""
+    wire = Wire(LIMITS)
+    closing: list[bool] = []
+    wire.transport.close = lambda: closing.append(True)  # type: ignore[method-assign]
+    wire.transport.is_closing = lambda: bool(closing)  # type: ignore[method-assign]
+    await wire.send(GET)
+    await wire.wait(76)
+    assert closing
+    assert wire.transport.end == "aborted"
 
 
 @scenario

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -321,5 +322,48 @@ def test_pipelined_requests_are_answered_in_order_and_bounded() -> None:
         await patient.send(*requests)
         assert [answer.json["path"] for answer in patient.answers] == [f"/{number}" for number in range(50)]
         assert not patient.is_over
+
+    asyncio.run(run())
+
+
+MESSAGES = [
+    GET,
+    b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nabcde",
+    b"POST /b HTTP/1.1\r\nHost: a\r\n" + CHUNKED + b"\r\n3;x=y\r\nabc\r\n0\r\nT: u\r\n\r\n",
+    b"POST /c HTTP/1.1\r\nHost: a\r\n" + UPGRADES[0] + b"Content-Length: 3\r\n\r\nabc",
+    b"GET /d HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    b"HEAD /e HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n",
+]
+
+
+@settings(max_examples=300)
+@given(
+    messages=st.lists(st.sampled_from(MESSAGES), min_size=1, max_size=3),
+    changes=st.lists(
+        st.tuples(st.integers(0, 500), st.sampled_from([*b"\r\n\x00 :,;aZ0/\xff"]), st.booleans()), max_size=3
+    ),
+    places=st.lists(st.integers(0, 600), max_size=5),
+)
+def test_damaged_requests_get_the_same_statuses_whatever_the_packets(
+    messages: list[bytes], changes: list[tuple[int, int, bool]], places: list[int]
+) -> None:
+    data = bytearray(b"".join(messages))
+    for place, byte, replaces in changes:
+        at = place % len(data)
+        data[at : at + replaces] = bytes([byte])
+
+    async def statuses(*pieces: bytes) -> list[int]:
+        wire = Wire()
+        await wire.send(*pieces)
+        await wire.eof()
+        assert wire.is_over
+        assert b" 500 " not in wire.transport.written
+        # The first of a packet decides whether a method is unknown (501) or the request is not valid (400).
+        found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", wire.transport.written)]
+        return [400 if status == 501 else status for status in found]
+
+    async def run() -> None:
+        assert await statuses(bytes(data)) == await statuses(*cut(bytes(data), places))
 
     asyncio.run(run())

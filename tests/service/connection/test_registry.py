@@ -121,6 +121,22 @@ async def test_every_connection_is_looked_at_once_in_a_tick_and_the_clock_stops_
         await asyncio.sleep(TICK_S / 10)
 
 
+@scenario
+async def test_a_connection_that_fails_is_closed_and_stops_no_other() -> None:
+    cls = connection_class(served(100))
+    wires = [Wire(connections=cls, has_clock=True) for _ in range(17)]
+    wires[0].transport.get_write_buffer_size = lambda: 1 // 0  # type: ignore[method-assign]
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + 20
+    while min(wire.protocol.ticks for wire in wires[1:]) < 2:
+        assert loop.time() < until_s
+        await asyncio.sleep(TICK_S / 10)
+    assert wires[0].transport.end == "aborted"
+    for wire in wires[1:]:
+        wire.transport.close()
+    await wires[0].settle()
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "connections", "raised"),
     [

@@ -96,6 +96,15 @@ def test_a_head_of_200_mb_is_refused_at_the_limit(server: LiveServer) -> None:
         sending.join(PATIENCE_S)
 
 
+def test_a_client_that_sends_200_mb_of_headers_before_it_reads_is_told(server: LiveServer) -> None:
+    with server.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX: ")
+        for _ in range(200):
+            client.sendall(b"a" * 1_000_000)
+        [answer] = parse_answers(read_all(client))
+    assert "LIPCERT_MAX_HEAD_BYTES" in answer.problem
+
+
 def test_a_client_that_has_closed_its_side_is_answered(server: LiveServer) -> None:
     [answer] = server.exchange(GET)
     assert answer.json["path"] == "/a"

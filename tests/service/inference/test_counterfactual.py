@@ -167,7 +167,7 @@ def test_search_aims_at_a_margin_of_which_the_other_class_is_certain(n_outputs: 
     # A twentieth of the median margin of the images.
     error = float(np.median([one.radius * one.lipschitz_bound for one in exact.predict(images)])) / 80.0
     certificate = replace(exact.certificate, logit_error=error)
-    rounding = Classifier(exact.card, exact.digest, certificate, exact._model, exact._transport)
+    rounding = Classifier(exact.card, exact.files, certificate, exact._model, exact._transport)
     predictions = rounding.predict(images)
     answers = rounding.counterfactual(images, predictions, [None] * 40)
     check_invariants(rounding, images, predictions, answers, None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from outside_weights import OUTSIDE, write_numbers
 from random_graphs import GraphBuilder
 
 from service.network.limits import LARGEST_CONSTANT, LARGEST_TENSOR
@@ -268,3 +270,14 @@ def test_the_specification_knows_each_version_that_a_lowering_reads() -> None:
     for kind, entry in LOWERINGS.items():
         versions = {version for name, version in known if name == kind}
         assert entry.versions & versions, kind
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_a_tensor_outside_the_file_is_refused_wherever_it_is_named(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_numbers(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert "is stored outside the file, where its digest does not reach" in reasons(
+        OUTSIDE[place]().SerializeToString()
+    )

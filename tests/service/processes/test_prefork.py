@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import mmap
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +27,7 @@ from service.api.app import limits_of
 from service.errors import PortError, SettingsError
 from service.inference.classifier import Classifier
 from service.processes import serving
-from service.processes.prefork import bind, listen
+from service.processes.prefork import Watch, bind, listen
 from service.runtime import provider
 from service.runtime.cpus import usable_cpus
 from service.settings import Settings, Threads
@@ -236,6 +238,37 @@ def test_each_process_holds_its_own_socket_and_not_the_life_of_the_others(shared
     assert not lifelines & (pipes_of(one, os.O_WRONLY) | pipes_of(other, os.O_WRONLY))
 
 
+# With two threads in an inference a process loads the default model itself, with one it inherits the loaded model.
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_replacement_of_a_process_refuses_an_artefact_that_has_changed(
+    zoo: Path, tmp_path: Path, threads: int
+) -> None:
+    models = Path(shutil.copytree(zoo, tmp_path / "models"))
+    with Servers(models, tmp_path) as servers:
+        server = servers(threads=threads)
+        server.wait_ready()
+        path = models / "grey" / "model.onnx"
+        content = path.read_bytes()
+        path.write_bytes(b"another model")
+        wait_until(lambda: server.count("model grey: ") == 2)
+        os.kill(server.children[0], signal.SIGKILL)
+        server.wait_ready(processes=3)
+        wait_until(lambda: server.count("model grey: ") == 3)
+        for _ in range(10):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            with contextlib.closing(connection):
+                connection.request("POST", "/predict", npy(image()), _HEADERS)
+                answer = connection.getresponse()
+                assert answer.status == 503
+                assert json.loads(answer.read())["type"] == "urn:problem-type:lipcert:artefact-changed"
+        assert server.count("model grey: ") == 3
+        path.write_bytes(content)
+        wait_until(lambda: server.count("are again those that were verified") == 2)
+        assert len({pid for pid, _ in server.ask_all("/predict", npy(image()))}) == 2
+        server.process.terminate()
+        server.assert_ended_well("ended with")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_another_server_does_not_share_the_port(shared: Server, servers: Servers, processes: int) -> None:
     another = servers(port=shared.port, processes=processes)
@@ -400,6 +433,35 @@ def test_processes_that_keep_ending_or_cannot_start_are_started_with_pauses_unti
     assert sum("ended with exit status 3" in line for line in log) == 3
     assert sum("no server process can be started (Resource" in line for line in log) == (refused > 0)
     assert started_s[3] - started_s[0] > 2 * 0.2
+
+
+def test_a_process_hangs_only_in_seconds_in_which_its_parent_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("service.processes.prefork.time.monotonic", lambda: now_s)
+    beats = mmap.mmap(-1, 2)
+    watch = Watch(beats)
+    watch.add(0)
+    watch.add(1)
+
+    def look(seconds: int, *beating: int) -> list[int]:
+        nonlocal now_s
+        hung: list[int] = []
+        for _ in range(seconds):
+            now_s += 1.0
+            for number in beating:
+                beats[number] = beats[number] % 255 + 1
+            hung += watch.hung([0, 1])
+        return hung
+
+    # Process 1 starts for longer than a process that beats may hang.
+    assert look(100, 0) == []
+    assert look(1, 0, 1) == []
+    now_s += 3600.0
+    assert look(9, 0) == []
+    assert look(3, 0) == [1]
+    watch.add(1)
+    assert look(290, 0) == []
+    assert look(20, 0) == [1]
 
 
 def test_0_takes_a_process_for_each_cpu() -> None:
