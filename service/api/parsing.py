@@ -18,7 +18,8 @@ from service.api.body import FORM, JSON, NPY, Head
 from service.api.encoded import ArrayBatch, ArrayImage, EncodedBatch, EncodedImage
 from service.api.forms import parse_form
 from service.api.schema import NO_OPTIONS, BatchRequest, Expected, Options, PredictRequest
-from service.errors import MalformedBodyError, OptionError, TooManyValuesError, UnknownOptionError, quoted, shortened
+from service.errors import MalformedBodyError, OptionError, TooManyValuesError, UnknownOptionError
+from service.errors.quotations import quoted, shortened
 
 Wire = TypeVar("Wire", bound=BaseModel)
 Query = Sequence[tuple[str, str]]

@@ -126,7 +126,7 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
             settings.log_level,
             is_lost,
             Ending(settings.drain_s, settings.grace_s, settings.processes == 1, beat),
-            connections=connection_class(limits_of(settings)),
+            connections=connection_class(limits_of(settings), app.state.refuse),
             tls=None if certificate is None else certificate.context(),
             trusted_proxies=list_of(settings.trusted_proxies),
         )

@@ -8,6 +8,7 @@
       │   ├─ HeadTooLargeError           bytes or number of headers, or framing of a chunked body
       │   ├─ TargetTooLongError
       │   ├─ TooSlowError                the client stopped sending in the middle of a request
+      │   ├─ ClientGoneError
       │   ├─ EmptyBodyError
       │   ├─ BodyTooLargeError
       │   ├─ MediaTypeError
@@ -59,31 +60,12 @@ an HTTP status.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import accumulate
 from pathlib import Path
 
-_QUOTED = 100
-_LISTED = 1000
+from service.errors.quotations import listed, quoted
+
 _LINE = 500
 """Characters of the reason why a model is not served."""
-
-
-def shortened(text: object) -> str:
-    """Return a text of a client as a message quotes it: its first 100 characters."""
-    shown = str(text)
-    return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}..."
-
-
-def quoted(text: object) -> str:
-    """Return a text of a client, shortened and in quotation marks, control characters escaped."""
-    return repr(shortened(text))
-
-
-def listed(names: Iterable[object]) -> str:
-    """Return names of this server, separated by commas, as far as some 1,000 characters reach."""
-    texts = [str(name) for name in names]
-    shown = sum(end <= _LISTED for end in accumulate(len(text) + 2 for text in texts))
-    return ", ".join(texts[:shown]) + (f" and {len(texts) - shown} more" if shown < len(texts) else "")
 
 
 class LipcertError(Exception):
@@ -288,17 +270,31 @@ class CalibrationError(InputError):
 
 
 class BusyError(LipcertError):
-    """The request is valid, and the server has no capacity for it now; a retry may succeed."""
+    """The request is valid, and the server has no capacity for it now; a retry may succeed.
+
+    Attributes:
+        retry_after_s: seconds after which.
+    """
+
+    retry_after_s: int = 1
 
 
 class OverloadedError(BusyError):
-    """The limit of concurrent requests, or of the bytes of their bodies, is reached."""
+    """The request would wait too long, or a limit of concurrent requests or of the bytes of their bodies is reached."""
 
-    def __init__(self, requests: int) -> None:
+    def __init__(self, settings: str, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
         super().__init__(
-            f"the server is at its limit with {requests} requests in progress; retry after a pause (the operator can "
-            "raise LIPCERT_MAX_REQUESTS or LIPCERT_MAX_WAITING_BYTES)"
+            f"the server has more requests than it can answer soon; retry after {retry_after_s} s (the operator can "
+            f"raise {settings})"
         )
+
+
+class ClientGoneError(InputError):
+    """The client has closed the connection before its request was answered; nobody reads this."""
+
+    def __init__(self) -> None:
+        super().__init__("the client has closed the connection; keep it open until the answer")
 
 
 class TooManyConnectionsError(BusyError):
