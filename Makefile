@@ -32,12 +32,14 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 OTHERS := .venv-libraries
 # Servers that are measured beside this one.
 PEERS := .venv-peers
+# Fuzzers: their libraries need other versions than the tests.
+FUZZ := .venv-fuzz
 
 # ONNX Runtime otherwise sends usage reports to its vendor.
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence bench lock sbom advisories image clean
+.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis bench lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -99,6 +101,14 @@ evidence: $(VENV)/test $(VENV)/project  ## write and check the evidence folder o
 	rm -rf build/evidence
 	set -e; for model in models/zoo/*; do $(RUN) -m lipcert evidence $$model --out build/evidence/$${model##*/}; done
 
+fuzz: SECONDS ?= 60
+fuzz: $(FUZZ)/installed  ## search for inputs that the product neither answers nor refuses (SECONDS=60 for each target)
+	$(FUZZ)/bin/python tests/fuzz/run.py --seconds $(SECONDS) $(TARGETS)
+
+schemathesis: CASES ?= 1000
+schemathesis: $(FUZZ)/installed  ## compare the running server with its OpenAPI document (CASES=1000 for each operation)
+	$(FUZZ)/bin/python tests/fuzz/schema.py --cases $(CASES)
+
 bench: DATA ?= data
 bench: $(PEERS)/installed $(PEERS)-mlserver/installed $(PEERS)-triton/installed $(VENV)/test $(VENV)/project  ## measure the service beside ONNX Runtime alone and other servers (wrk; MNIST in DATA=DIR; half an hour), write benchmarks/RESULTS.md and its plots
 	$(RUN) -m benchmarks.serving --data $(DATA) --write
@@ -131,8 +141,8 @@ advisories: $(SUPPLY)/installed  ## look up the locked libraries among the known
 image:  ## build the container image lipcert:cpu (or lipcert:gpu with ACCELERATOR=gpu)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target $(ACCELERATOR) --tag lipcert:$(ACCELERATOR) .
 
-clean:  ## remove .venv, .venv-libraries, .venv-peers*, .venv-supply and caches
-	rm -rf $(VENV) $(OTHERS) $(PEERS) $(PEERS)-* $(SUPPLY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, .venv-libraries, .venv-fuzz, .venv-peers*, .venv-supply and caches
+	rm -rf $(VENV) $(OTHERS) $(FUZZ) $(PEERS) $(PEERS)-* $(SUPPLY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find benchmarks lipcert models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:
@@ -168,6 +178,12 @@ $(OTHERS)/installed: benchmarks/libraries/requirements.txt
 $(SUPPLY)/installed: Makefile
 	$(PYTHON) -m venv --clear $(SUPPLY)
 	$(SUPPLY)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(AUDITORS)
+	@touch $@
+
+$(FUZZ)/installed: tests/fuzz/requirements.txt requirements/serve-cpu.txt
+	$(PYTHON) -m venv --clear $(FUZZ)
+	$(FUZZ)/bin/python -m pip --disable-pip-version-check --no-input install --require-hashes --only-binary :all: -r requirements/serve-cpu.txt
+	$(FUZZ)/bin/python -m pip --disable-pip-version-check --no-input install -r $<
 	@touch $@
 
 # A server that cannot be installed here is left out of the tables, which say so; the next call tries again.

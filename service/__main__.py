@@ -30,6 +30,7 @@ from types import FrameType
 from service.access.scopes import PREDICT, SCOPES
 from service.artefact.pool import VerifierPool
 from service.errors import ImportRefusedError, KeptError, LipcertError, SettingsError
+from service.logs import FORMAT, limit_logs
 from service.processes.serving import run_server
 from service.runtime.cpus import usable_cpus
 
@@ -42,7 +43,7 @@ _RETRY_S = 0.005
 def main(arguments: Sequence[str] | None = None, program: str = "python -m service") -> int:
     """Run a command; without one, serve. Return the exit status."""
     chosen = _parser(program).parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(format=FORMAT, level=logging.INFO, stream=sys.stderr)
     try:
         return chosen.run(chosen)
     except (SettingsError, KeptError) as error:
@@ -230,6 +231,7 @@ def _serve(_: argparse.Namespace) -> int:
     if importlib.util.find_spec("onnxruntime") is None:
         _log.error("serving needs onnxruntime, which is not installed: `pip install 'lipcert[cpu]'`, or [gpu]")
         return 1
+    limit_logs()
     stopped = False
 
     def stop(signal_number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,8 @@
       │   ├─ BodyTooLargeError
       │   ├─ MediaTypeError
       │   ├─ MalformedBodyError          not JSON, not multipart, a part missing or repeated
+      │   ├─ TooManyValuesError          a JSON body has more values than the route needs
+      │   ├─ TooCostlyError              reading the body exceeds the limits of processor time or memory
       │   ├─ OptionError                 the value of an option is invalid
       │   │   └─ UnknownOptionError
       │   ├─ Base64Error
@@ -60,8 +62,34 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+_QUOTED = 100
+_LISTED = 1000
 _LINE = 500
 """Characters of the reason why a model is not served."""
+
+
+def shortened(text: object) -> str:
+    """Return a text of a client as a message quotes it: its first 100 characters."""
+    shown = str(text)
+    return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}..."
+
+
+def quoted(text: object) -> str:
+    """Return a text of a client, shortened and in quotation marks, control characters escaped."""
+    return repr(shortened(text))
+
+
+def listed(names: Iterable[object]) -> str:
+    """Return names of this server, separated by commas, as far as some 1,000 characters reach."""
+    shown: list[str] = []
+    hidden = length = 0
+    for name in map(str, names):
+        length += len(name) + 2
+        if length <= _LISTED:
+            shown.append(name)
+        else:
+            hidden += 1
+    return ", ".join(shown) + (f" and {hidden} more" if hidden else "")
 
 
 class LipcertError(Exception):
@@ -122,15 +150,35 @@ class MediaTypeError(InputError):
     """The Content-Type is missing or not supported by the route."""
 
     def __init__(self, content_type: str | None, accepted: Iterable[str]) -> None:
-        got = (
-            f"Content-Type {content_type!r} is not supported" if content_type else "the Content-Type header is missing"
-        )
+        got = f"Content-Type {quoted(content_type)} is not supported"
+        if not content_type:
+            got = "the Content-Type header is missing"
         self.accepted = tuple(accepted)
         super().__init__(f"{got}; send one of: {', '.join(self.accepted)}")
 
 
 class MalformedBodyError(InputError):
     """The body cannot be parsed as its Content-Type."""
+
+
+class TooManyValuesError(InputError):
+    """A JSON body has more values than the route needs."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"the JSON has more values than this route needs, at most {limit}; send fewer images in one request (the "
+            "operator can raise LIPCERT_MAX_BATCH or LIPCERT_MAX_PIXELS)"
+        )
+
+
+class TooCostlyError(InputError):
+    """Reading the body takes more processor time or memory than any plain file of its size, or crashes a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "reading this body exceeds the limits of this server for processor time or memory, or crashes its decoder; "
+            "save the image again as a plain PNG and send that"
+        )
 
 
 class OptionError(InputError):
@@ -141,8 +189,8 @@ class UnknownOptionError(OptionError):
     """A field is not an option; the message lists the options."""
 
     def __init__(self, names: Iterable[str], known: Iterable[str], where: str) -> None:
-        unknown = ", ".join(repr(name) for name in names)
-        super().__init__(f"unknown field {unknown} in the {where}; known fields: {', '.join(known)}")
+        unknown = ", ".join(quoted(name) for name in names)
+        super().__init__(f"unknown field {unknown} in the {where}; known fields: {listed(known)}")
 
 
 class Base64Error(InputError):
@@ -221,14 +269,14 @@ class UnknownModelError(InputError):
     """No served model has this name."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        super().__init__(f"there is no model {name!r}; available models: {', '.join(sorted(known))}")
+        super().__init__(f"there is no model {quoted(name)}; available models: {listed(sorted(known))}")
 
 
 class UnknownLabelError(InputError):
     """The target is not a label of the model."""
 
     def __init__(self, label: str, labels: Iterable[str]) -> None:
-        super().__init__(f"target {label!r} is not a label of the model; its labels are: {', '.join(labels)}")
+        super().__init__(f"target {quoted(label)} is not a label of the model; its labels are: {listed(labels)}")
 
 
 class TargetIsPredictedClassError(InputError):
@@ -236,8 +284,8 @@ class TargetIsPredictedClassError(InputError):
 
     def __init__(self, label: str) -> None:
         super().__init__(
-            f"target {label!r} is already the predicted class of the image; choose another label, or omit target to "
-            "get the nearest other class"
+            f"target {quoted(label)} is already the predicted class of the image; choose another label, or omit target "
+            "to get the nearest other class"
         )
 
 

@@ -115,7 +115,7 @@ class KeyRing:
             )
 
     async def find(self, sent: bytes) -> Key | None:
-        """Return the stored key to which a key that a client sent belongs, or None."""
+        """Return the stored key to which a key that a client sent belongs; null if it belongs to no key."""
         if self._watch.has_changed():
             self._read_again()
         digest = hashlib.blake2b(sent, key=self._pepper, digest_size=32).digest()

@@ -46,7 +46,7 @@ class Access:
 
 
 def access_of(settings: Settings) -> Access | None:
-    """Return keys and limits of the settings, or None if there are no such settings.
+    """Return keys and limits of the settings; null without such settings.
 
     Called before processes are forked, which then share the limits.
 
@@ -64,7 +64,7 @@ def access_of(settings: Settings) -> Access | None:
 
 
 def scope_of(path: str) -> str | None:
-    """Return the scope that a path needs, or None if it is open; paths that nobody listed here need `admin`."""
+    """Return the scope that a path needs; null if it is open; paths that nobody listed here need `admin`."""
     if path in _PREDICT or path.startswith(_PREDICT_BELOW):
         return PREDICT
     if path in _OPEN or path.startswith(_OPEN_BELOW):

@@ -23,6 +23,7 @@ from service.api.openapi import document
 from service.api.predict import Service
 from service.api.refusals import Refusals
 from service.api.routes import add_predictions, build_router
+from service.api.tensors import InferRequest
 from service.artefact.verified_files import watched
 from service.errors import ArtefactChangedError
 from service.inference.admission import Limits
@@ -139,7 +140,7 @@ def create_app(
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = document(app, examples, [open_inference.InferRequest])
+            app.openapi_schema = document(app, examples, [InferRequest])
             if access is not None:
                 describe_access(app.openapi_schema, access)
         return app.openapi_schema

@@ -48,7 +48,8 @@ def read_head(request: Request, accepted: Sequence[str]) -> Head:
     # The first value of each header.
     headers: dict[bytes, bytes] = dict(reversed(request.scope["headers"]))
     content_type = headers.get(b"content-type", b"").decode("latin-1")
-    media_type = content_type.partition(";")[0].strip().lower()
+    # Clients of the Open Inference Protocol leave the header out; RFC 9110 (section 8.3) lets a server take what it is.
+    media_type = content_type.partition(";")[0].strip().lower() or (accepted[0] if len(accepted) == 1 else "")
     if media_type not in accepted and not (media_type.startswith("image/") and IMAGES[0] in accepted):
         raise MediaTypeError(content_type, accepted)
     length = headers.get(b"content-length", b"").decode("latin-1")
@@ -57,7 +58,7 @@ def read_head(request: Request, accepted: Sequence[str]) -> Head:
     return Head(
         media_type,
         content_type,
-        int(length) if length.isdecimal() else None,
+        int(length) if length.isdecimal() and len(length) < 20 else None,
         b"expect" in headers,
         float("inf") if wait is None else float(wait[1]),
         NPY in accept.lower() and prefers_npy(accept),

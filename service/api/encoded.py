@@ -8,7 +8,7 @@ import numpy as np
 
 from service.errors import BatchTooLargeError, ChannelsError, ImageSizeError, InputError, MixedSizesError
 from service.pixels.arrays import decode_array, decode_array_batch
-from service.pixels.images import decode_base64, decode_image
+from service.pixels.images import decode_base64, decode_image, decode_plain
 from service.shapes import Float64, UInt8
 
 
@@ -18,28 +18,43 @@ class EncodedImage:
 
     data: bytes | str
 
+    def decode_plain(self, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> UInt8[np.ndarray, "C H W"] | None:
+        """Return what `decode` returns for a small PNG file; null for any other file, see `service.pixels.images`.
+
+        Args:
+            input_shape_CHW: the images that the model accepts.
+            max_pixels: limit of the number of pixels.
+
+        Raises:
+            ChannelsError, Base64Error, EmptyBodyError
+        """
+        return decode_plain(self._bytes(input_shape_CHW[0]), max_pixels)
+
     def decode(
-        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, used_pixels: int = 0
+        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, resize: bool, used_pixels: int = 0
     ) -> UInt8[np.ndarray, "C H W"]:
         """Return pixels in 0..255, with the channels of the file.
 
         Args:
             input_shape_CHW: the images that the model accepts.
             max_pixels: limit of all images of the request together.
+            resize: whether the image may have another size than the model's.
             used_pixels: pixels of the images that were decoded before.
 
         Raises:
             ChannelsError: the model accepts neither grey nor RGB images.
             InputError: see `service.pixels.images`.
         """
-        channels = input_shape_CHW[0]
+        data = self._bytes(input_shape_CHW[0])
+        return decode_image(data, max_pixels, used_pixels, None if resize else input_shape_CHW[1:])
+
+    def _bytes(self, channels: int) -> bytes:
         if channels not in (1, 3):
             raise ChannelsError(
                 f"the model takes {channels} channels and image files have 1 or 3; send a npy array of shape "
                 f"({channels}, H, W) as application/x-npy"
             )
-        data = decode_base64(self.data) if isinstance(self.data, str) else self.data
-        return decode_image(data, max_pixels, used_pixels)
+        return decode_base64(self.data) if isinstance(self.data, str) else self.data
 
 
 @dataclass(frozen=True)
@@ -48,8 +63,20 @@ class ArrayImage:
 
     data: bytes
 
-    def decode(self, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
-        """Return pixels in [0, 1]; raise `InputError` as `service.pixels.arrays`."""
+    def decode(
+        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, resize: bool
+    ) -> Float64[np.ndarray, "C H W"]:
+        """Return pixels in [0, 1].
+
+        Args:
+            input_shape_CHW: the images that the model accepts.
+            max_pixels: limit of the number of pixels.
+            resize: ignored: the classifier checks the size.
+
+        Raises:
+            InputError: see `service.pixels.arrays`.
+        """
+        del resize
         return decode_array(self.data, input_shape_CHW, max_pixels)
 
 
@@ -77,10 +104,10 @@ class EncodedBatch:
         if len(self.texts) > max_batch:
             raise BatchTooLargeError(len(self.texts), max_batch)
         images: list[np.ndarray] = []
+        used = 0
         for index, text in enumerate(self.texts):
-            used = sum(image[0].size for image in images)
             try:
-                image = EncodedImage(text).decode(input_shape_CHW, max_pixels, used)
+                image = EncodedImage(text).decode(input_shape_CHW, max_pixels, resize, used)
                 if not resize and image.shape[1:] != input_shape_CHW[1:]:
                     raise ImageSizeError(image.shape[1], image.shape[2], *input_shape_CHW[1:])
                 if images and image.shape[1:] != images[0].shape[1:]:
@@ -93,6 +120,7 @@ class EncodedBatch:
             except InputError as error:
                 raise error.at_index(index) from None
             images.append(image)
+            used += image[0].size
         return np.stack(images)
 
 

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from service.api import open_inference
 from service.api.problem import problem, problem_of
-from service.errors import LipcertError
+from service.errors import LipcertError, shortened
 
 _log = logging.getLogger(__name__)
 
@@ -23,10 +23,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LipcertError)
     async def domain_error(request: Request, error: LipcertError) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
         if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
-            _log.error("%s %s: %s", request.method, path, error, exc_info=error)
+            _log.error("%s %s: %s", request.method, shortened(path), error, exc_info=error)
         return answer
 
     @app.exception_handler(ClientDisconnect)
@@ -37,10 +37,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         detail, headers = str(error.detail), error.headers
         if error.status_code == HTTPStatus.NOT_FOUND:
-            detail = f"there is no resource at {path}; /docs lists all paths"
+            detail = f"there is no resource at {shortened(path)}; /docs lists all paths"
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             # The router names the methods of one route; HEAD has a route of its own.
             allow = (error.headers or {"Allow": "GET"})["Allow"]
@@ -48,18 +48,18 @@ def add_error_handlers(app: FastAPI) -> None:
             allow = "GET, HEAD" if "GET" in allow else allow
             if request.method == "OPTIONS":
                 return Response(status_code=HTTPStatus.NO_CONTENT, headers={"Allow": f"{allow}, OPTIONS"})
-            detail = f"method {request.method} is not allowed at {path}; use {allow}"
+            detail = f"method {request.method} is not allowed at {shortened(path)}; use {allow}"
             headers = {"Allow": allow}
         return problem(error.status_code, detail, instance=path, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, faults, instance=request.url.path)
+        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, faults, instance=request.scope["path"])
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, error: Exception) -> Response:
         # Starlette raises it again after this answer, and the server logs it with its traceback.
         del error
         detail = "the server failed on this request; see its log"
-        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, instance=request.url.path)
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, instance=request.scope["path"])

@@ -7,21 +7,32 @@ twice for 1 MB) and decodes `Content-Transfer-Encoding`, which RFC 7578 (section
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from service.errors import MalformedBodyError
+from service.errors import MalformedBodyError, UnknownOptionError
 
 _MAX_PARTS = 32
 
+# It warns about every form that it refuses; the answer says so.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
-def parse_form(body: bytes, content_type: str) -> tuple[bytes, list[tuple[str, str]]]:
+
+def parse_form(body: bytes, content_type: str, known: Sequence[str]) -> tuple[bytes, list[tuple[str, str]]]:
     """Return the file of field `image`, and the names and values of the text fields, in order.
+
+    Args:
+        body: the form.
+        content_type: the header, which has the boundary.
+        known: names of the text fields.
 
     Raises:
         MalformedBodyError: the body is not such a form, or does not have exactly one file `image`.
+        UnknownOptionError: a field has another name.
     """
     images: list[bytes] = []
     fields: list[tuple[str, str]] = []
@@ -30,6 +41,8 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, list[tuple[str, s
         try:
             name = parameters[b"name"].decode("utf-8")
             if name != "image":
+                if name not in known:
+                    raise UnknownOptionError([name], ["image", *known], "form")
                 fields.append((name, part.data.decode("utf-8")))
                 continue
         except (KeyError, UnicodeDecodeError):

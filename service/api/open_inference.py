@@ -11,34 +11,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 from service import __version__
 from service.api.answers import in_columns, references_in_words
 from service.api.body import JSON, Head
+from service.api.decoding import Order
+from service.api.decoding import Request as DecodedBody
 from service.api.openapi import problem_responses
-from service.api.parsing import parse_json, refuse_query
+from service.api.parsing import read_query, refuse_query
 from service.api.predict import Service
 from service.api.schema import ImageOptions
-from service.errors import ArrayError, BatchTooLargeError, ChannelsError, ImageTooLargeError, OptionError
+from service.api.tensors import InferOptions, InferRequest, OutputRequest, Protocol
+from service.errors import OptionError, listed, quoted
 from service.inference.classifier import Classifier
 from service.inference.outcome import Decoded, Outcome
-from service.pixels.arrays import unit_range
 from service.pixels.images import image_digest
-from service.settings import Settings
-from service.shapes import Float64
 
 PREFIX = "/v2"
 
-Datatype = Literal["UINT8", "FP16", "FP32", "FP64"]
-_DTYPES: dict[Datatype, Any] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32, "FP64": np.float64}
 OutputDatatype = Literal["FP64", "INT64", "BOOL", "UINT8", "BYTES"]
 _OUTPUTS: dict[str, OutputDatatype] = {
     "logits": "FP64",
@@ -60,37 +56,7 @@ _CALIBRATED = ("set", "decision")
 """Outputs of calibrated models alone."""
 
 
-class _Protocol(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class InputTensor(_Protocol):
-    """The images: `data` in row-major order, flat or nested."""
-
-    name: Literal["image"]
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)]
-    datatype: Datatype
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    data: list[Any]
-
-
-class OutputRequest(_Protocol):
-    """A requested output."""
-
-    name: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
-
-
-class InferRequest(_Protocol):
-    """A request of the protocol."""
-
-    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
-    id: str | None = None
-    parameters: ImageOptions = ImageOptions()
-    outputs: list[OutputRequest] | None = None
-
-
-class OutputTensor(_Protocol):
+class OutputTensor(Protocol):
     """One output, flat in row-major order; a value that is not finite is null."""
 
     name: str
@@ -99,7 +65,7 @@ class OutputTensor(_Protocol):
     data: list[Any]
 
 
-class InferAnswer(_Protocol):
+class InferAnswer(Protocol):
     """A response of the protocol; the version of a model is the digest of its bytes."""
 
     model_name: str
@@ -149,7 +115,7 @@ def build_router(service: Service) -> APIRouter:
         },
     )
     async def infer(name: str, request: Request) -> Response:
-        refuse_query(request.query_params.multi_items(), "`parameters`")
+        refuse_query(read_query(request.scope["query_string"]), "`parameters`")
         answer = await service.ask(request, [JSON], partial(_InferQuestion, service, service.models[name]))
         return Response(answer, media_type=JSON)
 
@@ -165,13 +131,19 @@ class _InferQuestion:
     head: Head
     content: bytes
 
-    def decode_at_once(self) -> None:
-        return None  # parsing numbers in JSON is slow
+    def order(self) -> Order:
+        return self.service.order("infer", self.head, (), self.classifier.name)
+
+    def take(self, body: DecodedBody) -> None:
+        assert isinstance(body.options, InferOptions)
+        self.request = body.options
+        self.decoded = Decoded(self.classifier, body.pixels_NCHW, body.options.parameters)
+
+    def decode_at_once(self) -> Decoded[ImageOptions]:
+        return self.decoded
 
     def decode(self) -> Decoded[ImageOptions]:
-        self.request = parse_json(InferRequest, self.content)
-        images = _images(self.request.inputs[0], self.classifier, self.service.settings)
-        return Decoded(self.classifier, images, self.request.parameters)
+        return self.decoded
 
     def answer(self, outcome: Outcome[ImageOptions]) -> bytes:
         self.service.count(outcome)
@@ -206,32 +178,6 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
     }
 
 
-def _images(tensor: InputTensor, classifier: Classifier, settings: Settings) -> Float64[np.ndarray, "N C H W"]:
-    count, channels, height, width = tensor.shape
-    if count > settings.max_batch:
-        raise BatchTooLargeError(count, settings.max_batch)
-    if count * height * width > settings.max_pixels:
-        raise ImageTooLargeError(f"the shape has {count * height * width} pixels", settings.max_pixels)
-    if channels != classifier.input_shape[0]:
-        raise ChannelsError(
-            f"the tensor has {channels} channels and the model takes {classifier.input_shape[0]}; send the channels of "
-            "the model, only image files are converted between grey and RGB"
-        )
-    expected = f"expected {prod(tensor.shape)} numbers, flat or nested as the shape {tensor.shape}"
-    try:
-        values = np.array(tensor.data)
-    except (ValueError, OverflowError):
-        raise ArrayError(f"data is ragged; {expected}") from None
-    if values.size != prod(tensor.shape) or (values.ndim > 1 and list(values.shape) != tensor.shape):
-        raise ArrayError(f"data has shape {values.shape}; {expected}")
-    if values.dtype.kind not in "iuf" or (tensor.datatype == "UINT8" and values.dtype.kind == "f"):
-        raise ArrayError(f"data is not numbers of type {tensor.datatype}; {expected}")
-    if tensor.datatype == "UINT8" and (values.min() < 0 or values.max() > 255):
-        raise ArrayError("data of datatype UINT8 has values outside 0..255; send 0..255, or FP64 in [0, 1]")
-    typed = values.astype(_DTYPES[tensor.datatype]).reshape(count, channels, height, width)
-    return unit_range(typed)
-
-
 def _outputs(outcome: Outcome[ImageOptions]) -> list[OutputTensor]:
     columns = in_columns(outcome)
     columns["references"] = np.array(
@@ -252,7 +198,7 @@ def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) 
     unknown = [output.name for output in requested if output.name not in by_name]
     if unknown:
         raise OptionError(
-            f"this answer has no output {unknown[0]!r}; available outputs: {', '.join(by_name)} (those of the "
+            f"this answer has no output {quoted(unknown[0])}; available outputs: {listed(by_name)} (those of the "
             "counterfactual require parameters.counterfactual=true, set requires coverage, decision max_error)"
         )
     return [by_name[output.name] for output in requested]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,11 +18,29 @@ from service.api.body import FORM, JSON, NPY, Head
 from service.api.encoded import ArrayBatch, ArrayImage, EncodedBatch, EncodedImage
 from service.api.forms import parse_form
 from service.api.schema import NO_OPTIONS, BatchRequest, Expected, Options, PredictRequest
-from service.errors import MalformedBodyError, OptionError, UnknownOptionError
+from service.errors import MalformedBodyError, OptionError, TooManyValuesError, UnknownOptionError, quoted, shortened
 
 Wire = TypeVar("Wire", bound=BaseModel)
 Query = Sequence[tuple[str, str]]
 """Names and values of a query, in order."""
+
+# Values of a JSON body beside its images and numbers, and parameters of a query: each option is one.
+_MOST_VALUES = 256
+_MOST_QUERY_BYTES = 8192
+
+
+def read_query(query_string: bytes) -> Query:
+    """Return the names and values of a query.
+
+    Raises:
+        OptionError: the query is longer than all options together.
+    """
+    if len(query_string) > _MOST_QUERY_BYTES or query_string.count(b"&") >= _MOST_VALUES:
+        raise OptionError(
+            f"the query has {len(query_string)} bytes and {query_string.count(b'&') + 1} parameters; at most "
+            f"{_MOST_QUERY_BYTES} bytes and {_MOST_VALUES} parameters are read, give every option once"
+        )
+    return parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
 
 
 def parse_predict(head: Head, query: Query, body: bytes) -> tuple[Options, EncodedImage | ArrayImage]:
@@ -33,7 +52,7 @@ def parse_predict(head: Head, query: Query, body: bytes) -> tuple[Options, Encod
         body: the complete body.
 
     Raises:
-        MalformedBodyError, OptionError, UnknownOptionError
+        MalformedBodyError, OptionError, UnknownOptionError, TooManyValuesError
     """
     if head.media_type == JSON:
         refuse_query(query, "JSON object")
@@ -41,26 +60,27 @@ def parse_predict(head: Head, query: Query, body: bytes) -> tuple[Options, Encod
         return request, EncodedImage(request.image)
     if head.media_type == FORM:
         refuse_query(query, "form fields")
-        image, fields = parse_form(body, head.content_type)
-        return _from_strings(fields, "form", also="image"), EncodedImage(image)
+        image, fields = parse_form(body, head.content_type, list(Options.model_fields))
+        return _from_strings(fields, "form"), EncodedImage(image)
     options = _from_strings(query, "query") if query else NO_OPTIONS
     return options, ArrayImage(body) if head.media_type == NPY else EncodedImage(body)
 
 
-def parse_batch(head: Head, query: Query, body: bytes) -> tuple[Options, EncodedBatch | ArrayBatch]:
+def parse_batch(head: Head, query: Query, body: bytes, max_batch: int) -> tuple[Options, EncodedBatch | ArrayBatch]:
     """Return the options and the images of one request of `/predict/batch`.
 
     Args:
         head: its media type is one of `BATCH_TYPES`.
         query: names and values, in order.
         body: the complete body.
+        max_batch: limit of the number of images.
 
     Raises:
-        MalformedBodyError, OptionError, UnknownOptionError
+        MalformedBodyError, OptionError, UnknownOptionError, TooManyValuesError
     """
     if head.media_type == JSON:
         refuse_query(query, "JSON object")
-        request = parse_json(BatchRequest, body)
+        request = parse_json(BatchRequest, body, texts=max_batch)
         return request, EncodedBatch(tuple(request.images))
     return _from_strings(query, "query"), ArrayBatch(body)
 
@@ -69,24 +89,45 @@ def refuse_query(query: Query, place: str) -> None:
     """Raise `OptionError` unless the query is empty: its options would be ignored."""
     if query:
         raise OptionError(
-            f"the query has {query[0][0]!r}; in this form of request options belong in the {place}, leave the query "
-            "empty"
+            f"the query has {quoted(query[0][0])}; in this form of request options belong in the {place}, leave the "
+            "query empty"
         )
 
 
-def parse_json(wire: type[Wire], body: bytes) -> Wire:
+def parse_json(wire: type[Wire], body: bytes, texts: int = 0, numbers: int = 0) -> Wire:
     """Return a JSON object as `wire`, strictly: no repeated or unknown field, no text for numbers, no NaN.
+
+    Counting bytes takes a thousandth of the time and memory that a Python object for each value takes. Commas, brackets
+    and quotation marks inside of strings count as well; images in base64 have none of them.
+
+    Args:
+        wire: the fields.
+        body: the text.
+        texts: most strings in lists.
+        numbers: most numbers in lists.
 
     Raises:
         MalformedBodyError, OptionError, UnknownOptionError
+        TooManyValuesError: the body has more values than such an object needs.
     """
     fields = ", ".join(wire.model_fields)
+    most = _MOST_VALUES + texts
+    if body.count(b",") > most + numbers or body.count(b'"') > 4 * most:
+        raise TooManyValuesError(most + numbers)
+    # Rows of an image have four pixels and more.
+    if body.count(b"[") > most + numbers // 4 or body.count(b"{") > most:
+        raise MalformedBodyError(
+            f"the JSON has more lists and objects than this route needs; send one object with the fields {fields}"
+        )
     try:
         document: Any = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise MalformedBodyError(f"the JSON is nested too deeply; send one object with the fields {fields}") from None
+    except ValueError as error:
         # JSONDecodeError, UnicodeDecodeError and the errors of the two hooks are ValueErrors.
+        reason = "a number has too many digits" if "int_max_str_digits" in str(error) else str(error)
         raise MalformedBodyError(
-            f"the body is not JSON in UTF-8 ({error}); send one object with the fields {fields}"
+            f"the body is not JSON in UTF-8 ({reason}); send one object with the fields {fields}"
         ) from None
     if not isinstance(document, dict):
         raise MalformedBodyError(f"the body is not a JSON object; send one object with the fields {fields}")
@@ -94,10 +135,10 @@ def parse_json(wire: type[Wire], body: bytes) -> Wire:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError(f"the field {_first_repeated(names)!r} is repeated")
-    return dict(pairs)
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError(f"the field {quoted(_first_repeated([name for name, _ in pairs]))} is repeated")
+    return fields
 
 
 def _no_constant(name: str) -> float:
@@ -105,14 +146,15 @@ def _no_constant(name: str) -> float:
 
 
 def _first_repeated(names: Sequence[str]) -> str:
-    return next(name for index, name in enumerate(names) if name in names[:index])
+    found: set[str] = set()
+    return next(name for name in names if name in found or found.add(name))
 
 
-def _from_strings(fields: Query, place: str, also: str | None = None) -> Options:
+def _from_strings(fields: Query, place: str) -> Options:
     names = [name for name, _ in fields]
-    _refuse_unknown(names, [also, *Options.model_fields] if also else list(Options.model_fields), place)
+    _refuse_unknown(names, list(Options.model_fields), place)
     if len(set(names)) != len(names):
-        raise OptionError(f"{_first_repeated(names)!r} is repeated in the {place}; give every option once")
+        raise OptionError(f"{quoted(_first_repeated(names))} is repeated in the {place}; give every option once")
     return _validated(Options, dict(fields), place, strings=True)
 
 
@@ -127,14 +169,16 @@ def _validated(wire: type[Wire], fields: Mapping[str, Any], place: str, *, strin
     try:
         return wire.model_validate_strings(fields) if strings else wire.model_validate(fields, strict=True)
     except ValidationError as error:
-        faults = [_fault(wire, fault["loc"], fault["type"], fault["msg"]) for fault in error.errors()[:3]]
+        faults = [
+            _fault(wire, fault["loc"], fault["type"], fault["msg"]) for fault in error.errors(include_url=False)[:3]
+        ]
         raise OptionError("; ".join(faults)) from None
 
 
 def _fault(wire: type[BaseModel], location: tuple[int | str, ...], kind: str, reason: str) -> str:
     if not location:
         return reason.removeprefix("Value error, ")
-    name = ".".join(str(step) for step in location)
+    name = shortened(".".join(str(step) for step in location))
     if kind == "extra_forbidden":
         return f"{name} is an unknown field; remove it"
     expected = _expected(wire, location)

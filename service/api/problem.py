@@ -18,6 +18,9 @@ from service import errors
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:problem-type:lipcert:"
+_MOST_BYTES = 4096
+_MOST_INSTANCE = 200
+
 STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
     {
         errors.ClientGoneError: HTTPStatus.BAD_REQUEST,
@@ -31,6 +34,8 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.BodyTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.ImageTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.BatchTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        errors.TooManyValuesError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        errors.TooCostlyError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.MediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         errors.OptionError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.UnknownOptionError: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -127,12 +132,14 @@ def problem(
 ) -> Response:
     """Return an RFC 9457 response.
 
+    The document has at most 4 KiB, whatever the request was.
+
     Args:
         status: HTTP status.
         detail: cause and remedy, for a person.
         type_uri: with `about:blank`, the title must be the phrase of the status (section 4.2.1).
         title: default: the phrase of the status.
-        instance: path of the request.
+        instance: path of the request; left out if it is very long.
         headers: further headers of the response.
         error_member: whether to repeat the detail in the extension member `error` (section 3.2), which the Open
             Inference Protocol requires.
@@ -143,9 +150,14 @@ def problem(
         "status": int(status),
         "detail": detail,
     }
-    if instance is not None:
+    if instance is not None and len(instance) <= _MOST_INSTANCE:
         body["instance"] = instance
-    if error_member:
-        body["error"] = detail
-    # ensure_ascii: the detail may quote the request, surrogates included.
-    return Response(json.dumps(body, ensure_ascii=True), status_code=status, media_type=MEDIA_TYPE, headers=headers)
+    while True:
+        if error_member:
+            body["error"] = detail
+        # ensure_ascii: the detail may quote the request, surrogates included.
+        content = json.dumps(body, ensure_ascii=True)
+        if len(content) <= _MOST_BYTES:
+            return Response(content, status_code=status, media_type=MEDIA_TYPE, headers=headers)
+        # Messages quote at most `errors.shortened`, so this is rare: labels in an alphabet that takes many bytes.
+        detail = body["detail"] = f"{detail[: len(detail) // 2]}..."

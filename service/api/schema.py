@@ -91,7 +91,9 @@ class PredictRequest(Options):
 class BatchRequest(Options):
     """Images of one size, all grey or all RGB, with options that apply to all of them."""
 
-    images: Annotated[list[str], Field(min_length=1), Expected("a list of at least one image file as base64 strings")]
+    images: Annotated[
+        list[str], Field(fail_fast=True, min_length=1), Expected("a list of at least one image file as base64 strings")
+    ]
     """Image files, each encoded as `PredictRequest.image`."""
 
 

@@ -44,7 +44,7 @@ class Signers:
         return cls(keys)
 
     def check(self, path: Path, content: bytes) -> None:
-        """Refuse a file that none of the keys has signed.
+        """Refuse a file that no key of these has signed.
 
         Args:
             path: of the file; its signature is beside it.

@@ -21,7 +21,7 @@ from service.connection.refusals import Refusals, syntax
 from service.connection.registry import TICK_S, Registry
 
 Refuse = Callable[[Any], bytes | None]
-"""Return a complete response that refuses the request with this ASGI scope, or None to hand it to the application.
+"""Return a complete response that refuses the request with this ASGI scope, or null to hand it to the application.
 
 The response is constant bytes with `Connection: close`; the connection adds `Date`.
 """

@@ -368,14 +368,15 @@ class Place:
         self.admission.hold(self, kept)
 
     def begin(self, n_bytes: int) -> None:
-        """Let the work begin: the body is complete.
+        """Let the work begin, once: the body is complete.
 
         Raises:
             OverloadedError: there is no room for it.
         """
         self.admission.hold(self, n_bytes)
-        with self.admission.lock:
-            self._begin(self.admission.predictions, self.admission.predictions.typical_s)
+        if self._load is None:
+            with self.admission.lock:
+                self._begin(self.admission.predictions, self.admission.predictions.typical_s)
 
     def weigh(self, work_s: float) -> None:
         """Correct the work of a request whose images are known; called from any thread."""

@@ -104,15 +104,8 @@ class Classifier:
         self._model = model
         self._transport = transport
         self._views: dict[tuple[int, int, int], View] = {}
-        _log.info(
-            "proved model %s (%s) for %s: %d classes, images %s, logit error %.3g",
-            self.name,
-            self.digest,
-            self.provider,
-            len(self.labels),
-            self.input_shape,
-            self.certificate.logit_error,
-        )
+        served = self.name, self.digest, self.provider, len(self.labels), self.input_shape, certificate.logit_error
+        _log.info("proved model %s (%s) for %s: %d classes, images %s, logit error %.3g", *served)
 
     @classmethod
     def load(cls, folder: Path, provider: Provider, threads: int) -> Classifier:

@@ -18,6 +18,9 @@ from service.errors import (
 from service.pixels.images import to_unit
 from service.shapes import Float64, Num
 
+# A header is parsed as a Python literal; numpy.save writes 128 bytes.
+_MOST_HEADER = 1024
+
 
 def decode_array(data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
     """Return the pixels in [0, 1] of an npy array: C x H x W, H x W x C, or H x W for a model with one channel.
@@ -93,7 +96,7 @@ def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, 
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran_order, dtype = read_header(file)
+        shape, fortran_order, dtype = read_header(file, max_header_size=_MOST_HEADER)
     except Exception:
         # The header is parsed as a Python literal: hostile ones raise ValueError, SyntaxError, MemoryError...
         raise ArrayError(
@@ -158,7 +161,7 @@ def unit_range(pixels: Num[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape
     # NaN is outside, since every comparison with it is false.
     inside = (values >= 0.0) & (values <= 1.0)
     if not inside.all():
-        where = tuple(int(index) for index in np.argwhere(~inside)[0])
+        where = tuple(int(index) for index in np.unravel_index(np.argmin(inside), inside.shape))
         raise PixelRangeError(
             f"the value at {where} is {float(values[where])!r}; floats are expected in [0, 1] (divide "
             "0..255 by 255, or send uint8)"

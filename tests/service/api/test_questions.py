@@ -18,13 +18,14 @@ from client import HEIGHT, WIDTH, Client
 from encoding import encode, npy
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from service.api.answers import in_records, in_words, radius_in_grey_levels
 from service.api.app import create_app
 from service.api.body import Head, prefers_npy
 from service.api.predict import ImageQuestion, Models, Service
 from service.api.schema import BatchAnswer, Options, PredictAnswer
-from service.errors import NotAnImageError
+from service.errors import Base64Error
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier, Prediction
@@ -169,7 +170,9 @@ def service(classifiers: Mapping[str, Classifier]) -> Service:
 def question(
     service: Service, content: bytes = b"", media_type: str = "image/png", is_batch: bool = False
 ) -> ImageQuestion:
-    head = Head(media_type, media_type, len(content), expects=False, wait_s=math.inf, prefers_npy=False)
+    head = Head(
+        media_type.partition(";")[0], media_type, len(content), expects=False, wait_s=math.inf, prefers_npy=False
+    )
     return ImageQuestion(service, (), is_batch, head, content)
 
 
@@ -217,25 +220,41 @@ def test_the_radius_in_grey_levels_is_the_product_rounded_down(radius: float) ->
     assert math.isinf(above) or Fraction(above) > product
 
 
-@pytest.mark.parametrize(
-    ("case", "at_once"),
-    [("small file", True), ("many pixels", False), ("many bytes", False), ("form", False), ("batch", False)],
-)
-def test_only_small_images_are_decoded_on_the_event_loop(service: Service, case: str, at_once: bool) -> None:
-    small = encode(np.zeros((HEIGHT, WIDTH), np.uint8))
-    asked = {
-        "small file": question(service, small),
-        "many pixels": question(service, encode(np.zeros((65, 65), np.uint8))),
-        "many bytes": question(service, small + bytes(9000)),
-        "form": question(service, small, "multipart/form-data"),
-        "batch": question(service, npy(np.zeros((1, HEIGHT, WIDTH))), "application/x-npy", is_batch=True),
-    }[case]
-    assert (asked.decode_at_once() is not None) is at_once
+FORM = b'--X\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n%b\r\n--X--\r\n'
+SMALL = encode(np.zeros((HEIGHT, WIDTH), np.uint8))
+# Body, media type, whether it is a batch; and who decodes it.
+DECODED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "plain PNG": ((SMALL,), "loop"),
+    "plain PNG in JSON": ((json.dumps({"image": text(SMALL)}).encode(), "application/json"), "loop"),
+    "plain PNG in a form": ((FORM % SMALL, "multipart/form-data; boundary=X"), "loop"),
+    "npy": ((npy(np.zeros((HEIGHT, WIDTH))), "application/x-npy"), "loop"),
+    "plain PNG of many bytes": ((encode(np.random.default_rng(1).integers(0, 256, (60, 60, 3), np.uint8)),), "worker"),
+    "npy of many bytes": ((npy(np.zeros((99, 99))), "application/x-npy"), "worker"),
+    "npy batch": ((npy(np.zeros((1, HEIGHT, WIDTH))), "application/x-npy", True), "worker"),
+    "damaged plain PNG": ((SMALL[:44] + b"\xff" + SMALL[45:],), "worker"),
+    "many pixels": ((encode(np.zeros((65, 65), np.uint8)),), "child"),
+    "PNG with trailing bytes": ((SMALL + b"\0",), "child"),
+    "JPEG": ((encode(np.zeros((HEIGHT, WIDTH), np.uint8), "JPEG"),), "child"),
+    "JPEG in JSON": (
+        (json.dumps({"image": text(encode(Image.new("L", (5, 4)), "JPEG"))}).encode(), "application/json"),
+        "child",
+    ),
+    "JSON of many bytes": ((b'{"image": "%b"}' % bytes(9000), "application/json"), "child"),
+    "batch": ((b'{"images": []}', "application/json", True), "child"),
+}
 
 
-def test_a_broken_image_is_refused_on_the_event_loop(service: Service) -> None:
-    with pytest.raises(NotAnImageError):
-        question(service, content=b"GIF89a").decode_at_once()
+@pytest.mark.parametrize("case", DECODED)
+def test_only_plain_images_and_arrays_are_decoded_in_the_process_of_the_server(service: Service, case: str) -> None:
+    arguments, expected = DECODED[case]
+    asked = question(service, *arguments)
+    at_once, order = asked.decode_at_once(), asked.order()
+    assert ("loop" if at_once else "worker" if order is None else "child") == expected
+
+
+def test_a_broken_text_is_refused_on_the_event_loop(service: Service) -> None:
+    with pytest.raises(Base64Error):
+        question(service, b'{"image": "!"}', "application/json").decode_at_once()
 
 
 LARGER = Settings(default_model="grey", max_batch=300, max_pixels=20_000)
