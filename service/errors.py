@@ -60,6 +60,7 @@ an HTTP status.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 
 _QUOTED = 100
@@ -81,15 +82,9 @@ def quoted(text: object) -> str:
 
 def listed(names: Iterable[object]) -> str:
     """Return names of this server, separated by commas, as far as some 1,000 characters reach."""
-    shown: list[str] = []
-    hidden = length = 0
-    for name in map(str, names):
-        length += len(name) + 2
-        if length <= _LISTED:
-            shown.append(name)
-        else:
-            hidden += 1
-    return ", ".join(shown) + (f" and {hidden} more" if hidden else "")
+    texts = [str(name) for name in names]
+    shown = sum(end <= _LISTED for end in accumulate(len(text) + 2 for text in texts))
+    return ", ".join(texts[:shown]) + (f" and {len(texts) - shown} more" if shown < len(texts) else "")
 
 
 class LipcertError(Exception):

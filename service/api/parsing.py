@@ -98,7 +98,7 @@ def parse_json(wire: type[Wire], body: bytes, texts: int = 0, numbers: int = 0) 
     """Return a JSON object as `wire`, strictly: no repeated or unknown field, no text for numbers, no NaN.
 
     Counting bytes takes a thousandth of the time and memory that a Python object for each value takes. Commas, brackets
-    and quotation marks inside of strings count as well; images in base64 have none of them.
+    and quotation marks inside of strings count as well; base64 has no such character.
 
     Args:
         wire: the fields.
