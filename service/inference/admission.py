@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from service.errors import BusyError, ClientGoneError, DeadlineError, LipcertError, OverloadedError, TooSlowError
+from service.errors import BusyError, DeadlineError, OverloadedError, TooSlowError
 
 FULL = "LIPCERT_MAX_REQUESTS or LIPCERT_MAX_WAITING_BYTES"
 SHARE = "LIPCERT_CLIENT_SHARE, where many clients have one address"
@@ -329,7 +329,7 @@ class Place:
     _has_left: bool = False
     _task: asyncio.Task[Any] = field(init=False)
     _timer: asyncio.TimerHandle = field(init=False)
-    _reason: Callable[[], LipcertError] | None = None
+    _reason: Callable[[], Exception] | None = None
 
     def __enter__(self) -> Place:
         self.admission.enter(self)
@@ -400,11 +400,7 @@ class Place:
             self._end(is_answered=True)
             self._begin(searches, work_s)
 
-    def abandon(self) -> None:
-        """End the request now: its client is gone."""
-        self.stop(ClientGoneError)
-
-    def stop(self, reason: Callable[[], LipcertError]) -> None:
+    def stop(self, reason: Callable[[], Exception]) -> None:
         """End the request now; the context raises what `reason` returns."""
         if self._reason is None and not self._has_left:
             self._reason = reason
