@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from pydantic_core import to_json
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from service.api.answers import in_records, in_words
@@ -72,18 +72,20 @@ class Service:
         Raises:
             MediaTypeError: see `read_head`.
             BodyTooLargeError, EmptyBodyError: see `read_body`.
-            OverloadedError, DeadlineError, TooSlowError, ClientGoneError: see `Batcher`.
+            OverloadedError, DeadlineError, TooSlowError: see `Batcher`.
+            ClientDisconnect: the client is gone.
         """
         head = read_head(request, accepted)
         limit = self.settings.max_body_bytes
         client = request.scope.get("client") or ("", 0)
         with self.batcher.place(min(self.settings.deadline_s, head.wait_s), client[0]) as place:
-            request.scope[ABANDON] = place.abandon
+            request.scope[ABANDON] = functools.partial(place.stop, ClientDisconnect)
             content = await read_body(request, head, limit, place)
             question = question_of(head, content)
             order = question.order()
             if order is None:
                 return await self.batcher.ask(question, len(content), place)
+            place.begin(len(content))
             async with self.decoders.decoded(order, content) as body:
                 question.take(body)
                 return await self.batcher.ask(question, len(content), place)

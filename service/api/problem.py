@@ -23,7 +23,6 @@ _MOST_INSTANCE = 200
 
 STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
     {
-        errors.ClientGoneError: HTTPStatus.BAD_REQUEST,
         errors.RequestSyntaxError: HTTPStatus.BAD_REQUEST,
         errors.HeadTooLargeError: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
         errors.TargetTooLongError: HTTPStatus.REQUEST_URI_TOO_LONG,

@@ -8,7 +8,6 @@
       │   ├─ HeadTooLargeError           bytes or number of headers, or framing of a chunked body
       │   ├─ TargetTooLongError
       │   ├─ TooSlowError                the client stopped sending in the middle of a request
-      │   ├─ ClientGoneError
       │   ├─ EmptyBodyError
       │   ├─ BodyTooLargeError
       │   ├─ MediaTypeError
@@ -270,11 +269,7 @@ class CalibrationError(InputError):
 
 
 class BusyError(LipcertError):
-    """The request is valid, and the server has no capacity for it now; a retry may succeed.
-
-    Attributes:
-        retry_after_s: seconds after which.
-    """
+    """The request is valid, and the server has no capacity for it now; a retry after `retry_after_s` may succeed."""
 
     retry_after_s: int = 1
 
@@ -284,17 +279,7 @@ class OverloadedError(BusyError):
 
     def __init__(self, settings: str, retry_after_s: int) -> None:
         self.retry_after_s = retry_after_s
-        super().__init__(
-            f"the server has more requests than it can answer soon; retry after {retry_after_s} s (the operator can "
-            f"raise {settings})"
-        )
-
-
-class ClientGoneError(InputError):
-    """The client has closed the connection before its request was answered; nobody reads this."""
-
-    def __init__(self) -> None:
-        super().__init__("the client has closed the connection; keep it open until the answer")
+        super().__init__(f"too many requests; retry after {retry_after_s} s (the operator can raise {settings})")
 
 
 class TooManyConnectionsError(BusyError):

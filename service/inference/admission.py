@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from service.errors import BusyError, ClientGoneError, DeadlineError, LipcertError, OverloadedError, TooSlowError
+from service.errors import BusyError, DeadlineError, OverloadedError, TooSlowError
 
 FULL = "LIPCERT_MAX_REQUESTS or LIPCERT_MAX_WAITING_BYTES"
 SHARE = "LIPCERT_CLIENT_SHARE, where many clients have one address"
@@ -329,7 +329,7 @@ class Place:
     _has_left: bool = False
     _task: asyncio.Task[Any] = field(init=False)
     _timer: asyncio.TimerHandle = field(init=False)
-    _reason: Callable[[], LipcertError] | None = None
+    _reason: Callable[[], Exception] | None = None
 
     def __enter__(self) -> Place:
         self.admission.enter(self)
@@ -368,14 +368,15 @@ class Place:
         self.admission.hold(self, kept)
 
     def begin(self, n_bytes: int) -> None:
-        """Let the work begin: the body is complete.
+        """Let the work begin, once: the body is complete.
 
         Raises:
             OverloadedError: there is no room for it.
         """
         self.admission.hold(self, n_bytes)
-        with self.admission.lock:
-            self._begin(self.admission.predictions, self.admission.predictions.typical_s)
+        if self._load is None:
+            with self.admission.lock:
+                self._begin(self.admission.predictions, self.admission.predictions.typical_s)
 
     def weigh(self, work_s: float) -> None:
         """Correct the work of a request whose images are known; called from any thread."""
@@ -399,11 +400,7 @@ class Place:
             self._end(is_answered=True)
             self._begin(searches, work_s)
 
-    def abandon(self) -> None:
-        """End the request now: its client is gone."""
-        self.stop(ClientGoneError)
-
-    def stop(self, reason: Callable[[], LipcertError]) -> None:
+    def stop(self, reason: Callable[[], Exception]) -> None:
         """End the request now; the context raises what `reason` returns."""
         if self._reason is None and not self._has_left:
             self._reason = reason
