@@ -41,8 +41,9 @@ Result = tuple[bytes, Any]
 
 # A child that has needed more is replaced, since Python and the decoders keep memory for later.
 _KEPT_BYTES = 96 * 1024 * 1024
-# Longest time until a child answers, in seconds and microseconds: far above its processor time.
-_SILENT = struct.pack("ll", 30, 0)
+# Longest time until a child answers: far above its processor time, also where many share a processor.
+_SILENT_S = 4.0
+_SILENT_PER_CPU_S = 8.0
 _FRAME = struct.Struct("<QQ?")
 _JOINED_BYTES = 64 * 1024
 
@@ -70,6 +71,8 @@ class Children:
         self._threads = ThreadPoolExecutor(most, thread_name_prefix="child")
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
+        self._busy: set[_Child] = set()
+        self._is_closed = False
         self._nursery: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
@@ -89,64 +92,80 @@ class Children:
         return await loop.run_in_executor(self._threads, self._run, order, content, limits)
 
     def close(self) -> None:
-        """End all processes; running jobs fail."""
+        """End all processes for good; running jobs fail, also those of a child that hangs."""
+        self._is_closed = True
+        # Whoever holds the lock may wait for it.
+        if (nursery := self._nursery) is not None:
+            nursery.kill()
         with self._lock:
             for child in self._idle:
                 child.link.close()
+            for child in self._busy:
+                # Its thread reads the end, and closes it.
+                with contextlib.suppress(OSError):
+                    child.link.shutdown(socket.SHUT_RDWR)
             self._idle.clear()
             self._end_nursery()
 
     def _run(self, order: object, content: bytes, limits: Limits) -> tuple[bytes, memoryview]:
         child = self._child()
+        stays = False
         try:
+            _set_silence(child.link, _SILENT_S + _SILENT_PER_CPU_S * limits.cpu_s)
             _send(child.link, pickle.dumps((order, limits)), content)
             head, body, stays = _receive(child.link)
         except (EOFError, OSError):
-            child.link.close()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
             raise TooCostlyError from None
-        if stays:
+        finally:
             with self._lock:
-                self._idle.append(child)
-        else:
-            child.link.close()
+                self._busy.discard(child)
+                if stays and not self._is_closed:
+                    self._idle.append(child)
+                else:
+                    child.link.close()
         return bytes(head), body
 
     def _child(self) -> _Child:
         with self._lock:
-            while self._idle:
-                child = self._idle.pop()
-                try:
-                    # Something to read before any job: its end, by whoever killed it.
-                    child.link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    return child
-                except OSError:
-                    pass
-                child.link.close()
+            child = self._idle_or_new()
+            self._busy.add(child)
+        return child
+
+    def _idle_or_new(self) -> _Child:
+        while self._idle:
+            child = self._idle.pop()
             try:
-                return self._fork()
-            except (EOFError, OSError):
-                # It was killed, or cannot fork.
-                self._end_nursery()
-            try:
-                return self._fork()
-            except (EOFError, OSError) as error:
-                raise BusyError(
-                    f"the server cannot start a process that reads this body ({error}); send it again after a pause"
-                ) from error
+                # Something to read before any job: its end, by whoever killed it.
+                child.link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return child
+            except OSError:
+                pass
+            child.link.close()
+        try:
+            return self._fork()
+        except (EOFError, OSError):
+            # It was killed, or cannot fork.
+            self._end_nursery()
+        try:
+            return self._fork()
+        except (EOFError, OSError) as error:
+            raise BusyError(
+                f"the server cannot start a process that reads this body ({error}); send it again after a pause"
+            ) from error
 
     def _fork(self) -> _Child:
+        if self._is_closed:
+            raise EOFError
         if self._control is None:
             self._start_nursery()
         assert self._control is not None
         link, other = socket.socketpair()
         with other, contextlib.ExitStack() as unless_started:
             unless_started.enter_context(link)
-            # By the system, not by Python, which would wait in the look at an idle child as well.
-            for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                link.setsockopt(socket.SOL_SOCKET, direction, _SILENT)
+            _set_silence(link, _SILENT_S + _SILENT_PER_CPU_S)
             socket.send_fds(self._control, [b"\0"], [other.fileno()])
             other.close()
             pid, _, _ = _receive(link)
@@ -186,6 +205,13 @@ class _Child(NamedTuple):
     pid: int
 
 
+def _set_silence(link: socket.socket, seconds: float) -> None:
+    """Limit each wait for the other side; by the system, since Python would wait in the look at an idle child as well."""
+    limit = struct.pack("ll", int(seconds), int(seconds % 1.0 * 1e6))
+    for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        link.setsockopt(socket.SOL_SOCKET, direction, limit)
+
+
 def _send(link: socket.socket, head: bytes, body: Any, flag: bool = False) -> None:
     frame = _FRAME.pack(len(head), len(body), flag) + head
     if len(body) <= _JOINED_BYTES:
@@ -223,6 +249,9 @@ def main(function: str) -> None:
     # Decoders warn about files in as many lines as the files want.
     warnings.simplefilter("ignore")
     logging.disable()
+    # A signal to all processes of the server (systemd, a terminal) is not the end of the requests that it still answers.
+    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(stop, signal.SIG_IGN)
     # Children that end are forgotten at once.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -130,7 +130,10 @@ def decode_in_child(order: Order, content: bytes) -> tuple[bytes, Any]:
     pixels_NCHW = np.ascontiguousarray(request.pixels_NCHW)
     head = {
         "model": request.model,
-        "options": request.options.model_dump(mode="json", exclude={"image", "images", "inputs"}),
+        # Parameters of an output are anything, nested to any depth, and mean nothing here.
+        "options": request.options.model_dump(
+            mode="json", exclude={"image": True, "images": True, "inputs": True, "outputs": {"__all__": {"parameters"}}}
+        ),
         "shape": pixels_NCHW.shape,
         "is_uint8": pixels_NCHW.dtype == np.uint8,
     }
@@ -143,6 +146,12 @@ def _children() -> Children:
     children = Children(f"{__name__}:{decode_in_child.__name__}", max(2, min(usable_cpus(), _MOST_CHILDREN)))
     atexit.register(children.close)
     return children
+
+
+def end_children() -> None:
+    """End all child processes, also one that hangs: Python waits for the threads that wait for them."""
+    _children().close()
+    _children.cache_clear()
 
 
 class Decoders:

@@ -31,7 +31,8 @@ class InputTensor(Protocol):
     """The images: `data` in row-major order, flat or nested."""
 
     name: Literal["image"]
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(fail_fast=True, min_length=4, max_length=4)]
+    # Python writes no product of numbers that are much longer.
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=2**31 - 1)]], Field(fail_fast=True, min_length=4, max_length=4)]
     datatype: Datatype
     parameters: dict[str, Any] = Field(default_factory=dict)
     # Checked by `read_tensor`: pydantic would copy the list.

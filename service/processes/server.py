@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.decoding import end_children
 from service.api.predict import Service
 from service.connection.protocol import Connection
 from service.processes.stopping import HANDSHAKE_S, has_waiting, keep_out
@@ -159,6 +160,7 @@ class Server(uvicorn.Server):
         try:
             self.run(sockets=[listener])
         finally:
+            end_children()
             if self._end_at_s is not None or self._is_jammed:
                 # ONNX Runtime aborts the process (status 134) when a session is destroyed whose device is lost, and
                 # waits for a run that does not end.

@@ -6,9 +6,9 @@ import asyncio
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,12 +81,45 @@ def test_a_crash_is_the_answer_to_its_job_alone(children: Children, number: int)
     assert run(children, "echo", content=b"x")[1] == b"x"
 
 
-def test_a_child_that_says_nothing_is_killed(children: Children) -> None:
+def test_a_child_that_says_nothing_is_killed(children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
     pid, _ = run(children, "echo")
-    children._idle[0].link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 300_000))
+    monkeypatch.setattr(module, "_SILENT_S", 0.3)
     with pytest.raises(TooCostlyError):
-        run(children, "stop")
+        run(children, "stop", limits=Limits(0.0001, 64 * MIB))
     wait_until(lambda: not is_running(pid))
+
+
+def test_the_end_does_not_wait_for_a_child_that_hangs(children: Children) -> None:
+    async def close_while_it_hangs() -> None:
+        job = asyncio.ensure_future(children.run(("stop", 0), b"", ENOUGH))
+        while not is_stopped(pid):
+            await asyncio.sleep(0.01)
+        children.close()
+        with pytest.raises(TooCostlyError):
+            await job
+
+    pid, _ = run(children, "echo")
+    begin_s = time.monotonic()
+    asyncio.run(close_while_it_hangs())
+    wait_until(lambda: not is_running(pid))
+    assert time.monotonic() - begin_s < module._SILENT_S + module._SILENT_PER_CPU_S * ENOUGH.cpu_s - 10.0
+    # Nothing starts afterwards.
+    with pytest.raises(BusyError):
+        run(children, "echo")
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_a_server_fails_no_job(children: Children, number: int) -> None:
+    pid, _ = run(children, "echo")
+    (nursery,) = [child for child in children_of(os.getpid()) if pid in children_of(child)]
+    for process in (nursery, pid):
+        os.kill(process, number)
+    assert run(children, "signal", number) == (pid, b"")
+    assert is_running(nursery)
 
 
 def test_an_idle_child_or_a_nursery_that_was_killed_is_replaced(children: Children) -> None:

@@ -102,6 +102,14 @@ def test_only_the_wanted_outputs_come_in_their_order(client: Client, levels_NCHW
     assert [output["name"] for output in answer["outputs"]] == ["radius", "class_id"]
 
 
+def test_parameters_of_an_output_may_be_anything(client: Client, levels_NCHW: np.ndarray) -> None:
+    deep: Any = 1.0
+    for _ in range(400):
+        deep = [deep]
+    asked = question(levels_NCHW, "UINT8", outputs=[{"name": "radius", "parameters": {"a": deep}}])
+    assert client.post(INFER, json=asked).status_code == 200
+
+
 GOOD = question(np.zeros((1, 1, HEIGHT, WIDTH)), "FP64")
 
 
@@ -114,6 +122,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "another input": (changed(name="pixels"), 422, "inputs.0.name"),
     "another datatype": (changed(datatype="BYTES"), 422, "inputs.0.datatype"),
     "three axes": (changed(shape=[1, HEIGHT, WIDTH]), 422, "inputs.0.shape"),
+    "sides of 4,000 digits": (changed(shape=[1, 1, 10**4000, 10**4000]), 422, "inputs.0.shape"),
     "no image": (changed(shape=[0, 1, HEIGHT, WIDTH]), 422, "inputs.0.shape"),
     "too few values": (changed(data=[0.0]), 422, "expected 20 numbers"),
     "ragged values": (changed(data=[[0.0], [0.0, 1.0]]), 422, "ragged"),
