@@ -206,7 +206,7 @@ class _Child(NamedTuple):
 
 
 def _set_silence(link: socket.socket, seconds: float) -> None:
-    """Limit each wait for the other side; by the system, since Python would wait in the look at an idle child as well."""
+    """Limit each wait for the other side; by the system: Python would wait in the look at an idle child, too."""
     limit = struct.pack("ll", int(seconds), int(seconds % 1.0 * 1e6))
     for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         link.setsockopt(socket.SOL_SOCKET, direction, limit)
@@ -249,7 +249,7 @@ def main(function: str) -> None:
     # Decoders warn about files in as many lines as the files want.
     warnings.simplefilter("ignore")
     logging.disable()
-    # A signal to all processes of the server (systemd, a terminal) is not the end of the requests that it still answers.
+    # A signal to all processes of the server (systemd, a terminal) does not end the requests that it still answers.
     for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(stop, signal.SIG_IGN)
     # Children that end are forgotten at once.
