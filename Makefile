@@ -39,7 +39,7 @@ FUZZ := .venv-fuzz
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis bench lock sbom advisories image clean
+.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos bench lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -108,6 +108,10 @@ fuzz: $(FUZZ)/installed  ## search for inputs that the product neither answers n
 schemathesis: CASES ?= 1000
 schemathesis: $(FUZZ)/installed  ## compare the running server with its OpenAPI document (CASES=1000 for each operation)
 	$(FUZZ)/bin/python tests/fuzz/schema.py --cases $(CASES)
+
+chaos: SECONDS ?= 600
+chaos: $(VENV)/test $(VENV)/project  ## kill, stop, flood and damage a server under load, and check every answer (SECONDS=600)
+	$(RUN) tests/chaos/chaos.py --seconds $(SECONDS)
 
 bench: DATA ?= data
 bench: $(PEERS)/installed $(PEERS)-mlserver/installed $(PEERS)-triton/installed $(VENV)/test $(VENV)/project  ## measure the service beside ONNX Runtime alone and other servers (wrk; MNIST in DATA=DIR; half an hour), write benchmarks/RESULTS.md and its plots

@@ -206,7 +206,7 @@ class _Child(NamedTuple):
 
 
 def _set_silence(link: socket.socket, seconds: float) -> None:
-    """Limit each wait for the other side; by the system: Python would wait in the look at an idle child as well."""
+    """Limit each wait for the other side; by the system: Python would wait in the look at an idle child, too."""
     limit = struct.pack("ll", int(seconds), int(seconds % 1.0 * 1e6))
     for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         link.setsockopt(socket.SOL_SOCKET, direction, limit)

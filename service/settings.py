@@ -143,7 +143,19 @@ class Settings(BaseSettings):
     503."""
 
     max_waiting_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
-    """Most bytes in the bodies of these requests, shared among the processes; more get status 503."""
+    """Most bytes in the bodies of these requests that have arrived, shared among the processes; more get status 503."""
+
+    max_wait_ms: Annotated[float, Field(ge=0.0, le=86_400_000.0, allow_inf_nan=False)] = 0.0
+    """Milliseconds that a request may have to wait behind others, by the estimate of the server; it gets status 503
+    otherwise. 0 lets a burst wait, and in an overload as many requests as keep answers within about three times the
+    time of a request alone."""
+
+    client_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of `LIPCERT_MAX_REQUESTS` and `LIPCERT_MAX_WAITING_BYTES` that the requests from one address can hold; 1
+    where all clients have one address, as behind a proxy."""
+
+    min_rate: Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)] = 1024.0
+    """Slowest body, in bytes per second, on average and after 5 seconds; slower ones get status 408."""
 
     deadline_s: Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)] = 30.0
     """Seconds after which a request without an answer gets status 503; `Prefer: wait=SECONDS` asks for less."""

@@ -114,10 +114,18 @@ class KeyRing:
                 f"{file or 'LIPCERT_API_KEYS'} has no key; `lipcert keys new NAME --scope predict` makes one"
             )
 
-    async def find(self, sent: bytes) -> Key | None:
-        """Return the stored key to which a key that a client sent belongs; null if it belongs to no key."""
+    def refresh(self) -> None:
+        """Read the file again if it has changed, at most once a second.
+
+        The parent of several processes calls it, too: a process that it starts while the file is damaged then has the
+        keys of the last undamaged one.
+        """
         if self._watch.has_changed():
             self._read_again()
+
+    async def find(self, sent: bytes) -> Key | None:
+        """Return the stored key to which a key that a client sent belongs; null if it belongs to no key."""
+        self.refresh()
         digest = hashlib.blake2b(sent, key=self._pepper, digest_size=32).digest()
         # An attacker cannot choose or foresee the hash, so the time of the lookup tells nothing about a key.
         key = self._known.get(digest)

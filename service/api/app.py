@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from service.api.examples import STATIC, make_examples
 from service.api.metrics import MetricsMiddleware
 from service.api.openapi import document
 from service.api.predict import Service
+from service.api.refusals import Refusals
 from service.api.routes import add_predictions, build_router
 from service.api.tensors import InferRequest
 from service.artefact.verified_files import watched
@@ -34,6 +36,9 @@ from service.runtime.provider import CUDA
 from service.runtime.session import GpuLimits
 from service.settings import Settings, Threads, list_of, threads_of
 
+# Least number of requests in progress that are an overload, of all processes and of one.
+_BURST = 80
+_LEAST_BURST = 16
 _DESCRIPTION = """
 Image classifiers with a certificate in every answer. For an image x the service answers a class and a `radius`: for
 every other valid image x' at an L2 distance below the radius (pixels in [0, 1]), this service gives the same class,
@@ -141,6 +146,7 @@ def create_app(
         return app.openapi_schema
 
     app.openapi = openapi
+    app.state.refuse = Refusals(service).refuse
     return app
 
 
@@ -170,14 +176,24 @@ def limits_of(settings: Settings, threads: Threads, classifiers: Mapping[str, Cl
         classifiers: by name; a GPU has a larger default of the forward batch.
     """
     on_gpu = any(classifier.provider == CUDA for classifier in classifiers.values())
+    forward_batch = settings.forward_batch or (GpuLimits().batch if on_gpu else 32)
     return Limits(
         workers=threads.workers,
-        forward_batch=settings.forward_batch or (GpuLimits().batch if on_gpu else 32),
+        forward_batch=forward_batch,
         max_delay_s=settings.max_delay_ms / 1000.0,
         max_requests=-(-settings.max_requests // threads.processes),
         max_bytes=-(-settings.max_waiting_bytes // threads.processes),
+        max_wait_s=settings.max_wait_ms / 1000.0 or settings.deadline_s,
+        burst=sys.maxsize if settings.max_wait_ms else _burst(forward_batch, threads),
+        client_share=settings.client_share,
+        min_rate=settings.min_rate,
         max_pixels=settings.max_pixels,
     )
+
+
+def _burst(forward_batch: int, threads: Threads) -> int:
+    """Return more than two full batches, of which one is computed while the other gathers."""
+    return max(_LEAST_BURST, max(_BURST, 5 * forward_batch // 2) // threads.processes)
 
 
 def _running(batcher: Batcher, models: Models) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:

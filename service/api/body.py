@@ -9,6 +9,7 @@ from typing import NamedTuple
 from starlette.requests import ClientDisconnect, Request
 
 from service.errors import BodyTooLargeError, EmptyBodyError, MediaTypeError
+from service.inference.admission import Place
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -80,15 +81,17 @@ def prefers_npy(accept: str) -> bool:
     return weight_npy > 0.0 and weight_npy >= next((weights[name] for name in ranges if name in weights), 0.0)
 
 
-async def read_body(request: Request, head: Head, max_bytes: int) -> bytes:
+async def read_body(request: Request, head: Head, max_bytes: int, place: Place) -> bytes:
     """Return the complete body; never more than `max_bytes` of it are in memory.
 
     Args:
         request: its body is still unread.
         head: see `read_head`.
         max_bytes: limit of the length.
+        place: holds the bytes that have arrived; `Batcher.ask` adds a body that comes in one piece.
 
     Raises:
+        OverloadedError: there is no room for the next bytes.
         BodyTooLargeError: the declared or the real length is above the limit.
         EmptyBodyError: the body is empty.
         ClientDisconnect: the client has closed the connection.
@@ -116,6 +119,8 @@ async def read_body(request: Request, head: Head, max_bytes: int) -> bytes:
             chunks.clear()
         else:
             chunks.append(chunk)
+        if more:
+            place.receive(length, 0 if too_large else length)
     if too_large:
         raise BodyTooLargeError(max_bytes)
     if length == 0:

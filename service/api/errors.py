@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect
 
 from service.api import open_inference
 from service.api.problem import problem, problem_of
-from service.errors import LipcertError, shortened
+from service.errors import LipcertError
+from service.errors.quotations import shortened
 
 _log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from service.api.parsing import read_query, refuse_query
 from service.api.predict import Service
 from service.api.schema import ImageOptions
 from service.api.tensors import InferOptions, InferRequest, OutputRequest, Protocol
-from service.errors import OptionError, listed, quoted
+from service.errors import OptionError
+from service.errors.quotations import listed, quoted
 from service.inference.classifier import Classifier
 from service.inference.outcome import Decoded, Outcome
 from service.pixels.images import image_digest

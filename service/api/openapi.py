@@ -94,7 +94,7 @@ _TYPICAL_ERRORS: tuple[errors.LipcertError, ...] = (
     errors.ImageSizeError(32, 32, 28, 28),
     errors.UnknownOptionError(["epsilom"], list(PredictRequest.model_fields), "JSON object"),
     errors.TargetIsPredictedClassError("7"),
-    errors.OverloadedError(1024),
+    errors.OverloadedError("LIPCERT_MAX_WAIT_MS", 1),
     errors.DeadlineError(30.0),
     errors.ArtefactChangedError("mnist"),
     errors.ModelNotAvailableError("mnist-0-8", "the file is missing."),

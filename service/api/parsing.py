@@ -18,7 +18,8 @@ from service.api.body import FORM, JSON, NPY, Head
 from service.api.encoded import ArrayBatch, ArrayImage, EncodedBatch, EncodedImage
 from service.api.forms import parse_form
 from service.api.schema import NO_OPTIONS, BatchRequest, Expected, Options, PredictRequest
-from service.errors import MalformedBodyError, OptionError, TooManyValuesError, UnknownOptionError, quoted, shortened
+from service.errors import MalformedBodyError, OptionError, TooManyValuesError, UnknownOptionError
+from service.errors.quotations import quoted, shortened
 
 Wire = TypeVar("Wire", bound=BaseModel)
 Query = Sequence[tuple[str, str]]
@@ -98,7 +99,7 @@ def parse_json(wire: type[Wire], body: bytes, texts: int = 0, numbers: int = 0) 
     """Return a JSON object as `wire`, strictly: no repeated or unknown field, no text for numbers, no NaN.
 
     Counting bytes takes a thousandth of the time and memory that a Python object for each value takes. Commas, brackets
-    and quotation marks inside of strings count as well; images in base64 have none of them.
+    and quotation marks inside of strings count as well; base64 has no such character.
 
     Args:
         wire: the fields.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from pydantic_core import to_json
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from service.api.answers import in_records, in_words
@@ -37,6 +37,8 @@ Result = TypeVar("Result")
 
 # Parsed and decoded in some 30 microseconds.
 _AT_ONCE_BYTES = 8 * 1024
+ABANDON = "lipcert.abandon"
+"""Key of a function in the scope of a request, for the server to call when the client is gone."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,23 @@ class Service:
         Raises:
             MediaTypeError: see `read_head`.
             BodyTooLargeError, EmptyBodyError: see `read_body`.
-            OverloadedError, DeadlineError: see `Batcher`.
+            OverloadedError, DeadlineError, TooSlowError: see `Batcher`.
+            ClientDisconnect: the client is gone.
         """
         head = read_head(request, accepted)
         limit = self.settings.max_body_bytes
-        n_bytes = limit if head.length is None else min(limit, head.length)
-        with self.batcher.place(n_bytes, min(self.settings.deadline_s, head.wait_s)):
-            content = await read_body(request, head, limit)
+        client = request.scope.get("client") or ("", 0)
+        with self.batcher.place(min(self.settings.deadline_s, head.wait_s), client[0]) as place:
+            request.scope[ABANDON] = functools.partial(place.stop, ClientDisconnect)
+            content = await read_body(request, head, limit, place)
             question = question_of(head, content)
             order = question.order()
             if order is None:
-                return await self.batcher.ask(question, len(content))
+                return await self.batcher.ask(question, len(content), place)
+            place.begin(len(content))
             async with self.decoders.decoded(order, content) as body:
                 question.take(body)
-                return await self.batcher.ask(question, len(content))
+                return await self.batcher.ask(question, len(content), place)
 
     def order(self, kind: Kind, head: Head, query: Query, model: str) -> Order:
         """Return how to decode a body.

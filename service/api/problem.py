@@ -18,7 +18,6 @@ from service import errors
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:problem-type:lipcert:"
-_RETRY_AFTER_S = "1"
 _MOST_BYTES = 4096
 _MOST_INSTANCE = 200
 
@@ -95,9 +94,7 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
     headers: dict[str, str] = {}
     if isinstance(error, errors.MediaTypeError):
         headers["Accept"] = ", ".join(error.accepted)
-    if isinstance(error, errors.BusyError):
-        headers["Retry-After"] = _RETRY_AFTER_S
-    if isinstance(error, errors.RateLimitError):
+    if isinstance(error, errors.BusyError | errors.RateLimitError):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, errors.UnauthorizedError):
         headers["WWW-Authenticate"] = 'Bearer realm="lipcert"'
@@ -112,6 +109,14 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
         headers=headers,
         error_member=error_member,
     )
+
+
+def last_bytes(answer: Response) -> bytes:
+    """Return the complete response, but for `Date`; the client is told that the connection closes."""
+    lines = [f"HTTP/1.1 {answer.status_code} {HTTPStatus(answer.status_code).phrase}\r\n".encode()]
+    for name, value in answer.raw_headers:
+        lines += [name, b": ", value, b"\r\n"]
+    return b"".join([*lines, b"connection: close\r\n\r\n", bytes(answer.body)])
 
 
 def problem(
@@ -153,5 +158,5 @@ def problem(
         content = json.dumps(body, ensure_ascii=True)
         if len(content) <= _MOST_BYTES:
             return Response(content, status_code=status, media_type=MEDIA_TYPE, headers=headers)
-        # Messages quote at most `errors.shortened`, so this is rare: labels in an alphabet that takes many bytes.
+        # Messages quote at most `quotations.shortened`, so this is rare: labels in an alphabet that takes many bytes.
         detail = body["detail"] = f"{detail[: len(detail) // 2]}..."

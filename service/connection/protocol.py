@@ -13,7 +13,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from service.api.predict import ABANDON
 from service.connection.limits import ConnectionLimits
+from service.connection.pacer import Pacer
 from service.connection.reading import Phase, RequestReader
 from service.connection.refusals import Refusals, syntax
 from service.connection.registry import TICK_S, Registry
@@ -58,6 +60,7 @@ class Connection(RequestReader):
     """One connection of a client."""
 
     registry = Registry(RequestReader.limits)
+    pacer = Pacer()
     refuse: Refuse = staticmethod(never)
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -102,7 +105,9 @@ class Connection(RequestReader):
         if self._running is not None and not self._running.response_complete:
             self._abandon(self._running)
         super().connection_lost(exc)
-        self.outlet = None
+        # Garbage is rarely collected: the cycle of the last request refers to this connection.
+        self.outlet = self._running = None
+        self.cycle = None  # type: ignore[assignment]
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Return whether to keep the connection of a client that sends nothing more."""
@@ -122,12 +127,22 @@ class Connection(RequestReader):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         answer = self.refuse(cycle.scope)
-        if answer is None and self._is_spare and "/health/" not in cycle.scope["path"]:
-            answer = self.refusals.connections
-        if answer is None:
-            super()._start_asgi_task(cycle, app)
-        else:
+        if answer is not None:
+            self.loop.call_later(self.pacer.delay_s(self.loop.time()), self._refuse, cycle, answer)
+        elif self._is_spare and "/health/" not in cycle.scope["path"]:
             cycle.response_complete = True
+            self.end(self.refusals.connections)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _refuse(self, cycle: RequestResponseCycle, answer: bytes) -> None:
+        """Write the answer to a request that the application does not see, and close."""
+        cycle.response_complete = True
+        if self.phase is Phase.IDLE and not self.drops_input and not self.pipeline:
+            # Nothing is unread: the client gets the answer without lingering.
+            self._write(answer)
+            self.transport.close()
+        else:
             self.end(answer)
 
     def on_response_complete(self) -> None:
@@ -166,14 +181,17 @@ class Connection(RequestReader):
 
     def end(self, answer: bytes) -> None:
         """Write a last answer and close."""
+        self._write(answer)
+        self.drops_input = True
+        self._close_gently()
+
+    def _write(self, answer: bytes) -> None:
         if not self.transport.is_closing():
             if self.phase is not Phase.IDLE and self.scope.get("method") == "HEAD":
                 answer = answer[: answer.index(b"\r\n\r\n") + 4]
             status, _, rest = answer.partition(b"\r\n")
             date = [b"%s: %s\r\n" % header for header in self.server_state.default_headers]
             self.transport.write(b"".join([status, b"\r\n", *date, rest]))
-        self.drops_input = True
-        self._close_gently()
 
     def drop(self, size: int) -> None:
         """Close if the client goes on sending for long."""
@@ -201,6 +219,8 @@ class Connection(RequestReader):
     def _abandon(cycle: RequestResponseCycle) -> None:
         cycle.disconnected = True
         cycle.message_event.set()
+        if (abandon := cycle.scope.get(ABANDON)) is not None:
+            abandon()
 
     def give_way(self) -> None:
         """Close at once, for a new connection."""
@@ -262,6 +282,7 @@ def connection_class(limits: ConnectionLimits, refuse: Refuse = never) -> type[C
         "limits": limits,
         "refusals": Refusals(limits),
         "registry": Registry(limits),
+        "pacer": Pacer(),
         "refuse": staticmethod(refuse),
     }
     return type("ServedConnection", (Connection,), members)

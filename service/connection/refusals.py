@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
-
-from service.api.problem import problem_of
+from service.api.problem import last_bytes, problem_of
 from service.connection.limits import ConnectionLimits
 from service.errors import (
     HeadTooLargeError,
@@ -76,9 +74,5 @@ def syntax(reason: str) -> bytes:
 
 
 def response(error: LipcertError) -> bytes:
-    """Return the complete response to `error`, but for `Date`; the client is told that the connection closes."""
-    answer = problem_of(error)
-    lines = [STATUS_LINE[answer.status_code]]
-    for name, value in answer.raw_headers:
-        lines += [name, b": ", value, b"\r\n"]
-    return b"".join([*lines, b"connection: close\r\n\r\n", bytes(answer.body)])
+    """Return the complete response to `error`, but for `Date`."""
+    return last_bytes(problem_of(error))

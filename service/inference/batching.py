@@ -27,7 +27,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from service.inference.admission import Admission, Limits
+from service.inference.admission import Admission, Limits, Place
 from service.inference.jobs import Answer, Question, Request
 from service.inference.queues import Queues
 from service.inference.workers import Workers
@@ -53,23 +53,27 @@ class Batcher:
         self._workers = Workers(limits, self._queues, metrics)
         self._admission = Admission(limits, self._queues.purge)
         self.place = self._admission.place
+        self.refusal, self.expect = self._admission.refusal, self._admission.expect
         self.wake = self._queues.wake
         self.beats = self._workers.beats
         self.max_delay_s = limits.max_delay_s
         self._is_started = False
 
-    def ask(self, question: Question[Answer, Any], n_bytes: int) -> asyncio.Future[Answer]:
+    def ask(self, question: Question[Answer, Any], n_bytes: int, place: Place) -> asyncio.Future[Answer]:
         """Return the answer to a question, to be awaited within the place of its request.
 
         Args:
             question: the work to do.
             n_bytes: bytes to decode.
+            place: of the request.
 
         Raises:
+            OverloadedError: there is no room for the bytes.
             Exception: raised by the question's methods, or by the computation.
         """
-        loop = asyncio.get_running_loop()
-        request = Request(question, n_bytes, loop, loop.create_future(), loop.time(), question.decode_at_once())
+        place.begin(n_bytes)
+        loop = place.loop
+        request = Request(question, place, n_bytes, loop, loop.create_future(), loop.time(), question.decode_at_once())
         self._queues.put(request)
         if not self._is_started:
             self._is_started = True

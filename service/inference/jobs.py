@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from service.inference.admission import Place
 from service.inference.classifier import Prediction, View
 from service.inference.outcome import Decoded, Options, Outcome
 
@@ -36,6 +37,7 @@ class Request(Generic[Answer]):
     """A question in progress."""
 
     question: Question[Answer, Any]
+    place: Place
     n_bytes: int
     """Bytes to decode."""
     loop: asyncio.AbstractEventLoop

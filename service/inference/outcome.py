@@ -71,7 +71,8 @@ class Decoded(Generic[Options_co]):
         """
         if self.classifier.files.have_changed:
             self.classifier.files.refuse_changed()
-        check_calibration(self.classifier, self.options)
+        if self.options.coverage is not None or self.options.max_error is not None:
+            check_calibration(self.classifier, self.options)
         if self.options.target is not None:
             self.classifier.class_of(self.options.target)
         return self.classifier.view(self.pixels_NCHW.shape[1:], self.options.resize)

@@ -17,6 +17,8 @@ from service.runtime.provider import CUDA
 _MOST_SHARE = 32
 # Shortest forward pass for which a second worker pays, in seconds.
 _LEAST_PASS_S = 0.003
+# Work of a request beside its images, in seconds: HTTP, decoding and JSON. Measured answers correct it, see `Load`.
+_REQUEST_S = 0.0003
 # Images of the larger pass that is measured.
 _SEVERAL = 8
 
@@ -28,6 +30,11 @@ class Pace:
     fixed_s: float
     """Fixed cost of a pass: reading the weights, and the interpreter."""
     image_s: float
+
+    @functools.cached_property
+    def alone_s(self) -> float:
+        """Work of a request for one image, in seconds."""
+        return _REQUEST_S + self.fixed_s + self.image_s
 
     @functools.cached_property
     def share(self) -> int:

@@ -74,6 +74,10 @@ class Passes:
         # pass.
         pace = self._paces.get(decoded.classifier.digest)
         most = 1 if pace is None else count // pace.share
+        if pace is not None:
+            work_s = pace.alone_s + (count - 1) * pace.image_s
+            if not 0.5 < work_s / request.place.work_s < 2.0:
+                request.place.weigh(work_s)
         shares = min(most, 1 + self._queues.idle) if most > 1 else 1
         return _chunks(request, decoded, view, max(-(-count // self._limits.forward_batch), shares))
 
@@ -140,6 +144,8 @@ class Passes:
         predictions = list(_answers(request))
         try:
             check_predictions(decoded.classifier, decoded.options, predictions)
+            pace = self._paces[decoded.classifier.digest]
+            request.place.search(pace.alone_s + (len(predictions) - 1) * pace.image_s)
         except Exception as error:
             deliveries.fail(request, error)
             return

@@ -49,7 +49,12 @@ _START_S = 300.0
 
 _beats: mmap.mmap | None = None
 """One byte for each process, shared by all of them, which its process counts up."""
-_own = 0
+_own = -1
+
+
+def own_number() -> int:
+    """Return the number of this server process, from 0, which its replacement has as well; -1 in the parent."""
+    return _own
 
 
 def beat() -> None:
@@ -118,9 +123,9 @@ def listen(first: socket.socket, count: int, backlog: int) -> list[socket.socket
 def serve_in_processes(
     listeners: Sequence[socket.socket],
     serve: Callable[[socket.socket], int],
-    ended: Callable[[int], None],
     grace_s: float,
     drain_s: float = 0.0,
+    look: Callable[[], None] = lambda: None,
 ) -> None:
     """Run `serve` in a process for each socket and replace those that end, until SIGTERM or SIGINT; then end them all.
 
@@ -129,9 +134,9 @@ def serve_in_processes(
     Args:
         listeners: of `listen`; closed at the end.
         serve: serves on one socket until SIGTERM and returns the exit status.
-        ended: called with the process id of each process that has ended.
         grace_s: seconds from SIGTERM to SIGKILL of a process, beyond those of the drain.
         drain_s: seconds from SIGTERM until new connections are kept out; not after SIGINT.
+        look: called every second, and before a process starts; it may start no thread.
     """
     global _beats
     # Imported here: a server of one process needs `bind`, and not this.
@@ -188,7 +193,6 @@ def serve_in_processes(
         process = running.pop(number)
         process.join()
         _log.error("server process %s ended with %s; another takes its place", process.pid, _how(process))
-        ended(process.pid or 0)
         process.close()
         due_s[number] = started_s[number] + _SHORT_S
 
@@ -197,6 +201,7 @@ def serve_in_processes(
         for stop_signal in _STOPS:
             signal.signal(stop_signal, _do_nothing)
         while True:
+            look()
             now_s = time.monotonic()
             for number in [number for number, at_s in due_s.items() if at_s <= now_s]:
                 del due_s[number]

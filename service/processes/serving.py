@@ -22,6 +22,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.artefact.pool import VerifierPool
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("service")
 
 _BACKLOG = 2048
+_COUNTER_BYTES = {"counter": 1 << 18, "histogram": 1 << 20, "gauge_livemax": 1 << 16, "gauge_livesum": 1 << 16}
+"""Files of `prometheus_client` for each process, and more than their labels need."""
 _COLLECT_AFTER = 50_000
 """Allocations between two garbage collections: requests leave hardly any garbage in cycles."""
 
@@ -56,8 +59,8 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
         # Taken before the models are verified: a port in use is then reported at once.
         first = stack.enter_context(bind(settings.host, settings.port))
         if settings.processes > 1:
-            _share_counters(stack)
-        serve = _loaded(settings, pool, certificate)
+            _share_counters(stack, settings.processes)
+        serve, look = _loaded(settings, pool, certificate)
         listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
         host, port = first.getsockname()[:2]
         scheme = "http" if certificate is None else "https"
@@ -74,21 +77,25 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
                 # Stopped before the event loop ran.
                 if first.fileno() != -1:
                     refuse_waiting([first])
-        from prometheus_client.multiprocess import mark_process_dead
-
         from service.processes.server import LAST_S
 
         # Beside the open requests: the end of the listeners, the last answers, and the end of the process.
         grace_s = settings.grace_s + 2 * LAST_S
-        serve_in_processes(listeners, serve, mark_process_dead, grace_s, settings.drain_s)
+        serve_in_processes(listeners, serve, grace_s, settings.drain_s, look)
     # Signals do nothing here. The interpreter would restore them before it ends, and one more would end the process
     # with another status.
     logging.shutdown()
     os._exit(0)
 
 
-def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | None) -> Callable[[socket.socket], int]:
-    """Load the models; return a function that serves on a socket, in this process or in one forked from it."""
+def _loaded(
+    settings: Settings, pool: VerifierPool, certificate: Certificate | None
+) -> tuple[Callable[[socket.socket], int], Callable[[], None]]:
+    """Load the models and return two functions.
+
+    The first serves on a socket, in this process or in one forked from it. The second reads files again that may have
+    changed, so that a fork inherits their content.
+    """
     from service.artefact.card import artefact_folders
 
     folders = artefact_folders(settings.models, settings.default_model)
@@ -98,12 +105,17 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
     from service.connection.limits import limits_of
     from service.connection.protocol import connection_class
     from service.inference.loading import load_classifiers
-    from service.processes.prefork import beat
+    from service.processes.prefork import beat, own_number
     from service.processes.server import Ending, Server
     from service.settings import list_of, threads_of
 
     with pool:
         access = access_of(settings)
+        if settings.processes > 1:
+            from prometheus_client import values
+
+            # A replacement goes on counting in the files of its predecessor.
+            values.ValueClass = values.MultiProcessValue(own_number)  # type: ignore[assignment]
         classifiers = load_classifiers(settings, pool, folders)
     # The application runs the default model for its examples.
     inherited = (
@@ -121,18 +133,24 @@ def _loaded(settings: Settings, pool: VerifierPool, certificate: Certificate | N
             with contextlib.suppress(ArtefactChangedError):
                 classifiers[settings.default_model].warm_up()
         app = inherited or create_app(settings, classifiers, access=access)
+        # A predecessor may have ended with some.
+        app.state.service.metrics.waiting.set(0)
         server = Server(
             app,
             settings.log_level,
             is_lost,
             Ending(settings.drain_s, settings.grace_s, settings.processes == 1, beat),
-            connections=connection_class(limits_of(settings)),
+            connections=connection_class(limits_of(settings), app.state.refuse),
             tls=None if certificate is None else certificate.context(),
             trusted_proxies=list_of(settings.trusted_proxies),
         )
         return server.serve_on(listener)
 
-    return serve
+    def look() -> None:
+        if access is not None and access.keys is not None:
+            access.keys.refresh()
+
+    return serve, look
 
 
 def _certificate_of(settings: Settings) -> Certificate | None:
@@ -179,13 +197,18 @@ def _with_processes(settings: Settings) -> Settings:
     return settings.model_copy(update={"processes": 1})
 
 
-def _share_counters(stack: contextlib.ExitStack) -> None:
+def _share_counters(stack: contextlib.ExitStack, processes: int) -> None:
     """Count in files of a folder that exists as long as `stack`; called before `prometheus_client` is imported."""
     try:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lipcert-metrics-"))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lipcert-metrics-")))
+        for number in range(-1, processes):
+            for kind, size in _COUNTER_BYTES.items():
+                with (folder / f"{kind}_{number}.db").open("wb") as file:
+                    # Not sparse: writing to a mapped page for which the disk has no block ends a process (SIGBUS).
+                    os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         raise SettingsError(
             f"LIPCERT_PROCESSES: several processes add up their metrics in a temporary folder, and it cannot be made "
             f"({error.strerror or error}); set TMPDIR to a folder that can be written, or LIPCERT_PROCESSES=1"
         ) from error
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)

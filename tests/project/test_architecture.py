@@ -50,11 +50,11 @@ def test_import_contracts_hold_in_a_copy_without_a_planted_violation(copied_tree
 
 
 PLANTED = [
-    ("packages", "service/errors.py", "import lipcert.__main__"),
+    ("packages", "service/errors/__init__.py", "import lipcert.__main__"),
     ("packages", "models/recipes.py", "import lipcert"),
     ("one-command", "lipcert/__main__.py", "def f():\n    import service.settings"),
     ("one-command", "lipcert/__init__.py", "import models.__main__"),
-    ("service-wings", "service/errors.py", "import service.runtime.engine"),
+    ("service-wings", "service/errors/__init__.py", "import service.runtime.engine"),
     ("service-wings", "service/settings.py", "import service.metrics"),
     ("service-wings", "service/runtime/engine.py", "import service.certificate.norms"),
     ("service-wings", "service/certificate/rounding.py", "import service.errors\nimport service.pixels.images"),

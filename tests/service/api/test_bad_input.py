@@ -324,6 +324,11 @@ def test_a_transfer_encoding_of_a_part_is_not_decoded(client: Client) -> None:
     assert_problem(response, 422, "the bytes are not an image in a supported format")
 
 
+def test_a_file_in_a_field_of_another_name_is_an_unknown_field(client: Client) -> None:
+    response = client.post("/predict", files={"file": ("x.png", GOOD, "image/png")})
+    assert_problem(response, 422, "unknown field 'file' in the form; known fields: image, counterfactual")
+
+
 def test_an_option_twice_is_refused(client: Client) -> None:
     content = form_of((FILE, GOOD), ('name="epsilon"', b"1"), ('name="epsilon"', b"2"))
     assert_problem(

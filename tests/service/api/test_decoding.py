@@ -17,12 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from service import errors
 from service.api import decoding
 from service.api.body import Head
 from service.api.decoding import Decoders, Order, decode, decode_in_child
 from service.children import Limits
-from service.errors import LipcertError, NotAnImageError, TooCostlyError
+from service.errors import LipcertError, NotAnImageError, TooCostlyError, quotations
 
 SHAPES = {"grey": (1, HEIGHT, WIDTH), "colour": (3, HEIGHT, WIDTH)}
 JSON, FORM, NPY = "application/json", "multipart/form-data; boundary=X", "application/x-npy"
@@ -225,11 +224,11 @@ def test_no_problem_document_is_long(client: Client) -> None:
 
 
 def test_texts_of_clients_are_shortened_and_lists_of_names_end() -> None:
-    assert errors.quoted("a'b") == '"a\'b"'
-    assert errors.quoted("x" * 101) == repr("x" * 100 + "...")
-    assert errors.shortened("x" * 100) == "x" * 100
-    assert errors.listed(["a", "b"]) == "a, b"
+    assert quotations.quoted("a'b") == '"a\'b"'
+    assert quotations.quoted("x" * 101) == repr("x" * 100 + "...")
+    assert quotations.shortened("x" * 100) == "x" * 100
+    assert quotations.listed(["a", "b"]) == "a, b"
     names = [f"label {n}" for n in range(1000)]
-    assert errors.listed(names).startswith("label 0, label 1, ")
-    assert errors.listed(names).endswith(" more")
-    assert len(errors.listed(names)) < 1100
+    assert quotations.listed(names).startswith("label 0, label 1, ")
+    assert quotations.listed(names).endswith(" more")
+    assert len(quotations.listed(names)) < 1100

@@ -144,6 +144,14 @@ BAD: dict[str, tuple[Any, int, str]] = {
         422,
         "its labels are: class 0",
     ),
+    "an output twice": ({**GOOD, "outputs": [{"name": "radius"}] * 2}, 422, "name each once"),
+    "many outputs": ({**GOOD, "outputs": [{"name": f"n{n}"} for n in range(65)]}, 422, "outputs"),
+    "a long id": ({**GOOD, "id": "i" * 1025}, 422, "id"),
+    "a text for data": (changed(data="0" * 20), 422, "data is no list"),
+    "a truth among numbers": (changed(data=[0.0] * 19 + [True]), 422, "is not numbers"),
+    "a number beyond float64": (changed(data=[10**400] * 20), 422, "beyond float64"),
+    "half floats that overflow": (changed(datatype="FP16", data=[1e9] * 20), 422, "expected in [0, 1]"),
+    "nested to another depth": (changed(data=[[0.0] * 20]), 422, "ragged"),
     "unknown output": ({**GOOD, "outputs": [{"name": "softmax"}]}, 422, "available outputs: logits, class_id"),
 }
 
@@ -157,6 +165,14 @@ def test_bad_questions_are_problems_that_the_protocol_can_read(client: Client, k
     members = response.json()
     assert expected in members["detail"]
     assert members["error"] == members["detail"]
+
+
+def test_a_body_without_content_type_is_read_as_json(client: Client) -> None:
+    content = json.dumps(GOOD).encode()
+    bare = client.post(INFER, content=content)
+    assert bare.status_code == 200
+    assert bare.content == client.post(INFER, json=GOOD).content
+    assert client.post(INFER, content=content, headers={"Content-Type": "text/plain"}).status_code == 415
 
 
 def test_an_unknown_model_is_not_found(client: Client) -> None:

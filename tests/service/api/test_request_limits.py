@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from encoding import encode, npy
 from fastapi import FastAPI
 
 from service.api.app import create_app
+from service.inference import admission
 from service.inference.classifier import Classifier, Prediction, View
 from service.settings import Settings
 
@@ -146,19 +148,116 @@ def test_who_does_not_fit_in_is_refused_before_its_body_is_read(held: Held, path
     run(app_of(held, max_requests=1), test)
 
 
-def test_a_body_of_unknown_length_counts_as_the_largest(held: Held) -> None:
-    async def chunks() -> AsyncIterator[bytes]:
-        yield PNG
+def test_declared_lengths_take_no_room(held: Held) -> None:
+    app = app_of(held, max_body_bytes=1000, max_waiting_bytes=1000)
+    held.opened.set()
 
+    async def test(http: httpx.AsyncClient) -> None:
+        declared = {"content-type": "image/png", "content-length": "1000"}
+        silent = [asyncio.create_task(call(app, [PART, None], declared)) for _ in range(20)]
+        await asyncio.sleep(0)
+        assert (await predict(http)).status_code == 200
+        for task in silent:
+            task.cancel()
+
+    run(app, test)
+
+
+def test_a_body_whose_next_bytes_find_no_room_is_refused_and_nothing_of_it_stays(held: Held) -> None:
+    app = app_of(held, max_waiting_bytes=1000, client_share=1.0)
+    held.opened.set()
+
+    async def test(http: httpx.AsyncClient) -> None:
+        large = {"type": "http.request", "body": bytes(900), "more_body": True}
+        waiting = asyncio.create_task(call(app, [large, None]))
+        await asyncio.sleep(0)
+        start, body = await call(app, [PART, large, None])
+        assert start["status"] == 503
+        assert b"LIPCERT_MAX_WAITING_BYTES" in body["body"]
+        assert (await predict(http)).status_code == 200
+        waiting.cancel()
+
+    run(app, test)
+
+
+def test_one_address_that_holds_its_share_is_refused_and_others_are_not(held: Held) -> None:
+    app = app_of(held, max_requests=4)
+    held.opened.set()
+
+    async def test(http: httpx.AsyncClient) -> None:
+        silent = [asyncio.create_task(call(app, [PART, None])) for _ in range(2)]
+        await asyncio.sleep(0)
+        start, body = await call(app, [PART, None])
+        assert start["status"] == 503
+        assert b"LIPCERT_CLIENT_SHARE" in body["body"]
+        # From another address, 127.0.0.1.
+        assert (await predict(http)).status_code == 200
+        for task in silent:
+            task.cancel()
+
+    run(app, test)
+
+
+def test_a_body_that_arrives_too_slowly_gets_408(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "_GRACE_S", 0.1)
+    app = app_of(held, min_rate=1e6)
+
+    async def test(http: httpx.AsyncClient) -> None:
+        start, body = await call(app, [PART, None])
+        assert start["status"] == 408
+        assert b"LIPCERT_MIN_RATE" in body["body"]
+
+    run(app, test)
+
+
+def test_a_refusal_before_a_task_is_the_one_of_the_application(held: Held) -> None:
+    app = app_of(held, max_requests=1)
+    paths = ("/predict", "/predict/batch", "/v2/models/grey/infer")
+
+    def scope(path: str, method: str = "POST") -> dict[str, Any]:
+        return {"type": "http", "method": method, "path": path, "client": ("test", 1)}
+
+    async def test(http: httpx.AsyncClient) -> None:
+        refuse = app.state.refuse
+        slow = predict(http)
+        await reached(held)
+        for path in paths:
+            answer = refuse(scope(path))
+            head, _, body = answer.partition(b"\r\n\r\n")
+            expected = await http.post(path, content=PNG, headers={"Content-Type": "application/json"})
+            assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+            assert b"connection: close" in head
+            assert json.loads(body) == expected.json()
+            for name, value in expected.headers.items():
+                assert f"\r\n{name}: {value}".encode() in head
+        for path in ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/models", "/v2/models/grey"):
+            assert refuse(scope(path, "GET")) is None
+            assert refuse(scope(path)) is None
+        text = (await http.get("/metrics")).text
+        for path in ("/predict", "/predict/batch", "/v2/models/{name}/infer"):
+            # Once by the application.
+            assert f'lipcert_http_requests_total{{method="POST",route="{path}",status="503"}} 2.0' in text
+        held.opened.set()
+        assert (await slow).status_code == 200
+        for path in paths:
+            assert refuse(scope(path)) is None
+            await asyncio.sleep(0)
+
+    run(app, test)
+
+
+def test_a_request_that_would_wait_longer_than_the_operator_permits_is_refused(held: Held) -> None:
     async def test(http: httpx.AsyncClient) -> None:
         slow = predict(http)
         await reached(held)
-        assert_is_busy(await http.post("/predict", content=chunks(), headers=IMAGE), "overloaded")
+        response = await predict(http)
+        assert_is_busy(response, "overloaded")
+        assert "LIPCERT_MAX_WAIT_MS" in response.json()["detail"]
         held.opened.set()
         assert (await slow).status_code == 200
-        assert (await http.post("/predict", content=chunks(), headers=IMAGE)).status_code == 200
+        assert (await predict(http)).status_code == 200
 
-    run(app_of(held, max_body_bytes=1000, max_waiting_bytes=1000), test)
+    run(app_of(held, max_wait_ms=0.001), test)
 
 
 async def call(app: FastAPI, messages: list[Any], headers: Mapping[str, str] = IMAGE) -> list[Any]:

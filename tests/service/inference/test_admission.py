@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import uvloop
 
-from service.errors import BusyError, DeadlineError, NotAnImageError, OverloadedError
-from service.inference.admission import Admission, Limits
+from service.errors import BusyError, DeadlineError, NotAnImageError, OverloadedError, TooSlowError
+from service.inference import admission as admission_module
+from service.inference.admission import Admission, Limits, stopping
 
 LONG_S = 60.0
 """Longer than any test takes."""
@@ -25,7 +26,8 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 async def within(admission: Admission, work: Coroutine[Any, Any, Any], deadline_s: float, n_bytes: int = 0) -> Any:
-    with admission.place(n_bytes, deadline_s):
+    with admission.place(deadline_s) as place:
+        place.begin(n_bytes)
         return await work
 
 
@@ -59,7 +61,7 @@ def test_a_request_is_stopped_at_its_deadline_and_its_task_lives_on() -> None:
 
 
 def test_a_cancellation_from_outside_is_no_deadline() -> None:
-    place = Admission(Limits()).place(0, LONG_S)
+    place = Admission(Limits()).place(LONG_S)
 
     async def work() -> None:
         with place:
@@ -68,7 +70,7 @@ def test_a_cancellation_from_outside_is_no_deadline() -> None:
     async def test() -> None:
         task = asyncio.create_task(work())
         await asyncio.sleep(0)
-        place.stop()
+        place.stop(stopping)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -102,25 +104,105 @@ def test_deadlines_of_all_lengths_at_once_are_kept_on_either_event_loop(
         runner.run(asyncio.wait_for(test(), LONG_S))
 
 
-def test_there_are_places_for_a_limited_number_of_requests_and_bytes() -> None:
+def test_there_are_places_for_a_limited_number_of_requests() -> None:
     async def test() -> None:
-        admission = Admission(Limits(max_requests=3, max_bytes=100))
-        # Alone the first is admitted: its body has a limit as well.
-        with admission.place(1000, LONG_S), pytest.raises(OverloadedError, match="1 requests"):
-            await within(admission, broken(), LONG_S, 1)
-        with admission.place(60, LONG_S):
-            with pytest.raises(OverloadedError):
-                await within(admission, broken(), LONG_S, 41)
-            with (
-                admission.place(40, LONG_S),
-                admission.place(0, LONG_S),
-                pytest.raises(OverloadedError, match="3 requests"),
-            ):
-                await within(admission, broken(), LONG_S)
-        assert await within(admission, at_once(), LONG_S, 100) == b"all"
+        admission = Admission(Limits(max_requests=2))
+        with admission.place(LONG_S), admission.place(LONG_S), pytest.raises(OverloadedError), admission.place(LONG_S):
+            pass
+        assert await within(admission, at_once(), LONG_S) == b"all"
 
-    with pytest.warns(RuntimeWarning, match="never awaited"):
-        run(test)
+    run(test)
+
+
+def test_bytes_take_their_room_as_they_arrive() -> None:
+    async def test() -> None:
+        admission = Admission(Limits(max_bytes=100))
+        # Alone a request is admitted: its body has a limit as well.
+        with admission.place(LONG_S) as first:
+            first.receive(1000, 1000)
+            with pytest.raises(OverloadedError), admission.place(LONG_S):
+                pass
+            first.receive(1000, 60)
+            with admission.place(LONG_S) as second:
+                second.receive(40, 40)
+                with pytest.raises(OverloadedError):
+                    second.receive(41, 41)
+                # What is discarded needs none.
+                second.receive(2000, 0)
+                second.begin(40)
+        with admission.place(LONG_S) as first, admission.place(LONG_S) as second:
+            first.receive(50, 50)
+            second.receive(50, 50)
+
+    run(test)
+
+
+def test_one_address_holds_its_share_and_leaves_the_rest_to_others() -> None:
+    async def test() -> None:
+        admission = Admission(Limits(max_requests=4, max_bytes=100, client_share=0.5))
+        with admission.place(LONG_S, "192.0.2.1") as one, admission.place(LONG_S, "192.0.2.1") as two:
+            with pytest.raises(OverloadedError, match="LIPCERT_CLIENT_SHARE"), admission.place(LONG_S, "192.0.2.1"):
+                pass
+            one.receive(20, 20)
+            with pytest.raises(OverloadedError, match="LIPCERT_CLIENT_SHARE"):
+                two.receive(31, 31)
+            with admission.place(LONG_S, "192.0.2.2") as other, admission.place(LONG_S) as unknown:
+                other.receive(50, 50)
+                unknown.receive(30, 30)
+        assert admission.refusal("192.0.2.1") is None
+
+    run(test)
+
+
+def test_a_body_that_arrives_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "_GRACE_S", 0.01)
+
+    async def reading(received: int, begins: bool) -> None:
+        with Admission(Limits(min_rate=1e6)).place(0.3) as place:
+            place.receive(received, 0)
+            if begins:
+                place.begin(received)
+            await asyncio.sleep(LONG_S)
+
+    async def test() -> None:
+        with pytest.raises(TooSlowError, match="less than 1e\\+06 bytes per second"):
+            await reading(100, begins=False)
+        # The wait for an answer has the deadline alone, and so has a fast body.
+        for received, begins in ((100, True), (10**9, False)):
+            with pytest.raises(DeadlineError):
+                await reading(received, begins)
+
+    run(test)
+
+
+def test_requests_that_come_together_are_counted_before_their_tasks_run() -> None:
+    async def test() -> None:
+        admission = Admission(Limits(max_requests=3))
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            assert admission.refusal("") is None
+            admission.expect(loop)
+        assert admission.refusal("") is not None
+        await asyncio.sleep(0)
+        assert admission.refusal("") is None
+
+    run(test)
+
+
+def test_refused_clients_are_told_to_come_back_one_after_the_other() -> None:
+    async def test() -> None:
+        admission = Admission(Limits(max_requests=1))
+        with admission.place(LONG_S):
+            seconds = []
+            for _ in range(2000):
+                refusal = admission.refusal("")
+                assert refusal is not None
+                seconds.append(refusal[1])
+        assert seconds[0] == 1
+        assert seconds == sorted(seconds)
+        assert 3 <= seconds[-1] <= 6
+
+    run(test)
 
 
 @pytest.mark.parametrize("end", ["deadline", "error", "cancelled"])
@@ -151,7 +233,7 @@ def test_closing_ends_requests_in_progress_and_refuses_further_ones() -> None:
         for task in (reading, late):
             with pytest.raises(BusyError):
                 await task
-        with pytest.raises(BusyError, match="stopping"), admission.place(0, LONG_S):
+        with pytest.raises(BusyError, match="stopping"), admission.place(LONG_S):
             pass
 
     run(test)

@@ -163,13 +163,13 @@ async def reached(event: threading.Event) -> None:
 
 
 async def answer_to(batcher: Batcher, ask: Ask, n_bytes: int = 100, deadline_s: float = LONG_S) -> Said:
-    with batcher.place(n_bytes, deadline_s):
-        return await batcher.ask(ask, n_bytes)
+    with batcher.place(deadline_s) as place:
+        return await batcher.ask(ask, n_bytes, place)
 
 
 async def slept(batcher: Batcher, deadline_s: float) -> None:
     """A request whose body does not arrive."""
-    with batcher.place(0, deadline_s):
+    with batcher.place(deadline_s):
         await asyncio.sleep(LONG_S)
 
 

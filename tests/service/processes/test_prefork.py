@@ -318,6 +318,24 @@ def test_a_signal_ends_all_processes_with_status_0_and_leaves_nothing(
     assert not any(is_running(pid) for pid in children)
 
 
+def test_counters_have_their_blocks_of_the_disk_from_the_start(servers: Servers) -> None:
+    # A full disk would otherwise end every process that counts something for the first time.
+    server = servers()
+    server.wait_ready()
+    (folder,) = server.temporary.iterdir()
+    files = {file: file.stat() for file in folder.iterdir()}
+    assert all(status.st_blocks * 512 >= status.st_size > 0 for status in files.values())
+    server.ask_all("/predict", npy(image()))
+    os.kill(server.children[0], signal.SIGKILL)
+    server.wait_ready(3)
+    server.ask_all("/predict", npy(image()))
+    assert {file: file.stat().st_size for file in folder.iterdir()} == {
+        file: status.st_size for file, status in files.items()
+    }
+    server.process.terminate()
+    server.assert_ended_well("ended with")
+
+
 def test_a_signal_while_the_processes_start_ends_them_all(servers: Servers) -> None:
     server = servers()
     wait_until(lambda: "serving on" in server.log)
@@ -407,7 +425,7 @@ os.fork = counted
 def serve(listener):
     os.write(2, b"started at %f s\\n" % time.monotonic())
     return 3
-prefork.serve_in_processes(prefork.listen(prefork.bind("127.0.0.1", 0), 1, 5), serve, lambda pid: None, 10.0)
+prefork.serve_in_processes(prefork.listen(prefork.bind("127.0.0.1", 0), 1, 5), serve, 10.0)
 """
 
 
@@ -493,7 +511,7 @@ def test_an_error_says_how_to_get_a_temporary_folder(monkeypatch: pytest.MonkeyP
         contextlib.ExitStack() as stack,
         pytest.raises(SettingsError, match=r"LIPCERT_PROCESSES: .*\(No such file.*\); set TMPDIR"),
     ):
-        serving._share_counters(stack)
+        serving._share_counters(stack, 2)
     assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
 
 

@@ -61,34 +61,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-_QUOTED = 100
-_LISTED = 1000
+from service.errors.quotations import listed, quoted
+
 _LINE = 500
 """Characters of the reason why a model is not served."""
-
-
-def shortened(text: object) -> str:
-    """Return a text of a client as a message quotes it: its first 100 characters."""
-    shown = str(text)
-    return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}..."
-
-
-def quoted(text: object) -> str:
-    """Return a text of a client, shortened and in quotation marks, control characters escaped."""
-    return repr(shortened(text))
-
-
-def listed(names: Iterable[object]) -> str:
-    """Return names of this server, separated by commas, as far as some 1,000 characters reach."""
-    shown: list[str] = []
-    hidden = length = 0
-    for name in map(str, names):
-        length += len(name) + 2
-        if length <= _LISTED:
-            shown.append(name)
-        else:
-            hidden += 1
-    return ", ".join(shown) + (f" and {hidden} more" if hidden else "")
 
 
 class LipcertError(Exception):
@@ -293,17 +269,17 @@ class CalibrationError(InputError):
 
 
 class BusyError(LipcertError):
-    """The request is valid, and the server has no capacity for it now; a retry may succeed."""
+    """The request is valid, and the server has no capacity for it now; a retry after `retry_after_s` may succeed."""
+
+    retry_after_s: int = 1
 
 
 class OverloadedError(BusyError):
-    """The limit of concurrent requests, or of the bytes of their bodies, is reached."""
+    """The request would wait too long, or a limit of concurrent requests or of the bytes of their bodies is reached."""
 
-    def __init__(self, requests: int) -> None:
-        super().__init__(
-            f"the server is at its limit with {requests} requests in progress; retry after a pause (the operator can "
-            "raise LIPCERT_MAX_REQUESTS or LIPCERT_MAX_WAITING_BYTES)"
-        )
+    def __init__(self, settings: str, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"too many requests; retry after {retry_after_s} s (the operator can raise {settings})")
 
 
 class TooManyConnectionsError(BusyError):

@@ -1,0 +1,57 @@
+"""Refusals before a task is made for a request: in an overload they must cost a fraction of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+from service.api.predict import Service
+from service.api.problem import last_bytes, problem_of
+from service.errors import OverloadedError
+
+_INFER = ("/v2/models/", "/infer")
+_INFER_ROUTE = "/v2/models/{name}/infer"
+_MOST_ANSWERS = 256
+
+
+class Refusals:
+    """What the server of an application asks before it calls it: see `service.connection`."""
+
+    def __init__(self, service: Service) -> None:
+        """Refuse what `service` has no capacity for."""
+        self._batcher = service.batcher
+        self._metrics = service.metrics
+
+    def refuse(self, scope: MutableMapping[str, Any]) -> bytes | None:
+        """Return a complete response where a request would only be refused, otherwise null; count it as a request.
+
+        Args:
+            scope: of ASGI. Whatever is no image to classify is let through.
+        """
+        path: str = scope["path"]
+        if scope["method"] != "POST":
+            return None
+        route = path
+        if path not in ("/predict", "/predict/batch"):
+            if not (path.startswith(_INFER[0]) and path.endswith(_INFER[1])):
+                return None
+            route = _INFER_ROUTE
+        client = scope["client"] or ("", 0)
+        refusal = self._batcher.refusal(client[0])
+        if refusal is None:
+            self._batcher.expect(asyncio.get_running_loop())
+            return None
+        requests, duration_s = self._metrics.requests_of("POST", route, HTTPStatus.SERVICE_UNAVAILABLE)
+        requests.inc()
+        duration_s.observe(0.0)
+        return _answer(path, *refusal)
+
+
+@functools.lru_cache(_MOST_ANSWERS)
+def _answer(path: str, settings: str, retry_after_s: int) -> bytes:
+    """Return the response that the application would give, as bytes; the connection closes after it."""
+    error = OverloadedError(settings, retry_after_s)
+    return last_bytes(problem_of(error, path, error_member=path.startswith(_INFER[0])))
