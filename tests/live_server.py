@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
+from service.connection.handshake import Handshake
 from service.connection.limits import ConnectionLimits
 from service.connection.protocol import Refuse, connection_class, never
 
@@ -89,12 +92,21 @@ def parse_answers(data: bytes) -> list[Answer]:
 class LiveServer:
     """A server on a port of its own; a context manager."""
 
-    def __init__(self, app: Any = echo, limits: ConnectionLimits | None = None, refuse: Refuse = never) -> None:
+    def __init__(
+        self,
+        app: Any = echo,
+        limits: ConnectionLimits | None = None,
+        refuse: Refuse = never,
+        tls: ssl.SSLContext | None = None,
+        loop: Literal["auto", "asyncio", "uvloop"] = "auto",
+    ) -> None:
         self.connections = connection_class(limits or ConnectionLimits(), refuse)
+        served: Any = self.connections if tls is None else functools.partial(Handshake, self.connections, tls)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=self.connections,
+                http=served,
+                loop=loop,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from fastapi import FastAPI
 
 from service.api.decoding import end_children
 from service.api.predict import Service
+from service.connection.handshake import Handshake
 from service.connection.protocol import Connection
 from service.processes.stopping import HANDSHAKE_S, has_waiting, keep_out
 from service.processes.watchdog import Watchdog
@@ -89,7 +91,9 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=connections or Connection,
+                http=(connections or Connection)
+                if tls is None
+                else functools.partial(Handshake, connections or Connection, tls),  # type: ignore[arg-type]
                 log_config=None,
                 log_level=log_level,
                 # A line for each request costs more than reading it; /metrics counts them.
@@ -97,7 +101,6 @@ class Server(uvicorn.Server):
                 ws="none",
                 proxy_headers=bool(trusted_proxies),
                 forwarded_allow_ips=list(trusted_proxies),
-                ssl_context_factory=None if tls is None else lambda _, __: tls,
                 server_header=False,
                 headers=[("X-Content-Type-Options", "nosniff")],
             )

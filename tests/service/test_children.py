@@ -102,7 +102,8 @@ def test_the_end_does_not_wait_for_a_child_that_hangs(children: Children) -> Non
     begin_s = time.monotonic()
     asyncio.run(close_while_it_hangs())
     wait_until(lambda: not is_running(pid))
-    assert time.monotonic() - begin_s < module._SILENT_S + module._SILENT_PER_CPU_S * ENOUGH.cpu_s - 10.0
+    # A silent child has 44 s.
+    assert time.monotonic() - begin_s < 30.0
     # Nothing starts afterwards.
     with pytest.raises(BusyError):
         run(children, "echo")
