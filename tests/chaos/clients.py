@@ -54,6 +54,8 @@ class Clients:
 
     async def _go_on(self) -> None:
         while not self._ends:
+            # Before: the server may have accepted the connection long before this client hears of it.
+            opened_s = time.monotonic()
             try:
                 reader, writer = await asyncio.wait_for(
                     asyncio.open_connection("127.0.0.1", self._port), 5.0 if self.is_stopping else PATIENCE_S
@@ -65,14 +67,13 @@ class Clients:
                 self._judge.samples.append(f"no connection: {error!r}")
                 continue
             try:
-                await self._use(reader, writer)
+                await self._use(reader, writer, opened_s)
             finally:
                 writer.close()
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
 
-    async def _use(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        opened_s = time.monotonic()
+    async def _use(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, opened_s: float) -> None:
         port = writer.get_extra_info("sockname")[1]
         while not self._ends:
             (exchange,) = self._random.choices(self._exchanges, self._weights)

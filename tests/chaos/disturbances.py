@@ -104,6 +104,8 @@ class Disturbances:
     async def hang(self) -> None:
         """Stop a server process until the parent kills it."""
         async with self._taken() as pid:
+            # Before its first beat a process has minutes.
+            await asyncio.sleep(_PAUSE_S)
             with _stopped(pid):
                 await _until_stopped(pid)
                 self._note_kill(pid)
