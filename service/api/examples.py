@@ -19,6 +19,8 @@ from service.inference.outcome import compute
 from service.pixels.images import decode_image, encode_png, to_unit
 
 STATIC = Path(__file__).resolve().parent.parent / "static"
+PAGES = STATIC.with_name("pages")
+"""Not below `/static`, where they would have no security headers."""
 SAMPLE_DIGIT = STATIC / "samples" / "mnist-7.png"
 _MNIST_SHAPE = (1, 28, 28)
 

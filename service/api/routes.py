@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from service.api.answers import describe, describe_in_full
-from service.api.examples import STATIC
+from service.api.examples import PAGES
 from service.api.openapi import SAMPLES, problem_responses
 from service.api.predict import Service, image_endpoint
 from service.api.schema import (
@@ -161,11 +161,11 @@ def _add_operations(router: APIRouter, service: Service) -> None:
 def _add_pages(router: APIRouter, service: Service) -> None:
     @router.get("/", include_in_schema=False)
     async def playground() -> Response:
-        return FileResponse(STATIC / "playground.html", headers=_PAGE_HEADERS)
+        return FileResponse(PAGES / "playground.html", headers=_PAGE_HEADERS)
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return FileResponse(STATIC / "docs.html", headers=_PAGE_HEADERS)
+        return FileResponse(PAGES / "docs.html", headers=_PAGE_HEADERS)
 
     samples = service.examples
     if samples is None:

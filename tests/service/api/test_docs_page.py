@@ -72,6 +72,12 @@ def test_the_browser_is_told_to_fetch_from_this_server_only(client: Client, path
     assert headers["referrer-policy"] == "no-referrer"
 
 
+@pytest.mark.parametrize("name", ["playground", "docs"])
+def test_no_page_is_served_without_its_headers(client: Client, name: str) -> None:
+    assert client.get(f"/static/{name}.js").status_code == 200
+    assert client.get(f"/static/{name}.html").status_code == 404
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_a_page_has_no_inline_script_or_style(client: Client, path: str) -> None:
     page = client.get(path).text
