@@ -161,8 +161,8 @@ class Loop:
 
     def ask(self, batcher: Batcher, question: Question) -> Future[Any]:
         async def ask() -> Any:
-            with batcher.place(1, 60.0):
-                return await batcher.ask(question, 1)  # type: ignore[arg-type]
+            with batcher.place(60.0) as place:
+                return await batcher.ask(question, 1, place)  # type: ignore[arg-type]
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop)
 
