@@ -257,7 +257,8 @@ def test_a_broken_text_is_refused_on_the_event_loop(service: Service) -> None:
         question(service, b'{"image": "!"}', "application/json").decode_at_once()
 
 
-LARGER = Settings(default_model="grey", max_batch=300, max_pixels=20_000)
+# So many at once are an overload, unless a longest wait is set.
+LARGER = Settings(default_model="grey", max_batch=300, max_pixels=20_000, max_wait_ms=60_000)
 
 
 def test_many_clients_at_once_get_the_answers_that_each_gets_alone(classifiers: Mapping[str, Classifier]) -> None:
