@@ -253,12 +253,14 @@ def test_a_model_that_is_loaded_by_its_first_request_gets_the_time_for_it(
 def test_a_worker_that_has_died_is_a_stuck_one(model: Model, batcher: Batcher, loop: Loop) -> None:
     clock = Clock()
     health = health_of(model, batcher, clock)
+    # Other tests of this process may have workers as well.
+    others = set(threading.enumerate())
     hook, threading.excepthook = threading.excepthook, lambda _: None
     try:
         model.wait = lambda where: (_ for _ in ()).throw(SystemExit)  # type: ignore[method-assign, assignment]
         loop.ask(batcher, Question(model))
         wait_until(lambda: len(batcher.beats) == 1 and not batcher.is_waiting)
-        wait_until(lambda: sum(thread.name.startswith("worker-") for thread in threading.enumerate()) < 2)
+        wait_until(lambda: sum(thread.name.startswith("worker-") for thread in {*threading.enumerate()} - others) < 2)
     finally:
         threading.excepthook = hook
     health.observe()
