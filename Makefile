@@ -27,7 +27,8 @@ SUPPLY := .venv-supply
 CHECKS := check-lint check-types check-contracts check-documents
 DOCUMENT_TESTS := tests/project/test_documents.py tests/project/test_licences.py tests/project/test_readme.py
 # A file of tests stays in one process: its fixtures are made once. In the order of collection: long files come first.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One process more than there are CPUs: tests of servers wait much of their time.
+PARALLEL := -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Libraries whose models are certified for comparison: never in .venv.
 OTHERS := .venv-libraries
 # Servers that are measured beside this one.
@@ -64,7 +65,7 @@ check-contracts:
 check-documents:
 	$(RUN) -m pytest --quiet $(DOCUMENT_TESTS)
 
-test: check  ## make check, then all other tests, a process for each of at most four CPUs
+test: check  ## make check, then all other tests, in at most four processes
 	$(RUN) -m pytest $(PARALLEL) $(DOCUMENT_TESTS:%=--ignore=%)
 
 # The processes that tests start are measured as well.
