@@ -228,5 +228,6 @@ def test_make_test_is_make_check_and_every_other_test_once(checkout: Path) -> No
     assert all((ROOT / file).exists() for file in documents)
     *before, last = make(checkout, "--dry-run", "test", *settings).stdout.splitlines()
     assert before == check
-    shared = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
+    processes = str((os.cpu_count() or 1) + 1)
+    shared = ["-n", processes, "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
     assert last.split() == [".venv/bin/python", "-m", "pytest", *shared, *(f"--ignore={file}" for file in documents)]

@@ -76,6 +76,25 @@ def test_gradients_of_windows_in_float32(name: str) -> None:
         assert gradient[pixel] == pytest.approx((high - low) / (2.0 * step), abs=2e-3), pixel
 
 
+@pytest.mark.parametrize("name", ["Elu", "HardSigmoid", "HardSwish", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh"])
+def test_gradients_of_activations_in_float64(name: str) -> None:
+    b = GraphBuilder(np.random.default_rng(0))
+    centred = b.one("Mul", b.one("Sub", "image", b.constant(np.array(0.5))), b.constant(np.array(10.0)))
+    network = read(b.model((1, 4, 5), b.one("Flatten", b.one(name, centred)), 1))
+    forward, adjoint = engines(network)
+    # No pixel is at a kink, and both sides of each kink have some.
+    image = ((np.arange(20) + 0.3) / 20.0).reshape(1, 1, 4, 5)
+    weights = np.random.default_rng(0).normal(size=(1, 20))
+    gradient = adjoint.run(["gradient"], {"image": image, "margin_weights": weights})[0]
+    step = 2.0**-16
+    for pixel in np.ndindex(image.shape):
+        moved = np.concatenate([image, image])
+        moved[0][pixel[1:]] += step
+        moved[1][pixel[1:]] -= step
+        high, low = ((forward.run(["logits"], {"image": one[np.newaxis]})[0] * weights).sum() for one in moved)
+        assert gradient[pixel] == pytest.approx((high - low) / (2.0 * step), rel=1e-5, abs=1e-5)
+
+
 def test_what_has_no_gradient_is_named() -> None:
     network = read(windows("MaxPool", kernel_shape=[2, 2]))
     strange = network.operators[0].__class__("Strange", network.operators[0].operands, (), network.operators[0].results)
