@@ -191,7 +191,7 @@ _PREFER: Json = {
     "name": "Prefer",
     "in": "header",
     "description": "`wait=SECONDS` (RFC 7240): an earlier deadline than the server's own; after it, the status is 503.",
-    "schema": {"type": "string", "pattern": "^wait=[1-9][0-9]*$"},
+    "schema": {"type": "string", "examples": ["wait=5"]},
 }
 _RECORDS: Json = {
     "type": "string",
