@@ -53,12 +53,10 @@ def has_waiting(listeners: Sequence[socket.socket]) -> bool:
 def refuse_waiting(listeners: Sequence[socket.socket]) -> None:
     """Answer the connections in the backlogs with status 503, and close the sockets."""
     # Imported here: the server process alone loads the web framework, after its pool of verifiers has work.
-    from service.api.problem import problem_of
+    from service.api.problem import last_bytes, problem_of
     from service.inference.admission import stopping
 
-    answer = problem_of(stopping())
-    head = b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers)
-    refusal = b"HTTP/1.1 503 Service Unavailable\r\n%bconnection: close\r\n\r\n%b" % (head, bytes(answer.body))
+    refusal = last_bytes(problem_of(stopping()))
     refused: list[socket.socket] = []
     for listener in listeners:
         listener.setblocking(False)
