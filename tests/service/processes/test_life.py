@@ -14,7 +14,6 @@ import re
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoding import npy
-from process_table import children_of, is_running, wait_until
+from process_table import is_running, wait_until
+from server_process import ServerProcess
 
 from service.processes.server import STUCK_STATUS
 
@@ -67,45 +67,21 @@ _IMAGE = npy(np.full((1, 4, 5), 0.5))
 _STUCK_IMAGE = npy(np.zeros((1, 4, 5)))
 
 
-class Server:
-    """A server in a process group."""
+class Server(ServerProcess):
+    """A server that can be stopped in a worker and in the event loop."""
 
     def __init__(self, zoo: Path, folder: Path, hang_s: float = 600.0, **settings: object) -> None:
         self.folder = folder
-        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
-        chosen = {"port": 0, "provider": "cpu", "models": zoo, "default_model": "grey", "drain_s": 0.3} | settings
-        environment |= {f"LIPCERT_{name.upper()}": str(value) for name, value in chosen.items()}
-        self.n_processes = int(str(chosen.get("processes", 1)))
-        self.process = subprocess.Popen(
+        self.n_processes = int(str(settings.get("processes", 1)))
+        super().__init__(
             [sys.executable, "-c", _SERVER.format(folder=str(folder), hang_s=hang_s)],
-            env={**environment, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
+            {"models": zoo, "drain_s": 0.3} | settings,
+            PYTHONPATH=str(ROOT),
         )
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
         self.wait_started(self.n_processes)
         found = re.search(r"serving on http://127.0.0.1:(\d+)", self.log)
         assert found is not None, self.log
         self.address = "127.0.0.1", int(found[1])
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self._lines.extend(iter(self.process.stderr.readline, ""))
-
-    @property
-    def log(self) -> str:
-        return "".join(self._lines)
-
-    @property
-    def children(self) -> list[int]:
-        return [pid for pid in children_of(self.process.pid) if is_running(pid)]
-
-    def wait_started(self, count: int) -> None:
-        wait_until(lambda: self.log.count("startup complete") >= count or self.process.poll() is not None)
-        assert self.process.poll() is None, self.log
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, 60)
@@ -130,14 +106,6 @@ class Server:
     def stop(self) -> int:
         self.process.terminate()
         return self.process.wait(60)
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
 
 
 Start = Callable[..., Server]

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 from encoding import npy
 from process_table import children_of, is_running, wait_until
+from server_process import ServerProcess
 
 from service.api.app import limits_of
 from service.errors import PortError, SettingsError
@@ -33,48 +33,22 @@ from service.runtime.cpus import usable_cpus
 from service.settings import Settings, Threads
 
 _HEADERS = {"Content-Type": "application/x-npy"}
-_READY = "Application startup complete"
 
 
-class Server:
-    """`python -m service` in a new process group, as a terminal starts it."""
+class Server(ServerProcess):
+    """`python -m service`."""
 
     def __init__(self, zoo: Path, folder: Path, **settings: object) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
-        chosen = {"port": 0, "provider": "cpu", "models": zoo, "default_model": "grey", "processes": 2} | settings
-        # Threads of the BLAS library would hide those that must not exist before the fork.
-        environment["OPENBLAS_NUM_THREADS"] = "1"
-        environment |= {f"LIPCERT_{name.upper()}": str(value) for name, value in chosen.items()}
         self.temporary = Path(tempfile.mkdtemp(dir=folder))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "service"],
-            env={**environment, "TMPDIR": str(self.temporary)},
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self._lines.extend(iter(self.process.stderr.readline, ""))
-
-    @property
-    def log(self) -> str:
-        return "".join(self._lines)
-
-    @property
-    def children(self) -> list[int]:
-        return [pid for pid in children_of(self.process.pid) if is_running(pid)]
+        # Threads of the BLAS library would hide those that must not exist before the fork.
+        environment = {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
+        super().__init__([sys.executable, "-m", "service"], {"models": zoo, "processes": 2} | settings, **environment)
 
     def count(self, text: str) -> int:
         return self.log.count(text)
 
     def wait_ready(self, processes: int = 2) -> None:
-        wait_until(lambda: self.count(_READY) >= processes or self.process.poll() is not None)
-        assert self.process.poll() is None, self.log
+        self.wait_started(processes)
 
     @property
     def url(self) -> str:
@@ -122,15 +96,6 @@ class Server:
         for trouble in {"Traceback", "Exception", "ended with", "is killed"} - set(expected):
             assert trouble not in self.log
         assert list(self.temporary.iterdir()) == []
-
-    def close(self) -> None:
-        """Kill the process group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
 
 
 class Servers(contextlib.ExitStack):
