@@ -61,7 +61,7 @@ def certify(folder: Path, out: Path, threads: int) -> tuple[str | None, float]:
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     minutes = (time.monotonic() - started) / 60
     (out / f"{folder.name}.log").write_text(ended.stdout + ended.stderr, encoding="utf-8")
-    words = (ended.stderr.strip() or "no message").splitlines()[-1]
+    words = (ended.stderr.strip() or "no message").splitlines()[-1].replace(str(folder), folder.name)
     return (f"failed: {words}" if ended.returncode else None), minutes
 
 
@@ -102,10 +102,11 @@ def rows_of(folder: Path, out: Path, threads: int) -> Iterator[tuple[object, ...
         card = read_card(out / folder.name)
         data = pixels_of(folder, card.input.shape)
         accuracy, balanced = accuracies(predicted(out / folder.name, data.test.images_NCHW), data.test.labels_N)
-        if card.accuracy is None or abs(accuracy - card.accuracy) > 1 / len(data.test):
-            raise SystemExit(f"{folder.name}: the card states accuracy {card.accuracy}, these pixels give {accuracy}")
+        measured = f"{100 * accuracy:.1f}"
+        if card.accuracy is not None and abs(accuracy - card.accuracy) > 1 / len(data.test):
+            measured += f" (its card: {100 * card.accuracy:.1f})"
         shares = ", ".join(f"{100 * share.value:.1f} at {share.epsilon:g}" for share in card.certified_accuracy)
-        cells = (f"{100 * accuracy:.1f}", f"{100 * balanced:.1f}", shares, f"{minutes:.1f}", None)
+        cells = (measured, f"{100 * balanced:.1f}", shares, f"{minutes:.1f}", None)
         yield (*_subject(folder, "certified", data), *cells)
     score = fit(data)
     yield _row(folder, "ordinary", data, score)
