@@ -29,6 +29,8 @@ LONGEST_SIDE = 224
 """Longest side of the images, in pixels, if none is asked for."""
 COMPARED = (400, 32)
 """Images in which symmetries are looked for, and their longest side in pixels."""
+LARGEST_SHIFT = 4
+"""Pixels by which training images are moved at most: the side of the largest windows, in which places differ."""
 SMALLEST_SIDE = 6
 """Longest side, in pixels, from which on a network has convolutions."""
 VALIDATION_SHARE = 0.15
@@ -156,7 +158,9 @@ def plan(
         chosen["validation_images"] = max(len(folder.labels), round(VALIDATION_SHARE * images))
         chosen["schedule.keep"] = "best"
     recipe = _recipe(chosen, overrides)
-    symmetries = symmetries_of(folder.sample(*COMPARED))
+    _, height, width = _shape(recipe)
+    chosen["augment.crop_padding"] = min(LARGEST_SHIFT, max(height, width) // 16)
+    symmetries = [s for s in symmetries_of(folder.sample(*COMPARED)) if s != "transpose" or height == width]
     chosen |= {f"augment.{symmetry}": True for symmetry in symmetries}
     images -= recipe.validation_images + recipe.calibration_images
     chosen["schedule.batch_size"] = max(1, min(BATCH, images // 4, _largest_batch(recipe)))
@@ -175,7 +179,8 @@ def plan(
     log.info(
         "%d classes of %d x %d pixels, %d channels; %d images to train on, %d to choose by",
         len(folder.labels),
-        *_shape(recipe)[1:],
+        height,
+        width,
         recipe.channels,
         images,
         recipe.validation_images,

@@ -360,9 +360,9 @@ RECIPES: dict[str, AnyRecipe] = {
             dataset="image-folder",
             network=Network(stem=(Stage(channels=64, blocks=4),), pool="max", widths=(64,), parametrisation="stiefel"),
             loss=_cross_entropy(min_margin=0.1, temperature=0.05),
-            schedule=Schedule(epochs=20, batch_size=32, learning_rate=8e-3, rotation_rate=0.05, patience=4),
+            schedule=Schedule(epochs=20, batch_size=32, learning_rate=3e-3, rotation_rate=0.015, patience=4),
             epsilons=(0.05, 0.1, 0.25, 0.5, 1.0),
-            augment=Augment(rotation_degrees=10.0, scale=0.05, shift_pixels=1.0),
+            augment=Augment(crop_padding=1),
         ),
         TwoMoonsRecipe(
             name="two-moons",
