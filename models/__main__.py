@@ -276,12 +276,12 @@ def _train(chosen: argparse.Namespace) -> int:
 
 def _planned(chosen: argparse.Namespace, overrides: Sequence[str]) -> tuple[ImageRecipe, Folder]:
     """Return the recipe of a folder of images, and the folder; from here on `chosen.data` is the folder."""
-    from models.planning import folder_name, plan_once
+    from models.planning import folder_name, plan_or_resume
 
     if chosen.recipe != "image-folder":
         chosen.data = Path(chosen.recipe)
         overrides = [f"name={folder_name(chosen.data)}", *overrides]
-    return plan_once(
+    return plan_or_resume(
         chosen.data,
         overrides,
         checkpoints=chosen.out / ".checkpoints",

@@ -17,7 +17,8 @@ from models.data.folders import Folder, scan_folder
 from models.data.symmetries import symmetries_of
 from models.nets.networks import build_network
 from models.recipes import ImageRecipe, Network, Stage, recipe_by_name
-from models.runs import device_named
+from models.runs import device_named, refuse_incomplete_windows
+from models.training.checkpoints import saved_identity
 from models.training.errors import TrainingError
 from models.training.memory import keep_freed_memory
 from models.training.objective import objective_of
@@ -74,7 +75,7 @@ def folder_name(directory: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-._")[:100] or "images"
 
 
-def plan_once(
+def plan_or_resume(
     directory: Path,
     overrides: Sequence[str],
     *,
@@ -88,45 +89,24 @@ def plan_once(
 
     Args:
         directory: of the images.
-        overrides: `key=value`.
-        checkpoints: folder of the checkpoints of all runs; the recipe is kept there.
+        overrides: `key=value`; those that contradict the earlier run are refused when its checkpoint is read.
+        checkpoints: folder of the checkpoints of all runs.
         resume: whether an earlier run is continued.
         device_name: `auto`, `cpu` or `cuda`.
         threads: CPU threads; default: all.
-        budget_s: seconds for the whole run.
+        budget_s: seconds for the whole run; of no meaning for a run that is resumed.
 
     Raises:
-        DataError, RecipeError, TrainingError: see `scan_folder`, `plan`; the earlier run had other settings.
+        DataError, RecipeError, TrainingError: see `scan_folder`, `plan` and `saved_identity`.
     """
-    asked = recipe_by_name("image-folder", overrides)
-    assert isinstance(asked, ImageRecipe)
-    kept, settings = (
-        checkpoints / asked.name / "plan.json",
-        [*overrides, *([] if budget_s is None else [f"{budget_s:g} s"])],
-    )
-    folder = scan_folder(directory, asked)
-    if resume and kept.exists():
-        content = json.loads(kept.read_text())
-        if content["settings"] != settings:
-            raise TrainingError(
-                f"the earlier run had other settings ({' '.join(content['settings']) or 'none'}): repeat them, or "
-                "choose another --out"
-            )
-        return ImageRecipe.model_validate(content["recipe"]), folder
+    asked = _recipe({}, overrides)
+    folder = scan_folder(directory, asked.data_options())
+    earlier = saved_identity(checkpoints / asked.name) if resume else None
+    if earlier is not None:
+        return _recipe(earlier["recipe"], overrides), folder
     if threads is not None:
         torch.set_num_threads(threads)
-    recipe = plan(folder, overrides, device=device_named(device_name), budget_s=budget_s)
-    if not kept.with_name("last.pt").exists():
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(
-                json.dumps({"settings": settings, "recipe": recipe.model_dump(mode="json")}, indent=2) + "\n"
-            )
-        except OSError as error:
-            raise TrainingError(
-                f"{kept} cannot be written ({error.strerror}): name another folder with --out"
-            ) from error
-    return recipe, folder
+    return plan(folder, overrides, device=device_named(device_name), budget_s=budget_s), folder
 
 
 def plan(
@@ -159,6 +139,7 @@ def plan(
         chosen["schedule.keep"] = "best"
     recipe = _recipe(chosen, overrides)
     _, height, width = _shape(recipe)
+    refuse_incomplete_windows(height, width, recipe.network.multiple)
     chosen["augment.crop_padding"] = min(LARGEST_SHIFT, max(height, width) // 16)
     symmetries = [s for s in symmetries_of(folder.sample(*COMPARED)) if s != "transpose" or height == width]
     chosen |= {f"augment.{symmetry}": True for symmetry in symmetries}
@@ -223,6 +204,7 @@ def _shape(recipe: ImageRecipe) -> tuple[int, int, int]:
 def _largest_batch(recipe: ImageRecipe) -> int:
     """Return the images whose activations fit into the share of the memory."""
     _, height, width = _shape(recipe)
+    refuse_incomplete_windows(height, width, recipe.network.multiple)
     numbers = 0
     for stage in recipe.network.stem:
         height, width = height // stage.window, width // stage.window

@@ -171,6 +171,10 @@ class DataOptions(_Frozen):
     licence: str | None = None
     """Their licence, for the card."""
 
+    def data_options(self) -> DataOptions:
+        """Return these fields alone; a recipe has others."""
+        return DataOptions.model_validate({key: getattr(self, key) for key in DataOptions.model_fields})
+
     @model_validator(mode="after")
     def _options_of_a_folder_are_for_a_folder(self) -> Self:
         options = DataOptions.model_fields.keys() - {"dataset", "classes"}

@@ -124,8 +124,8 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
     input_shape = _input_shape(data, multiple)
     if recipe.augment is not None and recipe.augment.transpose and input_shape[1] != input_shape[2]:
         raise TrainingError(
-            f"augment.transpose exchanges rows and columns, but the images are {input_shape[1]} x {input_shape[2]}: leave "
-            "it out, or choose a square image_size"
+            f"augment.transpose exchanges rows and columns, but the images are {input_shape[1]} x {input_shape[2]}: "
+            "leave it out, or choose a square image_size"
         )
     outputs = 1 if len(data.labels) == 2 else len(data.labels)
     counts = train.counts(len(data.labels))
@@ -231,12 +231,26 @@ def _batches(
 
 def _input_shape(data: DataSet, multiple: int) -> tuple[int, int, int]:
     channels, height, width = data.train.images_NCHW.shape[1:]
+    refuse_incomplete_windows(height, width, multiple)
+    return channels, height, width
+
+
+def refuse_incomplete_windows(height: int, width: int, multiple: int) -> None:
+    """Refuse images that do not consist of whole windows of the network.
+
+    Args:
+        height: of the images, in pixels.
+        width: likewise.
+        multiple: of which both must be multiples.
+
+    Raises:
+        TrainingError: they are not.
+    """
     if height % multiple or width % multiple:
         raise TrainingError(
             f"the images are {height} x {width}, but the stages of network.stem cut them into windows of {multiple}: "
             f"choose image_size as a multiple of {multiple}, or another stem"
         )
-    return channels, height, width
 
 
 def _train_moons(recipe: TwoMoonsRecipe, options: _Options) -> str:

@@ -36,8 +36,7 @@ def load_dataset(
     Raises:
         DataError: the files are missing or unusable; the message names file and cure.
     """
-    # A recipe is a DataOptions with further fields.
-    options = DataOptions.model_validate({key: getattr(options, key) for key in DataOptions.model_fields})
+    options = options.data_options()
     if options.dataset == "image-folder":
         folder = folder or scan_folder(directory, options, test_only=test_only)
         found = folder.load(options.image_size or folder.size_within(LARGEST_DEFAULT_SIDE, multiple))

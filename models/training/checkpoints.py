@@ -101,10 +101,7 @@ class Checkpoints:
         path = path or self.last
         if not path.is_file():
             raise TrainingError(f"nothing to resume: {path} does not exist; run without --resume to start")
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
-            raise TrainingError(f"{path} cannot be read ({error}): delete it and start again") from error
+        state = _read(path, device)
         changes = _changes(json.loads(state["identity"]), json.loads(json.dumps(self.identity)))
         if changes:
             raise TrainingError(
@@ -112,6 +109,26 @@ class Checkpoints:
                 "repeat the settings of that run, or choose another --out"
             )
         return state
+
+
+def saved_identity(folder: Path) -> dict[str, Any] | None:
+    """Return the identity of the run whose `last.pt` is in a folder, if there is one.
+
+    Args:
+        folder: of the checkpoints of one run.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    path = folder / "last.pt"
+    return json.loads(_read(path, torch.device("cpu"))["identity"]) if path.is_file() else None
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
+        raise TrainingError(f"{path} cannot be read ({error}): delete it and start again") from error
 
 
 def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

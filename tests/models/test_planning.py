@@ -12,7 +12,7 @@ from PIL import Image
 
 from models import planning
 from models.data.folders import scan_folder
-from models.planning import folder_name, network_for, plan, plan_once
+from models.planning import folder_name, network_for, plan, plan_or_resume
 from models.recipes import DataOptions, ImageRecipe, RecipeError
 from models.training.errors import TrainingError
 
@@ -126,13 +126,18 @@ def test_batches_fit_into_the_memory(tmp_path: Path, timed: dict[str, float], mo
 def test_a_resumed_run_gets_the_recipe_it_began_with(tmp_path: Path, timed: dict[str, float]) -> None:
     folder, checkpoints = write(tmp_path / "my images", {"a": 30, "b": 30}), tmp_path / "out"
     overrides = [f"name={folder_name(folder)}", "loss.min_margin=0.2"]
-    first, _ = plan_once(folder, overrides, checkpoints=checkpoints, resume=False)
+    first, _ = plan_or_resume(folder, overrides, checkpoints=checkpoints, resume=True, budget_s=60)
+    identity = json.dumps({"recipe": first.model_dump(mode="json"), "seed": 0})
+    (checkpoints / "my-images").mkdir(parents=True)
+    torch.save({"identity": identity}, checkpoints / "my-images" / "last.pt")
     timed["bf16-mixed"] = 0.01
-    again, _ = plan_once(folder, overrides, checkpoints=checkpoints, resume=True)
+    again, _ = plan_or_resume(folder, overrides, checkpoints=checkpoints, resume=True)
     assert first == again
-    assert json.loads((checkpoints / "my-images" / "plan.json").read_text())["recipe"]["name"] == "my-images"
-    with pytest.raises(TrainingError, match=r"other settings \(name=my-images loss.min_margin=0.2\)"):
-        plan_once(folder, overrides, checkpoints=checkpoints, resume=True, budget_s=600)
+    other, _ = plan_or_resume(folder, [*overrides, "loss.alpha=3"], checkpoints=checkpoints, resume=True)
+    assert other == first.model_copy(update={"loss": first.loss.model_copy(update={"alpha": 3.0})})
+    (checkpoints / "my-images" / "last.pt").write_bytes(b"half of it")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        plan_or_resume(folder, overrides, checkpoints=checkpoints, resume=True)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("my images!", "my-images"), ("été", "t"), ("x" * 250, "x" * 100)])
