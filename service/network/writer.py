@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
-from service.network.operators import Constant, Network, Operand, Operator, Tensor
+from service.network.operators import ELEMENT_TYPES, Constant, Network, Operand, Operator, Tensor
 
 OPSET = 18
 IR_VERSION = 9
 BATCH_AXIS = "N"
 Piece = bytes | np.ndarray
-_ELEMENTS = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}
 
 
 def write(network: Network, inputs: Sequence[str] = ("image",), outputs: Sequence[str] = ("logits",)) -> bytes:
@@ -74,7 +73,7 @@ def write_pieces(network: Network, inputs: Sequence[str], outputs: Sequence[str]
         for operator in network.operators
     ]
     nodes += [helper.make_node("Identity", [source], [name]) for source, name in passed]
-    element = _ELEMENTS[network.precision]
+    element = ELEMENT_TYPES[network.precision]
     graph = helper.make_graph(
         nodes,
         "network",
