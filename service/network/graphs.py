@@ -25,7 +25,7 @@ class Graph:
 
 def forward_graph(network: Network) -> Graph:
     """Return the graph of input `image` and output `logits`."""
-    return Graph(write_pieces(arranged(network), ("image",), ("logits",)))
+    return Graph(write_pieces(arranged(network), ("image",), ("logits",), to_run=True))
 
 
 def gradient_graph(network: Network) -> Graph:
@@ -37,4 +37,5 @@ def gradient_graph(network: Network) -> Graph:
     Raises:
         UnsupportedModelError: an operator has no gradient; the message names each.
     """
-    return Graph(write_pieces(differentiate(arranged(network)), ("image", "margin_weights"), ("logits", "gradient")))
+    names = ("image", "margin_weights"), ("logits", "gradient")
+    return Graph(write_pieces(differentiate(arranged(network)), *names, to_run=True))
