@@ -75,7 +75,8 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
     ranges = Ranges.in_file(model_bytes, draft.weights)
     tensors = [network.image, *(tensor for operator in network.operators for tensor in operator.results)]
     largest = max(math.prod(tensor.shape) for tensor in tensors)
-    return Verified(certificate, logits_NK, *(Splice.of(graph.pieces, ranges) for graph in graphs), largest)
+    of_logits, of_gradient = (Splice.of(graph.pieces, ranges) for graph in graphs)
+    return Verified(certificate, logits_NK, of_logits, of_gradient, largest)
 
 
 def _agree(one: np.ndarray, other: np.ndarray, allowed: float) -> bool:

@@ -65,7 +65,7 @@ class _Plan:
         self._next = max(tensor.number for tensor in tensors) + 1
 
     def add(self, shift: Shift) -> None:
-        """Plan the change of one shift; none where the map would be another."""
+        """Plan the change of one shift, unless the map would be another."""
         moves, (channels, pixels) = shift.moves, shift.moves.mask.shape
         order = _order(shift)
         distances, row = moves.of_source[order], (order[:, None] * pixels + np.arange(pixels)).ravel()

@@ -89,7 +89,7 @@ class Blocks:
 
 
 def find_shift(links: Links, position: int) -> Shift | None:
-    """Return the shift that a Gather belongs to; null where it belongs to none.
+    """Return the shift that a Gather belongs to; null where it belongs to no shift.
 
     Args:
         links: of the network.
