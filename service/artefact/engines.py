@@ -42,7 +42,7 @@ def lazy_engines(
 
     def load(graph: Splice) -> Engine:
         content = graph.join(files.read_model())
-        engine = load_engine(path, content, provider, threads, limits)
+        engine = load_engine(path, content, provider, threads, limits, facts.largest)
         if provider == "cuda":
             _check_device(path, engine, facts)
         return engine
@@ -51,7 +51,7 @@ def lazy_engines(
 
 
 def load_engine(
-    path: Path, content: bytes, provider: Resolved, threads: int, limits: GpuLimits | None = None
+    path: Path, content: bytes, provider: Resolved, threads: int, limits: GpuLimits | None = None, largest: int = 1
 ) -> Engine:
     """Return the engine of one graph.
 
@@ -61,13 +61,14 @@ def load_engine(
         provider: of `resolve_provider`.
         threads: threads inside one operator; at least 1.
         limits: on a GPU.
+        largest: numbers in the largest tensor of one image.
 
     Raises:
         ArtefactError: no provider runs the graph.
         ProviderError: the GPU does not run a graph that the CPU runs.
     """
     try:
-        return Engine(content, provider, threads, limits)
+        return Engine(content, provider, threads, limits, largest)
     except GraphError as error:
         raise ArtefactError(
             path, f"ONNX Runtime cannot run the graph ({error}). Export it with operators it has."

@@ -28,6 +28,8 @@ class Verified:
     """The graph of the logits, written from that network."""
     gradient: Splice
     """The graph of logits and gradient, written from that network."""
+    largest: int = 1
+    """Numbers in the largest tensor of one image."""
 
 
 @dataclass(frozen=True)

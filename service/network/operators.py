@@ -17,6 +17,8 @@ Shape = tuple[int, ...]
 """Of one image's tensor: the batch axis, always the first, is left out."""
 Attribute = int | float | str | tuple[int, ...]
 Precision = Literal["float32", "float64"]
+ELEMENT_TYPES: dict[Precision, int] = {"float32": 1, "float64": 11}
+"""Numbers of the formats in ONNX, `TensorProto.DataType`."""
 
 
 class UnsupportedModelError(Exception):

@@ -22,6 +22,8 @@ from service.runtime.provider import CPU, CUDA, Resolved
 from service.runtime.session import GpuLimits, GraphError, dtype, open_session
 
 _log = logging.getLogger(__name__)
+_CACHED = 1 << 18
+"""Numbers of one tensor of a batch, 2 MiB in float64: beyond, the operators of a graph wait for memory."""
 
 
 class Engine:
@@ -34,7 +36,9 @@ class Engine:
     is_lost: bool
     """Whether the device has failed for good."""
 
-    def __init__(self, graph_bytes: bytes, provider: Resolved, threads: int, limits: GpuLimits | None = None) -> None:
+    def __init__(
+        self, graph_bytes: bytes, provider: Resolved, threads: int, limits: GpuLimits | None = None, largest: int = 1
+    ) -> None:
         """Load a graph; on a GPU, run it in each of its batch sizes.
 
         Args:
@@ -42,6 +46,8 @@ class Engine:
             provider: of `resolve_provider`.
             threads: threads inside one operator; at least 1.
             limits: on a GPU.
+            largest: numbers in the largest tensor of one image; on a CPU, as many images run at once as their tensors
+                stay in its caches.
 
         Raises:
             GraphError: the runtime refuses the graph, also on the CPU.
@@ -57,6 +63,7 @@ class Engine:
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self.is_lost = False
+        self._images = max(1, _CACHED // largest)
         self._fixed = None
         if provider == "cuda":
             self._fixed = FixedBatches(self._session, "cuda", limits.batch)
@@ -70,7 +77,7 @@ class Engine:
         """
         if self._fixed is None:
             feed = {name: np.ascontiguousarray(value, self._dtypes[name]) for name, value in inputs.items()}
-            return self._session.run(list(outputs), feed)  # type: ignore[return-value]
+            return self._run_in_parts(list(outputs), feed)
         if self.is_lost:
             raise DeviceLostError
         try:
@@ -83,6 +90,15 @@ class Engine:
             self.is_lost = True
             _log.error("the GPU is lost: %s", summary(error))
             raise DeviceLostError from error
+
+    def _run_in_parts(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Run a batch in parts of nearly one size."""
+        parts = -(-max(map(len, feed.values()), default=0) // self._images)
+        if parts < 2:
+            return self._session.run(outputs, feed)  # type: ignore[return-value]
+        split = {name: np.array_split(value, parts) for name, value in feed.items()}
+        results = [self._session.run(outputs, {name: value[k] for name, value in split.items()}) for k in range(parts)]
+        return [np.concatenate(of_one) for of_one in zip(*results, strict=True)]  # type: ignore[arg-type]
 
     def _warm_up(self, fixed: FixedBatches, graph_bytes: bytes, memory_bytes: int) -> None:
         # The largest first: its memory is enough for the others.

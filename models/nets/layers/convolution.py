@@ -69,12 +69,17 @@ class _Shift(torch.autograd.Function):
 
 def _shifted(x: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
     H, W = x.shape[2:]
-    y = torch.zeros_like(x)
+    y = torch.empty_like(x)
     for group, (dy, dx) in enumerate(offsets):
         part = slice(group, None, len(offsets))
         to_y, to_x = slice(max(dy, 0), H + min(dy, 0)), slice(max(dx, 0), W + min(dx, 0))
         from_y, from_x = slice(max(-dy, 0), H + min(-dy, 0)), slice(max(-dx, 0), W + min(-dx, 0))
         y[:, part, to_y, to_x] = x[:, part, from_y, from_x]
+        # Where nothing comes from inside the image: before or behind the pixels that came.
+        y[:, part, : to_y.start] = 0
+        y[:, part, to_y.stop :] = 0
+        y[:, part, :, : to_x.start] = 0
+        y[:, part, :, to_x.stop :] = 0
     return y
 
 

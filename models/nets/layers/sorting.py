@@ -46,13 +46,39 @@ class _Sort(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b = x.chunk(2, dim=1)
         ctx.save_for_backward(a >= b)
-        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
+        y = torch.empty_like(x)
+        upper, lower = y.chunk(2, dim=1)
+        torch.maximum(a, b, out=upper)
+        torch.minimum(a, b, out=lower)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (kept,) = ctx.saved_tensors
-        upper, lower = gradient.chunk(2, dim=1)
-        return torch.cat([torch.where(kept, upper, lower), torch.where(kept, lower, upper)], dim=1)
+        return _exchanged(gradient, kept)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers as long as a number, by its bytes."""
+
+
+def _exchanged(gradient: Tensor, kept: Tensor) -> Tensor:
+    """Return the halves of axis 1 with their elements exchanged where they are not kept, bit for bit."""
+    upper, lower = gradient.chunk(2, dim=1)
+    result = torch.empty_like(gradient)
+    if gradient.is_cuda:
+        first, second = result.chunk(2, dim=1)
+        torch.where(kept, upper, lower, out=first)
+        torch.where(kept, lower, upper, out=second)
+        return result
+    # A choice by a mask takes a CPU five times as long: l ^ ((u ^ l) & mask) is u where the mask has all bits, else l.
+    integer = _BITS[gradient.element_size()]
+    upper, lower = upper.view(integer), lower.view(integer)
+    first, second = result.view(integer).chunk(2, dim=1)
+    difference = torch.bitwise_xor(upper, lower).bitwise_and_(kept.to(integer).neg_())
+    torch.bitwise_xor(lower, difference, out=first)
+    torch.bitwise_xor(upper, difference, out=second)
+    return result
 
 
 class FullSort(Layer):

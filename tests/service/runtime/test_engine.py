@@ -37,6 +37,27 @@ def test_engine_computes_what_the_graph_says() -> None:
     assert loaded.provider == CPU
 
 
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(1, [7]), (1 << 16, [4, 3]), (1 << 17, [2, 2, 2, 1]), (1 << 30, [1] * 7)]
+)
+def test_a_batch_of_large_tensors_runs_in_parts(
+    largest: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = Engine(GRAPHS.gradient, "cpu", threads=1, largest=largest)
+    inputs = inputs_of(loaded, 7)
+    expected = Engine(GRAPHS.gradient, "cpu", threads=1).run(["gradient", "logits"], inputs)
+    run, seen = loaded._session.run, []
+
+    def counted(outputs: list[str], feed: dict[str, np.ndarray]) -> object:
+        seen.append(len(feed["image"]))
+        return run(outputs, feed)
+
+    monkeypatch.setattr(loaded._session, "run", counted)
+    for one, other in zip(loaded.run(["gradient", "logits"], inputs), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert seen == sizes
+
+
 def test_inputs_are_converted_to_the_precision_of_the_graph() -> None:
     loaded = Engine(GRAPHS.model, "cpu", threads=1)
     (logits,) = loaded.run(["logits"], {"image": np.zeros((1, 1, 2, 2), np.float32)})
