@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -167,9 +168,8 @@ def plan(
         recipe.validation_images,
     )
     log.info(
-        "network: %s; pool %s; dense %s",
-        "; ".join(stages),
-        recipe.network.pool,
+        "network: %s; dense %s",
+        "; ".join([*stages, f"pool {recipe.network.pool}"] if stages else ["no convolutions"]),
         ", ".join(map(str, recipe.network.widths)),
     )
     log.info(
@@ -235,10 +235,15 @@ def _seconds_a_step(chosen: Mapping[str, Any], overrides: Sequence[str], folder:
     return min(times[1:])
 
 
+def _as_option(seconds: float) -> str:
+    """Return a time as `--budget` takes it, rounded up."""
+    return f"{math.ceil(seconds)}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
+
+
 def _affordable(wanted: int, each: float, budget_s: float) -> int:
     steps = int(TRAINING_SHARE * budget_s / each)
     if steps < FEWEST_STEPS:
-        needed, good = (format_duration(n * each / TRAINING_SHARE) for n in (FEWEST_STEPS, wanted))
+        needed, good = (_as_option(n * each / TRAINING_SHARE) for n in (FEWEST_STEPS, wanted))
         raise TrainingError(
             f"a budget of {format_duration(budget_s)} is {steps} steps of {1e3 * each:.0f} ms: give --budget {needed} "
             f"or more, {good} for all {wanted} steps that these images deserve, or smaller images (--set image_size=64)"

@@ -95,9 +95,7 @@ def test_a_budget_decides_the_steps_and_one_that_is_too_short_says_what_it_takes
     steps = planned(folder, budget_s=60).schedule.steps
     assert steps is not None
     assert steps * 0.1 == pytest.approx(60 * planning.TRAINING_SHARE)
-    with pytest.raises(
-        TrainingError, match=r"a budget of 5 s is 37 steps .*: give --budget 13 s or more, 3 min for all"
-    ):
+    with pytest.raises(TrainingError, match=r"a budget of 5 s is 37 steps .*: give --budget 14s or more, 4m for all"):
         planned(folder, budget_s=5)
 
 
