@@ -10,6 +10,7 @@ Axes: N batch, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -43,7 +44,9 @@ GRADIENT_TOLERANCE = 1e-9
 MEASURED_AT_ONCE = 250
 """Test images in one batch."""
 PROBES = 64
-"""Random images on which graph and network are compared."""
+"""Random images on which graph and network are compared, fewer of large images."""
+PROBED_NUMBERS = 2**17
+"""Numbers in all of them: each is held in float64 by every layer, for the gradient."""
 
 
 class ExportRefusedError(Exception):
@@ -102,8 +105,9 @@ def compare(network: LipschitzNetwork, model_bytes: bytes, certificate: Certific
         ExportRefusedError: logits differ by more than the proved errors, or the gradient differs from autograd's.
     """
     generator = np.random.default_rng(seed)
-    images = generator.random((PROBES, *network.input_shape))
-    weights = generator.standard_normal((PROBES, network.outputs))
+    probes = max(1, min(PROBES, PROBED_NUMBERS // math.prod(network.input_shape)))
+    images = generator.random((probes, *network.input_shape))
+    weights = generator.standard_normal((probes, network.outputs))
     folded = network.fold().cpu()
 
     variable = torch.from_numpy(images).requires_grad_()
@@ -199,7 +203,8 @@ def measure(
 
 def forward_engine(model_bytes: bytes, threads: int) -> Engine:
     """Return the graph that the server writes from a model, loaded on the CPU."""
-    return Engine(forward_graph(read(model_bytes)).content, "cpu", threads)
+    network = read(model_bytes)
+    return Engine(forward_graph(network).content, "cpu", threads, largest=network.largest)
 
 
 def radii(

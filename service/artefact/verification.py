@@ -7,7 +7,6 @@ libraries and the memory of a proof never enter it.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +72,8 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
     if gradient_NCHW.shape != image_NCHW.shape or not _agree(again_NK, logits_NK, 2.0 * certificate.logit_error):
         raise ArtefactError(path, "ONNX Runtime computes other logits beside a gradient than alone; report this model.")
     ranges = Ranges.in_file(model_bytes, draft.weights)
-    tensors = [network.image, *(tensor for operator in network.operators for tensor in operator.results)]
-    largest = max(math.prod(tensor.shape) for tensor in tensors)
     of_logits, of_gradient = (Splice.of(graph.pieces, ranges) for graph in graphs)
-    return Verified(certificate, logits_NK, of_logits, of_gradient, largest)
+    return Verified(certificate, logits_NK, of_logits, of_gradient, network.largest)
 
 
 def _agree(one: np.ndarray, other: np.ndarray, allowed: float) -> bool:

@@ -7,6 +7,7 @@ every attribute is stated, every axis is counted from the front, and every lengt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
@@ -124,6 +125,12 @@ class Network:
     def image(self) -> Tensor:
         """The first input."""
         return self.inputs[0]
+
+    @property
+    def largest(self) -> int:
+        """Numbers in the largest tensor of one image."""
+        tensors = [self.image, *(tensor for operator in self.operators for tensor in operator.results)]
+        return max(math.prod(tensor.shape) for tensor in tensors)
 
     @property
     def dtype(self) -> np.dtype[np.floating]:
