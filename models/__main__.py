@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.logs import log_to_stderr
+from models.paths import dataset_of, missing_artefact, missing_images
 from models.recipes import RECIPES, ImageRecipe, RecipeError, recipe_by_name
 
 if TYPE_CHECKING:
@@ -37,13 +38,16 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m model
     chosen = parser.parse_args(words)
     log_to_stderr()
     try:
+        if "artefact" in chosen and (fault := _missing(chosen.artefact, chosen.data)):
+            return _failed(fault)
         return chosen.run(chosen)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("models", "service"):
             raise
+        extras = "cpu,train,evaluate" if chosen.command == "evaluate" else "cpu,train"
         return _failed(
-            f"`{chosen.command}` needs {error.name}, which is not installed: "
-            "`pip install 'lipcert[cpu,train,evaluate]'` (in a checkout: `make check`) installs it"
+            f"`{chosen.command}` needs {error.name}, which is not installed: `pip install 'lipcert[{extras}]'` "
+            "(in a checkout: `make train`) installs it"
         )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -190,6 +194,10 @@ def _add_blocks(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _missing(artefact: Path, data: Path) -> str | None:
+    return missing_artefact(artefact) or missing_images(data, dataset_of(artefact))
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -200,6 +208,13 @@ def _positive(text: str) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     if chosen.blocks is not None and chosen.precision != "float32":
         return _failed("--blocks is an option of --precision float32")
+    epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
+    try:
+        recipe = recipe_by_name(chosen.recipe, [*chosen.overrides, *epochs])
+    except RecipeError as error:
+        return _failed(error)
+    if isinstance(recipe, ImageRecipe) and (fault := missing_images(chosen.data, recipe.dataset)):
+        return _failed(fault)
     # Imported here: torch takes seconds to load, which --help must not.
     from models.data.labelled import DataError
     from models.export import ExportRefusedError
@@ -209,9 +224,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from service.artefact.card import ArtefactError
     from service.certificate import UnsupportedModelError
 
-    epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
     try:
-        recipe = recipe_by_name(chosen.recipe, [*chosen.overrides, *epochs])
         summary = run_recipe(
             recipe,
             data=chosen.data,
@@ -228,7 +241,6 @@ def _train(chosen: argparse.Namespace) -> int:
         sys.stderr.write(f"{interruption}\n")
         return INTERRUPTED
     except (
-        RecipeError,
         DataError,
         TrainingError,
         ExportRefusedError,
