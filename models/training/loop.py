@@ -37,6 +37,7 @@ from models.recipes import Schedule
 from models.training.batches import BatchSource
 from models.training.checkpoints import Checkpoints
 from models.training.errors import CheckpointError, Interrupted, NonFiniteError, TrainingError
+from models.training.history import EpochFigures
 from models.training.objective import Objective
 from models.training.optimisers import optimisers_of
 from models.training.progress import Progress
@@ -76,6 +77,8 @@ class Trained:
     network: LipschitzNetwork
     seconds: float
     """Wall time of training, summed over resumed parts."""
+    history: tuple[EpochFigures, ...] = ()
+    """Figures of each epoch, those of resumed parts too."""
 
 
 def fabric_for(run: Run, devices: int = 1) -> Fabric:
@@ -130,7 +133,7 @@ def fit(
                 if fabric.strategy.reduce_boolean_decision(stopping(), all=False):
                     session.interrupt()
             session.finish_epoch()
-    return Trained(session.network_to_evaluate(), progress.seconds())
+    return Trained(session.network_to_evaluate(), progress.seconds(), tuple(progress.history))
 
 
 class _Logits(nn.Module):

@@ -151,6 +151,7 @@ PLANTED = [
     ("training-layers", "models/training/loop.py", "from models.training import processes"),
     ("training-layers", "models/training/checkpoints.py", "def f():\n    import models.training.loop"),
     ("training-layers", "models/training/progress.py", "import models.training.checkpoints"),
+    ("training-layers", "models/training/history.py", "import models.training.progress"),
     ("training-layers", "models/training/losses.py", "import models.training.objective"),
     ("training-layers", "models/training/unplaced.py", ""),
     ("nets-layers", "models/nets/onnx_graph.py", "import models.nets.layers.base"),
