@@ -133,8 +133,8 @@ def _describe_calibrate(calibrate: argparse.ArgumentParser) -> None:
     calibrate.set_defaults(run=_calibrate)
 
 
-def _describe_artefact(command: argparse.ArgumentParser) -> None:
-    _describe_model_and_data(command, "folder of the model")
+def _describe_artefact(command: argparse.ArgumentParser, data: str = "") -> None:
+    _describe_model_and_data(command, "folder of the model", data)
     command.add_argument(
         "--provider", choices=PROVIDERS, default="auto", help="auto: CUDA where available (default: auto)"
     )
@@ -143,19 +143,19 @@ def _describe_artefact(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _describe_model_and_data(command: argparse.ArgumentParser, text: str) -> None:
+def _describe_model_and_data(command: argparse.ArgumentParser, text: str, data: str = "") -> None:
     command.add_argument("artefact", type=Path, metavar="ARTEFACT", help=text)
     command.add_argument(
         "--data",
         type=Path,
         default=Path("data"),
         metavar="DIR",
-        help="folder of the data set in the card, as given to `train` (default: %(default)s)",
+        help=f"folder of the data set in the card, as given to `train`{data} (default: %(default)s)",
     )
 
 
 def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
-    _describe_artefact(evaluate)
+    _describe_artefact(evaluate, ", or of other images: one folder for each class")
     evaluate.add_argument(
         "--attacks",
         action=argparse.BooleanOptionalAction,
@@ -169,9 +169,20 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
         help="images to attack, evenly spaced; default: 1000, or all if fewer",
     )
     evaluate.add_argument(
+        "--attack-seconds",
+        type=_seconds,
+        metavar="S",
+        help="start no further attack after S seconds; the report states how many images were attacked",
+    )
+    evaluate.add_argument(
         "--limit", type=_positive, metavar="N", help="images to measure, evenly spaced; the card is not changed"
     )
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the report; default: ARTEFACT/report")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the report; default: ARTEFACT/report, of other images ARTEFACT/report-NAME",
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -203,6 +214,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time in seconds, above 0")
+    return seconds
 
 
 def _train(chosen: argparse.Namespace) -> int:
@@ -267,6 +285,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
             chosen.data,
             attacks=chosen.attacks,
             n_attack=chosen.n_attack,
+            attack_seconds=chosen.attack_seconds,
             limit=chosen.limit,
             provider=chosen.provider,
             threads=chosen.threads,
