@@ -1,6 +1,6 @@
 """Attacks within a budget of time: an estimate before they start, and an end when the time is used up.
 
-Axes: N images, M attacked images, C channels, H height, W width, K classes.
+Axes: N images, M attacked images, G images of a group, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from service.inference.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
-GROUP = 8
-"""Images that are attacked together within a budget; the first group is finished in any case."""
+GROUPS = (1, 1, 2, 4, 8)
+"""Images that are attacked together within a budget, in this order; the last number repeats. The first is attacked in
+any case."""
 PASSES = 5000
 """Gradient passes that cost as much as all attacks on one image: 2,700 for `malaria-cells`, 6,500 for `mnist`."""
 _TIMED = 32
@@ -49,10 +50,10 @@ def attack_within(
     cache: PartialResults | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Attacked:
-    """Attack all images, or groups of `GROUP` images until the time is used up; log an estimate first.
+    """Attack all images, or groups of them (`GROUPS`) until the time is used up; log an estimate first.
 
-    Every beginning of the order of the groups is spread over the images. A group starts if the time that is left is
-    that of the group before it.
+    Every beginning of the order of the groups is spread over the images. A group starts if its time fits into the rest,
+    by the time of an image in the group before it.
 
     Args:
         classifier: as it is served.
@@ -72,11 +73,10 @@ def attack_within(
     if seconds is None:
         results = attacking.run_attacks(classifier, image_NCHW, best_N, cache=cache, settings=settings)
         return Attacked(np.arange(len(image_NCHW)), results, time.monotonic() - started)
-    order_N, parts, last = spread_order(len(image_NCHW)), list[list[AttackResult]](), 0.0
-    groups = [order_N[start : start + GROUP] for start in range(0, len(order_N), GROUP)]
+    parts, groups, per_image = list[list[AttackResult]](), groups_of(len(image_NCHW)), 0.0
     for number, group in enumerate(groups):
         begun = time.monotonic()
-        if parts and begun - started + last > seconds:
+        if parts and begun - started + len(group) * per_image > seconds:
             groups = groups[:number]
             break
         parts.append(
@@ -84,7 +84,7 @@ def attack_within(
                 classifier, image_NCHW[group], best_N[group], cache=cache, settings=settings, progress=False
             )
         )
-        last = time.monotonic() - begun
+        per_image = (time.monotonic() - begun) / len(group)
     index_M = np.concatenate(groups)
     rising_M = np.argsort(index_M)
     used = time.monotonic() - started
@@ -102,6 +102,16 @@ def estimated_seconds(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N
     return PASSES * (time.monotonic() - started) / max(len(some_NCHW), 1) * len(image_NCHW)
 
 
+def groups_of(n: int) -> list[Int64[np.ndarray, " G"]]:
+    """Return the numbers below n in groups of the sizes `GROUPS`, in the order of `spread_order`."""
+    order_N, groups, start = spread_order(n), list[np.ndarray](), 0
+    while start < n:
+        size = GROUPS[min(len(groups), len(GROUPS) - 1)]
+        groups.append(order_N[start : start + size])
+        start += size
+    return groups
+
+
 def spread_order(n: int) -> Int64[np.ndarray, " N"]:
     """Return the numbers below n in the order of their reversed bits: every beginning is spread over all of them."""
     bits = max(1, (n - 1).bit_length())
@@ -117,7 +127,7 @@ def _say(expected: float, n: int, seconds: float | None) -> None:
             duration(expected),
         )
     else:
-        fitting = min(n, max(GROUP, int(n * seconds / max(expected, 1e-9))))
+        fitting = min(n, max(1, int(n * seconds / max(expected, 1e-9))))
         log.info(
             "attacks on %d images: about %s; within --attack-seconds %g about %d of them",
             n,

@@ -221,11 +221,13 @@ def image_set(classifier: Classifier, data: Path, training_keys: UInt64[np.ndarr
     card, labels = classifier.card, list(classifier.labels)
     try:
         return ImageSet(labelled_images(classifier, data, "test"), str(card.data.get("name", "The")), of_the_card=True)
-    except (DataError, NotTheCardsImagesError):
+    except (DataError, NotTheCardsImagesError) as error:
         is_folder = data.is_dir() and card.data.get("dataset") == "image-folder"
         if not is_folder and not holds_classes(data, labels):
             raise
-    log.info("the images of %s are not those of the card: all of them are measured, and the card stays as it is", data)
+        log.info(
+            "not the images of the card (%s): all images of %s are measured, and the card stays as it is", error, data
+        )
     return other_images(data, labels, classifier.input_shape, card.data, training_keys)
 
 

@@ -144,7 +144,7 @@ def _attack_table(
     ]
     if budget is not None:
         notes.append(
-            f"Of {budget['asked']} images {budget['attacked']} were attacked in {budget['used_s']:.0f} s of the "
+            f"Attacked: {budget['attacked']} of {budget['asked']} images, in {budget['used_s']:.0f} s of the "
             f"{budget['seconds']:g} s of --attack-seconds."
         )
     if same is not None:

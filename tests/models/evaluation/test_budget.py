@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 
 from models.evaluation import attacks, budget
 from models.evaluation.attacks import AttackResult
-from models.evaluation.budget import GROUP, Attacked, attack_within, duration, spread_order
+from models.evaluation.budget import Attacked, attack_within, duration, groups_of, spread_order
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4)) / 255
 
@@ -30,15 +30,24 @@ def test_every_beginning_of_the_order_is_spread_over_all_images(n: int) -> None:
         assert gaps.max() <= 4 * n / taken + 1
 
 
+@pytest.mark.parametrize("n", [1, 3, 9, 50])
+def test_groups_begin_small_and_hold_every_image_once(n: int) -> None:
+    groups = groups_of(n)
+    assert np.concatenate(groups).tolist() == spread_order(n).tolist()
+    assert [len(group) for group in groups] == {1: [1], 3: [1, 1, 1], 9: [1, 1, 2, 4, 1]}.get(
+        n, [1, 1, 2, 4, 8, 8, 8, 8, 8, 2]
+    )
+
+
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
-    """Radii of the images of each group; a group takes ten seconds, and an image is flipped at ten times its radius."""
+    """Radii of the images of each group; an image takes 1.25 s, and an image is flipped at ten times its radius."""
     attacked: list[list[float]] = []
     now = 0.0
 
     def run_attacks(_: Any, image_NCHW: np.ndarray, best_N: np.ndarray, **__: Any) -> list[AttackResult]:
         nonlocal now
-        now += 10.0
+        now += 1.25 * len(best_N)
         attacked.append(best_N.tolist())
         return [AttackResult(name, "none", {}, 10 * best_N, best_N / 2, best_N) for name in ("A", "B")]
 
@@ -51,14 +60,14 @@ def within(seconds: float | None) -> Attacked:
     return attack_within(load(random_groupsort(0)), IMAGES, np.arange(50.0), seconds)
 
 
-@pytest.mark.parametrize(("seconds", "count"), [(1.0, 1), (25.0, 2), (30.0, 3), (1e6, 7)])
+@pytest.mark.parametrize(("seconds", "count"), [(0.1, 1), (5.0, 4), (10.0, 8), (19.0, 8), (1e6, 50)])
 def test_group_starts_only_if_its_time_is_left_and_the_first_always(
     groups: list[list[float]], seconds: float, count: int
 ) -> None:
     found = within(seconds)
-    assert len(groups) == count
-    assert len(found.index_M) == min(50, count * GROUP)
-    assert found.seconds == 10.0 * count
+    assert len(found.index_M) == count
+    assert found.seconds == 1.25 * count
+    assert [len(group) for group in groups] == [len(group) for group in groups_of(50)][: len(groups)]
     assert found.index_M.tolist() == sorted(found.index_M.tolist())
     assert [result.name for result in found.results] == ["A", "B"]
     for result in found.results:
