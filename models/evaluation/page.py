@@ -362,7 +362,7 @@ def _next_steps(measured: Measurement, folder: Path) -> str:
     if epochs and card.recipe.get("name"):
         recipe = "image-folder" if card.data.get("dataset") == "image-folder" else str(card.recipe["name"])
         longer = f"lipcert train {recipe} --data {shlex.quote(data)} --out OTHER_OUT --epochs {2 * epochs}"
-        steps.append(("Train it twice as long", longer))
+        steps.append(("Train it twice as long, with the other options of this training", longer))
     return "".join(f"<h3>{title}</h3><pre>{escape(command)}</pre>" for title, command in steps)
 
 

@@ -22,7 +22,8 @@ STYLE = """
   --mark: #4db3d6; --paper: #14191e } }
 h3 { font-size: .95rem; margin: .6rem 0 .3rem } .scroll { overflow-x: auto }
 .scroll td:first-child { white-space: nowrap }
-pre { background: var(--soft); padding: .6rem .8rem; overflow-x: auto; font-size: .86em; line-height: 1.5 }
+pre { background: var(--soft); padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .86em;
+  line-height: 1.5 }
 .warnings li { margin: .4rem 0 } .warnings { border-left: 4px solid var(--c1); padding: .2rem 0 .2rem 1.6rem }
 .matrix { width: auto } .matrix td { text-align: right; font-variant-numeric: tabular-nums; min-width: 3.2rem }
 .matrix th { white-space: nowrap } .matrix tbody th { text-align: right } .matrix td.right { font-weight: 650 }
@@ -37,7 +38,8 @@ img { image-rendering: pixelated; width: 100%; aspect-ratio: var(--ratio, 1); bo
 @media (max-width: 40rem) { body { padding: 1.2rem .9rem 3rem }
   .row { grid-template-columns: repeat(4, minmax(0, 1fr)) }
   .row > p { grid-column: 1 / -1 } .gallery { grid-template-columns: repeat(auto-fill, minmax(6.6rem, 1fr)) }
-  h1 { font-size: 1.35rem; overflow-wrap: anywhere }
+  h1 { font-size: 1.35rem; overflow-wrap: anywhere } tbody th { white-space: normal }
+  th, td { padding: .3rem .35rem } td.n, th.n { font-size: .8em }
   .claims { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) } }
 """
 
@@ -193,11 +195,12 @@ def _row(panel: Panel) -> str:
         (difference, f"difference, ±{largest:.2g}"),
         (size_picture(panel.gradient_CHW), "gradient"),
     )
+    nearest = "" if panel.runner_up == panel.other_label else f"<br>Next class by margin: {escape(panel.runner_up)}."
     pictures = "".join(f"<div>{_sized(pixels, text)}<p>{text}</p></div>" for pixels, text in shown)
     return (
         f'<div class="row">{pictures}<p><b>{escape(panel.label)}</b>, radius {panel.radius:.3f}: proved that no nearer '
         f"image has another class.<br><b>{escape(panel.other_label)}</b> at distance {panel.distance:.3f}, the nearest "
-        f"image that was found.<br>Next class: {escape(panel.runner_up)}.</p></div>"
+        f"image that was found.{nearest}</p></div>"
     )
 
 
