@@ -9,6 +9,7 @@ valid; 130 interrupted, and the same command (`train`: with `--resume`) continue
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from models.logs import log_to_stderr
 from models.paths import dataset_of, missing_artefact, missing_images
-from models.recipes import RECIPES, ImageRecipe, RecipeError, recipe_by_name
+from models.recipes import RECIPES, ImageRecipe, RecipeError, known_recipes, recipe_by_name
 
 if TYPE_CHECKING:
+    from models.data.folders import Folder
     from service.runtime.provider import Provider
 
 INTERRUPTED = 130
@@ -73,21 +75,31 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def _describe_train(train: argparse.ArgumentParser) -> None:
-    train.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(sorted(RECIPES))}")
+    train.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a folder of images, with one folder for each class or with train/ and test/ of such, whose recipe is "
+        f"decided from the images; or one of: {', '.join(sorted(RECIPES))}",
+    )
     train.add_argument(
         "--out",
         type=Path,
-        required=True,
+        default=Path("artefacts"),
         metavar="DIR",
-        help="results go to DIR/RECIPE, checkpoints to DIR/.checkpoints/RECIPE",
+        help="results go to DIR/NAME, checkpoints to DIR/.checkpoints/NAME (default: %(default)s)",
+    )
+    train.add_argument(
+        "--budget",
+        type=_duration,
+        metavar="TIME",
+        help="time of the whole run on a folder of images, e.g. 90s, 10m, 2h: trains the best model that fits",
     )
     train.add_argument(
         "--data",
         type=Path,
         default=Path("data"),
         metavar="DIR",
-        help="folder of the data set; image-folder: of the classes, or of train/ and test/ with the classes "
-        "(default: %(default)s)",
+        help="folder of the data set (default: %(default)s)",
     )
     train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     train.add_argument("--epochs", type=_positive, metavar="N", help="epochs; default: those of the recipe")
@@ -209,6 +221,18 @@ def _missing(artefact: Path, data: Path) -> str | None:
     return missing_artefact(artefact) or missing_images(data, dataset_of(artefact))
 
 
+def _duration(text: str) -> float:
+    """Return seconds of a text like 90s, 10m, 2h."""
+    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        seconds = float(number) * unit if unit else 0.0
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write seconds, minutes or hours, like 90s, 10m or 2h")
+    return seconds
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -227,11 +251,19 @@ def _train(chosen: argparse.Namespace) -> int:
     if chosen.blocks is not None and chosen.precision != "float32":
         return _failed("--blocks is an option of --precision float32")
     epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
+    overrides = [*chosen.overrides, *epochs]
+    of_folder = chosen.recipe == "image-folder" or (
+        chosen.recipe not in known_recipes() and Path(chosen.recipe).is_dir()
+    )
     try:
-        recipe = recipe_by_name(chosen.recipe, [*chosen.overrides, *epochs])
+        named = None if of_folder else recipe_by_name(chosen.recipe, overrides)
+        if named is not None and chosen.budget is not None:
+            raise RecipeError("--budget is for a folder of images; for a recipe choose --epochs")
     except RecipeError as error:
         return _failed(error)
-    if isinstance(recipe, ImageRecipe) and (fault := missing_images(chosen.data, recipe.dataset)):
+    if chosen.recipe == "image-folder" and (fault := missing_images(chosen.data, chosen.recipe)):
+        return _failed(fault)
+    if isinstance(named, ImageRecipe) and (fault := missing_images(chosen.data, named.dataset)):
         return _failed(fault)
     # Imported here: torch takes seconds to load, which --help must not.
     from models.data.labelled import DataError
@@ -243,9 +275,11 @@ def _train(chosen: argparse.Namespace) -> int:
     from service.certificate import UnsupportedModelError
 
     try:
+        recipe, folder = _planned(chosen, overrides) if named is None else (named, None)
         summary = run_recipe(
             recipe,
             data=chosen.data,
+            folder=folder,
             out=chosen.out,
             resume=chosen.resume,
             seed=chosen.seed,
@@ -259,6 +293,7 @@ def _train(chosen: argparse.Namespace) -> int:
         sys.stderr.write(f"{interruption}\n")
         return INTERRUPTED
     except (
+        RecipeError,
         DataError,
         TrainingError,
         ExportRefusedError,
@@ -271,6 +306,24 @@ def _train(chosen: argparse.Namespace) -> int:
     if isinstance(recipe, ImageRecipe) and recipe.calibration_images:
         return _write_calibration(chosen.out / recipe.name, chosen.data, "auto", chosen.threads or 1)
     return 0
+
+
+def _planned(chosen: argparse.Namespace, overrides: Sequence[str]) -> tuple[ImageRecipe, Folder]:
+    """Return the recipe of a folder of images, and the folder; from here on `chosen.data` is the folder."""
+    from models.planning import folder_name, plan_once
+
+    if chosen.recipe != "image-folder":
+        chosen.data = Path(chosen.recipe)
+        overrides = [f"name={folder_name(chosen.data)}", *overrides]
+    return plan_once(
+        chosen.data,
+        overrides,
+        checkpoints=chosen.out / ".checkpoints",
+        resume=chosen.resume,
+        device_name=chosen.device,
+        threads=chosen.threads,
+        budget_s=chosen.budget,
+    )
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:

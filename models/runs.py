@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from models.data.datasets import load_dataset
+from models.data.folders import Folder
 from models.data.labelled import DataSet, LabelledImages
 from models.evaluation.page import write_report_page
 from models.export import code_version, emit_graph, environment, export_artefact, prove
-from models.nets.networks import LipschitzNetwork, convolutional_network, dense_network
-from models.recipes import AnyRecipe, ImageRecipe, Network, SquaresRecipe, TwoMoonsRecipe
+from models.nets.networks import LipschitzNetwork, build_network
+from models.recipes import AnyRecipe, ImageRecipe, SquaresRecipe, TwoMoonsRecipe
 from models.toys import (
     MOONS_SHAPE,
     learned_squares_distance,
@@ -43,7 +44,7 @@ from models.training.processes import fit_on
 log = logging.getLogger(__name__)
 
 FEWEST_STEPS = 4
-"""Fewest steps of an epoch; a data set that gives fewer is cut into smaller batches."""
+"""Fewest batches of one pass over the images; a data set that gives fewer is cut into smaller ones."""
 UNBALANCED = 1.5
 """Ratio of the largest class to the smallest above which `class_weights=auto` balances the classes."""
 MOONS_TEST_POINTS = 400
@@ -63,6 +64,7 @@ class _Options:
     devices: int
     tensorboard: bool
     block: int | None
+    folder: Folder | None
 
 
 def run_recipe(
@@ -77,6 +79,7 @@ def run_recipe(
     devices: int = 1,
     tensorboard: bool = True,
     block: int | None = None,
+    folder: Folder | None = None,
 ) -> str:
     """Train a recipe, write the results to `out / recipe.name` and return a summary for the terminal.
 
@@ -91,6 +94,7 @@ def run_recipe(
         devices: number of processes, each with its share of every batch.
         tensorboard: write curves beside the checkpoints.
         block: export in float32, with blocks of this many columns; default: in float64.
+        folder: what `models.data.folders.scan_folder` found in `data`, so that it is not read again.
 
     Raises:
         DataError, TrainingError, Interrupted, ExportRefusedError, PrecisionError, UnsupportedModelError: see their
@@ -99,9 +103,9 @@ def run_recipe(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    device = _device(device_name)
+    device = device_named(device_name)
     _warn_without_bfloat16(recipe, device)
-    options = _Options(data, out, resume, seed, threads, device, devices, tensorboard, block)
+    options = _Options(data, out, resume, seed, threads, device, devices, tensorboard, block, folder)
     _refuse_unwritable(out)
     if block is not None and not isinstance(recipe, ImageRecipe):
         raise TrainingError(f"{recipe.name} is a toy problem, whose network is not exported: leave --precision out")
@@ -116,15 +120,15 @@ def run_recipe(
 
 def _train_images(recipe: ImageRecipe, options: _Options) -> str:
     multiple = recipe.network.multiple
-    data = load_dataset(recipe, options.data, multiple=multiple)
+    data = load_dataset(recipe, options.data, multiple=multiple, folder=options.folder)
     train, validation = _training_images(recipe, data, options.seed)
-    recipe = _with_fitting_batches(recipe, len(train))
     input_shape = _input_shape(data, multiple)
     outputs = 1 if len(data.labels) == 2 else len(data.labels)
     counts = train.counts(len(data.labels))
     weights = class_weights(recipe, counts)
+    recipe, batches = _batches(recipe, train, options.seed, weights)
     run = replace(
-        _run(recipe, options, ImageBatches(train, recipe.schedule.batch_size, options.seed, recipe.augment, weights)),
+        _run(recipe, options, batches),
         epsilons=recipe.epsilons,
         validation=validation,
     )
@@ -204,19 +208,24 @@ def _training_images(recipe: ImageRecipe, data: DataSet, seed: int) -> tuple[Lab
     return train, validation
 
 
-def _with_fitting_batches(recipe: ImageRecipe, images: int) -> ImageRecipe:
-    """Return the recipe, with smaller batches where there are too few images for `FEWEST_STEPS` of its batches."""
-    fitting = max(1, images // FEWEST_STEPS)
-    if recipe.schedule.batch_size <= fitting:
-        return recipe
-    log.warning(
-        "%d images: schedule.batch_size is %d instead of %d, for %d steps an epoch",
-        images,
-        fitting,
-        recipe.schedule.batch_size,
-        images // fitting,
-    )
-    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"batch_size": fitting})})
+def _batches(
+    recipe: ImageRecipe, train: LabelledImages, seed: int, weights: Sequence[float] | None
+) -> tuple[ImageRecipe, ImageBatches]:
+    """Return the recipe, with smaller batches where there are too few images for `FEWEST_STEPS`, and the batches."""
+    schedule = recipe.schedule
+    fitting = max(1, len(train) // FEWEST_STEPS)
+    if schedule.batch_size > fitting:
+        log.warning(
+            "%d images: schedule.batch_size is %d instead of %d, for %d steps a pass",
+            len(train),
+            fitting,
+            schedule.batch_size,
+            len(train) // fitting,
+        )
+        schedule = schedule.model_copy(update={"batch_size": fitting})
+        recipe = recipe.model_copy(update={"schedule": schedule})
+    steps = None if schedule.steps is None else max(1, round(schedule.steps / schedule.epochs))
+    return recipe, ImageBatches(train, schedule.batch_size, seed, recipe.augment, weights, steps)
 
 
 def _input_shape(data: DataSet, multiple: int) -> tuple[int, int, int]:
@@ -293,33 +302,6 @@ def _run(recipe: AnyRecipe, options: _Options, batches: BatchSource) -> Run:
     )
 
 
-def build_network(network: Network, input_shape: tuple[int, int, int], outputs: int) -> LipschitzNetwork:
-    """Return the network that a recipe describes; initial weights come from torch's global generator.
-
-    Args:
-        network: its description.
-        input_shape: (C, H, W) of an image.
-        outputs: K logits, or 1 for two classes.
-    """
-    if network.stem:
-        return convolutional_network(
-            input_shape,
-            network.stem,
-            network.pool,
-            network.widths,
-            outputs,
-            activation=network.activation,
-            parametrisation=network.parametrisation,
-        )
-    return dense_network(
-        input_shape,
-        network.widths,
-        outputs,
-        activation=network.activation,
-        parametrisation=network.parametrisation,
-    )
-
-
 def _refuse_unwritable(out: Path) -> None:
     """Refuse a folder that cannot be written to before the training, not after the first epoch."""
     try:
@@ -330,7 +312,12 @@ def _refuse_unwritable(out: Path) -> None:
         raise TrainingError(f"{out} cannot be written to ({error.strerror}): name another folder with --out") from error
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Return a device of torch by `auto`, `cpu` or `cuda`.
+
+    Raises:
+        TrainingError: there is no CUDA device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models.data.folders import load_folder
+from models.data.folders import LARGEST_DEFAULT_SIDE, Folder, scan_folder
 from models.data.labelled import DataError, DataSet
 from models.data.published import CIFAR10, FASHION_MNIST, MNIST, Published, load_cifar10, load_idx
 from models.recipes import DataOptions
@@ -16,7 +16,14 @@ from models.recipes import DataOptions
 PUBLISHED: dict[str, Published] = {"mnist": MNIST, "fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}
 
 
-def load_dataset(options: DataOptions, directory: Path, *, multiple: int = 1, test_only: bool = False) -> DataSet:
+def load_dataset(
+    options: DataOptions,
+    directory: Path,
+    *,
+    multiple: int = 1,
+    test_only: bool = False,
+    folder: Folder | None = None,
+) -> DataSet:
     """Return the images that `options` describe, and a card block from which `options_of` returns the same options.
 
     Args:
@@ -24,6 +31,7 @@ def load_dataset(options: DataOptions, directory: Path, *, multiple: int = 1, te
         directory: of the files; a published set is downloaded to it where it is missing.
         multiple: divides the sides of the images, in pixels, where the options leave them open.
         test_only: the training set is not needed and may be empty.
+        folder: what `scan_folder` found in the directory; default: it is read.
 
     Raises:
         DataError: the files are missing or unusable; the message names file and cure.
@@ -31,7 +39,8 @@ def load_dataset(options: DataOptions, directory: Path, *, multiple: int = 1, te
     # A recipe is a DataOptions with further fields.
     options = DataOptions.model_validate({key: getattr(options, key) for key in DataOptions.model_fields})
     if options.dataset == "image-folder":
-        found = load_folder(directory, options, multiple=multiple, test_only=test_only)
+        folder = folder or scan_folder(directory, options, test_only=test_only)
+        found = folder.load(options.image_size or folder.size_within(LARGEST_DEFAULT_SIDE, multiple))
     else:
         found = _published(options, PUBLISHED[options.dataset], directory)
     counts = {

@@ -18,7 +18,6 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from models.data.labelled import DataError, DataSet, LabelledImages
+from models.data.resizing import decode_file, fit_image, room_for
 from models.recipes import DataOptions
 from service.errors import InputError
-from service.pixels.images import FORMATS, decode_image, to_unit
-from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, triangle_filter
+from service.pixels.images import FORMATS
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,12 @@ FAULTS_NAMED = 10
 """Unusable files that an error message names."""
 DESCRIPTION = "RGB to grey: 0.299 R + 0.587 G + 0.114 B; grey to RGB: three copies; resize: triangle filter; 8 bits"
 """The preprocessing, for the card."""
-_CLUTTER = frozenset({"Thumbs.db", "desktop.ini"})
+MOST_CLASSES = 1000
+"""Classes of a folder; each pair of them has a constant of its own."""
+_CLUTTER = frozenset(
+    {"Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
+)
+"""Left by archives and by file systems; names that begin with a dot are passed over too."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,77 @@ class _Picture:
     """Absent beyond `CACHED_BYTES`."""
 
 
+@dataclass(frozen=True)
+class Folder:
+    """The usable images of a folder, each file checked."""
+
+    directory: Path
+    options: DataOptions
+    """With the classes and the channels that were found."""
+    pictures: tuple[_Picture, ...]
+    is_split: bool
+    """Whether the test set is held out of the images, since the folder has none."""
+    skipped: int
+    """Files that cannot be used."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        assert self.options.classes is not None
+        return self.options.classes
+
+    def median_size(self) -> tuple[float, float]:
+        """Return the medians of height and width, in pixels."""
+        height, width = (float(statistics.median(picture.shape[axis] for picture in self.pictures)) for axis in (1, 2))
+        return height, width
+
+    def size_within(self, longest: int, multiple: int = 1) -> tuple[int, int]:
+        """Return the median height and width, scaled down to a longest side, in pixels.
+
+        Args:
+            longest: side, in pixels.
+            multiple: divides each side, which is rounded down.
+        """
+        height, width = self.median_size()
+        scale = min(1.0, longest / max(height, width))
+        return (
+            max(multiple, math.floor(height * scale / multiple) * multiple),
+            max(multiple, math.floor(width * scale / multiple) * multiple),
+        )
+
+    def parts(self) -> dict[str, list[_Picture]]:
+        """Return the pictures of `train` and `test`.
+
+        Raises:
+            DataError: a class has one image, none for the test.
+        """
+        train, test = _split(self.pictures, self.labels, self.options)
+        return {"train": train, "test": test}
+
+    def load(self, size: int | tuple[int, int]) -> DataSet:
+        """Return the images, converted and resized.
+
+        Args:
+            size: side, or height and width, in pixels.
+        """
+        size = (size, size) if isinstance(size, int) else size
+        # In the order of the digests, the first images of a part are a fair sample of all classes.
+        parts = {
+            part: sorted(pictures, key=lambda picture: (picture.digest, picture.path))
+            for part, pictures in self.parts().items()
+        }
+        channels = self.options.channels
+        assert channels is not None
+        images = {part: _pixels(pictures, self.labels, channels, size) for part, pictures in parts.items()}
+        options = self.options.model_copy(update={"image_size": size})
+        return DataSet(
+            images["train"],
+            images["test"],
+            self.labels,
+            _card(self.directory, parts, options, self.is_split, self.skipped),
+        )
+
+
 def load_folder(directory: Path, options: DataOptions, *, multiple: int = 1, test_only: bool = False) -> DataSet:
     """Return the images of a folder, each file checked, converted and resized.
 
@@ -70,6 +145,21 @@ def load_folder(directory: Path, options: DataOptions, *, multiple: int = 1, tes
         options: classes, size, channels and split; a missing value is decided here and recorded in the card.
         multiple: divides each side, in pixels, that is decided here.
         test_only: read the folder `test` only, where there is one (for an evaluation); size and channels must be given.
+
+    Raises:
+        DataError: the folder does not contain at least two classes of usable images; the message names file and cure.
+    """
+    found = scan_folder(directory, options, test_only=test_only)
+    return found.load(options.image_size or found.size_within(LARGEST_DEFAULT_SIDE, multiple))
+
+
+def scan_folder(directory: Path, options: DataOptions, *, test_only: bool = False) -> Folder:
+    """Return the usable images of a folder, each file checked.
+
+    Args:
+        directory: contains the folders of the classes, or `train` and `test`.
+        options: classes, channels and split; the first two are decided here where they are missing.
+        test_only: read the folder `test` only, where there is one.
 
     Raises:
         DataError: the folder does not contain at least two classes of usable images; the message names file and cure.
@@ -84,56 +174,8 @@ def load_folder(directory: Path, options: DataOptions, *, multiple: int = 1, tes
     for part in files:
         _refuse_empty_classes(parts[part], labels, Counter(p.label for p in pictures if p.part == part), skipped)
     channels = options.channels or max(picture.shape[0] for picture in pictures)
-    size = _size(options, pictures, multiple)
-    decided = options.model_copy(update={"classes": labels, "channels": channels, "image_size": size})
-    # In the order of the digests, the first images of a part are a fair sample of all classes.
-    pictures = sorted((p for part in _split(pictures, labels, decided) for p in part), key=lambda p: (p.digest, p.path))
-    images = {
-        part: _pixels([p for p in pictures if p.part == part], labels, channels, size) for part in ("train", "test")
-    }
-    card = _card(directory, pictures, decided, "all" in files, skipped)
-    return DataSet(images["train"], images["test"], labels, card)
-
-
-def decode_file(content: bytes) -> UInt8[np.ndarray, "C H W"]:
-    """Return the pixels of an image file that the service would read and resize.
-
-    Raises:
-        InputError: the service would refuse the file, or a side is too long to be resized.
-    """
-    pixels_CHW = decode_image(content, LONGEST_SIDE * LONGEST_SIDE)
-    _, height, width = pixels_CHW.shape
-    if max(height, width) > LONGEST_SIDE:
-        raise InputError(f"the image is {width} x {height} pixels, sides go to {LONGEST_SIDE}; make it smaller")
-    return pixels_CHW
-
-
-def fit_image(
-    pixels_CHW: UInt8[np.ndarray, "C H W"], channels: int, size: tuple[int, int]
-) -> UInt8[np.ndarray, "D A B"]:
-    """Return the image as the service passes it to a network of another shape, each value rounded to 8 bits.
-
-    Args:
-        pixels_CHW: one channel (grey) or three (RGB).
-        channels: 1 or 3.
-        size: height and width, in pixels.
-    """
-    sent, height, width = pixels_CHW.shape
-    if (sent, height, width) == (channels, *size):
-        return pixels_CHW
-    mapping = Preprocessing(
-        conversion=conversion_between(sent, channels),
-        rows_AH=None if height == size[0] else _filter(height, size[0]),
-        columns_BW=None if width == size[1] else _filter(width, size[1]),
-        # No certificate depends on this map. Proving its bounds takes longer than applying it.
-        norm=math.inf,
-        pixel_error=math.inf,
-        error_l2=math.inf,
-    )
-    return np.rint(255 * mapping(to_unit(pixels_CHW)[np.newaxis])[0]).astype(np.uint8)
-
-
-_filter = lru_cache(maxsize=64)(triangle_filter)
+    decided = options.model_copy(update={"classes": labels, "channels": channels})
+    return Folder(directory, decided, tuple(pictures), "all" in files, skipped)
 
 
 def _parts(directory: Path) -> dict[str, Path]:
@@ -162,9 +204,14 @@ def _parts(directory: Path) -> dict[str, Path]:
 
 def _entries(directory: Path) -> list[Path]:
     try:
-        return sorted(p for p in directory.iterdir() if not p.name.startswith(".") and p.name not in _CLUTTER)
+        entries = sorted(directory.iterdir())
     except OSError as error:
         raise DataError(f"{directory} cannot be listed ({error.strerror}): make it readable") from error
+    kept = [path for path in entries if not path.name.startswith(".") and path.name not in _CLUTTER]
+    if len(kept) < len(entries):
+        passed = ", ".join(path.name for path in entries if path not in set(kept))
+        log.info("%s: passed over %s", directory, passed)
+    return kept
 
 
 def _folders(directory: Path) -> list[Path]:
@@ -181,6 +228,11 @@ def _files_of_classes(folder: Path, wanted: Sequence[str] | None) -> dict[str, l
                 "correct --set classes"
             )
         classes = {label: classes[label] for label in wanted}
+    if len(classes) > MOST_CLASSES:
+        raise DataError(
+            f"{folder} has {len(classes)} classes, at most {MOST_CLASSES} are supported: merge some, or choose with "
+            "--set classes"
+        )
     if not classes:
         raise DataError(f"{folder} has no folders in it: put the images of each class into a folder of its own")
     if len(classes) == 1:
@@ -268,18 +320,6 @@ def _refuse_empty_classes(folder: Path, labels: Sequence[str], counts: Mapping[s
             )
 
 
-def _size(options: DataOptions, pictures: Sequence[_Picture], multiple: int) -> tuple[int, int]:
-    """Return height and width, in pixels: those of the options, or the medians, scaled down to the largest default."""
-    if isinstance(options.image_size, int):
-        return options.image_size, options.image_size
-    if options.image_size is not None:
-        return options.image_size
-    height, width = (statistics.median(picture.shape[axis] for picture in pictures) for axis in (1, 2))
-    scale = min(1.0, LARGEST_DEFAULT_SIDE / max(height, width))
-    height, width = (max(multiple, math.floor(side * scale / multiple) * multiple) for side in (height, width))
-    return height, width
-
-
 def _split(
     pictures: Sequence[_Picture], labels: Sequence[str], options: DataOptions
 ) -> tuple[list[_Picture], list[_Picture]]:
@@ -297,8 +337,9 @@ def _held_out(label: str, members: Sequence[_Picture], options: DataOptions) -> 
     """Return the digests of a class's test images: the share whose salted digests come first, at least one, not all."""
     copies = Counter(picture.digest for picture in members)
     if len(copies) < 2:
+        found = "one image" if len(members) == 1 else f"{len(members)} copies of one image"
         raise DataError(
-            f"the class {label} has one image ({members[0].path}), and one has to be held out for the test: add "
+            f"the class {label} has {found} ({members[0].path}), and one image has to be held out for the test: add "
             "images, or make folders train and test"
         )
     order = sorted(copies, key=lambda digest: hashlib.sha256(f"{options.split_seed}:{digest}".encode()).digest())
@@ -314,7 +355,7 @@ def _held_out(label: str, members: Sequence[_Picture], options: DataOptions) -> 
 def _pixels(
     pictures: Sequence[_Picture], labels: Sequence[str], channels: int, size: tuple[int, int]
 ) -> LabelledImages:
-    images_NCHW = torch.empty((len(pictures), channels, *size), dtype=torch.uint8)
+    images_NCHW = room_for((len(pictures), channels, *size))
     for n, picture in enumerate(tqdm(pictures, desc="resizing", unit="image", leave=False, disable=None)):
         pixels = picture.pixels if picture.pixels is not None else decode_file(_content(picture.path))
         # A copy, since torch warns of memory that it may not write to.
@@ -324,9 +365,8 @@ def _pixels(
 
 
 def _card(
-    directory: Path, pictures: Sequence[_Picture], options: DataOptions, is_split: bool, skipped: int
+    directory: Path, parts: Mapping[str, Sequence[_Picture]], options: DataOptions, is_split: bool, skipped: int
 ) -> dict[str, Any]:
-    parts = {part: [p for p in pictures if p.part == part] for part in ("train", "test")}
     shared = {p.digest for p in parts["train"]} & {p.digest for p in parts["test"]}
     if shared:
         some = next(p for p in parts["test"] if p.digest in shared)

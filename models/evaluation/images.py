@@ -20,8 +20,8 @@ import torch
 from jaxtyping import UInt64
 from tqdm import tqdm
 
-from models.data.folders import decode_file, fit_image
 from models.data.labelled import LabelledImages
+from models.data.resizing import decode_file, fit_image
 from service.errors import InputError
 
 log = logging.getLogger(__name__)

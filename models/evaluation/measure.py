@@ -190,7 +190,6 @@ def evaluate(
             Measurement(
                 classifier=classifier,
                 images=found,
-                image_NCHW=image_NCHW,
                 answers=answers_of(classifier.labels, measured),
                 figures=report,
                 panels=panels_of_measured(classifier, measured, EXAMPLES),

@@ -1,7 +1,7 @@
 """`report.html`: one page about an artefact, without scripts and other files, after its training or an evaluation.
 
-All figures on the page come from the classifier as it is served. Axes: N images, T training images, C channels,
-H height, W width.
+All figures on the page come from the classifier as it is served. Axes: N images, G chosen ones, T training images,
+C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from models.evaluation.report import gallery_images, panels_of
 from models.export import environment
 from models.training.history import EpochFigures
 from service import __version__
+from service.artefact.card import Card
 from service.artefact.files import MODEL_FILE, write_atomically
 from service.evidence.document import claims, document, facts, items, table
 from service.evidence.intervals import clopper_pearson
@@ -58,7 +59,6 @@ class Measurement:
 
     classifier: Classifier
     images: ImageSet
-    image_NCHW: Float64[np.ndarray, "N C H W"]
     answers: Answers
     figures: Mapping[str, Any]
     """Of `details.details`."""
@@ -95,18 +95,21 @@ def write_report_page(
     """
     classifier = Classifier.load(folder, "cpu", torch.get_num_threads())
     images = ImageSet(data_set.test, str(classifier.card.data.get("name", folder.name)), of_the_card=True)
-    image_NCHW, label_N = images.images.pixels(torch.float64).numpy(), images.images.labels_N.numpy()
-    parts = range(0, len(image_NCHW), BATCH)
-    predictions = [one for start in parts for one in classifier.predict(image_NCHW[start : start + BATCH])]
+    # In batches: a test set in float64 may be larger than the memory.
+    predictions = [
+        one
+        for start in range(0, len(images.images), BATCH)
+        for one in classifier.predict(_pixels(images, range(start, min(start + BATCH, len(images.images)))))
+    ]
     answers = Answers(
         classifier.labels,
-        label_N,
+        images.images.labels_N.numpy(),
         np.array([prediction.class_id for prediction in predictions], np.int64),
         np.array([prediction.radius for prediction in predictions]),
     )
     figures = details(answers, classifier.card, epsilons_of(classifier.card), same_images=True)
-    panels = _examples(classifier, image_NCHW, predictions, answers)
-    measured = Measurement(classifier, images, image_NCHW, answers, figures, panels, history, chosen, data)
+    panels = _examples(classifier, images, predictions, answers)
+    measured = Measurement(classifier, images, answers, figures, panels, history, chosen, data)
     path = folder / PAGE_FILE
     try:
         (folder / HISTORY_FILE).parent.mkdir(exist_ok=True)
@@ -183,7 +186,7 @@ def render(measured: Measurement, folder: Path) -> str:
         ("Reliability of radii", _reliability(figures)),
         ("Counterfactuals and gradients", _examples_text(measured)),
         ("Attacks", _attacks(measured.attacks)),
-        ("Cost of serving", _cost(classifier, measured.image_NCHW, folder)),
+        ("Cost of serving", _cost(classifier, _pixels(measured.images, [0]), folder)),
         ("Next steps", _next_steps(measured, folder)),
         ("Origin", _origin(classifier)),
     ]
@@ -200,12 +203,16 @@ def render(measured: Measurement, folder: Path) -> str:
 
 
 def _examples(
-    classifier: Classifier, image_NCHW: np.ndarray, predictions: Sequence[Prediction], answers: Answers
+    classifier: Classifier, images: ImageSet, predictions: Sequence[Prediction], answers: Answers
 ) -> list[Panel]:
     chosen = gallery_images(answers, EXAMPLES)
-    some = [predictions[n] for n in chosen]
-    found = classifier.counterfactual(image_NCHW[chosen], some, [None] * len(chosen))
-    return panels_of(classifier, image_NCHW[chosen], some, found, answers.radius_N[chosen])
+    image_GCHW, some = _pixels(images, chosen), [predictions[n] for n in chosen]
+    found = classifier.counterfactual(image_GCHW, some, [None] * len(chosen))
+    return panels_of(classifier, image_GCHW, some, found, answers.radius_N[chosen])
+
+
+def _pixels(images: ImageSet, chosen: Sequence[int]) -> Float64[np.ndarray, "G C H W"]:
+    return images.images.at(torch.tensor(chosen, dtype=torch.int64)).pixels(torch.float64).numpy()
 
 
 def _which(measured: Measurement) -> str:
@@ -232,7 +239,7 @@ def _summary(measured: Measurement) -> str:
     proved = "; ".join(f"{answers.certified(epsilon) / n:.1%} within {epsilon:g}" for epsilon in epsilons)
     training = [f"{card.data['n_train']} images trained the network"] if card.data.get("n_train") else []
     if measured.images.of_the_card:
-        training += [measured.chosen or _chosen(card.data), "The test images were used for the figures alone"]
+        training += [measured.chosen or _chosen(card), "The test images were used for the figures alone"]
     else:
         training += ["The images on this page are other ones than those of the card, whose figures are unchanged"]
     proof = (
@@ -247,8 +254,10 @@ def _summary(measured: Measurement) -> str:
     )
 
 
-def _chosen(data: Mapping[str, Any]) -> str:
-    held_out = data.get("n_validation") or 0
+def _chosen(card: Card) -> str:
+    held_out = card.data.get("n_validation") or 0
+    if held_out and (card.recipe.get("schedule") or {}).get("keep") == "best":
+        return f"The network is that of the epoch that certified most of {held_out} held-out images"
     watched = f"; {held_out} more were held out to watch it" if held_out else ", and no image was used to choose it"
     return f"The network is that of the last epoch{watched}"
 
@@ -258,17 +267,18 @@ def _mistakes(measured: Measurement) -> str:
     wrong = int((~answers.right_N).sum())
     if not wrong:
         return "<p>No image is classified wrong.</p>"
+    worst = worst_mistakes(answers)
     gallery = [
         (
             Mistake(
-                measured.image_NCHW[n],
+                image_CHW,
                 answers.labels[answers.label_N[n]],
                 answers.labels[answers.class_N[n]],
                 float(answers.radius_N[n]),
             ),
             "" if names is None else names[n],
         )
-        for n in worst_mistakes(answers)
+        for n, image_CHW in zip(worst, _pixels(measured.images, worst), strict=True)
     ]
     return (
         f"<p>{wrong} images are classified wrong. Those with the largest radius come first: the model is furthest from "
@@ -317,7 +327,7 @@ def _cost(classifier: Classifier, image_NCHW: np.ndarray, folder: Path) -> str:
     model = folder / MODEL_FILE
     parameters = sum(int(np.prod(one.dims)) for one in onnx.load(model).graph.initializer)
     machine = environment(0.0)
-    answer, both = _milliseconds(classifier, image_NCHW[:1])
+    answer, both = _milliseconds(classifier, image_NCHW)
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     shape = " x ".join(map(str, classifier.input_shape))
     rows = [
@@ -358,10 +368,12 @@ def _next_steps(measured: Measurement, folder: Path) -> str:
     if measured.images.of_the_card and not measured.attacks:
         attack = f"lipcert evaluate {shlex.quote(str(folder))} --data {shlex.quote(data)} --attack-seconds 600"
         steps.append(("Attack it for ten minutes", attack))
-    epochs = (card.recipe.get("schedule") or {}).get("epochs")
-    if epochs and card.recipe.get("name"):
-        recipe = "image-folder" if card.data.get("dataset") == "image-folder" else str(card.recipe["name"])
-        longer = f"lipcert train {recipe} --data {shlex.quote(data)} --out OTHER_OUT --epochs {2 * epochs}"
+    schedule = card.recipe.get("schedule") or {}
+    if schedule.get("epochs") and card.recipe.get("name"):
+        count, of_folder = schedule.get("steps"), card.data.get("dataset") == "image-folder"
+        images = shlex.quote(data) if of_folder else f"{card.recipe['name']} --data {shlex.quote(data)}"
+        twice = f"--set schedule.steps={2 * count}" if count else f"--epochs {2 * schedule['epochs']}"
+        longer = f"lipcert train {images} --out OTHER_OUT {twice}"
         steps.append(("Train it twice as long, with the other options of this training", longer))
     return "".join(f"<h3>{title}</h3><pre>{escape(command)}</pre>" for title, command in steps)
 

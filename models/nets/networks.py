@@ -18,7 +18,7 @@ from models.nets.layers.linear import Affine, OrthogonalDense, UnitHead
 from models.nets.layers.pooling import GlobalL2Pool2d, GlobalMaxPool2d
 from models.nets.layers.reshaping import Flatten, SpaceToDepth
 from models.nets.layers.sorting import FullSort, GroupSort2
-from models.recipes import Parametrisation, Stage
+from models.recipes import Network, Parametrisation, Stage
 
 
 class LipschitzNetwork(nn.Module):
@@ -131,3 +131,30 @@ def convolutional_network(
         (features, height, width), widths, outputs, activation=activation, parametrisation=parametrisation
     )
     return LipschitzNetwork(input_shape, Chain([*layers, tail.body]), tail.head)
+
+
+def build_network(network: Network, input_shape: tuple[int, int, int], outputs: int) -> LipschitzNetwork:
+    """Return the network that a recipe describes; initial weights come from torch's global generator.
+
+    Args:
+        network: its description.
+        input_shape: (C, H, W) of an image.
+        outputs: K logits, or 1 for two classes.
+    """
+    if network.stem:
+        return convolutional_network(
+            input_shape,
+            network.stem,
+            network.pool,
+            network.widths,
+            outputs,
+            activation=network.activation,
+            parametrisation=network.parametrisation,
+        )
+    return dense_network(
+        input_shape,
+        network.widths,
+        outputs,
+        activation=network.activation,
+        parametrisation=network.parametrisation,
+    )

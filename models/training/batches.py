@@ -5,6 +5,7 @@ Axes: N images, C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,13 +71,15 @@ def calibration_split(images: LabelledImages, size: int, seed: int) -> tuple[Lab
 
 
 class ImageBatches:
-    """Shuffled, augmented batches of a data set; an incomplete last batch is dropped.
+    """Shuffled, augmented batches of a data set.
 
     Args:
         data: the images.
         batch_size: images in a batch.
         seed: of order and augmentation.
         augmentation: random map of each image; default: the images as they are.
+        steps: batches of an epoch, for which all images are passed through as often as needed, in a new order each
+            time; default: one pass, whose incomplete last batch is dropped.
         class_weights: mean number of appearances in an epoch of an image of each class; default: 1. Appearances
             rather than factors of the loss: in the mean both are equal for every loss that is a mean over images, but
             appearances also balance the class means of the KR term, and no single image makes a huge step.
@@ -92,6 +95,7 @@ class ImageBatches:
         seed: int,
         augmentation: Augment | None,
         class_weights: Sequence[float] | None = None,
+        steps: int | None = None,
     ) -> None:
         if len(data) < batch_size:
             raise TrainingError(f"{len(data)} images do not fill one batch of {batch_size}: lower schedule.batch_size")
@@ -100,12 +104,13 @@ class ImageBatches:
         self._seed = seed
         self._augmentation = augmentation
         self._class_weights = class_weights
+        self._steps = len(data) // batch_size if steps is None else steps
         self._order: tuple[int, Tensor] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of full batches."""
-        return len(self._data) // self._batch_size
+        """Number of batches of an epoch."""
+        return self._steps
 
     def batch(self, epoch: int, step: int, device: torch.device = CPU) -> Batch:
         """Return images as float32 in [0, 1], augmented on the device, and their labels.
@@ -116,7 +121,9 @@ class ImageBatches:
             device: of the tensors.
         """
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._shuffled(generator_for(self._seed, 0, epoch)))
+            generator = generator_for(self._seed, 0, epoch)
+            passes = math.ceil(self._steps * self._batch_size / len(self._data))
+            self._order = (epoch, torch.cat([self._shuffled(generator) for _ in range(passes)]))
         chosen = self._order[1][step * self._batch_size : (step + 1) * self._batch_size]
         part = self._data.at(chosen)
         part = LabelledImages(part.images_NCHW.to(device), part.labels_N.to(device))

@@ -92,13 +92,13 @@ class Checkpoints:
                 f"the checkpoint {path} cannot be written ({cause}), {older}; make room or repair the folder"
             ) from error
 
-    def load(self, device: torch.device) -> dict[str, Any]:
-        """Return the state in `last.pt`, its tensors on `device`.
+    def load(self, device: torch.device, path: Path | None = None) -> dict[str, Any]:
+        """Return the state in a checkpoint (default: `last.pt`), its tensors on `device`.
 
         Raises:
-            TrainingError: `last.pt` is missing or damaged, or belongs to another run.
+            TrainingError: the file is missing or damaged, or belongs to another run.
         """
-        path = self.last
+        path = path or self.last
         if not path.is_file():
             raise TrainingError(f"nothing to resume: {path} does not exist; run without --resume to start")
         try:

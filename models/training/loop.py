@@ -36,8 +36,10 @@ from models.nets.networks import LipschitzNetwork
 from models.recipes import Schedule
 from models.training.batches import BatchSource
 from models.training.checkpoints import Checkpoints
+from models.training.choice import BestEpoch
 from models.training.errors import CheckpointError, Interrupted, NonFiniteError, TrainingError
 from models.training.history import EpochFigures
+from models.training.memory import keep_freed_memory
 from models.training.objective import Objective
 from models.training.optimisers import optimisers_of
 from models.training.progress import Progress
@@ -103,8 +105,8 @@ def fit(
 ) -> Trained:
     """Train the network and return the one to evaluate (averaged weights where the schedule asks for them).
 
-    The last epoch is returned, not the best: the one-cycle schedule ends at its optimum, and choosing the
-    best epoch by the figures of a test set would make them too good. `best.pt` serves inspection alone.
+    The last epoch is returned, since the one-cycle schedule ends at its optimum, or with `schedule.keep=best` the one
+    that certifies most of the held-out images.
 
     Args:
         network: with its initial weights, the same in all processes.
@@ -123,6 +125,7 @@ def fit(
         fabric.launch()
     session = _Session(network.to(fabric.device), run, fabric)
     session.start(resume=resume)
+    keep_freed_memory()
     progress = session.progress
     stop_requests = deferred_stop_signals() if stop_requested is None else contextlib.nullcontext(stop_requested)
     with stop_requests as stopping, progress.shown(run.curves):
@@ -133,7 +136,7 @@ def fit(
                 if fabric.strategy.reduce_boolean_decision(stopping(), all=False):
                     session.interrupt()
             session.finish_epoch()
-    return Trained(session.network_to_evaluate(), progress.seconds(), tuple(progress.history))
+    return Trained(session.kept_network(), progress.seconds(), tuple(progress.history))
 
 
 class _Logits(nn.Module):
@@ -162,7 +165,10 @@ class _Session:
         total_steps = self.progress.total_steps
         if total_steps < 3:
             raise TrainingError(f"{total_steps} steps are too few for the learning rate to rise and fall: train longer")
-        self._best = -math.inf
+        keeps_best = run.schedule.keep == "best" and run.validation is not None
+        # While the learning rate is near its peak, figures say little.
+        self._best = BestEpoch(run.epsilons, run.schedule.epochs // 3 if keeps_best else None)
+        self._keeps_best = keeps_best
         self._average: AveragedModel | None = None
         if run.schedule.ema_decay is not None:
             self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(run.schedule.ema_decay))
@@ -222,10 +228,10 @@ class _Session:
         if run.validation is not None:
             held_out = score(self.network_to_evaluate(), run.validation, run.epsilons, fabric=self._fabric)
         scores = self.progress.running.scores() if held_out is None else held_out
-        merit = scores.certified[run.epsilons[-1]] if run.epsilons else -self.progress.running.loss_sum
+        is_best = self._best.is_best(self.progress.epoch, scores, self.progress.running.loss)
         self.progress.finish_epoch(held_out)
-        is_best = merit > self._best
-        self._best = max(self._best, merit)
+        if self._keeps_best and run.schedule.patience is not None:
+            self._skip_if_stale(run.schedule.patience)
         try:
             self._save(self._checkpoints.last)
             if is_best:
@@ -245,6 +251,27 @@ class _Session:
             f"stopped in epoch {self.progress.epoch + 1} after step {self.progress.step}; the state is in "
             f"{self._checkpoints.last}: run the same command with --resume to continue"
         )
+
+    def _skip_if_stale(self, patience: int) -> None:
+        """Skip half of the epochs that are left where the last `patience` ones brought nothing: the rates fall on."""
+        left = self.progress.epochs - self.progress.epoch
+        if left < 2 or not self._best.due(self.progress.epoch - 1, patience):
+            return
+        skipped = left // 2
+        log.info("no better epoch among the last %d: half of those that are left (%d) are skipped", patience, skipped)
+        self.progress.epochs -= skipped
+        for scheduler in self._schedulers:
+            for _ in range(skipped * self.progress.steps_per_epoch):
+                scheduler.step()
+
+    def kept_network(self) -> LipschitzNetwork:
+        """Return the network of the best epoch where the schedule keeps it, else that of the last one."""
+        if self._keeps_best and self._checkpoints.best.exists():
+            state = self._checkpoints.load(self._fabric.device, self._checkpoints.best)
+            self._network.load_state_dict(state["network"])
+            if self._average is not None:
+                self._average.module.load_state_dict(state["average"])
+        return self.network_to_evaluate()
 
     def network_to_evaluate(self) -> LipschitzNetwork:
         """Return the network, or its averaged weights pulled back to orthogonal matrices."""
@@ -288,7 +315,7 @@ class _Session:
     def _state_dict(self) -> dict[str, Any]:
         return {
             **self.progress.state_dict(),
-            "best": self._best,
+            "best": self._best.state_dict(),
             "network": self._network.state_dict(),
             "average": self._average.module.state_dict() if self._average is not None else None,
             "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
@@ -298,7 +325,7 @@ class _Session:
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.progress.load_state_dict(state)
-        self._best = state["best"]
+        self._best.load_state_dict(state["best"])
         self._network.load_state_dict(state["network"])
         if self._average is not None:
             self._average.module.load_state_dict(state["average"])

@@ -65,6 +65,7 @@ class Progress:
         """Return the content for a checkpoint."""
         return {
             "epoch": self.epoch,
+            "epochs": self.epochs,
             "step": self.step,
             "seconds": self.seconds(),
             "running": self.running.state_dict(),
@@ -74,6 +75,7 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the content of a checkpoint."""
         self.epoch, self.step, self._seconds_before = state["epoch"], state["step"], state["seconds"]
+        self.epochs = state.get("epochs", self.epochs)
         if "running" in state:
             self.running.load_state_dict(state["running"])
         self.history = [EpochFigures.from_json(figures) for figures in state.get("history", [])]

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from models import runs
 from models.__main__ import main
 from models.nets.layers.convolution import OrthogonalConv2d
+from models.nets.networks import build_network
 from models.recipes import RECIPES, ImageRecipe, RecipeError, recipe_by_name
-from models.runs import build_network
 from models.toys import centred_square, squares_sampler, true_squares_distance, two_moons
 from models.training.errors import Interrupted
 

@@ -111,7 +111,7 @@ def test_training_leaves_a_page_with_its_curves(folder: Path, out: Path) -> None
     assert all(figures.validation is not None for figures in read_history(out / "small"))
     assert "Held-out images, after each epoch" in text
     assert "20 test images of bars" in text
-    assert f"lipcert train image-folder --data {folder}" in text
+    assert f"lipcert train {folder} --out OTHER_OUT" in text
 
 
 def test_calibration_images_are_held_out_of_the_training_and_calibrate_the_artefact(

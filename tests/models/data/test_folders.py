@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.data import folders
-from models.data.folders import decode_file, fit_image, load_folder
+from models.data.folders import load_folder
 from models.data.labelled import DataError, DataSet
+from models.data.resizing import decode_file, fit_image
 from models.recipes import DataOptions
 from service.errors import InputError
 from service.pixels.images import image_digest, to_unit

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.data.folders import decode_file, fit_image, load_folder
+from models.data.folders import load_folder
+from models.data.resizing import decode_file, fit_image
 from models.evaluation.images import EvaluationError, ImageSet, holds_classes, other_images, pixel_keys
 from models.recipes import DataOptions
 

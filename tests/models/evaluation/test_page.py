@@ -119,7 +119,7 @@ def test_page_needs_no_other_file_and_no_script(artefact: Path) -> None:
     out = artefact.parent
     assert f"LIPCERT_MODELS={out} LIPCERT_DEFAULT_MODEL=pets lipcert serve" in text
     assert f"lipcert evaluate {artefact} --data OTHER_FOLDER" in text
-    assert "lipcert train image-folder --data &#x27;the data&#x27; --out OTHER_OUT --epochs 24" in text
+    assert "lipcert train &#x27;the data&#x27; --out OTHER_OUT --epochs 24" in text
 
 
 def test_figures_of_the_page_are_those_of_the_served_model(artefact: Path) -> None:

@@ -1,0 +1,90 @@
+"""Pixels of a data set: decoded and resized as the service does it, in memory or in a temporary file."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from models.data.labelled import DataError
+from service.errors import InputError
+from service.pixels.images import decode_image, to_unit
+from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, triangle_filter
+
+log = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.25
+"""Of the memory of the machine, for all images of a part; more are kept in a temporary file."""
+
+
+def decode_file(content: bytes) -> UInt8[np.ndarray, "C H W"]:
+    """Return the pixels of an image file that the service would read and resize.
+
+    Raises:
+        InputError: the service would refuse the file, or a side is too long to be resized.
+    """
+    pixels_CHW = decode_image(content, LONGEST_SIDE * LONGEST_SIDE)
+    _, height, width = pixels_CHW.shape
+    if max(height, width) > LONGEST_SIDE:
+        raise InputError(f"the image is {width} x {height} pixels, sides go to {LONGEST_SIDE}; make it smaller")
+    return pixels_CHW
+
+
+def fit_image(
+    pixels_CHW: UInt8[np.ndarray, "C H W"], channels: int, size: tuple[int, int]
+) -> UInt8[np.ndarray, "D A B"]:
+    """Return the image as the service passes it to a network of another shape, each value rounded to 8 bits.
+
+    Args:
+        pixels_CHW: one channel (grey) or three (RGB).
+        channels: 1 or 3.
+        size: height and width, in pixels.
+    """
+    sent, height, width = pixels_CHW.shape
+    if (sent, height, width) == (channels, *size):
+        return pixels_CHW
+    mapping = Preprocessing(
+        conversion=conversion_between(sent, channels),
+        rows_AH=None if height == size[0] else _filter(height, size[0]),
+        columns_BW=None if width == size[1] else _filter(width, size[1]),
+        # No certificate depends on this map. Proving its bounds takes longer than applying it.
+        norm=math.inf,
+        pixel_error=math.inf,
+        error_l2=math.inf,
+    )
+    return np.rint(255 * mapping(to_unit(pixels_CHW)[np.newaxis])[0]).astype(np.uint8)
+
+
+_filter = lru_cache(maxsize=64)(triangle_filter)
+
+
+def room_for(shape: tuple[int, ...]) -> UInt8[torch.Tensor, "N C H W"]:
+    """Return a tensor in memory, or in a temporary file from which images are read as they are needed.
+
+    Args:
+        shape: N, C, H, W.
+
+    Raises:
+        DataError: the disk has no room for them.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = math.prod(shape)
+    if size <= MEMORY_SHARE * memory:
+        return torch.empty(shape, dtype=torch.uint8)
+    folder = tempfile.gettempdir()
+    log.info("%.1f GB of pixels are kept in a temporary file in %s", size / 1e9, folder)
+    if shutil.disk_usage(folder).free < size:
+        raise DataError(
+            f"{size / 1e9:.1f} GB of pixels fit neither into memory nor into {folder}: choose smaller images (--set "
+            "image_size=64), or another folder with the variable TMPDIR"
+        )
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=shape))
