@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from models.data.folders import Folder, scan_folder
+from models.data.symmetries import symmetries_of
 from models.nets.networks import build_network
 from models.recipes import ImageRecipe, Network, Stage, recipe_by_name
 from models.runs import device_named
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 LONGEST_SIDE = 224
 """Longest side of the images, in pixels, if none is asked for."""
+COMPARED = (400, 32)
+"""Images in which symmetries are looked for, and their longest side in pixels."""
 SMALLEST_SIDE = 6
 """Longest side, in pixels, from which on a network has convolutions."""
 VALIDATION_SHARE = 0.15
@@ -153,6 +156,8 @@ def plan(
         chosen["validation_images"] = max(len(folder.labels), round(VALIDATION_SHARE * images))
         chosen["schedule.keep"] = "best"
     recipe = _recipe(chosen, overrides)
+    symmetries = symmetries_of(folder.sample(*COMPARED))
+    chosen |= {f"augment.{symmetry}": True for symmetry in symmetries}
     images -= recipe.validation_images + recipe.calibration_images
     chosen["schedule.batch_size"] = max(1, min(BATCH, images // 4, _largest_batch(recipe)))
     seconds = {p: _seconds_a_step({**chosen, "schedule.precision": p}, overrides, folder, device) for p in _PRECISIONS}
@@ -165,6 +170,7 @@ def plan(
         chosen["schedule.steps"] = wanted if budget_s is None else _affordable(wanted, each, budget_s)
         recipe = _recipe(chosen, overrides)
     steps = recipe.schedule.steps or recipe.schedule.epochs * (images // recipe.schedule.batch_size)
+    log.info("the images look alike when they are mirrored or turned: %s", ", ".join(symmetries) or "no")
     stages = [f"{s.blocks} convolutions of {s.channels} channels, windows of {s.window}" for s in recipe.network.stem]
     log.info(
         "%d classes of %d x %d pixels, %d channels; %d images to train on, %d to choose by",

@@ -58,6 +58,10 @@ class Augment(_Frozen):
     shift_pixels: float = Field(default=0.0, ge=0)
     flip: bool = False
     """Mirror every second image, left to right; not for digits and letters."""
+    flip_vertical: bool = False
+    """Mirror every second image, top to bottom."""
+    transpose: bool = False
+    """Exchange rows and columns of every second image, which must be square."""
     crop_padding: int = Field(default=0, ge=0)
     """Mirrored pixels added on every side before the image is cut out at a random place."""
 

@@ -123,6 +123,11 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
     data = load_dataset(recipe, options.data, multiple=multiple, folder=options.folder)
     train, validation = _training_images(recipe, data, options.seed)
     input_shape = _input_shape(data, multiple)
+    if recipe.augment is not None and recipe.augment.transpose and input_shape[1] != input_shape[2]:
+        raise TrainingError(
+            f"augment.transpose exchanges rows and columns, but the images are {input_shape[1]} x {input_shape[2]}: leave "
+            "it out, or choose a square image_size"
+        )
     outputs = 1 if len(data.labels) == 2 else len(data.labels)
     counts = train.counts(len(data.labels))
     weights = class_weights(recipe, counts)

@@ -8,12 +8,28 @@ Axes: N images, C channels, H height, W width.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from models.recipes import Augment
+
+Symmetry = Literal["flip", "flip_vertical", "transpose"]
+SYMMETRIES: tuple[Symmetry, ...] = ("flip", "flip_vertical", "transpose")
+
+
+def moved(image_NCHW: Shaped[torch.Tensor, "N C H W"], symmetry: Symmetry) -> Shaped[torch.Tensor, "N C A B"]:
+    """Return the images mirrored left to right, top to bottom, or with rows and columns exchanged.
+
+    Args:
+        image_NCHW: of any type.
+        symmetry: name of the field of `Augment`.
+    """
+    if symmetry == "transpose":
+        return image_NCHW.transpose(2, 3)
+    return image_NCHW.flip(3 if symmetry == "flip" else 2)
 
 
 def augment(
@@ -28,9 +44,11 @@ def augment(
     """
     if ranges.rotation_degrees or ranges.scale or ranges.shear or ranges.shift_pixels:
         image_NCHW = _affine(image_NCHW, ranges, generator)
-    if ranges.flip:
-        mirrored_N = torch.rand(len(image_NCHW), generator=generator) < 0.5
-        image_NCHW = torch.where(mirrored_N.to(image_NCHW.device)[:, None, None, None], image_NCHW.flip(3), image_NCHW)
+    for symmetry in SYMMETRIES:
+        if getattr(ranges, symmetry):
+            chosen_N = torch.rand(len(image_NCHW), generator=generator) < 0.5
+            moved_NCHW = moved(image_NCHW, symmetry)
+            image_NCHW = torch.where(chosen_N.to(image_NCHW.device)[:, None, None, None], moved_NCHW, image_NCHW)
     if ranges.crop_padding:
         image_NCHW = _crop(image_NCHW, ranges.crop_padding, generator)
     return image_NCHW

@@ -113,6 +113,17 @@ class Folder:
         train, test = _split(self.pictures, self.labels, self.options)
         return {"train": train, "test": test}
 
+    def sample(self, count: int, longest: int) -> LabelledImages:
+        """Return some training images, made small.
+
+        Args:
+            count: at most so many, chosen by their digests.
+            longest: side, in pixels.
+        """
+        pictures = sorted(self.parts()["train"], key=lambda picture: (picture.digest, picture.path))[:count]
+        assert self.options.channels is not None
+        return _pixels(pictures, self.labels, self.options.channels, self.size_within(longest))
+
     def load(self, size: int | tuple[int, int]) -> DataSet:
         """Return the images, converted and resized.
 
