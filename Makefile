@@ -40,7 +40,7 @@ FUZZ := .venv-fuzz
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos bench lock sbom advisories image clean
+.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos bench lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -48,6 +48,10 @@ help:  ## show this list
 
 serve: $(VENV)/serve-$(ACCELERATOR) $(VENV)/project  ## install the serving libraries, then serve on port 8000
 	@exec $(RUN) -m service
+
+# The trainer is in the lock of the tests.
+train: $(VENV)/test $(VENV)/project  ## install the trainer (torch, attacks) into .venv, for .venv/bin/lipcert train, calibrate, evaluate, convert
+	@echo "$(VENV)/bin/lipcert train --help"
 
 check: $(VENV)/test $(VENV)/project  ## install the test libraries, then lint, format, types, import contracts, documents
 	@$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.logs import log_to_stderr
+from models.paths import dataset_of, missing_artefact, missing_images
 from models.recipes import RECIPES, ImageRecipe, RecipeError, known_recipes, recipe_by_name
 
 if TYPE_CHECKING:
@@ -39,13 +40,16 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m model
     chosen = parser.parse_args(words)
     log_to_stderr()
     try:
+        if "artefact" in chosen and (fault := _missing(chosen.artefact, chosen.data)):
+            return _failed(fault)
         return chosen.run(chosen)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("models", "service"):
             raise
+        extras = "cpu,train,evaluate" if chosen.command == "evaluate" else "cpu,train"
         return _failed(
-            f"`{chosen.command}` needs {error.name}, which is not installed: "
-            "`pip install 'lipcert[cpu,train,evaluate]'` (in a checkout: `make check`) installs it"
+            f"`{chosen.command}` needs {error.name}, which is not installed: `pip install 'lipcert[{extras}]'` "
+            "(in a checkout: `make train`) installs it"
         )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -141,8 +145,8 @@ def _describe_calibrate(calibrate: argparse.ArgumentParser) -> None:
     calibrate.set_defaults(run=_calibrate)
 
 
-def _describe_artefact(command: argparse.ArgumentParser) -> None:
-    _describe_model_and_data(command, "folder of the model")
+def _describe_artefact(command: argparse.ArgumentParser, data: str = "") -> None:
+    _describe_model_and_data(command, "folder of the model", data)
     command.add_argument(
         "--provider", choices=PROVIDERS, default="auto", help="auto: CUDA where available (default: auto)"
     )
@@ -151,19 +155,19 @@ def _describe_artefact(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _describe_model_and_data(command: argparse.ArgumentParser, text: str) -> None:
+def _describe_model_and_data(command: argparse.ArgumentParser, text: str, data: str = "") -> None:
     command.add_argument("artefact", type=Path, metavar="ARTEFACT", help=text)
     command.add_argument(
         "--data",
         type=Path,
         default=Path("data"),
         metavar="DIR",
-        help="folder of the data set in the card, as given to `train` (default: %(default)s)",
+        help=f"folder of the data set in the card, as given to `train`{data} (default: %(default)s)",
     )
 
 
 def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
-    _describe_artefact(evaluate)
+    _describe_artefact(evaluate, ", or of other images: one folder for each class")
     evaluate.add_argument(
         "--attacks",
         action=argparse.BooleanOptionalAction,
@@ -177,9 +181,20 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
         help="images to attack, evenly spaced; default: 1000, or all if fewer",
     )
     evaluate.add_argument(
+        "--attack-seconds",
+        type=_seconds,
+        metavar="S",
+        help="start no further attack after S seconds; the report states how many images were attacked",
+    )
+    evaluate.add_argument(
         "--limit", type=_positive, metavar="N", help="images to measure, evenly spaced; the card is not changed"
     )
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the report; default: ARTEFACT/report")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the report; default: ARTEFACT/report, of other images ARTEFACT/report-NAME",
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -202,6 +217,10 @@ def _add_blocks(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _missing(artefact: Path, data: Path) -> str | None:
+    return missing_artefact(artefact) or missing_images(data, dataset_of(artefact))
+
+
 def _duration(text: str) -> float:
     """Return seconds of a text like 90s, 10m, 2h."""
     number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
@@ -221,9 +240,31 @@ def _positive(text: str) -> int:
     return number
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time in seconds, above 0")
+    return seconds
+
+
 def _train(chosen: argparse.Namespace) -> int:
     if chosen.blocks is not None and chosen.precision != "float32":
         return _failed("--blocks is an option of --precision float32")
+    epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
+    overrides = [*chosen.overrides, *epochs]
+    of_folder = chosen.recipe == "image-folder" or (
+        chosen.recipe not in known_recipes() and Path(chosen.recipe).is_dir()
+    )
+    try:
+        named = None if of_folder else recipe_by_name(chosen.recipe, overrides)
+        if named is not None and chosen.budget is not None:
+            raise RecipeError("--budget is for a folder of images; for a recipe choose --epochs")
+    except RecipeError as error:
+        return _failed(error)
+    if chosen.recipe == "image-folder" and (fault := missing_images(chosen.data, chosen.recipe)):
+        return _failed(fault)
+    if isinstance(named, ImageRecipe) and (fault := missing_images(chosen.data, named.dataset)):
+        return _failed(fault)
     # Imported here: torch takes seconds to load, which --help must not.
     from models.data.labelled import DataError
     from models.export import ExportRefusedError
@@ -233,15 +274,8 @@ def _train(chosen: argparse.Namespace) -> int:
     from service.artefact.card import ArtefactError
     from service.certificate import UnsupportedModelError
 
-    epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
-    overrides = [*chosen.overrides, *epochs]
     try:
-        if chosen.recipe == "image-folder" or (chosen.recipe not in known_recipes() and Path(chosen.recipe).is_dir()):
-            recipe, folder = _planned(chosen, overrides)
-        elif chosen.budget is not None:
-            raise RecipeError("--budget is for a folder of images; for a recipe choose --epochs")
-        else:
-            recipe, folder = recipe_by_name(chosen.recipe, overrides), None
+        recipe, folder = _planned(chosen, overrides) if named is None else (named, None)
         summary = run_recipe(
             recipe,
             data=chosen.data,
@@ -304,6 +338,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
             chosen.data,
             attacks=chosen.attacks,
             n_attack=chosen.n_attack,
+            attack_seconds=chosen.attack_seconds,
             limit=chosen.limit,
             provider=chosen.provider,
             threads=chosen.threads,

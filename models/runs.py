@@ -16,6 +16,7 @@ import torch
 from models.data.datasets import load_dataset
 from models.data.folders import Folder
 from models.data.labelled import DataSet, LabelledImages
+from models.evaluation.page import write_report_page
 from models.export import code_version, emit_graph, environment, export_artefact, prove
 from models.nets.networks import LipschitzNetwork, build_network
 from models.recipes import AnyRecipe, ImageRecipe, SquaresRecipe, TwoMoonsRecipe
@@ -172,6 +173,9 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
             f"the artefact {folder} cannot be written ({error.strerror}); the checkpoints are in {run.checkpoints}: "
             "make room or repair the folder, then run the same command with --resume"
         ) from error
+    page = write_report_page(folder, data, trained.history, data=options.data)
+    if page is not None:
+        log.info("report: %s", page)
     certified = ", ".join(f"{v:.2%} at {e:g}" for e, v in measured.certified_accuracy.items())
     return f"{folder}: accuracy {measured.accuracy:.2%}, certified {certified} (n = {measured.n}, proved radius)"
 

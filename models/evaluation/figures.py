@@ -77,6 +77,17 @@ class Panel:
     runner_up: str
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer."""
+
+    image_CHW: Float64[np.ndarray, "C H W"]
+    true_label: str
+    label: str
+    """Of the predicted class."""
+    radius: float
+
+
 def plot_certified_accuracy(
     proved: Proved,
     attacked: Attacked | EarlierAttacks | None,
@@ -259,6 +270,19 @@ def plot_saliency(panels: Sequence[Panel], path: Path) -> None:
         bar.set_label("share of\nthe largest", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     figure.suptitle("Image, and the gradient of its margin (logit of the class less that of the runner-up)", fontsize=9)
+    _save(figure, path)
+
+
+def plot_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
+    """Draw wrong answers, six in a row, each with its true class, its predicted class and its radius."""
+    columns = min(6, len(mistakes))
+    figure, axes = _gallery(-(-len(mistakes) // columns), columns)
+    for panel, mistake in zip(axes.ravel(), mistakes, strict=False):
+        _show(panel, mistake.image_CHW)
+        panel.set_title(
+            f"{mistake.true_label}\nas {mistake.label}\nradius {mistake.radius:.3f}", fontsize=8, color=ORANGE
+        )
+    figure.suptitle(f"Wrong answers, the largest radius first ({UNIT})", fontsize=9)
     _save(figure, path)
 
 

@@ -6,7 +6,7 @@ inside the radius with reference images, the larger of the two radii, is an erro
 parts are stored (`models.evaluation.partial`) until the report is complete: an interrupted run continues where it
 stopped.
 
-Axes: N images, C channels, H height, W width.
+Axes: N images, T training images, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -22,23 +22,37 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import UInt64
 from tqdm import tqdm
 
 from models.data.datasets import load_dataset, options_of
 from models.data.labelled import DataError, LabelledImages
 from models.evaluation import attacks as attacking
 from models.evaluation.attacks import AttackResult, AttacksMissingError, CertificateRefutedError
+from models.evaluation.budget import attack_within
+from models.evaluation.card_results import earlier_attacks, epsilons_of, update_card
+from models.evaluation.details import details
+from models.evaluation.images import (
+    EvaluationError,
+    ImageSet,
+    NotTheCardsImagesError,
+    evenly_spaced,
+    holds_classes,
+    other_images,
+)
+from models.evaluation.page import EXAMPLES, PAGE_FILE, Measurement, read_history, read_training_keys, write_page
 from models.evaluation.partial import Arrays, PartialResults, digest_of
-from models.evaluation.report import draw_figures, markdown_report
+from models.evaluation.report import draw_figures, markdown_report, panels_of_measured
 from models.evaluation.summary import (
     Measured,
     ReferenceProofs,
+    answers_of,
+    counterfactuals_of_attacked,
     inside_largest_radius,
     summarise,
     summarise_attacks,
 )
 from models.export import code_version, environment
-from service.artefact.card import Card, CertifiedAccuracy, read_card, write_card
 from service.inference.classifier import Classifier, Prediction, with_references
 from service.inference.counterfactual import Counterfactual
 from service.inference.references import find_references
@@ -57,10 +71,6 @@ PARTIAL_FOLDER = ".partial"
 EVIDENCE_FILE = "refuted.npz"
 
 
-class EvaluationError(Exception):
-    """The artefact cannot be evaluated on this data; the message states the cure."""
-
-
 class EvaluationInterrupted(Exception):
     """The evaluation was interrupted by Ctrl-C; the message says how to continue."""
 
@@ -71,6 +81,7 @@ def evaluate(
     *,
     attacks: bool = True,
     n_attack: int | None = None,
+    attack_seconds: float | None = None,
     limit: int | None = None,
     provider: Provider = "auto",
     threads: int = 1,
@@ -78,22 +89,27 @@ def evaluate(
 ) -> str:
     """Measure the artefact, write report and card, and return the report.
 
+    A folder whose images are not those of the card is measured as other images of the same classes: all of them, with
+    a report of their own, and the card stays as it is.
+
     Args:
         artefact: folder of the artefact; its card names the data set.
-        data: folder of the data set.
+        data: folder of the data set, or of other images of its classes.
         attacks: run `models.evaluation.attacks`; otherwise earlier results stay in the card.
         n_attack: number of attacked images, evenly spaced in the test set; default: `N_ATTACK`, or all of fewer.
+        attack_seconds: time after which no further attack starts, see `models.evaluation.budget`; default: no limit.
         limit: number of images to use, evenly spaced; the card is then not changed. Default: all.
         provider: execution provider, as in the server.
         threads: threads of ONNX Runtime.
-        out: folder of the report and of partial results; default: `report` in the artefact.
+        out: folder of the report and of partial results; default: `report` in the artefact, of other images
+            `report-NAME` with the name of their folder.
 
     Returns:
         The report as Markdown.
 
     Raises:
-        EvaluationError: the card fits no data set or another one, there are fewer images than requested, the provider
-            or a library is not available, the report cannot be written, or an attack refutes a certificate.
+        EvaluationError: the images have other classes, there are fewer than requested, the provider or a library is
+            not available, the report cannot be written, or an attack refutes a certificate.
         EvaluationInterrupted: by Ctrl-C; the next call continues.
         ArtefactError, DataError: see their modules.
     """
@@ -107,14 +123,13 @@ def evaluate(
         classifier = Classifier.load(artefact, provider, threads)
     except ProviderError as error:
         raise EvaluationError(str(error)) from error
-    test = labelled_images(classifier, data, "test")
-    image_NCHW, label_N = test.pixels(torch.float64).numpy(), test.labels_N.numpy()
-    chosen_N = evenly_spaced(len(image_NCHW) if limit is None else limit, len(image_NCHW), "--limit")
-    image_NCHW, label_N = image_NCHW[chosen_N], label_N[chosen_N]
+    found = image_set(classifier, data, read_training_keys(artefact))
+    found = found.at(evenly_spaced(len(found.images) if limit is None else limit, len(found.images), "--limit"))
+    image_NCHW, label_N = found.images.pixels(torch.float64).numpy(), found.images.labels_N.numpy()
     attacked_M = evenly_spaced(
         min(N_ATTACK, len(image_NCHW)) if n_attack is None else n_attack, len(image_NCHW), "--n-attack"
     )
-    folder = out if out is not None else artefact / REPORT_FOLDER
+    folder = _report_folder(artefact, found, out)
     cache = PartialResults(folder / PARTIAL_FOLDER)
     if cache.count():
         log.info(
@@ -126,37 +141,117 @@ def evaluate(
         measured = _measure(classifier, image_NCHW, label_N, wanted, cache, settings)
         _refuse_refuted(measured)
         attacked: list[AttackResult] = []
-        if attacks:
-            best_M = measured.proved.largest_N[attacked_M]
-            attacked = attacking.run_attacks(classifier, image_NCHW[attacked_M], best_M, cache=cache, settings=settings)
-            attacked.append(attacking.union(attacked))
         epsilons = sorted({*wanted, *CURVE})
-        earlier: dict[str, Any] = {}
-        if limit is None and not attacked:
-            earlier, attacked_M = _earlier_attacks(classifier.card, measured)
-        results: dict[str, Any] = {
-            **{key: value for key, value in earlier.items() if key != "attacks"},
+        results: dict[str, Any] = {}
+        if attacks:
+            asked = len(attacked_M)
+            best_M = measured.proved.largest_N[attacked_M]
+            done = attack_within(
+                classifier, image_NCHW[attacked_M], best_M, attack_seconds, cache=cache, settings=settings
+            )
+            attacked_M = attacked_M[done.index_M]
+            attacked = [*done.results, attacking.union(done.results)]
+            results = summarise_attacks(measured, attacked_M, attacked[-1], epsilons)
+            if attack_seconds is not None:
+                results["attack_budget"] = {
+                    "seconds": attack_seconds,
+                    "used_s": done.seconds,
+                    "asked": asked,
+                    "attacked": len(attacked_M),
+                    "images": attacked_M.tolist(),
+                }
+        elif limit is None and found.of_the_card:
+            results, attacked_M = earlier_attacks(classifier.card, measured)
+        earlier = [] if attacked else results.get("robust_accuracy", [])
+        entries = [result.as_card_entry() for result in attacked] or results.pop("attacks", [])
+        if entries and len(attacked_M):
+            results["same_images"] = counterfactuals_of_attacked(measured, attacked_M)
+        results |= {
             **summarise(measured, epsilons),
-            **(summarise_attacks(measured, attacked_M, attacked[-1], epsilons) if attacked else {}),
             "provider": classifier.provider,
             "digest": classifier.digest,
             "code_version": code_version(),
             "environment": environment(time.monotonic() - started),
         }
-        entries = [result.as_card_entry() for result in attacked] or earlier.get("attacks", [])
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = draw_figures(
-            classifier, measured, attacked_M, attacked, earlier.get("robust_accuracy", []), wanted, folder
-        )
-        report = {**results, "attacks": entries}
+        pictures = draw_figures(classifier, measured, attacked_M, attacked, earlier, wanted, folder)
+        report = {
+            **results,
+            "attacks": entries,
+            "images": found.as_json(data),
+            **_details(classifier, found, measured, wanted, limited=limit is not None),
+        }
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-        data_name = str(classifier.card.data.get("name", "The"))
-        text = markdown_report(classifier.name, data_name, report, pictures, wanted)
+        text = markdown_report(classifier.name, found, report, pictures, wanted)
         (folder / "evaluation.md").write_text(text)
-        if limit is None:
-            _update_card(artefact, results, entries, classifier.digest)
+        is_main = found.of_the_card and limit is None and out is None
+        write_page(
+            (artefact if is_main else folder) / PAGE_FILE,
+            Measurement(
+                classifier=classifier,
+                images=found,
+                answers=answers_of(classifier.labels, measured),
+                figures=report,
+                panels=panels_of_measured(classifier, measured, EXAMPLES),
+                history=read_history(artefact) if found.of_the_card else (),
+                data=data,
+                attacks=[*entries, *([results["same_images"]] if "same_images" in results else [])],
+            ),
+            artefact,
+        )
+        if limit is None and found.of_the_card:
+            update_card(artefact, results, entries, classifier.digest)
     cache.discard()
     return text
+
+
+def image_set(classifier: Classifier, data: Path, training_keys: UInt64[np.ndarray, " T"] | None = None) -> ImageSet:
+    """Return the test images of the card, or those of a folder of other images of its classes.
+
+    Args:
+        classifier: as it is served.
+        data: folder of the data set, or of other images.
+        training_keys: `images.pixel_keys` of the training images; default: not known.
+
+    Raises:
+        EvaluationError: the folder has other classes, or no image that can be used.
+        DataError: the images of the card are missing or unusable, and the folder holds no classes of the model.
+    """
+    card, labels = classifier.card, list(classifier.labels)
+    try:
+        return ImageSet(labelled_images(classifier, data, "test"), str(card.data.get("name", "The")), of_the_card=True)
+    except (DataError, NotTheCardsImagesError) as error:
+        is_folder = data.is_dir() and card.data.get("dataset") == "image-folder"
+        if not is_folder and not holds_classes(data, labels):
+            raise
+        log.info(
+            "not the images of the card (%s): all images of %s are measured, and the card stays as it is", error, data
+        )
+    return other_images(data, labels, classifier.input_shape, card.data, training_keys)
+
+
+def _details(
+    classifier: Classifier, found: ImageSet, measured: Measured, epsilons: Sequence[float], *, limited: bool
+) -> dict[str, Any]:
+    answers = answers_of(classifier.labels, measured)
+    figures = details(answers, classifier.card, epsilons, same_images=found.of_the_card and not limited)
+    if found.files is not None:
+        for mistake in figures["mistakes"]["worst"]:
+            mistake["file"] = found.files[mistake["index"]]
+    return figures
+
+
+def _report_folder(artefact: Path, found: ImageSet, out: Path | None) -> Path:
+    """Return the folder of the report; that of the card is not for other images."""
+    of_the_card = artefact / REPORT_FOLDER
+    if found.of_the_card:
+        return of_the_card if out is None else out
+    if out is not None and out.resolve() == of_the_card.resolve():
+        raise EvaluationError(
+            f"{out} is the folder of the report on the images of the card, and {found.name} has others: name another "
+            "folder with --out"
+        )
+    return artefact / f"{REPORT_FOLDER}-{found.name}" if out is None else out
 
 
 @contextmanager
@@ -294,22 +389,6 @@ def search_counterfactuals(classifier: Classifier, image_NCHW: np.ndarray) -> Ar
     }
 
 
-def evenly_spaced(wanted: int, available: int, option: str) -> np.ndarray:
-    """Return `wanted` indices below `available`, evenly spaced: a test set may be sorted by class.
-
-    Args:
-        wanted: number of images.
-        available: number of images in the test set.
-        option: that asks for them, for the message.
-
-    Raises:
-        EvaluationError: `wanted` is above `available`.
-    """
-    if wanted > available:
-        raise EvaluationError(f"{option} {wanted} asks for more than the {available} images there are: give fewer")
-    return np.arange(wanted) * available // wanted
-
-
 def sources() -> list[Path]:
     """Return the source files that determine the results: partial results of other code are not used."""
     root = Path(__file__).parents[2]
@@ -334,14 +413,15 @@ def labelled_images(classifier: Classifier, data: Path, part: Literal["train", "
         part: which of both.
 
     Raises:
-        EvaluationError: the images are not those of the card, or the model does not take them.
+        NotTheCardsImagesError: the images are not those of the card, or it does not say which it is about.
+        EvaluationError: the model does not take the images, or has other classes than the card.
         DataError: the files are missing or unusable.
     """
     card = classifier.card
     try:
         options = options_of(card.data, list(classifier.labels))
     except DataError as error:
-        raise EvaluationError(f"{classifier.name}: {error}") from error
+        raise NotTheCardsImagesError(f"{classifier.name}: {error}") from error
     if options.classes != tuple(classifier.labels):
         raise EvaluationError(
             f"{classifier.name} has the classes {', '.join(classifier.labels)}, its data.options "
@@ -350,7 +430,7 @@ def labelled_images(classifier: Classifier, data: Path, part: Literal["train", "
     found = load_dataset(options, data, test_only=part == "test")
     stated, actual = (block.get("digest", {}).get(part) for block in (card.data, found.card))
     if stated != actual:
-        raise EvaluationError(
+        raise NotTheCardsImagesError(
             f"the {part} images under {data} are not those that {classifier.name} was measured on (digest {actual}, "
             f"the card states {stated}), and some may have been trained on: give the folder as it was, or train again"
         )
@@ -362,46 +442,3 @@ def labelled_images(classifier: Classifier, data: Path, part: Literal["train", "
             f"{shape}; correct data.options in the card, or train again"
         )
     return images
-
-
-def epsilons_of(card: Card) -> list[float]:
-    """Return the radii at which the recipe of a card asks for certified accuracy."""
-    return [
-        float(epsilon) for epsilon in card.recipe.get("epsilons", [entry.epsilon for entry in card.certified_accuracy])
-    ]
-
-
-def _earlier_attacks(card: Card, measured: Measured) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the results of earlier attacks in the card, and the indices of the attacked images.
-
-    They are about its graph, whose digest cannot change, and about evenly spaced images of the same test set; so the
-    shares that are certified with reference images are measured for these images, too.
-    """
-    found = {key: value for key, value in (card.evaluation or {}).items() if key in ("robust_accuracy", "tightness")}
-    shares = found.get("robust_accuracy", [])
-    attacked_M = evenly_spaced(shares[0]["n"] if shares else 0, len(measured.label_N), "the card")
-    right_M, largest_M = measured.right_N[attacked_M], measured.proved.largest_N[attacked_M]
-    if shares:
-        found["robust_accuracy"] = [
-            {**share, "certified_with_references": float((right_M & (largest_M > share["epsilon"])).mean())}
-            for share in shares
-        ]
-    return {**found, "attacks": card.attacks}, attacked_M
-
-
-def _update_card(folder: Path, results: dict[str, Any], attacks: list[dict[str, Any]], digest: str) -> None:
-    card = read_card(folder)
-    if card.graphs["model.onnx"] != digest:
-        raise EvaluationError(f"{folder} changed while it was evaluated; evaluate it again")
-    wanted = epsilons_of(card)
-    changes = {
-        "accuracy": results["accuracy"],
-        "certified_accuracy": [
-            CertifiedAccuracy(**entry, n=results["n"]).model_dump()
-            for entry in results["certified_accuracy"]
-            if entry["epsilon"] in wanted
-        ],
-        "evaluation": results,
-        "attacks": attacks,
-    }
-    write_card(folder, Card.model_validate({**card.model_dump(), **changes}))

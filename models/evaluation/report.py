@@ -10,20 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from models.evaluation import figures
 from models.evaluation.attacks import AttackResult
-from models.evaluation.summary import Measured, attacked_images
-from service.inference.classifier import Classifier
+from models.evaluation.details import Answers, worst_mistakes
+from models.evaluation.images import ImageSet
+from models.evaluation.summary import Measured, answers_of, attacked_images
+from models.evaluation.tables import detail_lines
+from service.inference.classifier import Classifier, Prediction
+from service.inference.counterfactual import Counterfactual
 
 GALLERY_IMAGES = 10
+MISTAKES = "mistakes"
+"""Title of the picture that stands in its own section."""
 FAST, BEST = "fast", "with reference images"
 """Names of the two radii in tables."""
 
 
 def markdown_report(
     name: str,
-    data_name: str,
+    images: ImageSet,
     results: Mapping[str, Any],
     pictures: Mapping[str, str],
     epsilons: Sequence[float],
@@ -32,9 +39,9 @@ def markdown_report(
 
     Args:
         name: of the artefact.
-        data_name: of the data set.
-        results: of `summarise` and `summarise_attacks`, with environment, provider, digest, code version and the
-            entries of `attacks`.
+        images: that were measured.
+        results: of `summarise`, `summarise_attacks` and `details.details`, with environment, provider, digest, code
+            version and the entries of `attacks`.
         pictures: of `draw_figures`.
         epsilons: L2 radii of the tables, pixels in [0, 1].
     """
@@ -71,9 +78,8 @@ def markdown_report(
         ("mean gradient steps of a counterfactual", f"{found['mean_steps']:.2f}"),
     ]
     lines = [
-        f"# Evaluation of `{name}`",
-        "",
-        f"{data_name} test set, n = {results['n']}; L2, pixels in [0, 1]; radii are proved bounds. Served by "
+        *_heading(name, images),
+        f"{_source(images)}, n = {results['n']}; L2, pixels in [0, 1]; radii are proved bounds. Served by "
         f"{results['provider']} (ONNX Runtime {made['onnxruntime']}, numpy {made['numpy']}) on {made['cpu']}; model "
         f"{results['digest']}, code {results['code_version']}.",
         "",
@@ -90,15 +96,35 @@ def markdown_report(
         *(f"| {quantity} | {value} | {larger} |" for quantity, value, larger in both),
     ]
     if results["attacks"]:
-        lines += _attack_table(results["attacks"])
+        lines += _attack_table(results["attacks"], results.get("same_images"), results.get("attack_budget"))
     if results["attacks"] and "robust_accuracy" in results:
         lines += _shares_and_tightness(results, epsilons)
+    lines += detail_lines(results, pictures.get(MISTAKES))
     for title, file in pictures.items():
-        lines += ["", f"![{title}]({file})"]
+        if title != MISTAKES:
+            lines += ["", f"![{title}]({file})"]
     return "\n".join([*lines, ""])
 
 
-def _attack_table(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
+def _heading(name: str, images: ImageSet) -> list[str]:
+    if images.of_the_card:
+        return [f"# Evaluation of `{name}`", ""]
+    return [
+        f"# Evaluation of `{name}` on other images: {images.name}",
+        "",
+        "**These are other images than those of the card**, whose figures and files are not changed. "
+        + " ".join(images.notes),
+        "",
+    ]
+
+
+def _source(images: ImageSet) -> str:
+    return f"{images.name} test set" if images.of_the_card else f"Images of {images.name}"
+
+
+def _attack_table(
+    attacks: Sequence[Mapping[str, Any]], same: Mapping[str, Any] | None, budget: Mapping[str, Any] | None
+) -> list[str]:
     names = {attack["name"] for attack in attacks}
     compared = "with_references" in attacks[-1]
     sample = f"n = {attacks[-1]['n']}{', evenly spaced in the test set' if 'union' in names else ''}"
@@ -116,6 +142,13 @@ def _attack_table(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
             else []
         ),
     ]
+    if budget is not None:
+        notes.append(
+            f"Attacked: {budget['attacked']} of {budget['asked']} images, in {budget['used_s']:.0f} s of the "
+            f"{budget['seconds']:g} s of --attack-seconds."
+        )
+    if same is not None:
+        notes.append("The last row is the counterfactual search on the same images.")
     titles = ["attack", "library", "flipped", "median distance"]
     for name in (FAST, BEST) if compared else (FAST,):
         titles += [f"median radius, {name}", "radius / distance"]
@@ -126,6 +159,7 @@ def _attack_table(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
         f"| {' | '.join(titles)} |",
         "|" + "---|" * len(titles),
         *(f"| {' | '.join(_attack_row(attack, compared=compared))} |" for attack in attacks),
+        *([f"| {' | '.join(_attack_row(same, compared=compared))} |"] if same is not None else []),
     ]
 
 
@@ -198,6 +232,7 @@ def draw_figures(
         epsilons: L2 radii to be marked, pixels in [0, 1].
         folder: of the report.
     """
+    answers = answers_of(classifier.labels, measured)
     proved = figures.Proved(measured.right_N, measured.radius_N, measured.proved.radius_N)
     known = attacked_images(measured, attacked_M, attacks[-1]) if attacks else None
     before = _earlier_attacks(measured, attacked_M, earlier) if earlier else None
@@ -205,7 +240,21 @@ def draw_figures(
     figures.plot_radii(proved, folder / "radii.png")
     if known is not None:
         figures.plot_tightness(known, folder / "tightness.png")
-    panels = _panels(classifier, measured)
+    wrong = worst_mistakes(answers)
+    if wrong:
+        figures.plot_mistakes(
+            [
+                figures.Mistake(
+                    measured.image_NCHW[n],
+                    answers.labels[answers.label_N[n]],
+                    answers.labels[answers.class_N[n]],
+                    float(answers.radius_N[n]),
+                )
+                for n in wrong
+            ],
+            folder / "mistakes.png",
+        )
+    panels = panels_of_measured(classifier, measured, GALLERY_IMAGES)
     figures.plot_counterfactuals(panels, folder / "counterfactuals.png")
     figures.plot_saliency(panels, folder / "saliency.png")
     return {
@@ -217,6 +266,7 @@ def draw_figures(
             if known is not None or (earlier and (folder / "tightness.png").exists())
             else {}
         ),
+        **({MISTAKES: "mistakes.png"} if wrong else {}),
         "counterfactuals": "counterfactuals.png",
         "saliency": "saliency.png",
     }
@@ -234,35 +284,65 @@ def _earlier_attacks(
     )
 
 
-def _panels(classifier: Classifier, measured: Measured) -> list[figures.Panel]:
-    """Return one right answer for each class in turn."""
-    chosen_G = _gallery_images(len(classifier.labels), measured)
-    weights_GK = np.zeros((len(chosen_G), len(classifier.labels)))
-    for row, n in enumerate(chosen_G):
-        weights_GK[row, measured.predictions[n].class_id] = 1.0
-        weights_GK[row, measured.predictions[n].runner_up] = -1.0
-    _, gradient_GCHW = classifier.margin_gradient(measured.image_NCHW[chosen_G], weights_GK)
+def panels_of_measured(classifier: Classifier, measured: Measured, most: int) -> list[figures.Panel]:
+    """Return the columns of a gallery: one right answer for each class in turn.
+
+    Args:
+        classifier: as it is served.
+        measured: answers about the images.
+        most: number of columns.
+    """
+    chosen = gallery_images(answers_of(classifier.labels, measured), most)
+    return panels_of(
+        classifier,
+        measured.image_NCHW[chosen],
+        [measured.predictions[n] for n in chosen],
+        [measured.counterfactuals[n] for n in chosen],
+        measured.proved.radius_N[chosen],
+    )
+
+
+def panels_of(
+    classifier: Classifier,
+    image_GCHW: Float64[np.ndarray, "G C H W"],
+    predictions: Sequence[Prediction],
+    counterfactuals: Sequence[Counterfactual],
+    best_G: Float64[np.ndarray, " G"],
+) -> list[figures.Panel]:
+    """Return the columns of a gallery, with the gradient of each margin.
+
+    Args:
+        classifier: as it is served.
+        image_GCHW: pixels in [0, 1].
+        predictions: of the images.
+        counterfactuals: of the images.
+        best_G: their largest proved radii.
+    """
+    weights_GK = np.zeros((len(predictions), len(classifier.labels)))
+    for row, prediction in enumerate(predictions):
+        weights_GK[row, prediction.class_id] = 1.0
+        weights_GK[row, prediction.runner_up] = -1.0
+    _, gradient_GCHW = classifier.margin_gradient(image_GCHW, weights_GK)
     return [
         figures.Panel(
-            image_CHW=measured.image_NCHW[n],
-            label=classifier.labels[measured.predictions[n].class_id],
-            radius=measured.predictions[n].radius,
-            best=float(measured.proved.radius_N[n]),
-            other_CHW=measured.counterfactuals[n].pixels_CHW / 255,
-            other_label=classifier.labels[measured.counterfactuals[n].class_id],
-            distance=measured.counterfactuals[n].distance,
+            image_CHW=image_GCHW[row],
+            label=classifier.labels[prediction.class_id],
+            radius=prediction.radius,
+            best=float(best_G[row]),
+            other_CHW=answer.pixels_CHW / 255,
+            other_label=classifier.labels[answer.class_id],
+            distance=answer.distance,
             gradient_CHW=gradient_GCHW[row],
-            runner_up=classifier.labels[measured.predictions[n].runner_up],
+            runner_up=classifier.labels[prediction.runner_up],
         )
-        for row, n in enumerate(chosen_G)
+        for row, (prediction, answer) in enumerate(zip(predictions, counterfactuals, strict=True))
     ]
 
 
-def _gallery_images(n_classes: int, measured: Measured) -> list[int]:
-    class_N = np.array([prediction.class_id for prediction in measured.predictions])
-    right_N = class_N == measured.label_N
-    queues = [list(np.flatnonzero(right_N & (class_N == k))) for k in range(n_classes)]
+def gallery_images(answers: Answers, most: int) -> list[int]:
+    """Return the indices of right answers, one for each class in turn; of any answers where all are wrong."""
+    queues = [list(np.flatnonzero(answers.right_N & (answers.class_N == k))) for k in range(len(answers.labels))]
     chosen: list[int] = []
-    while len(chosen) < GALLERY_IMAGES and any(queues):
+    while len(chosen) < most and any(queues):
         chosen.extend(int(queue.pop(0)) for queue in queues if queue)
-    return chosen[:GALLERY_IMAGES] or list(range(min(GALLERY_IMAGES, len(class_N))))
+    return chosen[:most] or list(range(min(most, len(answers.class_N))))

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from models.evaluation import figures
 from models.evaluation.attacks import AttackResult
+from models.evaluation.details import Answers
 from service.inference.classifier import Prediction
 from service.inference.counterfactual import Counterfactual
 
@@ -62,6 +63,12 @@ class Measured:
     def radius_N(self) -> Float64[np.ndarray, " N"]:
         """Radii without reference images."""
         return np.array([prediction.radius for prediction in self.predictions])
+
+
+def answers_of(labels: Sequence[str], measured: Measured) -> Answers:
+    """Return the answers of a measurement with their labels, for the figures of each class."""
+    class_N = np.array([prediction.class_id for prediction in measured.predictions], np.int64)
+    return Answers(tuple(labels), measured.label_N, class_N, measured.radius_N)
 
 
 def summarise(measured: Measured, epsilons: Sequence[float]) -> dict[str, Any]:
@@ -136,6 +143,39 @@ def summarise_attacks(
             for epsilon in epsilons
         ],
         "tightness": {"n": len(quotient_M), **_tightness(quotient_M), "with_references": _tightness(best_quotient_M)},
+    }
+
+
+def counterfactuals_of_attacked(measured: Measured, attacked_M: np.ndarray) -> dict[str, Any]:
+    """Return the counterfactual search on the attacked images as an entry like those of attacks.
+
+    `flipped_at_any_distance` counts the images whose counterfactual has another class; distances and quotients are of
+    these.
+
+    Args:
+        measured: answers about the whole test set.
+        attacked_M: indices of the attacked images.
+    """
+    answers = [measured.counterfactuals[m] for m in attacked_M.tolist()]
+    reached_M = np.array([answer.reached for answer in answers], np.bool_)
+    distance_M = np.array([answer.distance for answer in answers])[reached_M]
+    radius_M, best_M = measured.radius_N[attacked_M], measured.proved.radius_N[attacked_M]
+
+    def over(radii_M: np.ndarray) -> dict[str, float | None]:
+        quotient_M = radii_M[reached_M] / distance_M
+        return {
+            "median_radius": float(np.median(radii_M)) if len(radii_M) else None,
+            "median_radius_over_distance": float(np.median(quotient_M)) if len(quotient_M) else None,
+        }
+
+    return {
+        "name": "counterfactual search",
+        "library": "lipcert",
+        "n": len(attacked_M),
+        "flipped_at_any_distance": int(reached_M.sum()),
+        "median_distance": float(np.median(distance_M)) if len(distance_M) else None,
+        **over(radius_M),
+        "with_references": over(best_M),
     }
 
 

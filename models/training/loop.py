@@ -38,6 +38,7 @@ from models.training.batches import BatchSource
 from models.training.checkpoints import Checkpoints
 from models.training.choice import BestEpoch
 from models.training.errors import CheckpointError, Interrupted, NonFiniteError, TrainingError
+from models.training.history import EpochFigures
 from models.training.memory import keep_freed_memory
 from models.training.objective import Objective
 from models.training.optimisers import optimisers_of
@@ -78,6 +79,8 @@ class Trained:
     network: LipschitzNetwork
     seconds: float
     """Wall time of training, summed over resumed parts."""
+    history: tuple[EpochFigures, ...] = ()
+    """Figures of each epoch, those of resumed parts too."""
 
 
 def fabric_for(run: Run, devices: int = 1) -> Fabric:
@@ -133,7 +136,7 @@ def fit(
                 if fabric.strategy.reduce_boolean_decision(stopping(), all=False):
                     session.interrupt()
             session.finish_epoch()
-    return Trained(session.kept_network(), progress.seconds())
+    return Trained(session.kept_network(), progress.seconds(), tuple(progress.history))
 
 
 class _Logits(nn.Module):

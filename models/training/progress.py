@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models.training.curves import Curves
+from models.training.history import EpochFigures
 from models.training.scores import RunningScores, Scores, scores_from
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class Progress:
         self.epoch, self.step = 0, 0
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.running = running
+        self.history: list[EpochFigures] = []
+        """Figures of the finished epochs; those of an older checkpoint may begin later than with the first."""
         self._first_process = first_process
         self._seconds_before = 0.0
         self._started_at, self._started_from = time.monotonic(), 0
@@ -66,6 +69,7 @@ class Progress:
             "step": self.step,
             "seconds": self.seconds(),
             "running": self.running.state_dict(),
+            "history": [figures.as_json() for figures in self.history],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -74,6 +78,7 @@ class Progress:
         self.epochs = state.get("epochs", self.epochs)
         if "running" in state:
             self.running.load_state_dict(state["running"])
+        self.history = [EpochFigures.from_json(figures) for figures in state.get("history", [])]
 
     @contextlib.contextmanager
     def shown(self, curves: Path | None) -> Generator[None]:
@@ -137,8 +142,10 @@ class Progress:
             held_out: scores of held-out images; optional.
         """
         figures = {"epoch/loss": self.running.loss}
-        if self.running.classifies:
-            figures |= self.running.scores().scalars("epoch")
+        training = self.running.scores() if self.running.classifies else None
+        if training is not None:
+            figures |= training.scalars("epoch")
+        self.history.append(EpochFigures(self.epoch + 1, self.running.loss, training, held_out))
         held_out_text = ""
         if held_out is not None:
             figures |= held_out.scalars("held_out")

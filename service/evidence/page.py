@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from html import escape
 
+from service.evidence.document import claims, document, facts, image, items, table
 from service.evidence.record import Evidence, TestVector
 from service.evidence.vectors import Picture
-from service.pixels.images import encode_png
 
 _FULL_MATRIX = 12
 """Classes up to which all `K_ij` are printed; beyond, the extremes."""
 _STYLE = """
-:root { --line: #d4d9de; --soft: #f4f6f8; --ink: #1b242d; --dim: #59646f; --mark: #0b5d7a }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 74rem; padding: 2rem 1.5rem 4rem; color: var(--ink); background: #fff;
-  font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif }
-h1 { font-size: 1.7rem; margin: 0 }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem; border-bottom: 2px solid var(--mark) }
-p { margin: .5rem 0; max-width: 60rem } .dim { color: var(--dim) }
-code, td.n, th.n, .digest { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .86em }
-.digest { overflow-wrap: anywhere }
-table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-size: .92em }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
-td:last-child { overflow-wrap: anywhere }
-thead th { background: var(--soft); font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
-tbody th { font-weight: 500; white-space: nowrap } table.narrow { width: auto }
-.claims { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; margin: 1.4rem 0 }
-.claims div { border: 1px solid var(--line); border-top: 3px solid var(--mark); padding: .7rem .9rem }
-.claims b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums }
 .vectors { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1rem }
-figure { margin: 0; border: 1px solid var(--line); padding: .8rem; break-inside: avoid }
 figure img { width: 84px; height: 84px; image-rendering: pixelated; border: 1px solid var(--line); float: right }
-figcaption { font-weight: 600; overflow-wrap: anywhere }
-ul { padding-left: 1.2rem; max-width: 60rem } li { margin: .25rem 0 }
-@media print { body { max-width: none; padding: 0; font-size: 10pt } h2 { break-after: avoid }
-  tr, figure, .claims div { break-inside: avoid } @page { margin: 16mm } }
 """
 
 
@@ -52,7 +29,7 @@ def render(evidence: Evidence, evidence_sha256: str, pictures: Sequence[Picture]
     """
     identity, bounds = evidence.identity, evidence.bounds
     pairs = [k for i, row in enumerate(bounds.margin_bounds) for k in row[:i]]
-    claims = [
+    boxes = [
         (_upper(max(pairs), 9), "largest K_ij: L2 Lipschitz bound of a difference of logits"),
         (_upper(bounds.logit_error, 4), "E: bound of |computed − exact logit|, any order of summation"),
         (f"{len(evidence.norms)}", "norms with a certificate that check.py proves again"),
@@ -67,22 +44,19 @@ def render(evidence: Evidence, evidence_sha256: str, pictures: Sequence[Picture]
         ("Test vectors", _vectors(evidence, pictures)),
         ("Operating domain", _domain(evidence)),
         ("Assumptions", _assumptions(evidence)),
-        ("Not covered", f"<ul>{_items(evidence.not_covered)}</ul>"),
+        ("Not covered", f"<ul>{items(evidence.not_covered)}</ul>"),
         ("How to check this folder", _checking(evidence_sha256)),
     ]
     body = "".join(
         f"<section><h2>{number}. {title}</h2>{text}</section>\n" for number, (title, text) in enumerate(sections, 1)
     )
-    boxes = "".join(f"<div><b>{value}</b>{escape(text)}</div>" for value, text in claims)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evidence: {escape(identity.name)}</title><style>{_STYLE}</style></head>\n<body>"
+    return document(
+        f"Evidence: {identity.name}",
         f"<header><h1>Evidence for the classifier {escape(identity.name)}</h1>"
         f'<p class="digest dim">{identity.digests["model.onnx"]}</p>'
         f'<p class="dim">Made {escape(evidence.made.date)} by lipcert {escape(evidence.made.versions["lipcert"])}</p>'
-        "</header>"
-        f'<div class="claims">{boxes}</div>\n{body}</body></html>\n'
+        f"</header>{claims(boxes)}\n{body}",
+        _STYLE,
     )
 
 
@@ -95,27 +69,9 @@ def _lower(bound: float, digits: int) -> str:
     return str(Context(prec=digits, rounding=ROUND_FLOOR).create_decimal(Decimal(bound))).lower()
 
 
-def _table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = (), narrow: bool = False
-) -> str:
-    """Return a table of cells that are escaped here; `numeric` columns are set to the right."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        kinds = [' class="n"' if place in numeric else "" for place in range(len(row))]
-        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    width = ' class="narrow"' if narrow else ""
-    return f"<table{width}><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _items(texts: Iterable[str]) -> str:
-    return "".join(f"<li>{escape(text)}</li>" for text in texts)
-
-
 def _identity(evidence: Evidence) -> str:
     identity, made = evidence.identity, evidence.made
-    facts = [
+    rows = [
         ("Model", identity.name),
         ("Labels", ", ".join(identity.labels[:40]) + (" …" if len(identity.labels) > 40 else "")),
         ("Image", f"{' x '.join(map(str, identity.input_shape))} (channels x height x width), pixels in [0, 1]"),
@@ -124,8 +80,7 @@ def _identity(evidence: Evidence) -> str:
         ("Made", f"{made.date}, {made.processor}, {made.system}, provider {made.provider}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
     ]
-    rows = "".join(f'<tr><th>{escape(name)}</th><td class="digest">{escape(text)}</td></tr>' for name, text in facts)
-    return f"<table><tbody>{rows}</tbody></table>" + (
+    return facts(rows, "digest") + (
         '<p class="dim">forward and gradient are the graphs that are written from the network of model.onnx and run '
         "with every optimisation of the runtime off; graphs.json holds them as ranges of model.onnx and the bytes "
         "between.</p>"
@@ -154,7 +109,7 @@ def _promise(evidence: Evidence, pairs: Sequence[float]) -> str:
     return (
         text
         + "<p>K_ij, rounded upwards; all digits are in evidence.json:</p>"
-        + _table(["", *labels], rows, range(1, len(labels) + 1), narrow=True)
+        + table(["", *labels], rows, range(1, len(labels) + 1), narrow=True)
     )
 
 
@@ -175,7 +130,7 @@ def _derivation(evidence: Evidence) -> str:
     return (
         "<p>For every image of the box. Lipschitz bound: L2, from the image to the output of the node. Error: L2 norm "
         "of computed minus exact output; of the last node, of all logits together. Both rounded upwards.</p>"
-        + _table(head, rows, (0, 2, 3))
+        + table(head, rows, (0, 2, 3))
     )
 
 
@@ -184,7 +139,7 @@ def _norms(evidence: Evidence) -> str:
     return (
         "<p>Claim for each weight W: s I − W<sup>T</sup>W is positive semidefinite for s = norm_bound². <code>check.py"
         "</code> proves it with a Cholesky factorisation and Rump's bound of its rounding.</p>"
-        + _table(["node", "norm_bound"], rows, (1,), narrow=True)
+        + table(["node", "norm_bound"], rows, (1,), narrow=True)
     )
 
 
@@ -203,7 +158,6 @@ def _vectors(evidence: Evidence, pictures: Sequence[Picture]) -> str:
 
 
 def _figure(vector: TestVector, picture: Picture, labels: Sequence[str]) -> str:
-    image = base64.b64encode(encode_png(picture.pixels_CHW)).decode("ascii")
     order = sorted(range(len(labels)), key=lambda k: -vector.runtime_logits[k])[:5]
     rows = [
         [labels[k], f"{float(Fraction(vector.exact_logits[k][0])):.12f}", f"{vector.runtime_logits[k]:.12f}"]
@@ -211,10 +165,10 @@ def _figure(vector: TestVector, picture: Picture, labels: Sequence[str]) -> str:
     ]
     more = f'<p class="dim">{len(labels) - 5} further classes in evidence.json.</p>' if len(labels) > 5 else ""
     return (
-        f'<figure><img alt="" src="data:image/png;base64,{image}"><figcaption>{escape(vector.name)}</figcaption>'
+        f"<figure>{image(picture.pixels_CHW)}<figcaption>{escape(vector.name)}</figcaption>"
         f"<p>class <b>{escape(vector.label)}</b>, radius <b>{_lower(vector.radius, 6)}</b><br>next: "
         f"{escape(labels[vector.runner_up])}<br>largest difference {_upper(vector.largest_difference, 3)}</p>"
-        + _table(["class", "exact", "computed"], rows, (1, 2))
+        + table(["class", "exact", "computed"], rows, (1, 2))
         + f"{more}</figure>"
     )
 
@@ -233,15 +187,15 @@ def _domain(evidence: Evidence) -> str:
         ]
         for one in domain.statements
     ]
-    missing = f"<ul>{_items(domain.without_interval)}</ul>" if domain.without_interval else ""
-    table = _table(["", "count", "share", "95 % interval", "statement"], rows, (1, 2, 3)) if rows else ""
+    missing = f"<ul>{items(domain.without_interval)}</ul>" if domain.without_interval else ""
+    shares = table(["", "count", "share", "95 % interval", "statement"], rows, (1, 2, 3)) if rows else ""
     nothing = (
         "<p>The card states no accuracy: nothing is claimed about any population of images.</p>" if not rows else ""
     )
     return (
         f"<p>Data: {escape(domain.data)}. The counts are those of card.json, measured by the trainer; they hold for "
         "images drawn like the test set and for no others. Each interval has its confidence for itself.</p>"
-        f"{table}{nothing}{missing}"
+        f"{shares}{nothing}{missing}"
     )
 
 
@@ -250,7 +204,7 @@ def _assumptions(evidence: Evidence) -> str:
         [str(one.number), f"{one.title}. {one.text}", "\n".join(one.tests) or "no test can notice it"]
         for one in evidence.assumptions
     ]
-    return "<p>Numbers are those of docs/soundness.md.</p>" + _table(
+    return "<p>Numbers are those of docs/soundness.md.</p>" + table(
         ["", "assumption", "a test that notices its loss"], rows, (0,)
     )
 

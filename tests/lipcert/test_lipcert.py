@@ -116,7 +116,13 @@ finally:
 @pytest.mark.parametrize(
     ("arguments", "library", "advice"),
     [
-        (["train", "mnist", "--out", "out"], "torch", "pip install 'lipcert[cpu,train,evaluate]'"),
+        (
+            ["train", "mnist", "--out", "out"],
+            "torch",
+            "pip install 'lipcert[cpu,train]'` (in a checkout: `make train`)",
+        ),
+        (["convert", "models/zoo/mnist", "--out", "out"], "torch", "pip install 'lipcert[cpu,train]'"),
+        (["calibrate", "models/zoo/mnist"], "torch", "pip install 'lipcert[cpu,train]'"),
         (["evaluate", "models/zoo/mnist"], "onnxruntime", "pip install 'lipcert[cpu,train,evaluate]'"),
         (["serve"], "onnxruntime", "pip install 'lipcert[cpu]'"),
         (["evidence", "models/zoo/mnist", "--out", "out"], "onnxruntime", "pip install 'lipcert[cpu]'"),

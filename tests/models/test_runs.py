@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ pytest.importorskip("foolbox")
 from models import runs
 from models.__main__ import main
 from models.evaluation import attacks, precision
+from models.evaluation.page import read_history
 from models.nets.networks import LipschitzNetwork
 from models.recipes import RECIPES, ImageRecipe
 from models.runs import class_weights
@@ -103,6 +105,15 @@ def test_card_states_the_images_and_their_preprocessing(out: Path) -> None:
     assert card.data["options"]["image_size"] == [12, 18]
     assert "class_weights" not in card.data
     assert card.recipe["kind"] == "images"
+
+
+def test_training_leaves_a_page_with_its_curves(folder: Path, out: Path) -> None:
+    text = (out / "small" / "report.html").read_text()
+    assert [figures.epoch for figures in read_history(out / "small")] == [1, 2, 3, 4, 5, 6]
+    assert all(figures.validation is not None for figures in read_history(out / "small"))
+    assert "Held-out images, after each epoch" in text
+    assert "20 test images of bars" in text
+    assert f"lipcert train {folder} --out OTHER_OUT" in text
 
 
 def test_calibration_images_are_held_out_of_the_training_and_calibrate_the_artefact(
@@ -195,6 +206,14 @@ def test_artefact_of_a_folder_is_evaluated_on_the_held_out_images(
     for n in range(100, 110):
         shutil.copyfile(folder / "low" / "1.jpg", tmp_path / "changed" / "low" / f"{n}.jpg")
     result = run_command(main, [*arguments, str(tmp_path / "changed")])
+    assert result.exit_code == 0, result.output
+    assert "on other images: changed" in result.output
+    assert read_card(tmp_path / "small") == after
+    # All images of the folder, of which 80 were trained on or held out, and ten copies of one of these.
+    assert "n = 110" in result.output
+    (known,) = re.findall(r"(\d+) of 110 images have exactly the pixels", result.output)
+    assert int(known) in (80, 90)
+    result = run_command(main, ["calibrate", str(tmp_path / "small"), "--data", str(tmp_path / "changed")])
     assert result.exit_code == 1
     assert "not those that small was measured on" in result.output
 

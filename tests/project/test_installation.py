@@ -156,7 +156,7 @@ def fake_python(folder: Path, script: str) -> Path:
 def test_make_alone_shows_the_targets(checkout: Path) -> None:
     result = make(checkout)
     assert result.returncode == 0
-    assert {"serve", "test", "lock", "image"} <= set(re.findall(r"^make (\w+)", result.stdout, re.MULTILINE))
+    assert {"serve", "train", "test", "lock", "image"} <= set(re.findall(r"^make (\w+)", result.stdout, re.MULTILINE))
 
 
 @needs_make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import replace
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bright_bars import bars
 from small_runs import EPOCHS, STEPS, interrupt_after, small_network, small_run
 
 from models.nets.networks import LipschitzNetwork
 from models.training.errors import Interrupted
+from models.training.history import EpochFigures
 from models.training.loop import fit
 from models.training.progress import format_duration
 
@@ -51,6 +54,29 @@ def test_first_figures_after_resuming_within_an_epoch_are_those_of_the_whole_epo
     cut = [record.getMessage().rpartition("; ")[0] for record in caplog.records if "resumed" not in record.getMessage()]
     assert whole == cut
     assert len(whole) == EPOCHS
+
+
+def test_history_has_each_epoch_also_after_resuming(tmp_path: Path) -> None:
+    held_out = replace(small_run(tmp_path / "whole"), validation=bars())
+    whole = fit(small_network(), held_out).history
+    run = replace(held_out, checkpoints=tmp_path / "cut")
+    with pytest.raises(Interrupted):
+        fit(small_network(), interrupt_after(run, 2 * STEPS + 1, "signal"))
+    assert fit(small_network(), run, resume=True).history == whole
+    assert [figures.epoch for figures in whole] == [1, 2, 3]
+    assert all(figures.training is not None and set(figures.training.certified) == {0.1, 0.5} for figures in whole)
+    assert all(figures.validation is not None for figures in whole)
+    assert [EpochFigures.from_json(json.loads(json.dumps(figures.as_json()))) for figures in whole] == list(whole)
+
+
+def test_checkpoint_of_an_older_version_has_no_history_and_is_resumed(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    with pytest.raises(Interrupted):
+        fit(small_network(), interrupt_after(run, STEPS + 2, "signal"))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["history"]
+    torch.save(state, tmp_path / "last.pt")
+    assert [figures.epoch for figures in fit(small_network(), run, resume=True).history] == [2, 3]
 
 
 @pytest.mark.parametrize(
