@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,21 @@ import torch
 
 from models.data.folders import Folder, scan_folder
 from models.data.symmetries import symmetries_of
-from models.nets.networks import build_network
-from models.recipes import ImageRecipe, Network, Stage, recipe_by_name
+from models.recipes import ImageRecipe, recipe_by_name
 from models.runs import device_named, refuse_incomplete_windows
+from models.sizing import image_shape, largest_batch, network_for, seconds_a_step
 from models.training.checkpoints import saved_identity
 from models.training.errors import TrainingError
-from models.training.memory import keep_freed_memory
-from models.training.objective import objective_of
 from models.training.progress import format_duration
 
 log = logging.getLogger(__name__)
 
 LONGEST_SIDE = 224
-"""Longest side of the images, in pixels, if none is asked for."""
+"""Longest side of the images, in pixels, unless another is asked for."""
 COMPARED = (400, 32)
 """Images in which symmetries are looked for, and their longest side in pixels."""
 LARGEST_SHIFT = 4
 """Pixels by which training images are moved at most: the side of the largest windows, in which places differ."""
-SMALLEST_SIDE = 6
-"""Longest side, in pixels, from which on a network has convolutions."""
 VALIDATION_SHARE = 0.15
 """Share of the training images that is held out to choose by."""
 FEWEST_IMAGES = 20
@@ -49,26 +43,8 @@ FEWEST_STEPS = 100
 """Steps below which a training is not worth its time."""
 TRAINING_SHARE = 0.75
 """Of a budget; the rest is for reading images, validation, export and the measurement of the test set."""
-MEMORY_SHARE = 0.25
-"""Of the memory of the machine, for the activations of a step."""
-COPIES = 6
-"""Tensors that a convolution and its activation keep for the gradient, each the size of the layer, roughly."""
 FASTER = 1.1
 """Factor by which bfloat16 has to be faster than float32."""
-
-
-def network_for(longest: int) -> Network:
-    """Return a network that finds what tells the classes apart anywhere in an image.
-
-    Args:
-        longest: side of the images, in pixels; large ones are cut into windows first, which loses nothing.
-    """
-    if longest < SMALLEST_SIDE:
-        return Network(widths=(64, 64), parametrisation="stiefel")
-    window = 1 if longest <= 64 else 2 if longest <= 128 else 4
-    return Network(
-        stem=(Stage(channels=64, blocks=4, window=window),), pool="max", widths=(64,), parametrisation="stiefel"
-    )
 
 
 def folder_name(directory: Path) -> str:
@@ -139,14 +115,17 @@ def plan(
         chosen["validation_images"] = max(len(folder.labels), round(VALIDATION_SHARE * images))
         chosen["schedule.keep"] = "best"
     recipe = _recipe(chosen, overrides)
-    _, height, width = _shape(recipe)
+    _, height, width = image_shape(recipe)
     refuse_incomplete_windows(height, width, recipe.network.multiple)
     chosen["augment.crop_padding"] = min(LARGEST_SHIFT, max(height, width) // 16)
     symmetries = [s for s in symmetries_of(folder.sample(*COMPARED)) if s != "transpose" or height == width]
     chosen |= {f"augment.{symmetry}": True for symmetry in symmetries}
     images -= recipe.validation_images + recipe.calibration_images
-    chosen["schedule.batch_size"] = max(1, min(BATCH, images // 4, _largest_batch(recipe)))
-    seconds = {p: _seconds_a_step({**chosen, "schedule.precision": p}, overrides, folder, device) for p in _PRECISIONS}
+    chosen["schedule.batch_size"] = max(1, min(BATCH, images // 4, largest_batch(recipe)))
+    classes = len(folder.labels)
+    seconds = {
+        p: seconds_a_step(_recipe({**chosen, "schedule.precision": p}, overrides), classes, device) for p in _PRECISIONS
+    }
     full, half = (seconds[p] for p in _PRECISIONS)
     chosen["schedule.precision"] = _PRECISIONS[full > FASTER * half]
     recipe = _recipe(chosen, overrides)
@@ -192,47 +171,6 @@ def _recipe(chosen: Mapping[str, Any], overrides: Sequence[str]) -> ImageRecipe:
     recipe = recipe_by_name("image-folder", [*planned, *overrides])
     assert isinstance(recipe, ImageRecipe)
     return recipe
-
-
-def _shape(recipe: ImageRecipe) -> tuple[int, int, int]:
-    size = recipe.image_size
-    assert size is not None
-    assert recipe.channels is not None
-    return (recipe.channels, *((size, size) if isinstance(size, int) else size))
-
-
-def _largest_batch(recipe: ImageRecipe) -> int:
-    """Return the images whose activations fit into the share of the memory."""
-    _, height, width = _shape(recipe)
-    refuse_incomplete_windows(height, width, recipe.network.multiple)
-    numbers = 0
-    for stage in recipe.network.stem:
-        height, width = height // stage.window, width // stage.window
-        numbers += stage.blocks * stage.channels * height * width
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, int(MEMORY_SHARE * memory / (4 * COPIES * max(numbers, 1))))
-
-
-def _seconds_a_step(chosen: Mapping[str, Any], overrides: Sequence[str], folder: Folder, device: torch.device) -> float:
-    """Return the time of a step on random pixels, the shorter of two after a first."""
-    keep_freed_memory()
-    recipe = _recipe(chosen, overrides)
-    classes = len(folder.labels)
-    with torch.random.fork_rng():
-        network = build_network(recipe.network, _shape(recipe), 1 if classes == 2 else classes).to(device)
-    objective = objective_of(recipe.loss)
-    images = torch.rand(recipe.schedule.batch_size, *_shape(recipe), device=device)
-    labels = torch.arange(len(images), device=device) % classes
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.schedule.precision == "bf16-mixed"):
-            features = network.body(images)
-        loss = objective(network, network.head(features.float()), labels)
-        loss.backward()
-        loss.item()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
 
 
 def _as_option(seconds: float) -> str:

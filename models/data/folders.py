@@ -75,7 +75,7 @@ class Folder:
     """With the classes and the channels that were found."""
     pictures: tuple[_Picture, ...]
     is_split: bool
-    """Whether the test set is held out of the images, since the folder has none."""
+    """Whether the test set is held out of the images, where the folder has no such part."""
     skipped: int
     """Files that cannot be used."""
 
@@ -108,7 +108,7 @@ class Folder:
         """Return the pictures of `train` and `test`.
 
         Raises:
-            DataError: a class has one image, none for the test.
+            DataError: a class has one image, and the test needs another.
         """
         train, test = _split(self.pictures, self.labels, self.options)
         return {"train": train, "test": test}

@@ -19,7 +19,7 @@ class BestEpoch:
     """The best epoch so far: the one that certifies most images at one radius.
 
     Args:
-        epsilons: radii of the certified accuracy (L2, pixels in [0, 1]); none: the smallest loss is best.
+        epsilons: radii of the certified accuracy (L2, pixels in [0, 1]); without any the smallest loss is best.
         from_epoch: epoch whose scores choose the radius, the largest that certifies `REACHED` of the images that are
             right, or the smallest of all; no epoch before is best. Default: the last radius is the one.
     """

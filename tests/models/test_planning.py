@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models import planning
+from models import planning, sizing
 from models.data.folders import scan_folder
-from models.planning import folder_name, network_for, plan, plan_or_resume
+from models.planning import folder_name, plan, plan_or_resume
 from models.recipes import DataOptions, ImageRecipe, RecipeError
+from models.sizing import network_for
 from models.training.errors import TrainingError
 
 CPU = torch.device("cpu")
@@ -37,10 +38,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds of a step in each precision, as if they had been measured."""
     seconds = {"32-true": 0.1, "bf16-mixed": 0.2}
 
-    def measured(chosen: dict[str, Any], *_others: Any) -> float:
-        return seconds[chosen["schedule.precision"]]
+    def measured(recipe: ImageRecipe, *_others: Any) -> float:
+        return seconds[recipe.schedule.precision]
 
-    monkeypatch.setattr(planning, "_seconds_a_step", measured)
+    monkeypatch.setattr(planning, "seconds_a_step", measured)
     return seconds
 
 
@@ -117,7 +118,7 @@ def test_batches_fit_into_the_memory(tmp_path: Path, timed: dict[str, float], mo
     folder = write(tmp_path, {"a": 100, "b": 100})
     # 4 layers of 64 channels on 120 pixels, six copies of four bytes: 0.74 MB an image.
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 8 * 737_280 // 4096 * 4}
-    monkeypatch.setattr(planning.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(sizing.os, "sysconf", pages.__getitem__)
     assert planned(folder).schedule.batch_size == 8
 
 

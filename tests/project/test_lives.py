@@ -103,7 +103,7 @@ def test_life_of_a_training(tmp_path: Path) -> None:
             pixels = random.integers(0, 60, (12, 12)).astype(np.uint8)
             pixels[rows] += 180
             Image.fromarray(pixels).save(tmp_path / "bars" / label / f"{number}.png")
-    command = ["train", "image-folder", "--data", str(tmp_path / "bars"), "--out", str(tmp_path / "out")]
+    command = ["train", str(tmp_path / "bars"), "--out", str(tmp_path / "out")]
     changes = [part for change in SMALL for part in ("--set", change)]
     with called() as order:
         result = run_command(models_command, [*command, "--threads", "1", "--device", "cpu", *changes])

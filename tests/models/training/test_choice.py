@@ -34,8 +34,8 @@ def test_of_equal_epochs_the_later_is_best() -> None:
 
 def test_without_radii_the_smallest_loss_is_best() -> None:
     best = BestEpoch(())
-    none = Scores(0.0, {})
-    assert [best.is_best(epoch, none, loss) for epoch, loss in enumerate((0.5, 0.6, 0.4))] == [True, False, True]
+    nothing = Scores(0.0, {})
+    assert [best.is_best(epoch, nothing, loss) for epoch, loss in enumerate((0.5, 0.6, 0.4))] == [True, False, True]
 
 
 def test_epochs_are_due_once_per_patience_and_not_before_there_is_a_best_one() -> None:
