@@ -117,7 +117,7 @@ class Folder:
         """Return some training images, made small.
 
         Args:
-            count: at most so many, chosen by their digests.
+            count: number of images at most, chosen by their digests.
             longest: side, in pixels.
         """
         pictures = sorted(self.parts()["train"], key=lambda picture: (picture.digest, picture.path))[:count]

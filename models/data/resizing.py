@@ -21,7 +21,7 @@ from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion
 log = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.25
-"""Of the memory of the machine, for all images of a part; more are kept in a temporary file."""
+"""Of the memory of the machine, for all images of a part; more lie in a temporary file."""
 
 
 def decode_file(content: bytes) -> UInt8[np.ndarray, "C H W"]:

@@ -1,4 +1,4 @@
-"""Memory of freed tensors is kept for the next ones."""
+"""Memory of freed tensors stays with the process, for the next ones."""
 
 from __future__ import annotations
 

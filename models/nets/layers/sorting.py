@@ -63,7 +63,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _exchanged(gradient: Tensor, kept: Tensor) -> Tensor:
-    """Return the halves of axis 1 with their elements exchanged where they are not kept, bit for bit."""
+    """Return the halves of axis 1 with their elements exchanged where told so, bit for bit."""
     upper, lower = gradient.chunk(2, dim=1)
     result = torch.empty_like(gradient)
     if gradient.is_cuda:

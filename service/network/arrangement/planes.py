@@ -1,6 +1,6 @@
 """Moves of whole planes: what a Gather over all elements, and a mask of 0 and 1, do to the channels of a tensor.
 
-A shift of channels takes from each plane of P pixels the pixels at one distance, and zeros where there are none. So it
+A shift of channels takes from each plane of P pixels the pixels at one distance, and zeros beyond the border. So it
 is the same as: order the planes so that equal distances are neighbours, roll each such run as one row of numbers, and
 multiply by the mask. Runs are copied as a whole; a Gather copies number by number.
 """
