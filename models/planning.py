@@ -33,8 +33,10 @@ VALIDATION_SHARE = 0.15
 """Share of the training images that is held out to choose by."""
 FEWEST_IMAGES = 20
 """Training images from which on some are held out."""
-BATCH = 32
-"""Images of a step."""
+BATCHES = ((64, 128), (LONGEST_SIDE, 64))
+"""Images of a step by the longest side of the images, in pixels: as many small ones take no more time."""
+RATES_FOR = 32
+"""Images of a step that the learning rates of the recipe are for; they grow with the root of the number."""
 STEPS = 1500
 """Optimiser steps of a small set."""
 PASSES = 12
@@ -121,7 +123,10 @@ def plan(
     symmetries = [s for s in symmetries_of(folder.sample(*COMPARED)) if s != "transpose" or height == width]
     chosen |= {f"augment.{symmetry}": True for symmetry in symmetries}
     images -= recipe.validation_images + recipe.calibration_images
-    chosen["schedule.batch_size"] = max(1, min(BATCH, images // 4, largest_batch(recipe)))
+    batch = next((batch for side, batch in BATCHES if max(height, width) <= side), RATES_FOR)
+    chosen["schedule.batch_size"] = batch = max(1, min(batch, images // 4, largest_batch(recipe)))
+    for rate in ("learning_rate", "rotation_rate"):
+        chosen[f"schedule.{rate}"] = getattr(recipe.schedule, rate) * math.sqrt(max(1.0, batch / RATES_FOR))
     classes = len(folder.labels)
     seconds = {
         p: seconds_a_step(_recipe({**chosen, "schedule.precision": p}, overrides), classes, device) for p in _PRECISIONS

@@ -58,6 +58,7 @@ def test_a_small_set_gets_steps_a_validation_part_and_its_own_size(tmp_path: Pat
     assert recipe.validation_images == 12
     assert recipe.schedule.batch_size == 17
     assert recipe.schedule.steps == planning.STEPS
+    assert recipe.schedule.learning_rate == 3e-3
     assert recipe.schedule.keep == "best"
 
 
@@ -71,6 +72,13 @@ def test_the_faster_precision_is_taken_and_float32_where_they_are_alike(
     timed["bf16-mixed"] = 0.05
     assert planned(folder).schedule.precision == "bf16-mixed"
     assert planned(folder, "schedule.precision=32-true").schedule.precision == "32-true"
+
+
+def test_rates_grow_with_the_root_of_the_batch(tmp_path: Path, timed: dict[str, float]) -> None:
+    schedule = planned(write(tmp_path, {"a": 400, "b": 400})).schedule
+    assert schedule.batch_size == 128
+    assert schedule.learning_rate == pytest.approx(2 * 3e-3)
+    assert schedule.rotation_rate == pytest.approx(2 * 0.015)
 
 
 def test_what_is_asked_for_stays(tmp_path: Path, timed: dict[str, float]) -> None:
