@@ -28,7 +28,7 @@ def network_for(longest: int) -> Network:
     """
     if longest < SMALLEST_SIDE:
         return Network(widths=(64, 64), parametrisation="stiefel")
-    window = 1 if longest <= 64 else 2 if longest <= 128 else 4
+    window = 1 if longest < 24 else 2 if longest <= 128 else 4
     return Network(
         stem=(Stage(channels=64, blocks=4, window=window),), pool="max", widths=(64,), parametrisation="stiefel"
     )
