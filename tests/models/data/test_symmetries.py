@@ -35,6 +35,14 @@ def test_symmetries_are_those_of_the_images() -> None:
     assert symmetries_of(half_lit(blobs(200), left=False)) == ["flip"]
 
 
+def test_classes_that_mirroring_exchanges_are_not_mirrored() -> None:
+    images = blobs(200)
+    pixels = images.images_NCHW.clone()
+    for n, label in enumerate(images.labels_N.tolist()):
+        pixels[n, 0, :, 0 if label else -1] = 255
+    assert symmetries_of(LabelledImages(pixels, images.labels_N)) == ["flip_vertical"]
+
+
 def test_rows_and_columns_of_oblong_images_are_not_exchanged() -> None:
     assert symmetries_of(blobs(200, (9, 12))) == ["flip", "flip_vertical"]
 
