@@ -50,7 +50,8 @@ class Settings(BaseSettings):
     """Folder whose sub-folders are the artefacts to serve."""
 
     default_model: Annotated[str, Field(min_length=1)] = "mnist"
-    """Name of the model that answers a request without a model name."""
+    """Name of the model that answers a request without a model name; unless it is set, the only model where there is
+    one."""
 
     strict: bool = False
     """Whether a model that cannot be verified ends the start; otherwise the others are served and `/models` lists it as
@@ -291,9 +292,17 @@ def read_settings() -> Settings:
         if any(name.upper() == f"{PREFIX}PORT" for name in links):
             replaced = {"port": Settings.model_fields["port"].default}
     try:
-        return Settings(**replaced)
+        return _with_only_model(Settings(**replaced))
     except ValidationError as error:
         raise SettingsError("; ".join(_invalid(fault["loc"], fault["msg"]) for fault in error.errors())) from None
+
+
+def _with_only_model(settings: Settings) -> Settings:
+    """Return the settings with the only model as the default one, where no default was asked for."""
+    if "default_model" in settings.model_fields_set:
+        return settings
+    names = [card.parent.name for card in settings.models.glob("[!._]*/card.json")]
+    return settings.model_copy(update={"default_model": names[0]}) if len(names) == 1 else settings
 
 
 def _is_service_link(name: str, value: str) -> bool:

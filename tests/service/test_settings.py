@@ -32,6 +32,23 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert (settings.host, settings.port, settings.models) == ("0.0.0.0", 9001, tmp_path)
 
 
+def test_the_only_model_is_the_default_one_unless_another_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LIPCERT_MODELS", str(tmp_path))
+    assert read_settings().default_model == "mnist"
+    for name in ("cells", ".hidden", "_old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "card.json").touch()
+    assert read_settings().default_model == "cells"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "card.json").touch()
+    assert read_settings().default_model == "mnist"
+    (tmp_path / "other" / "card.json").unlink()
+    monkeypatch.setenv("LIPCERT_DEFAULT_MODEL", "mnist")
+    assert read_settings().default_model == "mnist"
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         Settings().port = 1  # type: ignore[misc]
