@@ -1,15 +1,14 @@
 """A graph as pieces of a file: what the server needs to put together the bytes that were verified.
 
-The graphs that run are written by the process that proves the model. Most of their weights are those of `model.onnx`,
-or the same numbers in float64, or transposed, so that a few ranges of that file and a few thousand bytes between them
-are the whole graph. The server joins them when the graph is first run; it holds no second copy of the weights until
-then.
+The graphs that run are written by the process that proves the model. Their weights are those of `model.onnx`, or the
+same numbers in float64, so that a few ranges of that file and a few thousand bytes between them are the whole graph.
+The server joins them when the graph is first run; it holds no second copy of the weights until then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,8 +30,6 @@ class Range:
     length: int
     widened: bool
     """Whether they are float32 numbers, little-endian, that the graph holds as float64."""
-    turned: tuple[int, int] | None = None
-    """Rows and columns of a matrix in the file that the graph holds transposed; null where it does not."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +69,9 @@ class Ranges:
         """Return where the content of an array stands, or the content; an array must not change after that."""
         known = self._places.get(id(array))
         if known is None:
-            found = self._range(array) if array.nbytes >= _SHORTEST else None
+            found = self.of.get(Constant(array)) if array.nbytes >= _SHORTEST else None
             known = self._places[id(array)] = array, array.tobytes() if found is None else found
         return known[1]
-
-    def _range(self, array: np.ndarray) -> Range | None:
-        found = self.of.get(Constant(array))
-        if found is None and array.ndim == 2:
-            found = self.of.get(Constant(array.T))
-            found = None if found is None else replace(found, turned=(array.shape[1], array.shape[0]))
-        return found
 
 
 def _start(file: bytes, part: bytes, first: int) -> int:
@@ -118,10 +108,4 @@ def _content(piece: bytes | Range, file: bytes) -> bytes | memoryview:
     if isinstance(piece, bytes):
         return piece
     content = memoryview(file)[piece.start : piece.start + piece.length]
-    if piece.turned is None and not piece.widened:
-        return content
-    rows, columns = piece.turned or (1, -1)
-    # The bytes of a number that is only moved mean nothing here.
-    kind = "<f4" if piece.widened else f"V{piece.length // (rows * columns)}"
-    array = np.frombuffer(content, kind).reshape(rows, columns)
-    return (array.astype("<f8") if piece.widened else array).T.tobytes()
+    return np.frombuffer(content, "<f4").astype("<f8").tobytes() if piece.widened else content

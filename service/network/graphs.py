@@ -25,12 +25,12 @@ class Graph:
 
 def forward_graph(network: Network) -> Graph:
     """Return the graph of input `image` and output `logits`."""
-    return Graph(write_pieces(arranged(network), ("image",), ("logits",), to_run=True))
+    return Graph(write_pieces(arranged(network), ("image",), ("logits",)))
 
 
 def plain_graph(network: Network) -> Graph:
     """Return the graph of input `image` and output `logits` as it stands in the file."""
-    return Graph(write_pieces(network, ("image",), ("logits",), to_run=True))
+    return Graph(write_pieces(network, ("image",), ("logits",)))
 
 
 def gradient_graph(network: Network) -> Graph:
@@ -42,5 +42,4 @@ def gradient_graph(network: Network) -> Graph:
     Raises:
         UnsupportedModelError: an operator has no gradient; the message names each.
     """
-    names = ("image", "margin_weights"), ("logits", "gradient")
-    return Graph(write_pieces(differentiate(arranged(network)), *names, to_run=True))
+    return Graph(write_pieces(differentiate(arranged(network)), ("image", "margin_weights"), ("logits", "gradient")))

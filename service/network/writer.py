@@ -15,7 +15,6 @@ import onnx
 from onnx import helper
 
 from service.network.operators import ELEMENT_TYPES, Constant, Network, Operand, Operator, Tensor
-from service.network.products import turned
 
 OPSET = 18
 IR_VERSION = 9
@@ -40,24 +39,21 @@ def joined(pieces: Sequence[Piece]) -> bytes:
     return b"".join(piece if isinstance(piece, bytes) else piece.data for piece in pieces)
 
 
-def write_pieces(
-    network: Network, inputs: Sequence[str], outputs: Sequence[str], *, to_run: bool = False
-) -> list[Piece]:
+def write_pieces(network: Network, inputs: Sequence[str], outputs: Sequence[str]) -> list[Piece]:
     """Return the serialised model as pieces; the arrays are constants of the network.
 
     Args:
         network: what to write.
         inputs: names of its inputs.
         outputs: names of its outputs.
-        to_run: whether matrix products have the form in which they run (`products`), which is not read again.
     """
     names = {tensor.number: f"t{tensor.number}" for operator in network.operators for tensor in operator.results}
     names |= {tensor.number: name for tensor, name in zip(network.inputs, inputs, strict=True)}
     given = {tensor.number for tensor in network.inputs}
-    returned = list(zip(network.outputs, outputs, strict=True))
+    results = list(zip(network.outputs, outputs, strict=True))
     # An output that is an input as it stands needs a node of its own.
-    passed = [(names[tensor.number], name) for tensor, name in returned if tensor.number in given]
-    names |= {tensor.number: name for tensor, name in returned if tensor.number not in given}
+    passed = [(names[tensor.number], name) for tensor, name in results if tensor.number in given]
+    names |= {tensor.number: name for tensor, name in results if tensor.number not in given}
     stored: dict[Constant, str] = {}
 
     def named(operand: Operand) -> str:
@@ -67,19 +63,15 @@ def write_pieces(
             return names[operand.number]
         return stored.setdefault(operand, f"c{len(stored)}")
 
-    nodes: list[onnx.NodeProto] = []
-    for operator in network.operators:
-        results = [names[tensor.number] for tensor in operator.results]
-        product = turned(operator, network.precision) if to_run else None
-        if product is None:
-            operands = [named(operand) for operand in operator.operands]
-            nodes.append(helper.make_node(operator.kind, operands, results, **_attributes(operator)))
-            continue
-        operands = [named(product.weight), named(operator.operands[0]), named(product.bias)]
-        columns = f"{results[0]}_columns"
-        stated: dict[str, Any] = {"alpha": product.alpha, "beta": product.beta, "transA": 0, "transB": 1}
-        nodes.append(helper.make_node("Gemm", operands, [columns], **stated))
-        nodes.append(helper.make_node("Transpose", [columns], results, perm=[1, 0]))
+    nodes = [
+        helper.make_node(
+            operator.kind,
+            [named(operand) for operand in operator.operands],
+            [names[tensor.number] for tensor in operator.results],
+            **_attributes(operator),
+        )
+        for operator in network.operators
+    ]
     nodes += [helper.make_node("Identity", [source], [name]) for source, name in passed]
     element = ELEMENT_TYPES[network.precision]
     graph = helper.make_graph(

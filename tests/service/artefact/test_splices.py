@@ -59,13 +59,3 @@ def test_zeros_before_an_array_are_not_compared_one_by_one() -> None:
     splice = Splice.of([first, second], Ranges.in_file(file, [first, second]))
     assert splice.pieces == (Range(0, 800_000, widened=False), second.tobytes())
     assert splice.join(file) == joined([first, second])
-
-
-def test_a_matrix_that_the_graph_holds_transposed_is_a_range() -> None:
-    single, double = SINGLE.reshape(25, 40), DOUBLE.reshape(40, 25)
-    file = b"head" + single.tobytes() + double.tobytes()
-    pieces = [single.astype(np.float64).T.copy(), b"between", single.T.copy(), double.T.copy()]
-    splice = Splice.of(pieces, Ranges.in_file(file, [single, double]))
-    wide, narrow = Range(4, 4000, widened=True, turned=(25, 40)), Range(4, 4000, widened=False, turned=(25, 40))
-    assert splice.pieces == (wide, b"between", narrow, Range(4004, 8000, widened=False, turned=(40, 25)))
-    assert splice.join(file) == joined(pieces)
