@@ -1,8 +1,7 @@
 """Verification of an artefact before it is served: `model.onnx` read, proved, written, and run on the CPU.
 
-The network that is proved is the one that is written: the graph of the logits and the graph of their gradient. Where
-they are arranged to run faster, their logits are compared with those of the network as it stands. Bytes that somebody
-else wrote never reach the runtime. A server does this in other processes (`service.artefact.pool`): the
+The network that is proved is the one that is written: the graph of the logits and the graph of their gradient. Bytes
+that somebody else wrote never reach the runtime. A server does this in other processes (`service.artefact.pool`): the
 libraries and the memory of a proof never enter it.
 """
 
@@ -19,7 +18,7 @@ from service.artefact.splices import Ranges, Splice
 from service.certificate import certify
 from service.certificate.proof_limits import NO_LIMITS, ProofLimits, within
 from service.errors import ArtefactError
-from service.network.graphs import forward_graph, gradient_graph, plain_graph
+from service.network.graphs import forward_graph, gradient_graph
 from service.network.operators import UnsupportedModelError
 from service.network.reader import read_draft
 
@@ -56,7 +55,6 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
             certificate = certify(draft)
             network = draft.network()
             graphs = forward_graph(network), gradient_graph(network)
-            plain = plain_graph(network).content
     except UnsupportedModelError as error:
         raise ArtefactError(
             path,
@@ -73,10 +71,6 @@ def verify_model(folder: Path, model_bytes: bytes, limits: ProofLimits = NO_LIMI
     # Each side is within `logit_error` of the exact logits. A NaN is refused, too.
     if gradient_NCHW.shape != image_NCHW.shape or not _agree(again_NK, logits_NK, 2.0 * certificate.logit_error):
         raise ArtefactError(path, "ONNX Runtime computes other logits beside a gradient than alone; report this model.")
-    if plain != graphs[0].content:
-        plain_NK = model_logits(load_engine(path, plain, "cpu", 1), image_NCHW)
-        if not _agree(plain_NK, logits_NK, 2.0 * certificate.logit_error):
-            raise ArtefactError(path, "its faster arrangement computes other logits than the file; report this model.")
     ranges = Ranges.in_file(model_bytes, draft.weights)
     of_logits, of_gradient = (Splice.of(graph.pieces, ranges) for graph in graphs)
     return Verified(certificate, logits_NK, of_logits, of_gradient, network.largest)

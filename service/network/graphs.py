@@ -28,11 +28,6 @@ def forward_graph(network: Network) -> Graph:
     return Graph(write_pieces(arranged(network), ("image",), ("logits",)))
 
 
-def plain_graph(network: Network) -> Graph:
-    """Return the graph of input `image` and output `logits` as it stands in the file."""
-    return Graph(write_pieces(network, ("image",), ("logits",)))
-
-
 def gradient_graph(network: Network) -> Graph:
     """Return the graph of inputs `image` and `margin_weights` and outputs `logits` and `gradient`.
 

@@ -67,10 +67,3 @@ def test_logits_beside_a_gradient_are_those_alone(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Engine, "run", drift)
     assert "computes other logits beside a gradient" in (verify(tmp_path).fault or (Path(), ""))[1]
-
-
-def test_logits_of_a_faster_arrangement_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, random_groupsort(0))
-    other = read(random_groupsort(1).model)
-    monkeypatch.setattr("service.network.graphs.arranged", lambda network: other)
-    assert "its faster arrangement computes other logits" in (verify(tmp_path).fault or (Path(), ""))[1]
