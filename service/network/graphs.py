@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from service.network.adjoint import differentiate
-from service.network.arrangement import arranged
 from service.network.operators import Network
 from service.network.writer import Piece, joined, write_pieces
 
@@ -25,7 +24,7 @@ class Graph:
 
 def forward_graph(network: Network) -> Graph:
     """Return the graph of input `image` and output `logits`."""
-    return Graph(write_pieces(arranged(network), ("image",), ("logits",)))
+    return Graph(write_pieces(network, ("image",), ("logits",)))
 
 
 def gradient_graph(network: Network) -> Graph:
@@ -37,4 +36,4 @@ def gradient_graph(network: Network) -> Graph:
     Raises:
         UnsupportedModelError: an operator has no gradient; the message names each.
     """
-    return Graph(write_pieces(differentiate(arranged(network)), ("image", "margin_weights"), ("logits", "gradient")))
+    return Graph(write_pieces(differentiate(network), ("image", "margin_weights"), ("logits", "gradient")))
