@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.logs import log_to_stderr
-from models.paths import dataset_of, missing_artefact, missing_images
+from models.paths import FOLDER, dataset_of, missing_artefact, missing_images
 from models.recipes import RECIPES, ImageRecipe, RecipeError, known_recipes, recipe_by_name
 
 if TYPE_CHECKING:
@@ -252,16 +252,14 @@ def _train(chosen: argparse.Namespace) -> int:
         return _failed("--blocks is an option of --precision float32")
     epochs = [] if chosen.epochs is None else [f"schedule.epochs={chosen.epochs}"]
     overrides = [*chosen.overrides, *epochs]
-    of_folder = chosen.recipe == "image-folder" or (
-        chosen.recipe not in known_recipes() and Path(chosen.recipe).is_dir()
-    )
+    of_folder = chosen.recipe == FOLDER or (chosen.recipe not in known_recipes() and Path(chosen.recipe).is_dir())
     try:
         named = None if of_folder else recipe_by_name(chosen.recipe, overrides)
         if named is not None and chosen.budget is not None:
             raise RecipeError("--budget is for a folder of images; for a recipe choose --epochs")
     except RecipeError as error:
         return _failed(error)
-    if chosen.recipe == "image-folder" and (fault := missing_images(chosen.data, chosen.recipe)):
+    if chosen.recipe == FOLDER and (fault := missing_images(chosen.data, FOLDER)):
         return _failed(fault)
     if isinstance(named, ImageRecipe) and (fault := missing_images(chosen.data, named.dataset)):
         return _failed(fault)
@@ -312,7 +310,7 @@ def _planned(chosen: argparse.Namespace, overrides: Sequence[str]) -> tuple[Imag
     """Return the recipe of a folder of images, and the folder; from here on `chosen.data` is the folder."""
     from models.planning import folder_name, plan_or_resume
 
-    if chosen.recipe != "image-folder":
+    if chosen.recipe != FOLDER:
         chosen.data = Path(chosen.recipe)
         overrides = [f"name={folder_name(chosen.data)}", *overrides]
     return plan_or_resume(

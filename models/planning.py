@@ -112,7 +112,7 @@ def plan(
     }
     recipe = _recipe(chosen, overrides)
     chosen["image_size"] = folder.size_within(LONGEST_SIDE, recipe.network.multiple)
-    images = len(folder.parts()["train"])
+    images = len(folder.parts["train"])
     if images >= FEWEST_IMAGES:
         chosen["validation_images"] = max(len(folder.labels), round(VALIDATION_SHARE * images))
         chosen["schedule.keep"] = "best"
@@ -128,10 +128,12 @@ def plan(
     for rate in ("learning_rate", "rotation_rate"):
         chosen[f"schedule.{rate}"] = getattr(recipe.schedule, rate) * math.sqrt(max(1.0, batch / RATES_FOR))
     classes = len(folder.labels)
-    seconds = {
-        p: seconds_a_step(_recipe({**chosen, "schedule.precision": p}, overrides), classes, device) for p in _PRECISIONS
+    # One that is asked for is the only one.
+    timed = {
+        r.schedule.precision: r for r in (_recipe({**chosen, "schedule.precision": p}, overrides) for p in _PRECISIONS)
     }
-    full, half = (seconds[p] for p in _PRECISIONS)
+    seconds = {precision: seconds_a_step(recipe, classes, device) for precision, recipe in timed.items()}
+    full, half = (seconds.get(p, math.inf) for p in _PRECISIONS)
     chosen["schedule.precision"] = _PRECISIONS[full > FASTER * half]
     recipe = _recipe(chosen, overrides)
     each = seconds[recipe.schedule.precision]

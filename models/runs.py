@@ -18,7 +18,7 @@ from models.data.folders import Folder
 from models.data.labelled import DataSet, LabelledImages
 from models.evaluation.page import write_report_page
 from models.export import code_version, emit_graph, environment, export_artefact, prove
-from models.nets.networks import LipschitzNetwork, build_network
+from models.nets.networks import LipschitzNetwork, build_network, outputs_for
 from models.recipes import AnyRecipe, ImageRecipe, SquaresRecipe, TwoMoonsRecipe
 from models.toys import (
     MOONS_SHAPE,
@@ -128,7 +128,7 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
             f"augment.transpose exchanges rows and columns, but the images are {input_shape[1]} x {input_shape[2]}: "
             "leave it out, or choose a square image_size"
         )
-    outputs = 1 if len(data.labels) == 2 else len(data.labels)
+    outputs = outputs_for(len(data.labels))
     counts = train.counts(len(data.labels))
     weights = class_weights(recipe, counts)
     recipe, batches = _batches(recipe, train, options.seed, weights)

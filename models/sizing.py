@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
 
-from models.nets.networks import build_network
+from models.memory import keep_freed_memory, machine_bytes
+from models.nets.networks import build_network, outputs_for
 from models.recipes import ImageRecipe, Network, Stage
-from models.training.memory import keep_freed_memory
 from models.training.objective import objective_of
 
 SMALLEST_SIDE = 6
@@ -53,8 +52,7 @@ def largest_batch(recipe: ImageRecipe) -> int:
     for stage in recipe.network.stem:
         height, width = height // stage.window, width // stage.window
         numbers += stage.blocks * stage.channels * height * width
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, int(MEMORY_SHARE * memory / (4 * COPIES * max(numbers, 1))))
+    return max(1, int(MEMORY_SHARE * machine_bytes() / (4 * COPIES * max(numbers, 1))))
 
 
 def seconds_a_step(recipe: ImageRecipe, classes: int, device: torch.device) -> float:
@@ -67,7 +65,7 @@ def seconds_a_step(recipe: ImageRecipe, classes: int, device: torch.device) -> f
     """
     keep_freed_memory()
     with torch.random.fork_rng():
-        network = build_network(recipe.network, image_shape(recipe), 1 if classes == 2 else classes).to(device)
+        network = build_network(recipe.network, image_shape(recipe), outputs_for(classes)).to(device)
     objective = objective_of(recipe.loss)
     images = torch.rand(recipe.schedule.batch_size, *image_shape(recipe), device=device)
     labels = torch.arange(len(images), device=device) % classes

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models.data.folders import LARGEST_DEFAULT_SIDE, Folder, scan_folder
+from models.data.folders import Folder, scan_folder
 from models.data.labelled import DataError, DataSet
 from models.data.published import CIFAR10, FASHION_MNIST, MNIST, Published, load_cifar10, load_idx
 from models.recipes import DataOptions
@@ -39,7 +39,7 @@ def load_dataset(
     options = options.data_options()
     if options.dataset == "image-folder":
         folder = folder or scan_folder(directory, options, test_only=test_only)
-        found = folder.load(options.image_size or folder.size_within(LARGEST_DEFAULT_SIDE, multiple))
+        found = folder.load(options.image_size, multiple)
     else:
         found = _published(options, PUBLISHED[options.dataset], directory)
     counts = {

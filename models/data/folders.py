@@ -16,8 +16,9 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ FAULTS_NAMED = 10
 """Unusable files that an error message names."""
 DESCRIPTION = "RGB to grey: 0.299 R + 0.587 G + 0.114 B; grey to RGB: three copies; resize: triangle filter; 8 bits"
 """The preprocessing, for the card."""
+PARTS = frozenset({"train", "test", "val", "valid", "validation"})
+"""Folders that are parts of a data set, not classes."""
 MOST_CLASSES = 1000
 """Classes of a folder; each pair of them has a constant of its own."""
 _CLUTTER = frozenset(
@@ -104,14 +107,15 @@ class Folder:
             max(multiple, math.floor(width * scale / multiple) * multiple),
         )
 
+    @cached_property
     def parts(self) -> dict[str, list[_Picture]]:
-        """Return the pictures of `train` and `test`.
+        """The pictures of `train` and `test`, in the order of the digests: the first are a fair sample of all classes.
 
         Raises:
             DataError: a class has one image, and the test needs another.
         """
-        train, test = _split(self.pictures, self.labels, self.options)
-        return {"train": train, "test": test}
+        parts = zip(("train", "test"), _split(self.pictures, self.labels, self.options), strict=True)
+        return {part: sorted(found, key=lambda picture: (picture.digest, picture.path)) for part, found in parts}
 
     def sample(self, count: int, longest: int) -> LabelledImages:
         """Return some training images, made small.
@@ -120,31 +124,27 @@ class Folder:
             count: number of images at most, chosen by their digests.
             longest: side, in pixels.
         """
-        pictures = sorted(self.parts()["train"], key=lambda picture: (picture.digest, picture.path))[:count]
         assert self.options.channels is not None
-        return _pixels(pictures, self.labels, self.options.channels, self.size_within(longest))
+        return _pixels(self.parts["train"][:count], self.labels, self.options.channels, self.size_within(longest))
 
-    def load(self, size: int | tuple[int, int]) -> DataSet:
+    def load(self, size: int | tuple[int, int] | None, multiple: int = 1) -> DataSet:
         """Return the images, converted and resized.
 
         Args:
-            size: side, or height and width, in pixels.
+            size: side, or height and width, in pixels; null: the median, at most `LARGEST_DEFAULT_SIDE`.
+            multiple: divides each side, in pixels, that is decided here.
         """
+        size = size or self.size_within(LARGEST_DEFAULT_SIDE, multiple)
         size = (size, size) if isinstance(size, int) else size
-        # In the order of the digests, the first images of a part are a fair sample of all classes.
-        parts = {
-            part: sorted(pictures, key=lambda picture: (picture.digest, picture.path))
-            for part, pictures in self.parts().items()
-        }
         channels = self.options.channels
         assert channels is not None
-        images = {part: _pixels(pictures, self.labels, channels, size) for part, pictures in parts.items()}
+        images = {part: _pixels(pictures, self.labels, channels, size) for part, pictures in self.parts.items()}
         options = self.options.model_copy(update={"image_size": size})
         return DataSet(
             images["train"],
             images["test"],
             self.labels,
-            _card(self.directory, parts, options, self.is_split, self.skipped),
+            _card(self.directory, self.parts, options, self.is_split, self.skipped),
         )
 
 
@@ -160,8 +160,7 @@ def load_folder(directory: Path, options: DataOptions, *, multiple: int = 1, tes
     Raises:
         DataError: the folder does not contain at least two classes of usable images; the message names file and cure.
     """
-    found = scan_folder(directory, options, test_only=test_only)
-    return found.load(options.image_size or found.size_within(LARGEST_DEFAULT_SIDE, multiple))
+    return scan_folder(directory, options, test_only=test_only).load(options.image_size, multiple)
 
 
 def scan_folder(directory: Path, options: DataOptions, *, test_only: bool = False) -> Folder:
@@ -196,7 +195,7 @@ def _parts(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():
         raise DataError(f"{directory} is a file: name the folder that holds one folder for each class with --data")
     names = {path.name for path in _folders(directory)}
-    if not {"train", "test"} & names or not names <= {"train", "test", "val", "valid", "validation"}:
+    if not {"train", "test"} & names or not names <= PARTS:
         return {"all": directory}
     if "train" not in names:
         raise DataError(
@@ -213,20 +212,25 @@ def _parts(directory: Path) -> dict[str, Path]:
     )
 
 
-def _entries(directory: Path) -> list[Path]:
+def entries(directory: Path) -> list[Path]:
+    """Return what is in a folder, sorted, without the clutter of archives and file systems.
+
+    Raises:
+        DataError: the folder cannot be listed.
+    """
     try:
-        entries = sorted(directory.iterdir())
+        found = sorted(directory.iterdir())
     except OSError as error:
         raise DataError(f"{directory} cannot be listed ({error.strerror}): make it readable") from error
-    kept = [path for path in entries if not path.name.startswith(".") and path.name not in _CLUTTER]
-    if len(kept) < len(entries):
-        passed = ", ".join(path.name for path in entries if path not in set(kept))
+    kept = [path for path in found if not path.name.startswith(".") and path.name not in _CLUTTER]
+    if len(kept) < len(found):
+        passed = ", ".join(path.name for path in found if path not in set(kept))
         log.info("%s: passed over %s", directory, passed)
     return kept
 
 
 def _folders(directory: Path) -> list[Path]:
-    return [path for path in _entries(directory) if path.is_dir()]
+    return [path for path in entries(directory) if path.is_dir()]
 
 
 def _files_of_classes(folder: Path, wanted: Sequence[str] | None) -> dict[str, list[Path]]:
@@ -253,16 +257,16 @@ def _files_of_classes(folder: Path, wanted: Sequence[str] | None) -> dict[str, l
         )
     files: dict[str, list[Path]] = {}
     for label, path in classes.items():
-        entries = _entries(path)
-        nested = next((entry for entry in entries if entry.is_dir()), None)
+        inside = entries(path)
+        nested = next((entry for entry in inside if entry.is_dir()), None)
         if nested is not None:
             raise DataError(
                 f"{nested} is a folder inside of the class {label}: put its images directly into {path}, or name "
                 f"{path} with --data if that is the data set"
             )
-        if not entries:
+        if not inside:
             raise DataError(f"the class {label} is empty: put images into {path}, or remove it")
-        files[label] = entries
+        files[label] = inside
     return files
 
 
@@ -388,7 +392,11 @@ def _card(
         "name": directory.resolve().name,
         "source": options.source or "a folder of images",
         "licence": options.licence,
-        "digest": {part: _digest(found) for part, found in parts.items() if found},
+        "digest": {
+            part: list_digest((f"{picture.label}/{picture.path.name}", picture.digest) for picture in found)
+            for part, found in parts.items()
+            if found
+        },
         "split": {"test_share": options.test_share, "seed": options.split_seed} if is_split else None,
         "n_left_out": skipped,
         "n_in_train_and_test": len(shared),
@@ -397,10 +405,11 @@ def _card(
     }
 
 
-def _digest(pictures: Sequence[_Picture]) -> str:
-    """Return the sha256 of the sorted lines `class/file sha256` of a part."""
-    return f"sha256:{hashlib.sha256(''.join(sorted(_lines(pictures))).encode()).hexdigest()}"
+def list_digest(files: Iterable[tuple[str, str]]) -> str:
+    """Return the sha256 of the sorted lines `class/file sha256` of a part.
 
-
-def _lines(pictures: Sequence[_Picture]) -> Iterator[str]:
-    return (f"{picture.label}/{picture.path.name} {picture.digest}\n" for picture in pictures)
+    Args:
+        files: `class/file` and sha256 of its content, of each file.
+    """
+    lines = sorted(f"{file} {digest}\n" for file, digest in files)
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"

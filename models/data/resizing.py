@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import tempfile
 from functools import lru_cache
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import UInt8
 
 from models.data.labelled import DataError
+from models.memory import machine_bytes
 from service.errors import InputError
 from service.pixels.images import decode_image, to_unit
 from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, triangle_filter
@@ -74,9 +74,8 @@ def room_for(shape: tuple[int, ...]) -> UInt8[torch.Tensor, "N C H W"]:
     Raises:
         DataError: the disk has no room for them.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = math.prod(shape)
-    if size <= MEMORY_SHARE * memory:
+    if size <= MEMORY_SHARE * machine_bytes():
         return torch.empty(shape, dtype=torch.uint8)
     folder = tempfile.gettempdir()
     log.info("%.1f GB of pixels are kept in a temporary file in %s", size / 1e9, folder)

@@ -20,18 +20,17 @@ import torch
 from jaxtyping import UInt64
 from tqdm import tqdm
 
-from models.data.labelled import LabelledImages
+from models.data.folders import PARTS, entries, list_digest
+from models.data.labelled import DataError, LabelledImages
 from models.data.resizing import decode_file, fit_image
 from service.errors import InputError
 
 log = logging.getLogger(__name__)
 
-PARTS = frozenset({"train", "test", "val", "valid", "validation"})
 REFUSED_NAMED = 10
 """Files that a message names."""
 OTHER_SHARE = 0.1
 """Difference in the share of a class that a note states."""
-_CLUTTER = frozenset({"Thumbs.db", "desktop.ini"})
 
 
 class EvaluationError(Exception):
@@ -129,7 +128,7 @@ def other_images(
     listing = _listing(root, labels)
     pixels: list[np.ndarray] = []
     files: list[str] = []
-    lines: list[str] = []
+    digests: list[str] = []
     numbers: list[int] = []
     refused: list[str] = []
     channels, *size = shape
@@ -143,7 +142,7 @@ def other_images(
         pixels.append(fitted)
         numbers.append(labels.index(label))
         files.append(f"{label}/{path.name}")
-        lines.append(f"{label}/{path.name} {hashlib.sha256(content).hexdigest()}\n")
+        digests.append(hashlib.sha256(content).hexdigest())
     if refused:
         shown = "; ".join([*refused[:REFUSED_NAMED], *(["..."] if len(refused) > REFUSED_NAMED else [])])
         if not pixels:
@@ -152,13 +151,13 @@ def other_images(
     missing = [label for k, label in enumerate(labels) if k not in set(numbers)]
     if missing:
         notes.append(f"No image of {', '.join(missing)}: nothing is known about {_these(missing)} here.")
-    copies = len(lines) - len({line.rpartition(" ")[2] for line in lines})
+    copies = len(digests) - len(set(digests))
     if copies:
         notes.append(f"{copies} images are copies of others of this folder, byte by byte.")
     shares = _other_shares(labels, numbers, (trained_on.get("counts") or {}).get("test") or {})
     if shares:
         notes.append(shares)
-    digest = f"sha256:{hashlib.sha256(''.join(sorted(lines)).encode()).hexdigest()}"
+    digest = list_digest(zip(files, digests, strict=True))
     images = LabelledImages(torch.from_numpy(np.stack(pixels)), torch.tensor(numbers, dtype=torch.int64))
     known = None if training_keys is None else int(np.isin(pixel_keys(images), training_keys).sum())
     notes.append(known_about_training(digest, trained_on, len(images), known))
@@ -256,13 +255,13 @@ def _listing(root: Path, labels: Sequence[str]) -> list[tuple[str, Path]]:
         raise EvaluationError(f"{root} has no folder of a class: put the images into folders named {shown}")
     listing: list[tuple[str, Path]] = []
     for label in labels:
-        entries = _entries(classes[label]) if label in classes else []
-        nested = next((entry for entry in entries if entry.is_dir()), None)
+        inside = _entries(classes[label]) if label in classes else []
+        nested = next((entry for entry in inside if entry.is_dir()), None)
         if nested is not None:
             raise EvaluationError(
                 f"{nested} is a folder inside of the class {label}: put its images directly into {classes[label]}"
             )
-        listing += [(label, entry) for entry in entries]
+        listing += [(label, entry) for entry in inside]
     if not listing:
         raise EvaluationError(f"the folders of {root} are empty: put images into them")
     return listing
@@ -270,9 +269,9 @@ def _listing(root: Path, labels: Sequence[str]) -> list[tuple[str, Path]]:
 
 def _entries(directory: Path) -> list[Path]:
     try:
-        return sorted(p for p in directory.iterdir() if not p.name.startswith(".") and p.name not in _CLUTTER)
-    except OSError as error:
-        raise EvaluationError(f"{directory} cannot be listed ({error.strerror}): name another folder") from error
+        return entries(directory)
+    except DataError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def _name(directory: Path) -> str:

@@ -53,6 +53,7 @@ from models.evaluation.summary import (
     summarise_attacks,
 )
 from models.export import code_version, environment
+from models.paths import FOLDER
 from service.inference.classifier import Classifier, Prediction, with_references
 from service.inference.counterfactual import Counterfactual
 from service.inference.references import find_references
@@ -221,7 +222,7 @@ def image_set(classifier: Classifier, data: Path, training_keys: UInt64[np.ndarr
     try:
         return ImageSet(labelled_images(classifier, data, "test"), str(card.data.get("name", "The")), of_the_card=True)
     except (DataError, NotTheCardsImagesError) as error:
-        is_folder = data.is_dir() and card.data.get("dataset") == "image-folder"
+        is_folder = data.is_dir() and card.data.get("dataset") == FOLDER
         if not is_folder and not holds_classes(data, labels):
             raise
         log.info(

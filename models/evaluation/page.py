@@ -31,6 +31,7 @@ from models.evaluation.figures import Mistake, Panel
 from models.evaluation.images import ImageSet, pixel_keys
 from models.evaluation.report import gallery_images, panels_of
 from models.export import environment
+from models.paths import FOLDER
 from models.training.history import EpochFigures
 from service import __version__
 from service.artefact.card import Card
@@ -370,7 +371,7 @@ def _next_steps(measured: Measurement, folder: Path) -> str:
         steps.append(("Attack it for ten minutes", attack))
     schedule = card.recipe.get("schedule") or {}
     if schedule.get("epochs") and card.recipe.get("name"):
-        count, of_folder = schedule.get("steps"), card.data.get("dataset") == "image-folder"
+        count, of_folder = schedule.get("steps"), card.data.get("dataset") == FOLDER
         images = shlex.quote(data) if of_folder else f"{card.recipe['name']} --data {shlex.quote(data)}"
         twice = f"--set schedule.steps={2 * count}" if count else f"--epochs {2 * schedule['epochs']}"
         longer = f"lipcert train {images} --out OTHER_OUT {twice}"

@@ -11,7 +11,7 @@ import numpy as np
 from models.evaluation.details import Answers
 from models.evaluation.drawings import Curve, chart, difference_picture, picture, size_picture
 from models.evaluation.figures import Mistake, Panel
-from models.evaluation.tables import LARGEST_MATRIX, confused_pairs, difference_cells, percent, quantity_of
+from models.evaluation.tables import LARGEST_MATRIX, class_cells, confused_pairs, difference_cells, quantity_of
 from models.training.history import EpochFigures
 from models.training.scores import Scores
 from service.evidence.document import image, table
@@ -131,19 +131,7 @@ def _cell(row: Sequence[int], i: int, j: int) -> str:
 
 def class_table(classes: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the figures of each class."""
-    epsilons = [entry["epsilon"] for entry in classes[0]["certified_accuracy"]]
-    head = ["class", "n", "recall", "precision", *(f"certified {e:g}" for e in epsilons), "median radius"]
-    rows = [
-        [
-            one["label"],
-            str(one["n"]),
-            percent(one["recall"]),
-            percent(one["precision"]),
-            *(percent(entry["value"]) for entry in one["certified_accuracy"]),
-            "-" if one["median_radius"] is None else f"{one['median_radius']:.3f}",
-        ]
-        for one in classes
-    ]
+    head, rows = class_cells(classes, "certified", 3)
     return f'<div class="scroll">{table(head, rows, range(1, len(head)), narrow=True)}</div>'
 
 

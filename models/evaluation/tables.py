@@ -109,27 +109,31 @@ def _confusion(confusion: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _classes(classes: Sequence[Mapping[str, Any]]) -> list[str]:
+def class_cells(classes: Sequence[Mapping[str, Any]], certified: str, digits: int) -> tuple[list[str], list[list[str]]]:
+    """Return the titles and the rows of the table of classes.
+
+    Args:
+        classes: of `details.details`.
+        certified: word before the epsilon of a column.
+        digits: of the median radius.
+    """
     epsilons = [entry["epsilon"] for entry in classes[0]["certified_accuracy"]]
-    return [
-        "",
-        "## Classes",
-        "",
-        *_table(
-            ["class", "n", "recall", "precision", *(f"certified at {e:g}" for e in epsilons), "median radius"],
-            [
-                [
-                    one["label"],
-                    str(one["n"]),
-                    percent(one["recall"]),
-                    percent(one["precision"]),
-                    *(percent(entry["value"]) for entry in one["certified_accuracy"]),
-                    "-" if one["median_radius"] is None else f"{one['median_radius']:.4f}",
-                ]
-                for one in classes
-            ],
-        ),
+    rows = [
+        [
+            one["label"],
+            str(one["n"]),
+            percent(one["recall"]),
+            percent(one["precision"]),
+            *(percent(entry["value"]) for entry in one["certified_accuracy"]),
+            "-" if one["median_radius"] is None else f"{one['median_radius']:.{digits}f}",
+        ]
+        for one in classes
     ]
+    return ["class", "n", "recall", "precision", *(f"{certified} {e:g}" for e in epsilons), "median radius"], rows
+
+
+def _classes(classes: Sequence[Mapping[str, Any]]) -> list[str]:
+    return ["", "## Classes", "", *_table(*class_cells(classes, "certified at", 4))]
 
 
 def _mistakes(mistakes: Mapping[str, Any], picture: str | None) -> list[str]:

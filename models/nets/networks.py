@@ -133,6 +133,11 @@ def convolutional_network(
     return LipschitzNetwork(input_shape, Chain([*layers, tail.body]), tail.head)
 
 
+def outputs_for(classes: int) -> int:
+    """Return the number of outputs: one logit for each class, or the one output f of two classes."""
+    return 1 if classes == 2 else classes
+
+
 def build_network(network: Network, input_shape: tuple[int, int, int], outputs: int) -> LipschitzNetwork:
     """Return the network that a recipe describes; initial weights come from torch's global generator.
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.data.labelled import LabelledImages
+from models.memory import keep_freed_memory
 from models.nets.layers.linear import newton_schulz, stiefel_matrices
 from models.nets.networks import LipschitzNetwork
 from models.recipes import Schedule
@@ -39,7 +40,6 @@ from models.training.checkpoints import Checkpoints
 from models.training.choice import BestEpoch
 from models.training.errors import CheckpointError, Interrupted, NonFiniteError, TrainingError
 from models.training.history import EpochFigures
-from models.training.memory import keep_freed_memory
 from models.training.objective import Objective
 from models.training.optimisers import optimisers_of
 from models.training.progress import Progress

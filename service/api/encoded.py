@@ -45,8 +45,8 @@ class EncodedImage:
             ChannelsError: the model accepts neither grey nor RGB images.
             InputError: see `service.pixels.images`.
         """
-        size = None if resize else input_shape_CHW[1:]
-        return decode_image(self._bytes(input_shape_CHW[0]), max_pixels, used_pixels, size)
+        data = self._bytes(input_shape_CHW[0])
+        return decode_image(data, max_pixels, used_pixels, None if resize else input_shape_CHW[1:])
 
     def _bytes(self, channels: int) -> bytes:
         if channels not in (1, 3):
@@ -104,9 +104,10 @@ class EncodedBatch:
         if len(self.texts) > max_batch:
             raise BatchTooLargeError(len(self.texts), max_batch)
         images: list[np.ndarray] = []
+        used = 0
         for index, text in enumerate(self.texts):
             try:
-                image = EncodedImage(text).decode(input_shape_CHW, max_pixels, resize, sum(i[0].size for i in images))
+                image = EncodedImage(text).decode(input_shape_CHW, max_pixels, resize, used)
                 if not resize and image.shape[1:] != input_shape_CHW[1:]:
                     raise ImageSizeError(image.shape[1], image.shape[2], *input_shape_CHW[1:])
                 if images and image.shape[1:] != images[0].shape[1:]:
@@ -119,6 +120,7 @@ class EncodedBatch:
             except InputError as error:
                 raise error.at_index(index) from None
             images.append(image)
+            used += image[0].size
         return np.stack(images)
 
 

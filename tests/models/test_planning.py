@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models import planning, sizing
+from models import memory, planning
 from models.data.folders import scan_folder
 from models.planning import folder_name, plan, plan_or_resume
 from models.recipes import DataOptions, ImageRecipe, RecipeError
@@ -126,7 +126,7 @@ def test_batches_fit_into_the_memory(tmp_path: Path, timed: dict[str, float], mo
     folder = write(tmp_path, {"a": 100, "b": 100})
     # 4 layers of 64 channels on 120 pixels, six copies of four bytes: 0.74 MB an image.
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 8 * 737_280 // 4096 * 4}
-    monkeypatch.setattr(sizing.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(memory.os, "sysconf", pages.__getitem__)
     assert planned(folder).schedule.batch_size == 8
 
 

@@ -7,9 +7,7 @@ import http.client
 import json
 import os
 import re
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoding import npy
-from process_table import wait_until
+from server_process import ServerProcess
 
 from service.processes.server import DEVICE_LOST_STATUS, Server
 
@@ -37,40 +35,20 @@ sys.exit(main([]))
 """
 
 
-class GpuServer:
+class GpuServer(ServerProcess):
     """`python -m service` on a GPU that can be lost."""
 
     def __init__(self, zoo: Path, folder: Path) -> None:
         self.flag = folder / "lost"
-        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
-        environment |= {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "LIPCERT_PORT": "0",
-            "LIPCERT_PROVIDER": "cuda",
-            "LIPCERT_MODELS": str(zoo),
-            "LIPCERT_DEFAULT_MODEL": "grey",
-        }
-        self.process = subprocess.Popen(
+        super().__init__(
             [sys.executable, "-c", _SERVER.format(flag=str(self.flag))],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
+            {"provider": "cuda", "models": zoo},
+            PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         )
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-        wait_until(lambda: "startup complete" in self.log or self.process.poll() is not None)
+        self.wait_started(1)
         found = re.search(r"serving on http://127.0.0.1:(\d+)", self.log)
         assert found is not None, self.log
         self.port = int(found[1])
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self._lines.extend(iter(self.process.stderr.readline, ""))
-
-    @property
-    def log(self) -> str:
-        return "".join(self._lines)
 
     def ask(self, path: str, body: bytes | None = None) -> tuple[int, dict[str, object], str | None]:
         """Status, JSON and Retry-After of an answer."""
@@ -79,13 +57,6 @@ class GpuServer:
             connection.request("GET" if body is None else "POST", path, body, {"Content-Type": "application/x-npy"})
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read()), answer.getheader("Retry-After")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
 
 
 @pytest.fixture

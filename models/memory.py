@@ -1,12 +1,18 @@
-"""Memory of freed tensors stays with the process, for the next ones."""
+"""Memory of the machine, and of freed tensors, which stays with the process for the next ones."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**30
+
+
+def machine_bytes() -> int:
+    """Return the memory of the machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def keep_freed_memory() -> None:
