@@ -345,10 +345,10 @@ RECIPES: dict[str, AnyRecipe] = {
             "mnist-robust",
             "mnist",
             (1024,) * 5,
-            _cross_entropy(min_margin=2.6, temperature=0.35, reference_radius=1.8),
+            _cross_entropy(min_margin=2.4, temperature=0.35, reference_radius=1.8),
             None,
             held_out=2000,
-            epochs=16,
+            epochs=40,
         ),
         _dense(
             "fashion-mnist-robust",
