@@ -70,9 +70,9 @@ def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[Base
 def _mend(openapi: Json) -> None:
     """Remove declarations that make generated clients wrong.
 
-    A field with `default` is not optional in the types of openapi-typescript: a request would have to give every option,
-    and an answer without the field would be read as one with it. FastAPI declares a 422 of its own for path parameters,
-    which the routes do not answer.
+    A field with `default` is not optional in the types of openapi-typescript: a request would have to give every
+    option, and an answer without the field would be read as one with it. FastAPI declares a 422 of its own for path
+    parameters, which the routes do not answer.
     """
     schemas: Json = openapi["components"]["schemas"]
     for schema in schemas.values():

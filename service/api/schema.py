@@ -17,9 +17,16 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def _without_index(schema: dict[str, Any]) -> None:
+    schema.pop("additionalProperties", None)
+
+
 class _Answer(BaseModel):
-    # Fields may be added: a client that reads answers by this schema must not refuse those of a newer server.
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    # A client that reads answers by this schema keeps the fields that a newer server adds. The document is silent about
+    # them, which allows them: `additionalProperties: true` would hide misspelt fields in generated types.
+    model_config = ConfigDict(
+        extra="allow", frozen=True, use_attribute_docstrings=True, json_schema_extra=_without_index
+    )
 
 
 @dataclass(frozen=True)

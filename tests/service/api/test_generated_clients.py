@@ -1,4 +1,4 @@
-"""The OpenAPI document is one from which generated clients are right; docs/client.md names the generators that were tried."""
+"""Clients that are generated from the OpenAPI document are right; docs/client.md names the generators that were tried."""
 
 from __future__ import annotations
 
