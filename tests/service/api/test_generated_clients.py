@@ -1,4 +1,4 @@
-"""Clients that are generated from the OpenAPI document are right; docs/client.md names the generators that were tried."""
+"""Clients that are generated from the OpenAPI document are right; docs/client.md names the generators."""
 
 from __future__ import annotations
 
