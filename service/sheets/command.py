@@ -73,8 +73,6 @@ def predict(chosen: argparse.Namespace) -> int:
     try:
         _check(chosen)
         files = named_files(chosen.paths)
-        if not files:
-            raise UsageError("there is no file in " + ", ".join(chosen.paths))
         with _source(chosen) as source:
             return _run(chosen, files, source)
     except (UsageError, SourceError) as error:
