@@ -7,6 +7,7 @@ import base64
 import contextlib
 import importlib.util
 import logging
+import os
 import sys
 import time
 from collections import deque
@@ -25,6 +26,8 @@ from service.sheets.writers import WRITERS, Table, printable
 
 ANSWERED, BELOW, NOT_ANSWERED, INTERRUPTED = 0, 1, 2, 130
 _PROGRESS_S = 0.2
+_MOST_STEM_BYTES = 150
+"""Bytes of a file's name in the name of its counterfactual; file systems allow 255 in all."""
 
 
 class UsageError(Exception):
@@ -43,7 +46,7 @@ class Count:
 
     def add(self, row: Row, min_radius: float) -> None:
         """Count a row."""
-        if row.answer is None:
+        if row.answer is None or row.error is not None:
             self.failed += 1
         elif not row.answer.certificate.certified:
             self.abstained += 1
@@ -180,12 +183,12 @@ def _row(number: int, path: Path, source: Source, save: Path | None) -> Row:
         return Row(path, None, f"unexpected {type(error).__name__}: {error}")
     if save is None or answer.counterfactual is None:
         return Row(path, answer, None)
-    target = save / f"{number:06d}-{path.stem}.png"
-    image = base64.b64decode(answer.counterfactual.image)
+    target = save / f"{number:06d}-{os.fsdecode(os.fsencode(path.stem)[:_MOST_STEM_BYTES])}.png"
     try:
+        image = base64.b64decode(answer.counterfactual.image, validate=True)
         write_atomically(target, lambda file: file.write(image))
-    except OSError as error:
-        return Row(path, None, f"its counterfactual cannot be written to {target} ({error.strerror})")
+    except (OSError, ValueError) as error:
+        return Row(path, answer, f"its counterfactual cannot be written to {target}: {error}")
     return Row(path, answer, None, target)
 
 

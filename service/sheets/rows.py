@@ -12,7 +12,7 @@ from service.api.schema import PredictAnswer
 
 @dataclass(frozen=True)
 class Row:
-    """The result for one file; exactly one of `answer` and `error` is present."""
+    """The result for one file: an answer, an error, or both where the counterfactual cannot be written."""
 
     path: Path
     answer: PredictAnswer | None

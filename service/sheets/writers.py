@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from decimal import ROUND_FLOOR, Decimal
@@ -16,6 +17,7 @@ from service.sheets.rows import COLUMNS, Row, flat
 
 _GROUP = 1000
 """Rows that are written to a Parquet file together."""
+_LARGEST_SHOWN = Decimal("99999.9999")
 _WIDEST = 60
 """Width of the column of files; longer names are cut in the middle."""
 
@@ -79,7 +81,9 @@ class Table:
 
 def rounded_down(radius: float) -> str:
     """Return a radius with four decimals, never larger than it is."""
-    return str(Decimal(radius).quantize(Decimal("0.0001"), ROUND_FLOOR))
+    if not math.isfinite(radius):
+        return str(radius)
+    return str(min(Decimal(radius), _LARGEST_SHOWN).quantize(Decimal("0.0001"), ROUND_FLOOR))
 
 
 def printable(text: str) -> str:

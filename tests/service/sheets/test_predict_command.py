@@ -406,6 +406,29 @@ def test_the_shown_radius_is_never_larger_than_the_radius() -> None:
     assert rounded_down(1.99999999) == "1.9999"
     assert rounded_down(0.3) == "0.2999"
     assert rounded_down(0.0) == "0.0000"
+    assert rounded_down(1e300) == "99999.9999"
+    assert rounded_down(float("nan")) == "nan"
+
+
+def test_a_counterfactual_that_cannot_be_written_is_an_error_beside_the_answer(
+    zoo: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.sheets import command
+
+    def full(path: Path, write: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    long = pictures / f"{'ä' * 120}.png"
+    long.write_bytes((pictures / "a.png").read_bytes())
+    words = [long, "--model", zoo / "grey", "--counterfactual", "--save", tmp_path / "saved"]
+    assert predict(*words).exit_code == 0
+    assert len(list((tmp_path / "saved").iterdir())) == 1
+    monkeypatch.setattr(command, "write_atomically", full)
+    result = predict(*words)
+    assert result.exit_code == 2
+    assert "its counterfactual cannot be written" in result.output
+    assert "No space left" in result.output
+    assert "1 files: 0 certified, 0 abstained, 1 not answered" in result.output
 
 
 def test_a_closed_pipe_ends_the_command_quietly(zoo: Path, pictures: Path) -> None:
