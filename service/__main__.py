@@ -21,6 +21,7 @@ import gc
 import importlib.util
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -227,9 +228,14 @@ def _evidence(chosen: argparse.Namespace) -> int:
 
 
 def _predict(chosen: argparse.Namespace) -> int:
-    from service.sheets.command import predict
+    from service.sheets.command import INTERRUPTED, predict
 
-    return predict(chosen)
+    status = predict(chosen)
+    if status == INTERRUPTED:
+        # Without waiting for threads that pause before another try.
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def _new_key(chosen: argparse.Namespace) -> int:

@@ -107,6 +107,18 @@ def _pause_s(fault: ClientError, failures: int, retries: Retries) -> float | Non
     return retries.pause_s(failures, fault.retry_after_s)
 
 
+def options_of(given: Mapping[str, Any]) -> Options:
+    """Return the options of a request; raises `ValueError` for one that is unknown or invalid."""
+    try:
+        return Options.model_validate(given)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'options'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise ValueError(f"{'; '.join(faults)} (options: {', '.join(Options.model_fields)})") from None
+
+
 def predict(image: Encoded, options: Options) -> Call[PredictAnswer]:
     """Return the call that classifies one image."""
     return Call(

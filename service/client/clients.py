@@ -12,7 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import httpx
 
-from service.api.schema import ModelAnswer, ModelsAnswer, Options, PredictAnswer, ReadyAnswer
+from service.api.schema import ModelAnswer, ModelsAnswer, PredictAnswer, ReadyAnswer
 from service.client import calls
 from service.client.calls import Call, Failure, Pause, Reply
 from service.client.errors import ServiceError, UnreadableAnswerError
@@ -142,7 +142,7 @@ class Client(_Base[httpx.Client]):
             ClientError: see `service.client.errors`.
             ValueError: an option is unknown or invalid, or see `service.client.images.encode`.
         """
-        return self._run(calls.predict(encode(image), Options(**options)))
+        return self._run(calls.predict(encode(image), calls.options_of(options)))
 
     def predict_many(
         self, images: Iterable[Image], *, images_per_request: int = 64, **options: Any
@@ -160,7 +160,7 @@ class Client(_Base[httpx.Client]):
         Raises:
             ClientError, ValueError: as `predict`.
         """
-        wanted = Options(**options)
+        wanted = calls.options_of(options)
         parts = Parts(images, images_per_request)
         for part in parts:
             try:
@@ -233,14 +233,14 @@ class AsyncClient(_Base[httpx.AsyncClient]):
 
     async def predict(self, image: Image, **options: Any) -> PredictAnswer:
         """Return the answer about one image; see `Client.predict`."""
-        wanted = Options(**options)
+        wanted = calls.options_of(options)
         return await self._run(calls.predict(await asyncio.to_thread(encode, image), wanted))
 
     async def predict_many(
         self, images: Iterable[Image], *, images_per_request: int = 64, **options: Any
     ) -> AsyncIterator[PredictAnswer]:
         """Yield the answers about many images, in order; see `Client.predict_many`."""
-        wanted = Options(**options)
+        wanted = calls.options_of(options)
         parts = Parts(images, images_per_request)
         while part := await asyncio.to_thread(next, parts, None):
             try:

@@ -160,17 +160,17 @@ def _run(chosen: argparse.Namespace, files: Sequence[Path], source: Source) -> i
 
 def _rows(files: Sequence[Path], source: Source, save: Path | None) -> Iterator[Row]:
     """Yield a row for each file, in order; some files ahead are worked on at the same time."""
-    with ThreadPoolExecutor(source.workers) as pool:
-        pending: deque[Future[Row]] = deque()
-        try:
-            for number, path in enumerate(files):
-                pending.append(pool.submit(_row, number, path, source, save))
-                if len(pending) >= 2 * source.workers:
-                    yield _reported(pending.popleft().result())
-            while pending:
+    pool = ThreadPoolExecutor(source.workers)
+    pending: deque[Future[Row]] = deque()
+    try:
+        for number, path in enumerate(files):
+            pending.append(pool.submit(_row, number, path, source, save))
+            if len(pending) >= 2 * source.workers:
                 yield _reported(pending.popleft().result())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while pending:
+            yield _reported(pending.popleft().result())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _row(number: int, path: Path, source: Source, save: Path | None) -> Row:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import certificates
 import httpx
 import numpy as np
 import pytest
@@ -18,9 +21,10 @@ from client import HEIGHT, WIDTH
 from live_server import LiveServer
 from PIL import Image
 
+from service.access.certificate import Certificate
 from service.api.app import create_app
 from service.api.schema import Options
-from service.client import AsyncClient, Client, PredictAnswer, ServiceError
+from service.client import AsyncClient, Client, PredictAnswer, ServiceError, UnreachableError
 from service.client.parts import Parts
 from service.inference.classifier import Classifier
 from service.settings import Settings
@@ -97,6 +101,8 @@ def test_options_are_those_of_the_service_and_others_are_refused_before_a_reques
             service_client.predict(png, **options)
         with pytest.raises(ValueError, match=next(iter(options))):
             next(service_client.predict_many([png], **options))
+    with pytest.raises(ValueError, match=r"^epsilom: Extra inputs are not permitted \(options: counterfactual, "):
+        service_client.predict(png, epsilom=1)
 
 
 def test_an_error_carries_the_problem_of_the_service(service_client: Client, png: bytes) -> None:
@@ -192,6 +198,26 @@ def test_the_asynchronous_client_gives_the_same_answers(url: str, service_client
                 await client.predict(b"nonsense")
 
     asyncio.run(main())
+
+
+def test_the_certificate_of_the_server_is_verified_unless_the_caller_says_otherwise(
+    classifiers: Mapping[str, Classifier], png: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "certificate").write_text(certificates.FIRST)
+    (tmp_path / "key").write_text(certificates.FIRST_KEY)
+    tls = Certificate(tmp_path / "certificate", tmp_path / "key").context()
+    with LiveServer(create_app(Settings(default_model="grey"), classifiers), tls=tls) as server:
+        url = f"https://localhost:{server.port}"
+        for verify in (tmp_path / "certificate", ssl.create_default_context(cadata=certificates.FIRST), False):
+            with Client(url, verify=verify) as client:
+                assert client.predict(png).model == "grey"
+        started = time.monotonic()
+        with Client(url) as client, pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
+            client.predict(png)
+        # Another try would end the same way.
+        assert time.monotonic() - started < 5
+    with pytest.raises(OSError, match="No such file"):
+        Client(url, verify=tmp_path / "missing")
 
 
 def test_answers_of_a_newer_server_keep_their_new_fields() -> None:

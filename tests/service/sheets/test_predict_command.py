@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,8 @@ from client import HEIGHT, WIDTH
 from commands import Result, run_command
 from live_server import LiveServer
 from PIL import Image
-from scripted_server import ScriptedServer, response
+from process_table import wait_until
+from scripted_server import ScriptedServer, problem, response
 
 from lipcert.__main__ import main
 from service.api.app import create_app
@@ -112,10 +114,10 @@ def test_answers_are_those_of_the_server_to_the_last_bit(
 
 
 def test_the_table_has_one_row_for_each_file_sorted_without_clutter(
-    zoo: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(pictures.parent)
-    result = predict("pictures", "--model", zoo / "grey")
+    result = predict("pictures", "--server", url)
     assert result.exit_code == 2
     shown = [line for line in result.output.splitlines() if not line.startswith("error: ")]
     head, *rows, counted, caution = shown
@@ -140,12 +142,12 @@ def test_the_default_model_answers_and_its_card_says_how_often_it_is_right() -> 
     assert caution.endswith("mnist is stable, not necessarily right: it is right on 98.40% of its test images.")
 
 
-def test_a_csv_file_has_every_float_to_the_last_bit(url: str, zoo: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_csv_file_has_every_float_to_the_last_bit(url: str, pictures: Path, tmp_path: Path) -> None:
     out, exact = tmp_path / "out.csv", tmp_path / "out.jsonl"
     saved = tmp_path / "saved"
-    result = predict(pictures, "--model", zoo / "grey", "--csv", out, "--counterfactual", "--save", saved)
+    result = predict(pictures, "--server", url, "--csv", out, "--counterfactual", "--save", saved)
     assert result.output.count("\n") == 4
-    predict(pictures, "--model", zoo / "grey", "--jsonl", exact, "--counterfactual", "--save", saved)
+    predict(pictures, "--server", url, "--jsonl", exact, "--counterfactual", "--save", saved)
     with out.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(COLUMNS)
@@ -169,11 +171,11 @@ def test_a_csv_file_has_every_float_to_the_last_bit(url: str, zoo: Path, picture
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
-def test_a_parquet_file_has_the_rows_with_their_types(zoo: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_parquet_file_has_the_rows_with_their_types(url: str, pictures: Path, tmp_path: Path) -> None:
     parquet = importlib.import_module("pyarrow.parquet")
     out, exact = tmp_path / "out.parquet", tmp_path / "out.jsonl"
-    predict(pictures, "--model", zoo / "grey", "--parquet", out)
-    predict(pictures, "--model", zoo / "grey", "--jsonl", exact)
+    predict(pictures, "--server", url, "--parquet", out)
+    predict(pictures, "--server", url, "--jsonl", exact)
     table = parquet.read_table(out).to_pydict()
     assert list(table) == list(COLUMNS)
     assert table["file"] == [line["file"] for line in lines(exact)]
@@ -182,11 +184,11 @@ def test_a_parquet_file_has_the_rows_with_their_types(zoo: Path, pictures: Path,
 
 
 def test_parquet_without_pyarrow_says_what_to_install(
-    zoo: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pyarrow" else find(name, *a))
-    result = predict(pictures, "--model", zoo / "grey", "--parquet", tmp_path / "out.parquet")
+    result = predict(pictures, "--server", url, "--parquet", tmp_path / "out.parquet")
     assert result.exit_code == 2
     assert "pip install 'pyarrow'" in result.output
     assert not (tmp_path / "out.parquet").exists()
@@ -261,13 +263,11 @@ def test_options_that_are_not_valid_end_with_status_2(words: list[str]) -> None:
     assert stopped.value.code == 2
 
 
-def test_patterns_are_expanded_and_folders_without_files_are_reported(
-    zoo: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_patterns_are_expanded_and_folders_without_files_are_reported(url: str, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     (pictures / "empty").mkdir()
     words = [pictures / "*.png", pictures / "**" / "*.bmp", pictures / "empty", pictures / "*.tif", pictures / "b.png"]
-    assert predict(*words, "--model", zoo / "grey", "--jsonl", out).exit_code == 2
+    assert predict(*words, "--server", url, "--jsonl", out).exit_code == 2
     found = [Path(row["file"]).relative_to(pictures).as_posix() for row in lines(out)]
     assert found == ["a.png", "b.png", "broken.png", "large.png", "sub/c.bmp", "empty", "*.tif", "b.png"]
     assert [row["error"] for row in lines(out)][-3:-1] == [
@@ -316,6 +316,21 @@ sys.exit(main(["predict", {str(pictures)!r}, "--model", {str(zoo / "grey")!r}, "
     predict(pictures, "--model", zoo / "grey", "--csv", out)
     assert out.read_text().startswith("file,error,model")
     assert out.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_interrupt_does_not_wait_for_pauses(url: str, pictures: Path, tmp_path: Path) -> None:
+    described = [response("200 OK", httpx.get(f"{url}{path}").content) for path in ("/models", "/models/grey")]
+    busy = problem("503 Service Unavailable", "overloaded", "Retry-After: 25")
+    with ScriptedServer(*described, busy) as server:
+        command = [sys.executable, "-m", "lipcert", "predict", str(pictures), "--server", server.url]
+        command += ["--csv", str(tmp_path / "out.csv")]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            wait_until(lambda: len(server.requests) > 3)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert error == "interrupted; no output file was written\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
 def test_one_unexpected_error_loses_no_row(
@@ -382,7 +397,7 @@ def test_a_server_that_ends_in_the_middle_leaves_a_row_for_every_file(
 
 
 def test_progress_is_shown_on_a_terminal_alone(
-    zoo: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service.sheets import command
 
@@ -394,11 +409,11 @@ def test_progress_is_shown_on_a_terminal_alone(
     started = threading.active_count()
     error = Terminal()
     monkeypatch.setattr(sys, "stderr", error)
-    assert main(["predict", str(pictures), "--model", str(zoo / "grey"), "--csv", str(tmp_path / "out.csv")]) == 2
+    assert main(["predict", str(pictures), "--server", url, "--csv", str(tmp_path / "out.csv")]) == 2
     assert " of 7 files, " in error.getvalue()
     assert error.getvalue().endswith("\r\x1b[K")
     assert threading.active_count() == started
-    assert "\r" not in predict(pictures, "--model", zoo / "grey", "--csv", tmp_path / "out.csv").output
+    assert "\r" not in predict(pictures, "--server", url, "--csv", tmp_path / "out.csv").output
 
 
 def test_the_shown_radius_is_never_larger_than_the_radius() -> None:
@@ -411,7 +426,7 @@ def test_the_shown_radius_is_never_larger_than_the_radius() -> None:
 
 
 def test_a_counterfactual_that_cannot_be_written_is_an_error_beside_the_answer(
-    zoo: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service.sheets import command
 
@@ -420,7 +435,7 @@ def test_a_counterfactual_that_cannot_be_written_is_an_error_beside_the_answer(
 
     long = pictures / f"{'ä' * 120}.png"
     long.write_bytes((pictures / "a.png").read_bytes())
-    words = [long, "--model", zoo / "grey", "--counterfactual", "--save", tmp_path / "saved"]
+    words = [long, "--server", url, "--counterfactual", "--save", tmp_path / "saved"]
     assert predict(*words).exit_code == 0
     assert len(list((tmp_path / "saved").iterdir())) == 1
     monkeypatch.setattr(command, "write_atomically", full)
@@ -431,8 +446,8 @@ def test_a_counterfactual_that_cannot_be_written_is_an_error_beside_the_answer(
     assert "1 files: 0 certified, 0 abstained, 1 not answered" in result.output
 
 
-def test_a_closed_pipe_ends_the_command_quietly(zoo: Path, pictures: Path) -> None:
-    command = f"{sys.executable} -m lipcert predict {' '.join([str(pictures / 'a.png')] * 50)} --model {zoo / 'grey'}"
+def test_a_closed_pipe_ends_the_command_quietly(url: str, pictures: Path) -> None:
+    command = f"{sys.executable} -m lipcert predict {' '.join([str(pictures / 'a.png')] * 50)} --server {url}"
     result = subprocess.run(
         ["bash", "-c", f"{command} | head -1"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
