@@ -126,14 +126,14 @@ async def read_body(request: Request, head: Head, max_bytes: int, place: Place) 
         OverloadedError: there is no room for the next bytes.
         BodyTooLargeError: the declared or the real length is above the limit.
         EmptyBodyError: the body is empty.
-        MalformedBodyError: see `Decompressor`.
+        MalformedBodyError, TooCostlyError: see `Decompressor`.
         ClientDisconnect: the client has closed the connection.
     """
     declared = head.length or 0
     too_large = declared > max_bytes
     if too_large and (head.expects or declared > max_bytes + _DISCARD_BYTES):
         raise BodyTooLargeError(max_bytes)
-    decompressor = Decompressor(head.coding) if head.coding else None
+    decompressor = Decompressor(head.coding, max_bytes) if head.coding else None
     chunks: list[bytes] = []
     # As sent, and in memory.
     length = held = 0

@@ -46,11 +46,7 @@ def build_router(service: Service) -> APIRouter:
     async def v1_models() -> dict[str, list[str]]:
         return {"models": list(service.models)}
 
-    @router.get("/models/{name}", summary="Readiness of a model", responses=problem_responses(404, 503))
-    async def v1_model(name: str) -> Response:
-        is_ready = service.models[name].is_ready
-        return JSONResponse({"name": name, "ready": is_ready}, status_code=200 if is_ready else 503)
-
+    # Before the next path, which matches these.
     for verb, summary, answer in (
         ("predict", "Classify images", BatchAnswer),
         ("explain", "Find counterfactuals", ExplainAnswer),
@@ -71,6 +67,12 @@ def build_router(service: Service) -> APIRouter:
                 }
             },
         )
+
+    @router.get("/models/{name}", summary="Readiness of a model", responses=problem_responses(404, 503))
+    async def v1_model(name: str) -> Response:
+        is_ready = service.models[name].is_ready
+        return JSONResponse({"name": name, "ready": is_ready}, status_code=200 if is_ready else 503)
+
     return router
 
 

@@ -109,6 +109,8 @@ class InferOptions(Protocol):
     """A request of the protocol, without its images."""
 
     id: Annotated[str | None, Field(max_length=_MOST_ID)] = None
+    model_name: str | None = None
+    """The model of the path, or absent."""
     parameters: InferParameters = InferParameters()
     outputs: Annotated[list[OutputRequest], Field(fail_fast=True, max_length=_MOST_OUTPUTS)] | None = None
 
