@@ -84,7 +84,7 @@ def decode(order: Order, content: bytes) -> Request:
         asked = parse_json(InferRequest, text, numbers=order.max_pixels * shape[0])
         if asked.model_name not in (None, order.model):
             raise OptionError(
-                f"model_name is {quoted(asked.model_name)} and the path names {quoted(order.model)}; name the same model"
+                f"model_name is {quoted(asked.model_name)} and the path names {quoted(order.model)}; name the same"
             )
         limits = order.max_pixels, order.max_batch, asked.parameters.resize
         return Request(order.model, asked, read_tensor(asked.inputs[0], binary, shape, *limits))

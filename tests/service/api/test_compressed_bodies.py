@@ -64,7 +64,7 @@ def test_another_coding_is_refused_with_those_that_are_read(client: Client, path
     response = client.post(path, content=IMAGE, headers=fields)
     assert response.status_code == 415
     assert response.headers["accept-encoding"] == "gzip, deflate"
-    assert len(response.content) < 1024
+    assert len(response.content) <= 4096
 
 
 def bomb(coding: str, size: int) -> bytes:
@@ -116,7 +116,7 @@ def test_the_processor_time_of_a_stream_is_limited(monkeypatch: pytest.MonkeyPat
     # Blocks of ten bits that hold nothing.
     empty = b"\x02\x08\x20\x80\x00" * 13_000
     decompressor = Decompressor("deflate", MIB)
-    assert list(decompressor.pieces(b"\x78\x9c" + empty)) == []
+    assert b"".join(decompressor.pieces(b"\x78\x9c" + empty)) == b""
     with pytest.raises(TooCostlyError):
         list(decompressor.pieces(empty * 200))
 
