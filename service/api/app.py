@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from service import __version__
 from service.api import kserve, open_inference
 from service.api.access import KEY_HEADERS, Access, AccessMiddleware, access_of, describe_access
+from service.api.body import JSON_LENGTH
 from service.api.errors import add_error_handlers
 from service.api.examples import STATIC, make_examples
 from service.api.instances import InstancesRequest
@@ -133,8 +134,8 @@ def create_app(
             CORSMiddleware,
             allow_origins=list_of(settings.cors_origins),
             allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["Accept", "Content-Type", "Prefer", *KEY_HEADERS],
-            expose_headers=["Retry-After"],
+            allow_headers=["Accept", "Content-Encoding", "Content-Type", JSON_LENGTH, "Prefer", *KEY_HEADERS],
+            expose_headers=[JSON_LENGTH, "Retry-After"],
         )
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)

@@ -22,6 +22,8 @@ PREDICT_TYPES = (JSON, FORM, *IMAGES, NPY, OCTETS)
 BATCH_TYPES = (JSON, NPY, OCTETS)
 PROTOCOL_TYPES = (JSON, OCTETS, "application/x-www-form-urlencoded")
 """Of the Open Inference Protocol and KServe V1: their clients send JSON under any of them, or without a type."""
+JSON_LENGTH = "Inference-Header-Content-Length"
+"""Header of the binary tensor data extension: bytes of JSON before the tensors."""
 _NPY_SIGNATURE = b"\x93NUMPY"
 _DISCARD_BYTES = 64 * 1024 * 1024
 _WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
@@ -48,7 +50,7 @@ class Head(NamedTuple):
     """Content coding that the client asks for: the only one in its `Accept-Encoding`, one of `CODINGS`, or empty.
     Libraries list what they can read in every request; that is no wish."""
     json_length: str | None = None
-    """Header `Inference-Header-Content-Length`: bytes of JSON before the tensors of the binary extension."""
+    """Header `JSON_LENGTH`, as sent."""
 
 
 def read_head(request: Request, accepted: Sequence[str]) -> Head:
@@ -73,7 +75,7 @@ def read_head(request: Request, accepted: Sequence[str]) -> Head:
     if coding not in ("", "identity", *CODINGS):
         raise ContentCodingError(coding, CODINGS)
     answer_coding = headers.get(b"accept-encoding", b"").decode("latin-1").strip().lower()
-    json_length = headers.get(b"inference-header-content-length")
+    json_length = headers.get(JSON_LENGTH.lower().encode())
     return Head(
         media_type,
         content_type,

@@ -30,7 +30,7 @@ class Decompressor:
         self._cpu_s = _CPU_S * max(1.0, max_bytes / _CPU_BYTES)
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """Give what the next bytes hold in pieces of at most 256 KiB, some empty, each decompressed when it is asked for.
+        """Give what the next bytes hold in pieces of at most 256 KiB, some empty, each decompressed when asked for.
 
         Raises:
             MalformedBodyError: the bytes do not continue the stream.

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic_core import to_json
 
 from service.api.answers import Reply, in_columns, references_in_words
-from service.api.body import JSON, OCTETS
+from service.api.body import JSON, JSON_LENGTH, OCTETS
 from service.api.compression import compressed
 from service.api.schema import ImageOptions
 from service.api.tensors import InferOptions, OutputRequest, Protocol
@@ -107,7 +107,7 @@ def infer_reply(outcome: Outcome[ImageOptions], asked: InferOptions, coding: str
     content = to_json(answer, inf_nan_mode="null")
     headers: dict[str, str] = {}
     if tensors:
-        headers["Inference-Header-Content-Length"] = str(len(content))
+        headers[JSON_LENGTH] = str(len(content))
         content = b"".join([content, *tensors])
     if coding and len(content) >= _LEAST_COMPRESSED:
         headers["Content-Encoding"] = coding

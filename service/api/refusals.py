@@ -13,13 +13,12 @@ from service.api.problem import last_bytes, problem_of
 from service.errors import OverloadedError
 
 _ROUTES = (
-    ("/v2/models/", "/infer", "/v2/models/{name}%s/infer"),
-    ("/v2/models/", "/explain", "/v2/models/{name}%s/explain"),
-    ("/v1/models/", ":predict", "/v1/models/{name}%s:predict"),
-    ("/v1/models/", ":explain", "/v1/models/{name}%s:explain"),
+    ("/v2/models/", "/infer", "/v2/models/{name}/infer"),
+    ("/v2/models/", "/explain", "/v2/models/{name}/explain"),
+    ("/v1/models/", ":predict", "/v1/models/{name}:predict"),
+    ("/v1/models/", ":explain", "/v1/models/{name}:explain"),
 )
 """Beginning and end of further paths of predictions, and their routes without a version."""
-_VERSIONS = "/versions/"
 _MOST_ANSWERS = 256
 
 
@@ -57,7 +56,7 @@ class Refusals:
 def _route_of(path: str) -> str | None:
     for beginning, end, route in _ROUTES:
         if path.startswith(beginning) and path.endswith(end):
-            return route % (_VERSIONS + "{version}" if _VERSIONS in path else "")
+            return route.replace("{name}/", "{name}/versions/{version}/") if "/versions/" in path else route
     return None
 
 

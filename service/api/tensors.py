@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
+from service.api.body import JSON_LENGTH
 from service.api.schema import ImageOptions
 from service.errors import (
     ArrayError,
@@ -143,7 +144,7 @@ def split_body(content: bytes, json_length: str | None) -> tuple[bytes, memoryvi
     digits = json_length.isdecimal() and len(json_length) < 20
     if not (digits and 0 < int(json_length) <= len(content)):
         raise MalformedBodyError(
-            f"Inference-Header-Content-Length is {quoted(json_length)} and the body has {len(content)} bytes; send the "
+            f"{JSON_LENGTH} is {quoted(json_length)} and the body has {len(content)} bytes; send the "
             "length of the JSON object that precedes the binary data (bodies without a JSON object are not supported)"
         )
     return content[: int(json_length)], memoryview(content)[int(json_length) :]
@@ -193,7 +194,7 @@ def _from_bytes(tensor: InputTensor, size: int | None, binary: memoryview) -> np
     if size != expected or len(binary) != expected:
         raise ArrayError(
             f"{len(binary)} bytes follow the JSON and binary_data_size is {size}; expected {expected} for the shape "
-            f"{tensor.shape} of {tensor.datatype} (Inference-Header-Content-Length is the length of the JSON)"
+            f"{tensor.shape} of {tensor.datatype} ({JSON_LENGTH} is the length of the JSON)"
         )
     if tensor.data is not None:
         raise ArrayError("the input has data and binary_data_size; send one of them")
