@@ -24,6 +24,8 @@ PROTOCOL_TYPES = (JSON, OCTETS, "application/x-www-form-urlencoded")
 """Of the Open Inference Protocol and KServe V1: their clients send JSON under any of them, or without a type."""
 JSON_LENGTH = "Inference-Header-Content-Length"
 """Header of the binary tensor data extension: bytes of JSON before the tensors."""
+_JSON_LENGTH = JSON_LENGTH.lower().encode()
+_ANSWER_CODINGS = {coding.encode(): coding for coding in CODINGS}
 _NPY_SIGNATURE = b"\x93NUMPY"
 _DISCARD_BYTES = 64 * 1024 * 1024
 _WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
@@ -71,11 +73,7 @@ def read_head(request: Request, accepted: Sequence[str]) -> Head:
     length = headers.get(b"content-length", b"").decode("latin-1")
     prefer, accept = headers.get(b"prefer"), headers.get(b"accept", b"").decode("latin-1")
     wait = None if prefer is None else _WAIT.search(prefer.decode("latin-1"))
-    coding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower().removeprefix("x-")
-    if coding not in ("", "identity", *CODINGS):
-        raise ContentCodingError(coding, CODINGS)
-    answer_coding = headers.get(b"accept-encoding", b"").decode("latin-1").strip().lower()
-    json_length = headers.get(JSON_LENGTH.lower().encode())
+    coding, json_length = headers.get(b"content-encoding"), headers.get(_JSON_LENGTH)
     return Head(
         media_type,
         content_type,
@@ -83,10 +81,17 @@ def read_head(request: Request, accepted: Sequence[str]) -> Head:
         b"expect" in headers,
         float("inf") if wait is None else float(wait[1]),
         NPY in accept.lower() and prefers_npy(accept),
-        "" if coding == "identity" else coding,
-        answer_coding if answer_coding in CODINGS else "",
+        "" if coding is None else _coding(coding.decode("latin-1")),
+        _ANSWER_CODINGS.get(headers.get(b"accept-encoding", b""), ""),
         None if json_length is None else json_length.decode("latin-1"),
     )
+
+
+def _coding(header: str) -> str:
+    coding = header.strip().lower().removeprefix("x-")
+    if coding not in ("", "identity", *CODINGS):
+        raise ContentCodingError(coding, CODINGS)
+    return "" if coding == "identity" else coding
 
 
 def sniffed(head: Head, body: bytes) -> Head:

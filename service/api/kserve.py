@@ -29,6 +29,8 @@ from service.inference.classifier import Classifier
 from service.inference.outcome import Decoded, Outcome
 
 PREFIX = "/v1"
+_DESCRIPTION = """An instance is an image: nested numbers in [0, 1], or `{"b64": "<base64 of an image file>"}`. A prediction
+has the fields of `/predict`."""
 
 
 class ExplainAnswer(BatchAnswer):
@@ -57,7 +59,7 @@ def build_router(service: Service) -> APIRouter:
             methods=["POST"],
             name=f"v1_{verb}",
             summary=summary,
-            description="",
+            description=_DESCRIPTION,
             response_model=answer,
             responses=problem_responses(400, 404, 413, 415, 422, 503),
             openapi_extra={

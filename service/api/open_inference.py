@@ -40,6 +40,12 @@ _VERSION = _MODEL + "/versions/{version}"
 _PLATFORM = "onnx_onnxv1"
 _MOST_INDEX_BYTES = 1024
 _BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
+_INFER = """JSON; or, with the header `Inference-Header-Content-Length`, a JSON object of that length and the bytes of its
+tensor, whose number is `binary_data_size`. Outputs come as bytes where `binary_data` or `binary_data_output` is set.
+
+`/v2/models/{name}/versions/{version}/infer` is the same for a version, the digest in `versions` of the metadata.
+"""
+_EXPLAIN = "As `/infer` with the parameter `counterfactual`."
 _NO_STATISTICS = "this server has no statistics of the protocol; GET /metrics has requests, latency and predictions"
 _NO_LOADING = (
     "models are verified when the server starts, and are not loaded or unloaded while it runs; change the folder "
@@ -159,7 +165,9 @@ def _add_inference(router: APIRouter, service: Service) -> None:
         return infer
 
     schema = {"$ref": f"#/components/schemas/{InferRequest.__name__}"}
-    binary = {"schema": {"type": "string", "format": "binary", "description": "The JSON object, and tensors after it."}}
+    binary = {
+        "schema": {"type": "string", "format": "binary", "description": "The JSON object, and the bytes of tensors."}
+    }
     for end, summary, explains in (("/infer", "Classify images", False), ("/explain", "Find counterfactuals", True)):
         for path in (_MODEL, _VERSION):
             router.add_api_route(
@@ -168,9 +176,9 @@ def _add_inference(router: APIRouter, service: Service) -> None:
                 methods=["POST"],
                 name=end.strip("/"),
                 summary=summary,
-                description="As `/infer` with the parameter `counterfactual`." if explains else "",
+                description=_EXPLAIN if explains else _INFER,
                 response_model=InferAnswer,
-                responses=_BODY_PROBLEMS,
+                responses={200: {"content": {OCTETS: binary}}, **_BODY_PROBLEMS},
                 include_in_schema=path is _MODEL,
                 openapi_extra={
                     "requestBody": {"required": True, "content": {JSON: {"schema": schema}, OCTETS: binary}}
