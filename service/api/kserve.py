@@ -29,8 +29,10 @@ from service.inference.classifier import Classifier
 from service.inference.outcome import Decoded, Outcome
 
 PREFIX = "/v1"
-_DESCRIPTION = """An instance is an image: nested numbers in [0, 1], or `{"b64": "<base64 of an image file>"}`. A prediction
-has the fields of `/predict`."""
+_DESCRIPTION = """An instance is an image: nested numbers in [0, 1], or `{"b64": "<base64 of an image file>"}`.
+
+A prediction has the fields of `/predict`.
+"""
 
 
 class ExplainAnswer(BatchAnswer):

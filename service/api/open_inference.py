@@ -40,8 +40,8 @@ _VERSION = _MODEL + "/versions/{version}"
 _PLATFORM = "onnx_onnxv1"
 _MOST_INDEX_BYTES = 1024
 _BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
-_INFER = """JSON; or, with the header `Inference-Header-Content-Length`, a JSON object of that length and the bytes of its
-tensor, whose number is `binary_data_size`. Outputs come as bytes where `binary_data` or `binary_data_output` is set.
+_INFER = """JSON; or, with the header `Inference-Header-Content-Length`, a JSON object of that length and the
+`binary_data_size` bytes of its tensor. Outputs come as bytes where `binary_data` or `binary_data_output` is set.
 
 `/v2/models/{name}/versions/{version}/infer` is the same for a version, the digest in `versions` of the metadata.
 """
