@@ -6,13 +6,14 @@ import struct
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 from pydantic_core import to_json
 
 from service.api.answers import Reply, in_columns, references_in_words
 from service.api.body import JSON, JSON_LENGTH, OCTETS
 from service.api.compression import compressed
 from service.api.schema import ImageOptions
-from service.api.tensors import InferOptions, OutputRequest, Protocol
+from service.api.tensors import InferOptions, OutputRequest
 from service.errors import OptionError
 from service.errors.quotations import listed, quoted
 from service.inference.classifier import Classifier
@@ -43,7 +44,7 @@ _DTYPES: dict[OutputDatatype, str] = {"FP64": "<f8", "INT64": "<i8", "BOOL": "?"
 _LEAST_COMPRESSED = 1400
 
 
-class OutputTensor(Protocol):
+class OutputTensor(BaseModel):
     """One output, flat in row-major order; a value that is not finite is null.
 
     A binary output has `parameters.binary_data_size` in the place of `data`.
@@ -55,7 +56,7 @@ class OutputTensor(Protocol):
     data: list[Any]
 
 
-class InferAnswer(Protocol):
+class InferAnswer(BaseModel):
     """A response of the protocol; the version of a model is the digest of its bytes."""
 
     model_name: str
