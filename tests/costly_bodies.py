@@ -8,11 +8,12 @@ more than it has bytes.
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,15 +23,16 @@ from PIL.PngImagePlugin import PngInfo
 
 MIB = 2**20
 JSON, FORM, NPY = "application/json", "multipart/form-data; boundary=X", "application/x-npy"
-INFER = "/v2/models/mnist/infer"
+INFER, PREDICT_V1 = "/v2/models/mnist/infer", "/v1/models/mnist:predict"
 
 
 class Costly(NamedTuple):
-    """A request: path, media type, and its body when it is called."""
+    """A request: path, media type, its body when it is called, and further headers."""
 
     path: str
     media_type: str
     body: Callable[[], bytes]
+    headers: Mapping[str, str] = {}
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -340,6 +342,76 @@ _INFER: dict[str, Callable[[], bytes]] = {
     "parameters": lambda: infer("[0]", more=',"parameters":{' + ",".join(f'"p{n}":1' for n in range(100_000)) + "}"),
     "an id of 15 MB": lambda: infer("[" + "0," * 783 + "0]", more=',"id":"' + "i" * 15 * MIB + '"'),
 }
+
+
+def in_bytes(size: int, shape: Sequence[int] = (1, 1, 28, 28), more: str = "") -> bytes:
+    """The JSON object of a request whose tensor of `size` bytes follows it."""
+    parameters = f'{{"binary_data_size":{size}{more}}}'
+    tensor = f'{{"name":"image","shape":{list(shape)},"datatype":"FP64","parameters":{parameters}}}'
+    return f'{{"inputs":[{tensor}]}}'.encode()
+
+
+def zipped(size: int) -> bytes:
+    """A gzip stream of some kilobytes that has `size` bytes."""
+    packer = zlib.compressobj(9, wbits=31)
+    return b"".join(packer.compress(bytes(MIB)) for _ in range(size // MIB)) + packer.flush()
+
+
+def blocks(literals: int) -> bytes:
+    """A zlib stream of the length of a body, of blocks with a code of their own and `literals` bytes."""
+    bits = "0" + "01" + "00000" + "00000" + "0111"
+    order = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1)
+    bits += "".join("100" if symbol in (1, 18) else "000" for symbol in order)
+    # 255 lengths of zero (138 and 117), and three of one.
+    bits += "1" + f"{127:07b}"[::-1] + "1" + f"{106:07b}"[::-1] + "000" + "0" * literals + "1"
+    eight = bits * 8
+    packed = int(eight[::-1], 2).to_bytes(len(eight) // 8, "little")
+    return b"\x78\x9c" + packed * (15 * MIB // len(packed))
+
+
+_TENSORS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a tensor beyond every machine": (lambda: in_bytes(2**62, (1, 1, 2**31 - 1, 2**31 - 1)).ljust(200), "200"),
+    "a tensor that is not a number": (
+        lambda: in_bytes(8 * 256 * 784, (256, 1, 28, 28)).ljust(200) + b"\xff" * 8 * 256 * 784,
+        "200",
+    ),
+    "15 MB of a tensor that are not declared": (lambda: in_bytes(6272).ljust(200) + bytes(15 * MIB), "200"),
+    "an object of 15 MB before a tensor": (lambda: in_bytes(8).ljust(15 * MIB) + bytes(8), str(15 * MIB)),
+    "a parameter of 15 MB": (lambda: in_bytes(8, more=',"x":"' + "x" * 15 * MIB + '"'), str(15 * MIB)),
+    "a parameter of lists": (lambda: in_bytes(8, more=',"x":' + "[" * 200 + "]" * 200).ljust(8000), "8000"),
+    "names of a megabyte": (
+        lambda: infer("[0]", more=',"outputs":[' + ",".join(['{"name":"' + "n" * MIB + '"}'] * 10) + "]").ljust(
+            11 * MIB
+        ),
+        str(11 * MIB),
+    ),
+    "a length of 4,000 digits": (lambda: in_bytes(6272) + bytes(6272), "9" * 4000),
+}
+_INSTANCES: dict[str, Callable[[], bytes]] = {
+    "instances of zeros": lambda: b'{"instances":[' + b"0," * 1_900_000 + b"0]}",
+    "instances of one number": lambda: b'{"instances":[' + b"[[[0]]]," * 250 + b"[[[0]]]]}",
+    "an instance of pixels of one": lambda: b'{"instances":[[' + b"[[0]]," * 1_900_000 + b"[[0]]]]}",
+    "instances of lists of none": lambda: b'{"instances":[' + b"[]," * 2_000_000 + b"[]]}",
+    "instances in instances": lambda: b'{"instances":' + b"[" * 2_000_000 + b"]" * 2_000_000 + b"}",
+    "instances of texts": lambda: b'{"instances":' + NESTED_TEXT.encode() + b"}",
+    "instances of files of a megabyte": lambda: json.dumps(
+        {
+            "instances": [{"b64": base64.b64encode(png(28, 28, chunk(b"zTXt", b"k\0\0" + inflated(MIB)) * 9)).decode()}]
+            * 250
+        }
+    ).encode(),
+    "names of an instance": lambda: b'{"instances":[{' + b",".join(b'"n%d":1' % n for n in range(200_000)) + b"}]}",
+}
+_ZIPPED: dict[str, tuple[str, str, Callable[[], bytes], str]] = {
+    "a gzip bomb": ("/predict", "image/png", lambda: zipped(1024 * MIB), "gzip"),
+    "a gzip bomb of JSON": (INFER, JSON, lambda: zipped(1024 * MIB), "gzip"),
+    "a gzip stream of the limit": ("/predict", "image/png", lambda: zipped(15 * MIB), "gzip"),
+    "gzip of noise": ("/predict", "image/png", lambda: gzip.compress(np.random.default_rng(1).bytes(15 * MIB)), "gzip"),
+    "deflate of empty blocks": ("/predict", NPY, lambda: b"\x78\x9c" + b"\0\0\0\xff\xff" * 3_000_000, "deflate"),
+    "deflate of codes": (PREDICT_V1, JSON, lambda: blocks(0), "deflate"),
+    "deflate of codes and a few bytes": (PREDICT_V1, JSON, lambda: blocks(16), "deflate"),
+    "gzip of zeros in JSON": (INFER, JSON, lambda: gzip.compress(infer("[" + "0," * 7_900_000 + "0]")), "gzip"),
+}
 COSTLY: dict[str, Costly] = {
     **{
         name: Costly("/predict" + ("?" + kind.partition("?")[2] if "?" in kind else ""), kind.partition("?")[0], body)
@@ -347,4 +419,13 @@ COSTLY: dict[str, Costly] = {
     },
     **{name: Costly("/predict/batch", kind, body) for name, (kind, body) in _BATCH.items()},
     **{name: Costly(INFER, JSON, body) for name, body in _INFER.items()},
+    **{
+        name: Costly(INFER, JSON, body, {"Inference-Header-Content-Length": length})
+        for name, (body, length) in _TENSORS.items()
+    },
+    **{name: Costly(PREDICT_V1, JSON, body) for name, body in _INSTANCES.items()},
+    **{
+        name: Costly(path, kind, body, {"Content-Encoding": coding})
+        for name, (path, kind, body, coding) in _ZIPPED.items()
+    },
 }

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.access.keys import KeyRing
 from service.access.limits import Buckets, client_of
 from service.access.scopes import ADMIN, METRICS, PREDICT
-from service.api.problem import MEDIA_TYPE, problem_of
+from service.api.problem import MEDIA_TYPE, has_error_member, problem_of
 from service.errors import AccessError, ForbiddenError, RateLimitError, UnauthorizedError
 from service.settings import Settings
 
@@ -25,8 +25,10 @@ KEY_HEADERS = ("Authorization", "X-API-Key")
 _HEALTH = frozenset({"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 _OPEN = _HEALTH | {"/", "/docs", "/openapi.json"}
 _OPEN_BELOW = ("/static/", "/samples/")
-_PREDICT = frozenset({"/predict", "/predict/batch", "/models", "/v2"})
-_PREDICT_BELOW = ("/models/", "/v2/models/")
+_PREDICT = frozenset(
+    {"/predict", "/predict/batch", "/models", "/v1/models", "/v2", "/v2/models", "/v2/repository/index"}
+)
+_PREDICT_BELOW = ("/models/", "/v1/models/", "/v2/models/")
 _FAILURES_PER_S, _FAILURES = 1.0, 20
 """Requests without a valid key from one address that are answered 401; more are answered 429."""
 _LOGGED_PER_S = 1 / 60
@@ -104,13 +106,13 @@ class AccessMiddleware:
             wait_s = per_key.take(key.name)
             if wait_s:
                 return _limited(wait_s, path)
-        return None if key.allows(needed) else _refused(ForbiddenError, needed, _is_open_inference(path))
+        return None if key.allows(needed) else _refused(ForbiddenError, needed, has_error_member(path))
 
     def _unauthorized(self, scope: Scope, path: str) -> Response:
         client = _client(scope)
         wait_s = self._failures.take(client)
         if not wait_s:
-            return _refused(UnauthorizedError, None, _is_open_inference(path))
+            return _refused(UnauthorizedError, None, has_error_member(path))
         if not self._log_lines.take(""):
             _log.warning("many requests without a valid API key, the last one from %s", client[:100])
         return _limited(wait_s, path)
@@ -156,12 +158,8 @@ def _key_in(headers: list[tuple[bytes, bytes]]) -> bytes | None:
     return found
 
 
-def _is_open_inference(path: str) -> bool:
-    return path.startswith("/v2")
-
-
 def _limited(wait_s: float, path: str) -> Response:
-    return _refused(RateLimitError, math.ceil(min(wait_s, _RETRY_AFTER_S)), _is_open_inference(path))
+    return _refused(RateLimitError, math.ceil(min(wait_s, _RETRY_AFTER_S)), has_error_member(path))
 
 
 @functools.lru_cache(1024)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from service.api.body import NPY
-from service.api.schema import InputAnswer, ModelAnswer, ModelSummary, Options
+from service.api.schema import ImageOptions, InputAnswer, ModelAnswer, ModelSummary
 from service.inference.classifier import Classifier, Prediction
 from service.inference.outcome import Outcome
 from service.inference.references import Reference
@@ -27,7 +27,15 @@ RECORDS = """A structured numpy array with one record per image and the fields `
 `set` (bool, one per class), with `max_error` also `decision`. Reference images are in JSON answers alone."""
 
 
-def in_words(outcome: Outcome[Options]) -> list[Json]:
+class Reply(NamedTuple):
+    """An answer as bytes."""
+
+    content: bytes
+    media_type: str
+    headers: Mapping[str, str] | None = None
+
+
+def in_words(outcome: Outcome[ImageOptions]) -> list[Json]:
     """Return an answer with the fields of `PredictAnswer` for each image.
 
     An answer is written far more often than read, so it is not validated. Serialisation turns values that are not
@@ -87,7 +95,7 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
     ]
 
 
-def _sets_in_words(outcome: Outcome[Options]) -> list[list[Json] | None]:
+def _sets_in_words(outcome: Outcome[ImageOptions]) -> list[list[Json] | None]:
     member_NK = _members(outcome)
     if member_NK is None:
         return [None] * len(outcome.predictions)

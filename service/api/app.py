@@ -14,10 +14,12 @@ from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.api import open_inference
+from service.api import kserve, open_inference
 from service.api.access import KEY_HEADERS, Access, AccessMiddleware, access_of, describe_access
+from service.api.body import JSON_LENGTH
 from service.api.errors import add_error_handlers
 from service.api.examples import STATIC, make_examples
+from service.api.instances import InstancesRequest
 from service.api.metrics import MetricsMiddleware
 from service.api.openapi import document
 from service.api.predict import Service
@@ -115,11 +117,12 @@ def create_app(
                 "name": "open inference protocol",
                 "description": "The same models for clients of the protocol, version 2.",
             },
+            {"name": "KServe V1 protocol", "description": "The same models for clients of version 1."},
         ],
     )
     # At the head of the router, which tries its routes in order.
     add_predictions(app.router, service)
-    for router in (build_router(service), open_inference.build_router(service)):
+    for router in (build_router(service), open_inference.build_router(service), kserve.build_router(service)):
         app.include_router(router)
         app.include_router(_heads(router))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
@@ -131,8 +134,8 @@ def create_app(
             CORSMiddleware,
             allow_origins=list_of(settings.cors_origins),
             allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["Accept", "Content-Type", "Prefer", *KEY_HEADERS],
-            expose_headers=["Retry-After"],
+            allow_headers=["Accept", "Content-Encoding", "Content-Type", JSON_LENGTH, "Prefer", *KEY_HEADERS],
+            expose_headers=[JSON_LENGTH, "Retry-After"],
         )
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
@@ -140,7 +143,7 @@ def create_app(
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = document(app, examples, [InferRequest])
+            app.openapi_schema = document(app, examples, [InferRequest, InstancesRequest])
             if access is not None:
                 describe_access(app.openapi_schema, access)
         return app.openapi_schema

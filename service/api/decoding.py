@@ -22,15 +22,17 @@ import numpy as np
 from service import errors
 from service.api.body import Head
 from service.api.encoded import ArrayBatch, ArrayImage, EncodedBatch
+from service.api.instances import InstanceOptions, InstancesRequest, read_instances
 from service.api.parsing import Query, parse_batch, parse_json, parse_predict
 from service.api.schema import Options
-from service.api.tensors import InferOptions, InferRequest, read_tensor
+from service.api.tensors import InferOptions, InferRequest, read_tensor, split_body
 from service.children import Children, Limits
-from service.errors import InputError, ModelNotAvailableError, TooCostlyError, UnknownModelError
+from service.errors import InputError, ModelNotAvailableError, OptionError, TooCostlyError, UnknownModelError
+from service.errors.quotations import quoted
 from service.runtime.cpus import usable_cpus
 
 Shape = tuple[int, int, int]
-Kind = Literal["predict", "batch", "infer"]
+Kind = Literal["predict", "batch", "infer", "instances"]
 
 _MIB = 1024 * 1024
 _MOST_CHILDREN = 4
@@ -64,7 +66,7 @@ class Request(NamedTuple):
     """A decoded body."""
 
     model: str
-    options: Options | InferOptions
+    options: Options | InferOptions | InstanceOptions
     """Without images."""
     pixels_NCHW: np.ndarray
     """0..255, or in [0, 1]."""
@@ -78,11 +80,21 @@ def decode(order: Order, content: bytes) -> Request:
     """
     if order.kind == "infer":
         shape = _shape(order, order.model)
-        numbers = order.max_pixels * shape[0]
-        asked = parse_json(InferRequest, content, numbers=numbers)
-        tensor = asked.inputs[0]
-        resize = asked.parameters.resize
-        return Request(order.model, asked, read_tensor(tensor, shape, order.max_pixels, order.max_batch, resize))
+        text, binary = split_body(content, order.head.json_length)
+        asked = parse_json(InferRequest, text, numbers=order.max_pixels * shape[0])
+        if asked.model_name not in (None, order.model):
+            raise OptionError(
+                f"model_name is {quoted(asked.model_name)} and the path names {quoted(order.model)}; name the same"
+            )
+        limits = order.max_pixels, order.max_batch, asked.parameters.resize
+        return Request(order.model, asked, read_tensor(asked.inputs[0], binary, shape, *limits))
+    if order.kind == "instances":
+        shape = _shape(order, order.model)
+        listed = parse_json(
+            InstancesRequest, content, texts=order.max_batch, numbers=order.max_pixels * shape[0], least_row=1
+        )
+        limits = order.max_pixels, order.max_batch, listed.parameters.resize
+        return Request(order.model, listed, read_instances(listed.instances, shape, *limits))
     if order.kind == "batch":
         options, images = parse_batch(order.head, order.query, content, order.max_batch)
     else:
@@ -130,10 +142,7 @@ def decode_in_child(order: Order, content: bytes) -> tuple[bytes, Any]:
     pixels_NCHW = np.ascontiguousarray(request.pixels_NCHW)
     head = {
         "model": request.model,
-        # Parameters of an output are anything, nested to any depth, and mean nothing here.
-        "options": request.options.model_dump(
-            mode="json", exclude={"image": True, "images": True, "inputs": True, "outputs": {"__all__": {"parameters"}}}
-        ),
+        "options": request.options.model_dump(mode="json", exclude={"image", "images", "inputs", "instances"}),
         "shape": pixels_NCHW.shape,
         "is_uint8": pixels_NCHW.dtype == np.uint8,
     }
@@ -232,5 +241,9 @@ def _request(order: Order, head: dict[str, Any], body: memoryview) -> Request:
     pixels = np.frombuffer(body, np.uint8 if head["is_uint8"] else np.float64)
     if len(shape) != 4 or pixels.size != prod(shape) or shape[1] not in (1, 3, order.shapes[head["model"]][0]):
         raise RuntimeError(f"a child process returned {pixels.size} values as an image of shape {shape}")
-    options = (InferOptions if order.kind == "infer" else Options).model_validate(head["options"])
+    kinds: dict[str, type[Options | InferOptions | InstanceOptions]] = {
+        "infer": InferOptions,
+        "instances": InstanceOptions,
+    }
+    options = kinds.get(order.kind, Options).model_validate(head["options"])
     return Request(head["model"], options, pixels.reshape(shape))

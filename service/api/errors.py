@@ -11,7 +11,6 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service.api import open_inference
 from service.api.problem import problem, problem_of
 from service.errors import LipcertError
 from service.errors.quotations import shortened
@@ -25,7 +24,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(LipcertError)
     async def domain_error(request: Request, error: LipcertError) -> Response:
         path = request.scope["path"]
-        answer = problem_of(error, path, error_member=path.startswith(open_inference.PREFIX + "/"))
+        answer = problem_of(error, path)
         if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
             _log.error("%s %s: %s", request.method, shortened(path), error, exc_info=error)
         return answer

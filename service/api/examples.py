@@ -13,9 +13,11 @@ import numpy as np
 from pydantic_core import to_json
 
 from service.api.answers import describe, describe_in_full, in_words
+from service.api.outputs import infer_reply
 from service.api.schema import ModelsAnswer, Options
+from service.api.tensors import InferOptions
 from service.inference.classifier import Classifier
-from service.inference.outcome import compute
+from service.inference.outcome import Outcome, compute
 from service.pixels.images import decode_image, encode_png, to_unit
 
 STATIC = Path(__file__).resolve().parent.parent / "static"
@@ -23,6 +25,7 @@ PAGES = STATIC.with_name("pages")
 """Not below `/static`, where they would have no security headers."""
 SAMPLE_DIGIT = STATIC / "samples" / "mnist-7.png"
 _MNIST_SHAPE = (1, 28, 28)
+_MOST_NUMBERS = 16_384
 
 Json = dict[str, Any]
 
@@ -39,6 +42,11 @@ class Examples:
     counterfactual_answer: Json
     models: Json
     model: Json
+    infer: Json | None
+    """Request of the Open Inference Protocol, without parameters; null for images of too many numbers."""
+    infer_answer: Json
+    explain_answer: Json
+    """The same with the options of `counterfactual_answer`."""
 
     @property
     def base64(self) -> str:
@@ -51,20 +59,42 @@ def make_examples(classifier: Classifier) -> Examples:
     pixels_CHW = _sample(classifier.input_shape)
     image_NCHW = to_unit(pixels_CHW)[np.newaxis]
 
-    def answer_to(options: Options) -> Json:
-        (answer,) = in_words(compute(classifier, image_NCHW, options))
+    plain, epsilon, counterfactual = (
+        compute(classifier, image_NCHW, options)
+        for options in (Options(), Options(epsilon=0.5), Options(epsilon=0.5, counterfactual=True))
+    )
+
+    def words(outcome: Outcome[Options]) -> Json:
+        (answer,) = in_words(outcome)
         return json.loads(to_json(answer, inf_nan_mode="null"))
+
+    def tensors(outcome: Outcome[Options]) -> Json:
+        return json.loads(infer_reply(outcome, InferOptions()).content)
 
     return Examples(
         # Image files have 1 or 3 channels; a model with another number takes arrays only.
         png=encode_png(pixels_CHW if len(pixels_CHW) in (1, 3) else pixels_CHW[:1]),
         npy=_npy(pixels_CHW),
         npy_batch=_npy(np.stack([pixels_CHW, pixels_CHW])),
-        answer=answer_to(Options()),
-        epsilon_answer=answer_to(Options(epsilon=0.5)),
-        counterfactual_answer=answer_to(Options(epsilon=0.5, counterfactual=True)),
+        answer=words(plain),
+        epsilon_answer=words(epsilon),
+        counterfactual_answer=words(counterfactual),
         models=json.loads(ModelsAnswer(models=[describe(classifier, classifier.name)], broken=[]).model_dump_json()),
         model=json.loads(describe_in_full(classifier, classifier.name).model_dump_json()),
+        infer=None
+        if pixels_CHW.size > _MOST_NUMBERS
+        else {
+            "inputs": [
+                {
+                    "name": "image",
+                    "shape": [1, *pixels_CHW.shape],
+                    "datatype": "UINT8",
+                    "data": pixels_CHW.ravel().tolist(),
+                }
+            ]
+        },
+        infer_answer=tensors(plain),
+        explain_answer=tensors(counterfactual),
     )
 
 

@@ -1,88 +1,100 @@
 """The Open Inference Protocol, version 2 over REST, for the same models.
 
-Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
-`class_id`, `radius`, `certified`, `proof`, `references` (the JSON list of `/predict`), `image_digest`, and with the
-parameter `counterfactual` also the counterfactuals, with `coverage` also `set` (N x K, whether a class is in the
-certified set), with `max_error` also `decision`. The `parameters` of a request are the options of `/predict` that
-concern images. Errors are RFC 9457 problem details with the member `error`, which the protocol requires.
+Protocol: https://github.com/kserve/open-inference-protocol, with the extensions "binary tensor data" and "model
+configuration" of Triton and `/explain` of MLServer. One input `image`, N x C x H x W; outputs `logits`, `class_id`,
+`radius`, `certified`, `proof`, `references` (the JSON list of `/predict`), `image_digest`, and with the parameter
+`counterfactual` also the counterfactuals, with `coverage` also `set` (N x K, whether a class is in the certified set),
+with `max_error` also `decision`. The `parameters` of a request are the options of `/predict` that concern images.
+Errors are RFC 9457 problem details with the member `error`, which the protocol requires.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
-from pydantic_core import to_json
 
 from service import __version__
-from service.api.answers import in_columns, references_in_words
-from service.api.body import JSON, Head
-from service.api.decoding import Order
+from service.api.answers import Reply
+from service.api.body import JSON, OCTETS, PROTOCOL_TYPES, Head, read_body, read_head
+from service.api.decoding import Order, decode
 from service.api.decoding import Request as DecodedBody
 from service.api.openapi import problem_responses
-from service.api.parsing import read_query, refuse_query
-from service.api.predict import Service
+from service.api.outputs import InferAnswer, infer_reply, outputs_of
+from service.api.parsing import parse_json, read_query, refuse_query
+from service.api.predict import AT_ONCE_BYTES, Service
 from service.api.schema import ImageOptions
-from service.api.tensors import InferOptions, InferRequest, OutputRequest
-from service.errors import OptionError
-from service.errors.quotations import listed, quoted
+from service.api.tensors import InferOptions, InferRequest, Protocol
+from service.errors import EmptyBodyError, NotImplementedByServerError, UnknownVersionError
 from service.inference.classifier import Classifier
 from service.inference.outcome import Decoded, Outcome
-from service.pixels.images import image_digest
 
 PREFIX = "/v2"
+_MODEL = "/models/{name}"
+_VERSION = _MODEL + "/versions/{version}"
+_PLATFORM = "onnx_onnxv1"
+_MOST_INDEX_BYTES = 1024
+_BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
+_INFER = """JSON; or, with the header `Inference-Header-Content-Length`, a JSON object of that length and the
+`binary_data_size` bytes of its tensor. Outputs come as bytes where `binary_data` or `binary_data_output` is set.
 
-OutputDatatype = Literal["FP64", "INT64", "BOOL", "UINT8", "BYTES"]
-_OUTPUTS: dict[str, OutputDatatype] = {
-    "logits": "FP64",
-    "class_id": "INT64",
-    "radius": "FP64",
-    "certified": "BOOL",
-    "proof": "BYTES",
-    "references": "BYTES",
-    "image_digest": "BYTES",
-    "counterfactual": "UINT8",
-    "counterfactual_class_id": "INT64",
-    "counterfactual_distance": "FP64",
-    "counterfactual_reached": "BOOL",
-    "set": "BOOL",
-    "decision": "BYTES",
-}
-"""Outputs of every model, in order; those from `counterfactual` on only where they are requested."""
-_CALIBRATED = ("set", "decision")
-"""Outputs of calibrated models alone."""
-
-
-class OutputTensor(BaseModel):
-    """One output, flat in row-major order; a value that is not finite is null."""
-
-    name: str
-    datatype: OutputDatatype
-    shape: list[int]
-    data: list[Any]
+`/v2/models/{name}/versions/{version}/infer` is the same for a version, the digest in `versions` of the metadata.
+"""
+_EXPLAIN = "As `/infer` with the parameter `counterfactual`."
+_NO_STATISTICS = "this server has no statistics of the protocol; GET /metrics has requests, latency and predictions"
+_NO_LOADING = (
+    "models are verified when the server starts, and are not loaded or unloaded while it runs; change the folder "
+    "LIPCERT_MODELS and start the server again"
+)
+_ABSENT = (
+    ("GET", "/models/stats", _NO_STATISTICS),
+    ("GET", _MODEL + "/stats", _NO_STATISTICS),
+    ("GET", _VERSION + "/stats", _NO_STATISTICS),
+    ("POST", "/repository/models/{name}/load", _NO_LOADING),
+    ("POST", "/repository/models/{name}/unload", _NO_LOADING),
+)
+"""Operations of Triton that clients know and this server does not have: method, path and what to do instead."""
 
 
-class InferAnswer(BaseModel):
-    """A response of the protocol; the version of a model is the digest of its bytes."""
+class IndexRequest(Protocol):
+    """The optional body of the repository index."""
 
-    model_name: str
-    model_version: str
-    id: str | None
-    outputs: list[OutputTensor]
+    ready: bool = False
+    """Whether only models that are ready are listed."""
 
 
 def build_router(service: Service) -> APIRouter:
     """Return the routes of the protocol, over one `Service`."""
     router = APIRouter(prefix=PREFIX, tags=["open inference protocol"])
+    # Before the routes of models: a path of it could be that of a model.
+    for method, path, reason in _ABSENT:
+        router.add_api_route(path, _absent(reason), methods=[method], include_in_schema=False)
+    _add_server(router, service)
+    _add_models(router, service)
+    _add_inference(router, service)
+    return router
 
+
+def _absent(reason: str) -> Callable[[], None]:
+    def refuse() -> None:
+        raise NotImplementedByServerError(reason)
+
+    return refuse
+
+
+def _add_server(router: APIRouter, service: Service) -> None:
     @router.get("", summary="Server metadata")
     async def server() -> dict[str, Any]:
-        return {"name": "lipcert", "version": __version__, "extensions": []}
+        return {
+            "name": "lipcert",
+            "version": __version__,
+            "extensions": ["binary_tensor_data", "model_configuration", "parameters"],
+        }
 
     @router.get("/health/live", summary="Liveness of the server")
     async def server_live() -> Response:
@@ -94,34 +106,98 @@ def build_router(service: Service) -> APIRouter:
         is_ready = not service.health.faults()
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
-    @router.get("/models/{name}", summary="Metadata of a model", responses=problem_responses(404, 503))
-    async def model_metadata(name: str) -> dict[str, Any]:
-        return _metadata(service.models[name])
-
-    @router.get("/models/{name}/ready", summary="Readiness of a model", responses=problem_responses(404, 503))
-    async def model_ready(name: str) -> Response:
-        classifier = service.models[name]
-        is_ready = not (classifier.is_lost or classifier.files.have_changed)
-        return JSONResponse({"name": name, "ready": is_ready}, status_code=200 if is_ready else 503)
+    @router.get("/models", summary="Names of the models")
+    async def model_names() -> dict[str, list[str]]:
+        return {"models": list(service.models)}
 
     @router.post(
-        "/models/{name}/infer",
-        summary="Classify images",
-        response_model=InferAnswer,
-        responses=problem_responses(400, 404, 413, 415, 422, 503),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{InferRequest.__name__}"}}},
-            }
-        },
+        "/repository/index",
+        summary="Models and their states",
+        responses=problem_responses(400, 413, 415, 422, 503),
     )
-    async def infer(name: str, request: Request) -> Response:
-        refuse_query(read_query(request.scope["query_string"]), "`parameters`")
-        answer = await service.ask(request, [JSON], partial(_InferQuestion, service, service.models[name]))
-        return Response(answer, media_type=JSON)
+    async def repository_index(request: Request) -> list[dict[str, str]]:
+        """All models, also those that could not be verified; with the body `{"ready": true}`, those that are ready."""
+        head = read_head(request, PROTOCOL_TYPES)
+        content = b"{}"
+        with service.place(request, head) as place, contextlib.suppress(EmptyBodyError):
+            content = await read_body(request, head, _MOST_INDEX_BYTES, place)
+        asked = parse_json(IndexRequest, content)
+        return [model for model in _index(service) if model["state"] == "READY" or not asked.ready]
 
-    return router
+
+def _add_models(router: APIRouter, service: Service) -> None:
+    async def model_metadata(name: str, request: Request) -> dict[str, Any]:
+        return _metadata(_served(service, name, request))
+
+    async def model_ready(name: str, request: Request) -> Response:
+        classifier = _served(service, name, request)
+        is_ready = classifier.is_ready
+        return JSONResponse({"name": name, "ready": is_ready}, status_code=200 if is_ready else 503)
+
+    async def model_config(name: str, request: Request) -> dict[str, Any]:
+        """The model as Triton describes it: shapes are those of one image."""
+        return _config(_served(service, name, request), service.settings.max_batch)
+
+    for end, endpoint, summary in (
+        ("", model_metadata, "Metadata of a model"),
+        ("/ready", model_ready, "Readiness of a model"),
+        ("/config", model_config, "Configuration of a model"),
+    ):
+        for path in (_MODEL, _VERSION):
+            router.add_api_route(
+                path + end,
+                endpoint,
+                methods=["GET"],
+                summary=summary,
+                responses=problem_responses(404, 503),
+                include_in_schema=path is _MODEL,
+            )
+
+
+def _add_inference(router: APIRouter, service: Service) -> None:
+    def endpoint(explains: bool) -> Callable[..., Any]:
+        async def infer(name: str, request: Request) -> Response:
+            refuse_query(read_query(request.scope["query_string"]), "`parameters`")
+            question_of = partial(_InferQuestion, service, _served(service, name, request), explains)
+            reply = await service.ask(request, PROTOCOL_TYPES, question_of)
+            return Response(reply.content, media_type=reply.media_type, headers=reply.headers)
+
+        return infer
+
+    schema = {"$ref": f"#/components/schemas/{InferRequest.__name__}"}
+    binary = {
+        "schema": {"type": "string", "format": "binary", "description": "The JSON object, and the bytes of tensors."}
+    }
+    for end, summary, explains in (("/infer", "Classify images", False), ("/explain", "Find counterfactuals", True)):
+        for path in (_MODEL, _VERSION):
+            router.add_api_route(
+                path + end,
+                endpoint(explains),
+                methods=["POST"],
+                name=end.strip("/"),
+                summary=summary,
+                description=_EXPLAIN if explains else _INFER,
+                response_model=InferAnswer,
+                responses={200: {"content": {OCTETS: binary}}, **_BODY_PROBLEMS},
+                include_in_schema=path is _MODEL,
+                openapi_extra={
+                    "requestBody": {"required": True, "content": {JSON: {"schema": schema}, OCTETS: binary}}
+                },
+            )
+
+
+def _served(service: Service, name: str, request: Request) -> Classifier:
+    """Return the model in the path of a request.
+
+    Raises:
+        UnknownModelError, ModelNotAvailableError: there is no such model.
+        UnknownVersionError: the path names another version than the digest of the served bytes.
+    """
+    classifier = service.models[name]
+    version = request.path_params.get("version", classifier.digest)
+    if version != classifier.digest:
+        raise UnknownVersionError(classifier.name, version, classifier.digest)
+    return classifier
 
 
 @dataclass
@@ -130,47 +206,72 @@ class _InferQuestion:
 
     service: Service
     classifier: Classifier
+    explains: bool
     head: Head
     content: bytes
+    decoded: Decoded[ImageOptions] | None = None
 
-    def order(self) -> Order:
-        return self.service.order("infer", self.head, (), self.classifier.name)
+    def order(self) -> Order | None:
+        """Return how a child process has to decode the body; null if its JSON object is short: bytes cost little."""
+        json_length = self.head.json_length or ""
+        is_short = json_length.isdecimal() and len(json_length) < 5 and int(json_length) <= AT_ONCE_BYTES
+        return None if is_short else self._order()
 
-    def take(self, body: DecodedBody) -> None:
-        assert isinstance(body.options, InferOptions)
-        self.request = body.options
-        self.decoded = Decoded(self.classifier, body.pixels_NCHW, body.options.parameters)
-
-    def decode_at_once(self) -> Decoded[ImageOptions]:
-        return self.decoded
+    def decode_at_once(self) -> Decoded[ImageOptions] | None:
+        """Return the decoded request if it is short."""
+        return self.decode() if len(self.content) <= AT_ONCE_BYTES else self.decoded
 
     def decode(self) -> Decoded[ImageOptions]:
+        """Return the decoded request; raise `InputError`, see `service.api.decoding`."""
+        if self.decoded is None:
+            self.take(decode(self._order(), self.content))
+        assert self.decoded is not None
         return self.decoded
 
-    def answer(self, outcome: Outcome[ImageOptions]) -> bytes:
+    def take(self, body: DecodedBody) -> None:
+        """Receive the decoded body."""
+        assert isinstance(body.options, InferOptions)
+        self.asked = body.options
+        options = self.asked.parameters
+        if self.explains:
+            options = options.model_copy(update={"counterfactual": True})
+        self.decoded = Decoded(self.classifier, body.pixels_NCHW, options)
+
+    def answer(self, outcome: Outcome[ImageOptions]) -> Reply:
+        """Return the answer, see `service.api.outputs`."""
         self.service.count(outcome)
-        answer = InferAnswer(
-            model_name=outcome.classifier.name,
-            model_version=outcome.classifier.digest,
-            id=self.request.id,
-            outputs=_wanted(_outputs(outcome), self.request.outputs),
-        )
-        return answer.model_dump_json().encode()
+        return infer_reply(outcome, self.asked, self.head.answer_coding)
+
+    def _order(self) -> Order:
+        return self.service.order("infer", self.head, (), self.classifier.name)
+
+
+def _index(service: Service) -> list[dict[str, str]]:
+    served = [
+        {
+            "name": classifier.name,
+            "version": classifier.digest,
+            "state": "READY" if classifier.is_ready else "UNAVAILABLE",
+            "reason": "" if classifier.is_ready else "its files have changed, or the GPU is lost",
+        }
+        for classifier in service.models.values()
+    ]
+    broken = [
+        {"name": name, "version": "", "state": "UNAVAILABLE", "reason": error.line}
+        for name, error in service.models.broken.items()
+    ]
+    return served + broken
 
 
 def _metadata(classifier: Classifier) -> dict[str, Any]:
-    shape = [-1, *classifier.input_shape]
-    by_class = [-1, len(classifier.labels)]
-    shapes = {"logits": by_class, "set": by_class, "counterfactual": shape}
     return {
         "name": classifier.name,
         "versions": [classifier.digest],
-        "platform": "onnx_onnxv1",
-        "inputs": [{"name": "image", "datatype": "FP64", "shape": shape}],
+        "platform": _PLATFORM,
+        "inputs": [{"name": "image", "datatype": "FP64", "shape": [-1, *classifier.input_shape]}],
         "outputs": [
-            {"name": name, "datatype": datatype, "shape": shapes.get(name, [-1])}
-            for name, datatype in _OUTPUTS.items()
-            if name not in _CALIBRATED or classifier.card.calibration is not None
+            {"name": name, "datatype": datatype, "shape": shape}
+            for name, (datatype, shape) in outputs_of(classifier).items()
         ],
         "parameters": {
             "labels": list(classifier.labels),
@@ -180,27 +281,18 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
     }
 
 
-def _outputs(outcome: Outcome[ImageOptions]) -> list[OutputTensor]:
-    columns = in_columns(outcome)
-    columns["references"] = np.array(
-        [to_json(references_in_words(prediction)).decode() for prediction in outcome.predictions]
-    )
-    columns["image_digest"] = np.array([image_digest(image_CHW) for image_CHW in outcome.image_NCHW])
-    return [
-        OutputTensor(name=name, datatype=datatype, shape=list(columns[name].shape), data=columns[name].ravel().tolist())
-        for name, datatype in _OUTPUTS.items()
-        if name in columns
-    ]
-
-
-def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) -> list[OutputTensor]:
-    if not requested:
-        return outputs
-    by_name = {output.name: output for output in outputs}
-    unknown = [output.name for output in requested if output.name not in by_name]
-    if unknown:
-        raise OptionError(
-            f"this answer has no output {quoted(unknown[0])}; available outputs: {listed(by_name)} (those of the "
-            "counterfactual require parameters.counterfactual=true, set requires coverage, decision max_error)"
-        )
-    return [by_name[output.name] for output in requested]
+def _config(classifier: Classifier, max_batch: int) -> dict[str, Any]:
+    return {
+        "name": classifier.name,
+        "platform": _PLATFORM,
+        "max_batch_size": max_batch,
+        "input": [{"name": "image", "data_type": "TYPE_FP64", "dims": list(classifier.input_shape)}],
+        "output": [
+            {
+                "name": name,
+                "data_type": "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}",
+                "dims": shape[1:],
+            }
+            for name, (datatype, shape) in outputs_of(classifier).items()
+        ],
+    }

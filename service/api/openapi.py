@@ -54,14 +54,15 @@ def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[Base
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
     for path, body_of, form in (
-        ("/predict", _predict_body, "JSON, a form, an image file or an npy array"),
-        ("/predict/batch", _batch_body, "JSON or an npy array"),
+        ("/predict", _predict_body, f"JSON, a form, an image file or an npy array{_CODINGS}"),
+        ("/predict/batch", _batch_body, f"JSON or an npy array{_CODINGS}"),
     ):
         operation: Json = openapi["paths"][path]["post"]
         operation["requestBody"] = {"required": True, "description": form, "content": body_of(examples)}
         operation["parameters"] = [*_query_parameters(), _PREFER]
         operation["responses"]["200"]["content"][body.NPY] = {"schema": _RECORDS}
     if examples is not None:
+        _add_protocols(openapi["paths"], examples)
         _add_answers(openapi["paths"], examples)
     _mend(openapi)
     return openapi
@@ -108,6 +109,7 @@ def problem_responses(*statuses: int) -> dict[int | str, Json]:
     }
 
 
+_CODINGS = ", also compressed (`Content-Encoding: gzip`, `deflate`)"
 _TYPICAL_ERRORS: tuple[errors.LipcertError, ...] = (
     errors.EmptyBodyError("the body is empty; send an image in one of the forms listed in /docs"),
     errors.UnknownModelError("minst", ["mnist", "mnist-0-8"]),
@@ -148,6 +150,7 @@ def _predict_body(examples: Examples | None) -> Json:
                 "C x H x W, H x W x C, or H x W for a grey model.",
             }
         },
+        body.OCTETS: {"schema": {**binary, "description": "An image file or an npy array, by its signature."}},
     }
     if examples is not None:
         wanted = {"epsilon": 0.5, "counterfactual": True}
@@ -182,6 +185,7 @@ def _batch_body(examples: Examples | None) -> Json:
                 "for a grey model.",
             }
         },
+        body.OCTETS: {"schema": {"type": "string", "format": "binary", "description": "The same array."}},
     }
     if examples is not None:
         content[body.JSON]["examples"] = {
@@ -233,6 +237,27 @@ def _query_parameters() -> list[Json]:
     return parameters
 
 
+def _add_protocols(paths: Json, examples: Examples) -> None:
+    """Add requests of the protocols, and a model to every path with a name: "Try it out" works without a change."""
+    instances = [{"b64": examples.base64}]
+    radius = {"parameters": {"epsilon": 0.5}}
+    requests: dict[str, tuple[str, Json]] = {
+        "/v1/models/{name}:predict": ("class and radius", {"instances": instances}),
+        "/v1/models/{name}:explain": ("counterfactual", {"instances": instances, **radius}),
+    }
+    if examples.infer is not None:
+        requests["/v2/models/{name}/infer"] = ("class and radius", examples.infer)
+        requests["/v2/models/{name}/explain"] = ("counterfactual", {**examples.infer, **radius})
+    for path, (name, request) in requests.items():
+        content = paths[path]["post"]["requestBody"]["content"][body.JSON]
+        content["examples"] = {name: {"value": request}}
+    for path, operations in paths.items():
+        for operation in operations.values() if "{name}" in path else ():
+            for parameter in operation["parameters"]:
+                if parameter["in"] == "path":
+                    parameter["example"] = examples.answer["model"]
+
+
 def _add_answers(paths: Json, examples: Examples) -> None:
     in_batch = examples.epsilon_answer
     shown: dict[tuple[str, str], Json] = {
@@ -243,6 +268,15 @@ def _add_answers(paths: Json, examples: Examples) -> None:
         ("/predict/batch", "post"): {"two images": {"predictions": [in_batch, in_batch]}},
         ("/models", "get"): {"models": examples.models},
         ("/models/{name}", "get"): {"model": examples.model},
+        ("/v1/models/{name}:predict", "post"): {"class and radius": {"predictions": [examples.answer]}},
+        ("/v1/models/{name}:explain", "post"): {
+            "counterfactual": {
+                "predictions": [examples.counterfactual_answer],
+                "explanations": [examples.counterfactual_answer["counterfactual"]],
+            }
+        },
+        ("/v2/models/{name}/infer", "post"): {"class and radius": examples.infer_answer},
+        ("/v2/models/{name}/explain", "post"): {"counterfactual": examples.explain_answer},
     }
     for (path, method), answers in shown.items():
         content = paths[path][method]["responses"]["200"]["content"]["application/json"]

@@ -95,7 +95,7 @@ def refuse_query(query: Query, place: str) -> None:
         )
 
 
-def parse_json(wire: type[Wire], body: bytes, texts: int = 0, numbers: int = 0) -> Wire:
+def parse_json(wire: type[Wire], body: bytes, texts: int = 0, numbers: int = 0, least_row: int = 4) -> Wire:
     """Return a JSON object as `wire`, strictly: no repeated or unknown field, no text for numbers, no NaN.
 
     Counting bytes takes a thousandth of the time and memory that a Python object for each value takes. Commas, brackets
@@ -106,6 +106,7 @@ def parse_json(wire: type[Wire], body: bytes, texts: int = 0, numbers: int = 0) 
         body: the text.
         texts: most strings in lists.
         numbers: most numbers in lists.
+        least_row: least numbers in a list: rows of an image have four pixels and more.
 
     Raises:
         MalformedBodyError, OptionError, UnknownOptionError
@@ -115,8 +116,7 @@ def parse_json(wire: type[Wire], body: bytes, texts: int = 0, numbers: int = 0) 
     most = _MOST_VALUES + texts
     if body.count(b",") > most + numbers or body.count(b'"') > 4 * most:
         raise TooManyValuesError(most + numbers)
-    # Rows of an image have four pixels and more.
-    if body.count(b"[") > most + numbers // 4 or body.count(b"{") > most:
+    if body.count(b"[") > most + numbers // least_row or body.count(b"{") > most:
         raise MalformedBodyError(
             f"the JSON has more lists and objects than this route needs; send one object with the fields {fields}"
         )

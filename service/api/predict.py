@@ -9,20 +9,21 @@ import functools
 import io
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from service.api.answers import in_records, in_words
-from service.api.body import BATCH_TYPES, FORM, JSON, NPY, PREDICT_TYPES, Head, read_body, read_head
+from service.api.answers import Reply, in_records, in_words
+from service.api.body import BATCH_TYPES, FORM, JSON, NPY, PREDICT_TYPES, Head, read_body, read_head, sniffed
 from service.api.decoding import Decoders, Kind, Order, decode, decode_plain
 from service.api.decoding import Request as DecodedBody
 from service.api.examples import Examples
 from service.api.parsing import Query, read_query
 from service.api.schema import NO_OPTIONS, Options
+from service.inference.admission import Place
 from service.inference.batching import Batcher
 from service.inference.health import LEAST_STUCK_S, Health
 from service.inference.jobs import Answer_co, Question
@@ -35,8 +36,8 @@ from service.settings import Settings
 
 Result = TypeVar("Result")
 
-# Parsed and decoded in some 30 microseconds.
-_AT_ONCE_BYTES = 8 * 1024
+AT_ONCE_BYTES = 8 * 1024
+"""Largest body that is parsed and decoded on the event loop, in some 30 microseconds."""
 ABANDON = "lipcert.abandon"
 """Key of a function in the scope of a request, for the server to call when the client is gone."""
 
@@ -77,8 +78,7 @@ class Service:
         """
         head = read_head(request, accepted)
         limit = self.settings.max_body_bytes
-        client = request.scope.get("client") or ("", 0)
-        with self.batcher.place(min(self.settings.deadline_s, head.wait_s), client[0]) as place:
+        with self.place(request, head) as place:
             request.scope[ABANDON] = functools.partial(place.stop, ClientDisconnect)
             content = await read_body(request, head, limit, place)
             question = question_of(head, content)
@@ -89,6 +89,11 @@ class Service:
             async with self.decoders.decoded(order, content) as body:
                 question.take(body)
                 return await self.batcher.ask(question, len(content), place)
+
+    def place(self, request: Request, head: Head) -> Place:
+        """Return a place to enter for a request, with its deadline."""
+        client = request.scope.get("client") or ("", 0)
+        return self.batcher.place(min(self.settings.deadline_s, head.wait_s), client[0])
 
     def order(self, kind: Kind, head: Head, query: Query, model: str) -> Order:
         """Return how to decode a body.
@@ -125,13 +130,6 @@ class BodyQuestion(Question[Answer_co, Any], Protocol[Answer_co]):
         ...
 
 
-class Reply(NamedTuple):
-    """An answer as bytes."""
-
-    content: bytes
-    media_type: str
-
-
 @dataclass
 class ImageQuestion:
     """A request for one image, or (`is_batch`) several of one size."""
@@ -151,7 +149,7 @@ class ImageQuestion:
 
     def decode_at_once(self) -> Decoded[Options] | None:
         """Return the decoded request if it has one small image that is an array or a plain PNG file."""
-        if self.decoded is not None or self.is_batch or len(self.content) > _AT_ONCE_BYTES:
+        if self.decoded is not None or self.is_batch or len(self.content) > AT_ONCE_BYTES:
             return self.decoded
         settings = self.service.settings
         classifier = self.service.models.get(settings.default_model)
@@ -201,7 +199,11 @@ def image_endpoint(service: Service, *, is_batch: bool) -> Callable[[Request], C
     async def respond(request: Request) -> Response:
         query_string: bytes = request.scope["query_string"]
         query = read_query(query_string) if query_string else ()
-        reply = await service.ask(request, accepted, functools.partial(ImageQuestion, service, query, is_batch))
+
+        def question(head: Head, content: bytes) -> ImageQuestion:
+            return ImageQuestion(service, query, is_batch, sniffed(head, content), content)
+
+        reply = await service.ask(request, accepted, question)
         return Response(reply.content, media_type=reply.media_type)
 
     return respond

@@ -30,12 +30,14 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.EmptyBodyError: HTTPStatus.BAD_REQUEST,
         errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
         errors.UnknownModelError: HTTPStatus.NOT_FOUND,
+        errors.UnknownVersionError: HTTPStatus.NOT_FOUND,
         errors.BodyTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.ImageTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.BatchTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.TooManyValuesError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.TooCostlyError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.MediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        errors.ContentCodingError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         errors.OptionError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.UnknownOptionError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.Base64Error: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -78,6 +80,11 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
 """HTTP status of each domain error; total over the tree of `service.errors`."""
 
 
+def has_error_member(path: str) -> bool:
+    """Return whether errors at a path have the member `error`, as the Open Inference Protocol and KServe V1 ask for."""
+    return path.startswith(("/v2/", "/v1/")) or path in ("/v2", "/v1")
+
+
 def problem_of(error: errors.LipcertError, instance: str | None = None, error_member: bool = False) -> Response:
     """Return the response to a domain error.
 
@@ -94,6 +101,9 @@ def problem_of(error: errors.LipcertError, instance: str | None = None, error_me
     headers: dict[str, str] = {}
     if isinstance(error, errors.MediaTypeError):
         headers["Accept"] = ", ".join(error.accepted)
+    if isinstance(error, errors.ContentCodingError):
+        # RFC 7694 section 3.
+        headers["Accept-Encoding"] = ", ".join(error.accepted)
     if isinstance(error, errors.BusyError | errors.RateLimitError):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, errors.UnauthorizedError):
@@ -140,8 +150,8 @@ def problem(
         title: default: the phrase of the status.
         instance: path of the request; left out if it is very long.
         headers: further headers of the response.
-        error_member: whether to repeat the detail in the extension member `error` (section 3.2), which the Open
-            Inference Protocol requires.
+        error_member: whether to repeat the detail in the extension member `error` (section 3.2), also where the
+            instance is not one of `has_error_member`.
     """
     body: dict[str, str | int] = {
         "type": type_uri,
@@ -149,8 +159,10 @@ def problem(
         "status": int(status),
         "detail": detail,
     }
-    if instance is not None and len(instance) <= _MOST_INSTANCE:
-        body["instance"] = instance
+    if instance is not None:
+        error_member = error_member or has_error_member(instance)
+        if len(instance) <= _MOST_INSTANCE:
+            body["instance"] = instance
     while True:
         if error_member:
             body["error"] = detail

@@ -12,8 +12,13 @@ from service.api.predict import Service
 from service.api.problem import last_bytes, problem_of
 from service.errors import OverloadedError
 
-_INFER = ("/v2/models/", "/infer")
-_INFER_ROUTE = "/v2/models/{name}/infer"
+_ROUTES = (
+    ("/v2/models/", "/infer", "/v2/models/{name}/infer"),
+    ("/v2/models/", "/explain", "/v2/models/{name}/explain"),
+    ("/v1/models/", ":predict", "/v1/models/{name}:predict"),
+    ("/v1/models/", ":explain", "/v1/models/{name}:explain"),
+)
+"""Beginning and end of further paths of predictions, and their routes without a version."""
 _MOST_ANSWERS = 256
 
 
@@ -34,11 +39,9 @@ class Refusals:
         path: str = scope["path"]
         if scope["method"] != "POST":
             return None
-        route = path
-        if path not in ("/predict", "/predict/batch"):
-            if not (path.startswith(_INFER[0]) and path.endswith(_INFER[1])):
-                return None
-            route = _INFER_ROUTE
+        route = path if path in ("/predict", "/predict/batch") else _route_of(path)
+        if route is None:
+            return None
         client = scope["client"] or ("", 0)
         refusal = self._batcher.refusal(client[0])
         if refusal is None:
@@ -50,8 +53,15 @@ class Refusals:
         return _answer(path, *refusal)
 
 
+def _route_of(path: str) -> str | None:
+    for beginning, end, route in _ROUTES:
+        if path.startswith(beginning) and path.endswith(end):
+            return route.replace("{name}/", "{name}/versions/{version}/") if "/versions/" in path else route
+    return None
+
+
 @functools.lru_cache(_MOST_ANSWERS)
 def _answer(path: str, settings: str, retry_after_s: int) -> bytes:
     """Return the response that the application would give, as bytes; the connection closes after it."""
     error = OverloadedError(settings, retry_after_s)
-    return last_bytes(problem_of(error, path, error_member=path.startswith(_INFER[0])))
+    return last_bytes(problem_of(error, path))

@@ -11,6 +11,7 @@
       │   ├─ EmptyBodyError
       │   ├─ BodyTooLargeError
       │   ├─ MediaTypeError
+      │   ├─ ContentCodingError          a Content-Encoding that the server does not read
       │   ├─ MalformedBodyError          not JSON, not multipart, a part missing or repeated
       │   ├─ TooManyValuesError          a JSON body has more values than the route needs
       │   ├─ TooCostlyError              reading the body exceeds the limits of processor time or memory
@@ -28,6 +29,7 @@
       │   ├─ PixelRangeError             a pixel is NaN, infinite, or outside [0, 1]
       │   ├─ BatchTooLargeError
       │   ├─ UnknownModelError
+      │   ├─ UnknownVersionError         of a model of the Open Inference Protocol
       │   ├─ UnknownLabelError
       │   ├─ TargetIsPredictedClassError
       │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
@@ -43,7 +45,7 @@
       ├─ UnavailableError                the request is valid, and its model cannot answer before the operator acts
       │   ├─ ArtefactChangedError        its files are not those that were verified
       │   └─ ModelNotAvailableError      it could not be verified when the server started
-      ├─ NotImplementedByServerError     a method or transfer coding of HTTP that this server does not have
+      ├─ NotImplementedByServerError     a method, transfer coding or operation that this server does not have
       ├─ HttpVersionError                HTTP/2 or HTTP/3
       ├─ ArtefactError                   a file of an artefact is missing, damaged or cannot be proved
       ├─ ProviderError                   the requested execution provider is not available
@@ -130,6 +132,17 @@ class MediaTypeError(InputError):
             got = "the Content-Type header is missing"
         self.accepted = tuple(accepted)
         super().__init__(f"{got}; send one of: {', '.join(self.accepted)}")
+
+
+class ContentCodingError(InputError):
+    """The Content-Encoding is not supported."""
+
+    def __init__(self, coding: str, accepted: Iterable[str]) -> None:
+        self.accepted = tuple(accepted)
+        super().__init__(
+            f"Content-Encoding {quoted(coding)} is not supported; send one of: {', '.join(self.accepted)}, or leave "
+            "the body as it is and the header out"
+        )
 
 
 class MalformedBodyError(InputError):
@@ -245,6 +258,16 @@ class UnknownModelError(InputError):
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         super().__init__(f"there is no model {quoted(name)}; available models: {listed(sorted(known))}")
+
+
+class UnknownVersionError(InputError):
+    """The served version of a model is another one."""
+
+    def __init__(self, name: str, version: str, served: str) -> None:
+        super().__init__(
+            f"model {quoted(name)} has no version {quoted(version)}; it has {served}, the digest of its bytes: name "
+            "that one, or leave the version out"
+        )
 
 
 class UnknownLabelError(InputError):
@@ -370,7 +393,7 @@ class ModelNotAvailableError(UnavailableError):
 
 
 class NotImplementedByServerError(LipcertError):
-    """A method or transfer coding of HTTP that this server does not implement."""
+    """A method or transfer coding of HTTP, or an operation of a protocol, that this server does not implement."""
 
 
 class HttpVersionError(LipcertError):

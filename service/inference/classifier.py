@@ -172,6 +172,11 @@ class Classifier:
         """Whether the device that runs a graph has failed for good."""
         return self._model.is_lost or self._transport.is_lost
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are answered: the device works, and the files are those that were verified."""
+        return not (self.is_lost or self.files.have_changed)
+
     def warm_up(self) -> None:
         """Load both graphs and run them once, so that a request finds memory and caches in place."""
         view = self.view(self.input_shape)

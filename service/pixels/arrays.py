@@ -66,17 +66,26 @@ def decode_array_batch(
     Raises:
         EmptyBodyError, ArrayError, ChannelsError, PixelRangeError, ImageTooLargeError, BatchTooLargeError
     """
-    channels = input_shape_CHW[0]
-    array, shape = _read_npy(data, max_pixels, channels)
-    if len(shape) == 3 and channels == 1:
-        pixels_NCHW = array[:, np.newaxis]
-    elif len(shape) == 4:
-        pixels_NCHW = _channels_first(array, 1, input_shape_CHW)
-    else:
-        raise ArrayError(f"the array has shape {shape}; expected a batch, N images of shape {_shapes(input_shape_CHW)}")
+    array, _ = _read_npy(data, max_pixels, input_shape_CHW[0])
+    pixels_NCHW = batch_of(array, input_shape_CHW)
     if len(pixels_NCHW) > max_batch:
         raise BatchTooLargeError(len(pixels_NCHW), max_batch)
     return unit_range(pixels_NCHW)
+
+
+def batch_of(array: Num[np.ndarray, "*shape"], input_shape_CHW: tuple[int, int, int]) -> Num[np.ndarray, "N C H W"]:
+    """Return a batch with its channels before height and width, see `decode_array_batch`.
+
+    Raises:
+        ArrayError, ChannelsError
+    """
+    if array.ndim == 3 and input_shape_CHW[0] == 1:
+        return array[:, np.newaxis]
+    if array.ndim == 4:
+        return _channels_first(array, 1, input_shape_CHW)
+    raise ArrayError(
+        f"the array has shape {array.shape}; expected a batch, N images of shape {_shapes(input_shape_CHW)}"
+    )
 
 
 def _shapes(input_shape_CHW: tuple[int, int, int]) -> str:

@@ -45,9 +45,20 @@ SCOPES = {
     "/models": PREDICT,
     "/models/{name}": PREDICT,
     "/v2": PREDICT,
-    "/v2/models/{name}": PREDICT,
-    "/v2/models/{name}/ready": PREDICT,
-    "/v2/models/{name}/infer": PREDICT,
+    "/v2/models": PREDICT,
+    "/v2/repository/index": PREDICT,
+    **{
+        f"/v2/models/{{name}}{version}{end}": PREDICT
+        for version in ("", "/versions/{version}")
+        for end in ("", "/ready", "/config", "/stats", "/infer", "/explain")
+    },
+    "/v2/models/stats": PREDICT,
+    "/v2/repository/models/{name}/load": ADMIN,
+    "/v2/repository/models/{name}/unload": ADMIN,
+    "/v1/models": PREDICT,
+    "/v1/models/{name}": PREDICT,
+    "/v1/models/{name}:predict": PREDICT,
+    "/v1/models/{name}:explain": PREDICT,
     "/metrics": METRICS,
 }
 """Scope of every route. A new route belongs here and into `service.api.access`."""
@@ -83,7 +94,7 @@ def paths_of(app: FastAPI) -> list[str]:
 
 
 def concrete(path: str) -> str:
-    return "/static/docs.js" if path == "/static" else path.format(name="grey")
+    return "/static/docs.js" if path == "/static" else path.format(name="grey", version="1")
 
 
 def test_every_route_has_a_scope(app: FastAPI) -> None:
@@ -92,7 +103,21 @@ def test_every_route_has_a_scope(app: FastAPI) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/nothing", "/predict/", "/predictions", "/v2x", "/static", "//predict", "/docs/", "", "*"]
+    "path",
+    [
+        "/nothing",
+        "/predict/",
+        "/predictions",
+        "/v2x",
+        "/v1",
+        "/v1x",
+        "/v2/repository",
+        "/static",
+        "//predict",
+        "/docs/",
+        "",
+        "*",
+    ],
 )
 def test_a_path_that_nobody_has_placed_needs_admin(path: str) -> None:
     assert scope_of(path) == ADMIN

@@ -349,7 +349,7 @@ def test_options_in_the_query_of_a_json_or_form_body_are_refused(client: Client)
         assert_problem(response, 422, "the query has 'epsilon'", "leave the query empty")
 
 
-@pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/octet-stream", "nonsense"])
+@pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/octets", "nonsense"])
 def test_a_missing_or_unknown_content_type_is_refused_with_those_that_are_read(
     client: Client, content_type: str | None
 ) -> None:

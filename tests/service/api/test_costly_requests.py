@@ -42,6 +42,12 @@ SOME = [
     "data of long texts",
     "data of two million zeros that fit",
     "190 KB of outputs",
+    "a tensor that is not a number",
+    "a parameter of 15 MB",
+    "an instance of pixels of one",
+    "a gzip bomb",
+    "deflate of codes and a few bytes",
+    "gzip of zeros in JSON",
 ]
 KINDS = list(COSTLY) if os.environ.get("COSTLY_REQUESTS") == "all" else SOME
 
@@ -132,11 +138,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_costly_request_costs_little(server: Server, kind: str) -> None:
-    path, media_type, body = COSTLY[kind]
+    path, media_type, body, headers = COSTLY[kind]
     content = body()
     with server.metered() as figures:
         try:
-            answer = server.http.post(path, content=content, headers={"Content-Type": media_type})
+            answer = server.http.post(path, content=content, headers={"Content-Type": media_type, **headers})
             status, size = answer.status_code, len(answer.content)
         except httpx.HTTPError:  # the head of the request is refused by the connection
             status, size = 400, 0

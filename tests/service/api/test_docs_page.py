@@ -169,6 +169,28 @@ def test_every_problem_of_a_request_is_documented_with_its_media_type(document: 
         assert responses[status]["content"][media_type]["examples"]
 
 
+def test_every_operation_runs_as_it_is_documented(client: Client, document: dict[str, Any]) -> None:
+    ran: set[str] = set()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            names = {
+                parameter["name"]: parameter["example"]
+                for parameter in operation.get("parameters", ())
+                if parameter["in"] == "path"
+            }
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            answers = operation["responses"]["200"].get("content", {}).get("application/json", {}).get("examples", {})
+            for name, example in content.get("examples", {"": {"value": None}}).items():
+                body = {} if example["value"] is None else {"json": example["value"]}
+                response = client.request(method.upper(), path.format(**names), **body)
+                assert response.status_code == 200, path
+                if name in answers:
+                    assert same(response.json(), answers[name]["value"]), path
+                    ran.add(path)
+    protocols = {"/v1/models/{name}:predict", "/v1/models/{name}:explain", "/v2/models/{name}/infer"}
+    assert {"/predict", "/predict/batch", *protocols, "/v2/models/{name}/explain"} == ran
+
+
 @pytest.mark.parametrize(("path", "examples"), [("/predict", 2), ("/predict/batch", 1)])
 def test_the_json_examples_are_answered_as_the_document_says(
     client: Client, document: dict[str, Any], path: str, examples: int

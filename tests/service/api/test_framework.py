@@ -42,7 +42,8 @@ def refuse() -> None:
 def paths(app: FastAPI) -> list[str]:
     """All paths of the application with a model's name for a parameter, files of a mount, and paths of no route."""
     found = {
-        context.path.format(name="grey", path="samples/mnist-7.png") for context in iter_route_contexts(app.routes)
+        context.path.format(name="grey", version="1", path="samples/mnist-7.png")
+        for context in iter_route_contexts(app.routes)
     }
     assert {"/", "/docs", "/openapi.json", "/metrics", "/predict", "/predict/batch", "/v2/models/grey/infer"} <= found
     return [
@@ -78,7 +79,7 @@ def test_a_dependency_of_the_application_applies_to_every_documented_route(
     assert {"/predict", "/predict/batch", "/models/{name}", "/v2/models/{name}/infer"} <= {c.path for c in contexts}
     for context in contexts:
         for method in context.methods:
-            response = guarded.request(method, context.path.format(name="grey"))
+            response = guarded.request(method, context.path.format(name="grey", version="1"))
             assert response.status_code == 401, (method, context.path)
             assert response.headers["content-type"] == "application/problem+json"
 
@@ -101,7 +102,10 @@ def test_an_answer_is_the_same_behind_a_dependency(
     assert seen == [path]
 
 
-@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/v2/models/grey/infer"])
+@pytest.mark.parametrize(
+    "path",
+    ["/predict", "/predict/batch", "/v2/models/grey/infer", "/v2/models/grey/explain", "/v1/models/grey:predict"],
+)
 def test_a_body_limit_of_the_application_applies_to_predictions(client: Client, app: FastAPI, path: str) -> None:
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=10)
     limited = Client(app, client._runner)
@@ -116,7 +120,10 @@ def test_other_methods_than_post_are_refused(client: Client, path: str, method: 
     assert response.headers["allow"] == "POST"
 
 
-@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/v2/models/grey/infer"])
+@pytest.mark.parametrize(
+    "path",
+    ["/predict", "/predict/batch", "/v2/models/grey/infer", "/v2/models/grey/explain", "/v1/models/grey:predict"],
+)
 def test_options_of_a_path_are_its_methods(client: Client, path: str) -> None:
     response = client.request("OPTIONS", path)
     assert (response.status_code, response.headers["allow"], response.content) == (204, "POST, OPTIONS", b"")
@@ -125,6 +132,7 @@ def test_options_of_a_path_are_its_methods(client: Client, path: str) -> None:
 def test_head_is_answered_wherever_get_is(client: Client, app: FastAPI) -> None:
     found = {path for path in paths(app) if client.get(path).status_code == 200}
     assert {"/", "/docs", "/health/ready", "/metrics", "/models", "/models/grey", "/samples/image.png", "/v2"} <= found
+    assert {"/v1/models", "/v1/models/grey", "/v2/models", "/v2/models/grey/config"} <= found
     for path in found:
         response = client.request("HEAD", path)
         got = client.get(path)

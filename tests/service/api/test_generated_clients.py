@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from client import Client
 
-REQUESTS = {"PredictRequest", "BatchRequest", "ImageOptions", "InferRequest", "InputTensor", "OutputRequest"}
+REQUESTS = {
+    "PredictRequest",
+    "BatchRequest",
+    "ImageOptions",
+    "InferRequest",
+    "InferParameters",
+    "InputTensor",
+    "OutputRequest",
+    "InstancesRequest",
+}
 
 
 @pytest.fixture(scope="module")

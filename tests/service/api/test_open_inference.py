@@ -34,6 +34,7 @@ def levels_NCHW() -> np.ndarray:
 def test_the_server_and_its_models_describe_themselves(client: Client) -> None:
     server = client.get("/v2").json()
     assert (server["name"], server["version"]) == ("lipcert", __version__)
+    assert "binary_tensor_data" in server["extensions"]
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").json() == {"ready": True}
     assert client.get("/v2/models/grey/ready").json() == {"name": "grey", "ready": True}
@@ -108,6 +109,153 @@ def test_parameters_of_an_output_may_be_anything(client: Client, levels_NCHW: np
         deep = [deep]
     asked = question(levels_NCHW, "UINT8", outputs=[{"name": "radius", "parameters": {"a": deep}}])
     assert client.post(INFER, json=asked).status_code == 200
+
+
+def binary(
+    array: np.ndarray, datatype: str, length: int | str | None = None, size: Any = None, **fields: Any
+) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a request with the bytes of its tensor; with a wrong length or size, if one is given."""
+    parameters = {"binary_data_size": array.nbytes if size is None else size}
+    tensor = {"name": "image", "shape": list(array.shape), "datatype": datatype, "parameters": parameters}
+    header = json.dumps({"inputs": [tensor], **fields}).encode()
+    declared = str(len(header) if length is None else length)
+    return header + array.tobytes(), {"Inference-Header-Content-Length": declared}
+
+
+@pytest.mark.parametrize("padding", [0, 5_000])
+@pytest.mark.parametrize(("datatype", "dtype"), [("UINT8", "u1"), ("FP16", "<f2"), ("FP32", "<f4"), ("FP64", "<f8")])
+def test_bytes_mean_what_numbers_mean(
+    client: Client, levels_NCHW: np.ndarray, datatype: str, dtype: str, padding: int
+) -> None:
+    array = (levels_NCHW if datatype == "UINT8" else levels_NCHW / 255.0).astype(dtype)
+    # A long JSON object is read in another process.
+    more = {"outputs": [{"name": name, "parameters": {"note": "x" * padding}} for name in ("logits", "radius")]}
+    content, headers = binary(array, datatype, **more)
+    expected = client.post(
+        INFER, json={**question(array, datatype), "outputs": [{"name": "logits"}, {"name": "radius"}]}
+    )
+    response = client.post(INFER, content=content, headers=headers)
+    assert (response.status_code, response.content) == (200, expected.content)
+
+
+BAD_BYTES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no size": ({"size": []}, 422, "binary_data_size"),
+    "a size too small": ({"size": 159}, 422, "160 bytes follow the JSON and binary_data_size is 159; expected 160"),
+    "a size too large": ({"size": 2**62}, 422, "expected 160"),
+    "a size beyond 64 bits": ({"size": 10**400}, 422, "binary_data_size"),
+    "a negative size": ({"size": -160}, 422, "binary_data_size"),
+    "a size in text": ({"size": "160"}, 422, "binary_data_size"),
+    "no bytes": ({"array": np.zeros((0, 1, HEIGHT, WIDTH)), "size": 0}, 422, "inputs.0.shape"),
+    "a length of 0": ({"length": 0}, 400, "Inference-Header-Content-Length is '0'"),
+    "a negative length": ({"length": -1}, 400, "Inference-Header-Content-Length"),
+    "a length beyond the body": ({"length": 10_000}, 400, "Inference-Header-Content-Length"),
+    "a length of many digits": ({"length": "9" * 5000}, 400, "Inference-Header-Content-Length"),
+    "a length in text": ({"length": "many"}, 400, "Inference-Header-Content-Length"),
+    "a length too short": ({"length": 100}, 400, "is not JSON"),
+    "another datatype": ({"datatype": "FP32"}, 422, "expected 80"),
+    "not a number": ({"array": np.full((1, 1, HEIGHT, WIDTH), np.nan)}, 422, "expected in [0, 1]"),
+    "another model": ({"model_name": "binary"}, 422, "model_name is 'binary'"),
+    "shared memory": ({"outputs": [{"name": "radius", "parameters": {"shared_memory_region": "x"}}]}, 422, "shared"),
+    "classification": ({"outputs": [{"name": "logits", "parameters": {"classification": 3}}]}, 422, "classification"),
+    "a sequence": ({"parameters": {"sequence_id": 1}}, 422, "parameters.sequence_id is an unknown field"),
+    "a negative timeout": ({"parameters": {"timeout": -1}}, 422, "timeout"),
+    "a timeout in text": ({"parameters": {"timeout": "1"}}, 422, "timeout"),
+    "binary_data in text": (
+        {"outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]},
+        422,
+        "binary_data",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_BYTES)
+def test_bad_bytes_are_problems_that_the_protocol_can_read(client: Client, kind: str) -> None:
+    changes, status, expected = BAD_BYTES[kind]
+    content, headers = binary(**({"array": np.zeros((1, 1, HEIGHT, WIDTH)), "datatype": "FP64"} | changes))
+    response = client.post(INFER, content=content, headers=headers)
+    assert response.status_code == status, response.text
+    assert expected in response.json()["detail"]
+    assert response.json()["error"] == response.json()["detail"]
+
+
+def test_bytes_beside_numbers_and_bytes_without_a_length_are_refused(client: Client) -> None:
+    content, headers = binary(np.zeros((1, 1, HEIGHT, WIDTH)), "FP64")
+    assert "not JSON" in client.post(INFER, content=content).json()["detail"]
+    both = {"inputs": [{**GOOD["inputs"][0], "parameters": {"binary_data_size": 160}}]}
+    header = json.dumps(both).encode()
+    headers["Inference-Header-Content-Length"] = str(len(header))
+    response = client.post(INFER, content=header + bytes(160), headers=headers)
+    assert "send one of them" in response.json()["detail"]
+    # Bytes after an object without a size.
+    header = json.dumps(GOOD).encode()
+    headers["Inference-Header-Content-Length"] = str(len(header))
+    response = client.post(INFER, content=header + bytes(160), headers=headers)
+    assert "binary_data_size is None" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("end", ["", "/ready", "/config"])
+def test_the_version_of_a_model_is_the_digest_of_its_bytes(client: Client, end: str) -> None:
+    digest = client.get("/models/grey").json()["digest"]
+    assert client.get(f"/v2/models/grey/versions/{digest}{end}").json() == client.get(f"/v2/models/grey{end}").json()
+    for path in (f"/v2/models/grey/versions/1{end}", f"/v2/models/binary/versions/{digest}{end}"):
+        response = client.get(path)
+        assert response.status_code == 404
+        assert "has no version" in response.json()["error"]
+
+
+def test_a_request_for_a_version_is_answered_by_that_version_alone(client: Client) -> None:
+    digest = client.get("/models/grey").json()["digest"]
+    response = client.post(f"/v2/models/grey/versions/{digest}/infer", json=GOOD)
+    assert response.content == client.post(INFER, json=GOOD).content
+    assert client.post("/v2/models/grey/versions/2/infer", json=GOOD).status_code == 404
+
+
+def test_explain_is_infer_with_a_counterfactual(client: Client) -> None:
+    wanted = client.post(INFER, json={**GOOD, "parameters": {"counterfactual": True}})
+    assert client.post("/v2/models/grey/explain", json=GOOD).content == wanted.content
+
+
+def test_the_configuration_has_the_shapes_of_one_image(client: Client) -> None:
+    config = client.get("/v2/models/grey/config").json()
+    assert config["max_batch_size"] == 4
+    assert config["input"] == [{"name": "image", "data_type": "TYPE_FP64", "dims": [1, HEIGHT, WIDTH]}]
+    types = {output["name"]: (output["data_type"], output["dims"]) for output in config["output"]}
+    assert types["logits"] == ("TYPE_FP64", [3])
+    assert types["proof"] == ("TYPE_STRING", [])
+
+
+def test_the_index_lists_all_models(client: Client) -> None:
+    names = ["binary", "colour", "grey"]
+    assert client.get("/v2/models").json() == {"models": names}
+    for content in (b"", b"{}", b'{"ready": true}'):
+        index = client.post("/v2/repository/index", content=content).json()
+        assert [(model["name"], model["state"]) for model in index] == [(name, "READY") for name in names]
+    for content, status in ((b"{" + b" " * 2000, 413), (b"[]", 400), (b'{"ready": 1}', 422), (b'{"name": "x"}', 422)):
+        response = client.post("/v2/repository/index", content=content)
+        assert response.status_code == status
+        assert "error" in response.json()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/models/stats", 501),
+        ("GET", "/v2/models/grey/stats", 501),
+        ("POST", "/v2/repository/models/grey/load", 501),
+        ("POST", "/v2/repository/models/grey/unload", 501),
+        ("GET", "/v2/trace/setting", 404),
+        ("GET", "/v2/logging", 404),
+        ("GET", "/v2/systemsharedmemory/status", 404),
+        ("POST", "/v2/models/grey", 405),
+        ("GET", INFER, 405),
+    ],
+)
+def test_what_the_server_does_not_have_is_an_error_of_the_protocol(
+    client: Client, method: str, path: str, status: int
+) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"] == response.json()["detail"]
 
 
 GOOD = question(np.zeros((1, 1, HEIGHT, WIDTH)), "FP64")

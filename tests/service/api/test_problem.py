@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service import errors
-from service.api.problem import MEDIA_TYPE, STATUS, problem, problem_of
+from service.api.problem import MEDIA_TYPE, STATUS, has_error_member, problem, problem_of
 
 
 def tree(root: type[errors.LipcertError]) -> Iterator[type[errors.LipcertError]]:
@@ -53,6 +53,26 @@ def test_a_problem_has_the_members_of_rfc_9457() -> None:
 def test_a_problem_without_a_type_of_its_own_is_about_blank_with_the_phrase_of_the_status() -> None:
     members = json.loads(bytes(problem(404, "gone").body))
     assert members == {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "gone"}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v2", True),
+        ("/v2/models/x", True),
+        ("/v1/models", True),
+        ("/v2x", False),
+        ("/v1x/", False),
+        ("/predict", False),
+    ],
+)
+def test_errors_of_the_protocols_have_the_member_that_they_ask_for(path: str, expected: bool) -> None:
+    assert has_error_member(path) == expected
+    members = json.loads(bytes(problem(404, "no", instance=path).body))
+    assert members.get("error") == ("no" if expected else None)
+    # Also of a path that is too long to be quoted.
+    members = json.loads(bytes(problem(404, "no", instance=path + "/" + "x" * 300).body))
+    assert ("error" in members) == (expected or path in ("/v1", "/v2"))
 
 
 def test_an_error_of_the_server_tells_the_client_nothing_of_its_files() -> None:

@@ -128,7 +128,7 @@ class Unread(httpx.AsyncByteStream):
         yield b""
 
 
-@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/v2/models/grey/infer"])
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/v2/models/grey/infer", "/v1/models/grey:predict"])
 def test_who_does_not_fit_in_is_refused_before_its_body_is_read(held: Held, path: str) -> None:
     headers = {"Content-Type": "application/json", "Content-Length": "100"}
 
@@ -212,7 +212,15 @@ def test_a_body_that_arrives_too_slowly_gets_408(held: Held, monkeypatch: pytest
 
 def test_a_refusal_before_a_task_is_the_one_of_the_application(held: Held) -> None:
     app = app_of(held, max_requests=1)
-    paths = ("/predict", "/predict/batch", "/v2/models/grey/infer")
+    routes = {
+        "/predict": "/predict",
+        "/predict/batch": "/predict/batch",
+        "/v2/models/grey/infer": "/v2/models/{name}/infer",
+        "/v2/models/grey/explain": "/v2/models/{name}/explain",
+        f"/v2/models/grey/versions/{held.digest}/infer": "/v2/models/{name}/versions/{version}/infer",
+        "/v1/models/grey:predict": "/v1/models/{name}:predict",
+        "/v1/models/grey:explain": "/v1/models/{name}:explain",
+    }
 
     def scope(path: str, method: str = "POST") -> dict[str, Any]:
         return {"type": "http", "method": method, "path": path, "client": ("test", 1)}
@@ -221,7 +229,7 @@ def test_a_refusal_before_a_task_is_the_one_of_the_application(held: Held) -> No
         refuse = app.state.refuse
         slow = predict(http)
         await reached(held)
-        for path in paths:
+        for path in routes:
             answer = refuse(scope(path))
             head, _, body = answer.partition(b"\r\n\r\n")
             expected = await http.post(path, content=PNG, headers={"Content-Type": "application/json"})
@@ -234,12 +242,12 @@ def test_a_refusal_before_a_task_is_the_one_of_the_application(held: Held) -> No
             assert refuse(scope(path, "GET")) is None
             assert refuse(scope(path)) is None
         text = (await http.get("/metrics")).text
-        for path in ("/predict", "/predict/batch", "/v2/models/{name}/infer"):
+        for path in routes.values():
             # Once by the application.
             assert f'lipcert_http_requests_total{{method="POST",route="{path}",status="503"}} 2.0' in text
         held.opened.set()
         assert (await slow).status_code == 200
-        for path in paths:
+        for path in routes:
             assert refuse(scope(path)) is None
             await asyncio.sleep(0)
 
