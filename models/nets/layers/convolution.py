@@ -17,6 +17,10 @@ from models.nets.layers.linear import OrthogonalMatrix
 from models.nets.onnx_graph import GraphBuilder, Value
 from models.recipes import Parametrisation
 
+CHANNEL_ORDER = 2
+"""Version of the assignment of channels to offsets, in checkpoints; the first had neighbouring channels at different
+offsets."""
+
 
 class Shift2d(Layer):
     """Move each group of channels by one offset of a k x k neighbourhood; zeros enter at the border.
