@@ -18,6 +18,7 @@ from models.data.folders import Folder
 from models.data.labelled import DataSet, LabelledImages
 from models.evaluation.page import write_report_page
 from models.export import code_version, emit_graph, environment, export_artefact, prove
+from models.nets.layers.convolution import CHANNEL_ORDER
 from models.nets.networks import LipschitzNetwork, build_network, outputs_for
 from models.recipes import AnyRecipe, ImageRecipe, SquaresRecipe, TwoMoonsRecipe
 from models.toys import (
@@ -304,7 +305,9 @@ def _fit(network: LipschitzNetwork, run: Run, options: _Options) -> Trained:
 
 
 def _identity(recipe: AnyRecipe, options: _Options) -> dict[str, Any]:
-    return {"recipe": recipe.model_dump(mode="json"), "seed": options.seed}
+    identity: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "seed": options.seed}
+    # Weights of another order of channels would be read as if they were of this one.
+    return identity | {"channel_order": CHANNEL_ORDER} if recipe.network.stem else identity
 
 
 def _run(recipe: AnyRecipe, options: _Options, batches: BatchSource) -> Run:

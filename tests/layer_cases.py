@@ -49,3 +49,9 @@ def trained(layer: Layer) -> Layer:
             for parameter in module.parameters(recurse=False):
                 parameter.add_(0.7 * torch.randn_like(parameter))
     return layer
+
+
+def offsets_of_channels(layer: Shift2d, channels: int) -> list[tuple[int, int]]:
+    """Return by how much each channel moves, dy and dx."""
+    runs = [run for half in layer.halves(channels) for run in half]
+    return [(run.dy, run.dx) for run in runs for _ in range(run.size)]

@@ -47,6 +47,7 @@ class GraphBuilder:
         self._nodes: list[onnx.NodeProto] = []
         self._initialisers: list[onnx.TensorProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._stacked: dict[str, list[Value]] = {}
         self._counts: dict[str, int] = {}
 
     def weight(self, array: Float64[np.ndarray, ...]) -> str:
@@ -111,12 +112,28 @@ class GraphBuilder:
         """Permute the axes; `axes` counts the batch axis, which must stay first."""
         return self.node("Transpose", [x], [x.shape[a - 1] for a in axes[1:]], perm=list(axes))
 
+    def stack(self, parts: Sequence[Value]) -> Value:
+        """Concatenate values along their first axis behind the batch."""
+        rows, *rest = zip(*(part.shape for part in parts), strict=True)
+        whole = self.node("Concat", parts, [sum(rows), *(size for size, *_ in rest)], axis=1)
+        self._stacked[whole.name] = list(parts)
+        return whole
+
+    def parts(self, x: Value) -> list[Value]:
+        """Return the values of which `stack` made x, or x: who reads them spares a copy."""
+        return self._stacked.get(x.name, [x])
+
     def build(self, logits: Value) -> bytes:
-        """Name the output, check the model and serialise it; equal calls give equal bytes.
+        """Leave out what nothing reads, name the output, check and serialise; equal calls give equal bytes.
 
         Raises:
             onnx.checker.ValidationError: the graph is not valid ONNX.
         """
+        read = {logits.name}
+        for node in reversed(self._nodes):
+            if read.intersection(node.output):
+                read.update(node.input)
+        self._nodes = [node for node in self._nodes if read.intersection(node.output)]
         for node in self._nodes:
             node.input[:] = ["logits" if name == logits.name else name for name in node.input]
             node.output[:] = ["logits" if name == logits.name else name for name in node.output]

@@ -22,7 +22,7 @@ import numpy as np
 
 NAMES = "format identity made derivation norms bounds replication test_vectors operating_domain assumptions not_covered"
 THEOREMS = {
-    "A rearrangement that keeps the batch axis: every element once, an isometry.": "Flatten Reshape Transpose",
+    "A rearrangement that keeps the batch: every element once, an isometry.": "Flatten Reshape Transpose SpaceToDepth",
     "Disjoint parts of one tensor: together they cost as much as the tensor.": "Split",
     "Stacked branches: parts of one tensor count together, different tensors add in squares.": "Concat",
     "Elements picked by constant positions: an element used m times counts sqrt(m).": "Gather",
@@ -200,6 +200,7 @@ class Chain:
         index, axis, perm = of[0], numbers.get("axis", [operator == "Flatten"])[0] - 1, numbers.get("perm", [0])
         along = axis < 0 if operator in ("Split", "Gather", "Concat") else perm[0] or (operator == "Flatten" and axis)
         require(not along, f"{operator}: along the batch, or by axes that are not read")
+        (b,) = numbers.get("blocksize", [1])
         moves = {
             "Flatten": lambda: [index.reshape(-1)],
             "Reshape": lambda: [index.reshape(arrays[0][1:].tolist())],
@@ -207,6 +208,7 @@ class Chain:
             "Split": lambda: np.split(index, np.cumsum(arrays[0])[:-1].tolist(), axis),
             "Gather": lambda: [np.take(index, arrays[0], axis)],
             "Concat": lambda: [np.concatenate(of, axis)],
+            "SpaceToDepth": lambda: [np.concatenate([index[:, i::b, j::b] for i, j in np.ndindex(b, b)])],
         }
         return moves[operator]() if operator in moves else None
 
@@ -246,13 +248,12 @@ class Walk:
 
     def norm(self) -> Fraction:
         """Bound of `||computed||` for every image: at the centre, the way from there, and the error."""
-        total = sum(int(v) ** 2 for v in self.x[:, 0])
-        return root(Fraction(total, (255 << self.scale) ** 2)) + self.lipschitz * self.half_diagonal + self.error
+        at_centre = root(Fraction(sum(int(v) ** 2 for v in self.x[:, 0]), (255 << self.scale) ** 2))
+        return at_centre + self.lipschitz * self.half_diagonal + self.error
 
     def take(self, step: Step, norms: Any) -> None:
         """Make one step; the claim about a dense one is the next of `norms`."""
-        x, terms, head, constant = self.x[step.reads], self.terms, None, step.constant
-        self.terms = 0
+        x, constant, head, terms, self.terms = self.x[step.reads], step.constant, None, self.terms, 0
         if step.kind == "sort":
             self.x = np.concatenate([np.maximum(*x), np.minimum(*x)])
         elif step.kind == "largest":
@@ -357,8 +358,7 @@ def check(folder: Path) -> str:
     """Return the line about an accepted folder; raise `ValueError` otherwise."""
     evidence, chain = read(folder)
     vectors, nodes, claims, bounds = (evidence[name] for name in ("test_vectors", "derivation", "norms", "bounds"))
-    files = [np.load(folder / vector["file"]) for vector in vectors]
-    images = [one.astype(np.uint8, casting="safe").reshape(chain.shape) for one in files]
+    images = [np.load(folder / one["file"]).astype(np.uint8, casting="safe").reshape(chain.shape) for one in vectors]
     head = "x".join(map(str, chain.shape)).encode() + b"\n"
     found = [f"sha256:{hashlib.sha256(head + (one / 255.0).tobytes()).hexdigest()}" for one in images]
     require(found == [vector["digest"] for vector in vectors], "test_vectors: other images")

@@ -265,6 +265,19 @@ def test_checkpoint_of_other_images_is_refused(folder: Path, out: Path, tmp_path
     assert "recipe.loss.alpha was 10.0, now 3.0" in text
 
 
+def test_a_checkpoint_with_another_order_of_channels_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "data", {"high": 20, "low": 20})
+    with monkeypatch.context() as earlier:
+        earlier.setattr(runs, "CHANNEL_ORDER", 1)
+        assert train(folder, tmp_path / "out", "schedule.epochs=2")[0] == 0
+    code, text = train(folder, tmp_path / "out", "schedule.epochs=2", resume=True)
+    assert code == 1
+    assert "channel_order was 1, now 2" in text
+
+
+
 def test_many_classes_of_colour_images_with_few_of_one_are_weighted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from itertools import chain, pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +17,20 @@ from models.nets.layers.linear import OrthogonalMatrix
 from models.nets.onnx_graph import GraphBuilder, Value
 from models.recipes import Parametrisation
 
+CHANNEL_ORDER = 2
+"""Version of the assignment of channels to offsets, in checkpoints; the first had neighbouring channels at different
+offsets."""
+
 
 class Shift2d(Layer):
     """Move each group of channels by one offset of a k x k neighbourhood; zeros enter at the border.
 
-    Channel c belongs to group `c mod k^2`. For k = 3 the offsets are -1, 0, 1 in each direction, for k = 2
-    they are -1, 0. Constant: 1, a permutation of the pixels followed by a mask. It is emitted as just that
-    (Gather, Mul), which a certifier can bound without knowing the groups.
+    Each half of the channels consists of k^2 runs of neighbouring channels, as equal as can be, one for each offset; in
+    the second half they begin with the middle offset, so that the two channels of a pair that GroupSort2 sorted move to
+    different places. For k = 3 the offsets are -1, 0, 1 in each direction, for k = 2 they are -1, 0.
+
+    Constant: 1, a permutation of the pixels followed by a mask. It is emitted as just that, in long rows: a run of
+    channels is one row of numbers, rolled by Split and Concat.
     """
 
     def __init__(self, kernel_size: Literal[2, 3] = 3) -> None:
@@ -32,54 +40,93 @@ class Shift2d(Layer):
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
         """Return `y[n, c, i, j] = x[n, c, i - dy_c, j - dx_c]`, zero outside."""
-        return _Shift.apply(x, self.offsets)
+        return _Shift.apply(x, [*chain(*self.halves(x.shape[1]))])
+
+    def halves(self, channels: int) -> list[list[Run]]:
+        """Return the runs of each half of the channels, in order."""
+        middle, count = (channels + 1) // 2, len(self.offsets)
+        found: list[list[Run]] = []
+        for start, size, turned in ((0, middle, 0), (middle, channels - middle, count // 2)):
+            cuts = [start + size * k // count for k in range(count + 1)]
+            offsets = self.offsets[turned:] + self.offsets[:turned]
+            found.append([Run(slice(*cut), *at) for cut, at in zip(pairwise(cuts), offsets, strict=True)])
+        return [[run for run in runs if run.size] for runs in found]
 
     def emit(self, graph: GraphBuilder, x: Value) -> Value:
-        """Write a circular shift (Gather by a permutation) and a 0/1 mask."""
-        source, mask = self._permutation(x.shape)
-        inside = graph.float64(mask)
-        flat = graph.reshape(x, [x.size])
-        shifted = graph.node("Gather", [flat, graph.int64(source)], flat.shape, axis=1)
-        return graph.reshape(graph.node("Mul", [shifted, inside], flat.shape), x.shape)
+        """Write Split and Concat, which roll the pixels of each run as one row, and a 0/1 mask."""
+        channels, height, width = x.shape
+        halves, sources = self.halves(channels), graph.parts(x)
+        if [source.shape[0] for source in sources] != [channels // 2, channels // 2]:
+            sources, halves = [x], [[*chain(*halves)]]
+        rolled: list[Value] = []
+        mask = np.zeros(x.shape)
+        for source, runs in zip(sources, halves, strict=True):
+            sizes: list[int] = []
+            order: list[int] = []
+            for run in runs:
+                mask[run.channels, *run.to(height, width)] = 1.0
+                length = run.size * height * width
+                ahead = -(run.dy * width + run.dx) % length
+                order += [part + len(sizes) for part in ((1, 0) if ahead else (0,))]
+                sizes += [ahead, length - ahead] if ahead else [length]
+            row = graph.reshape(source, [source.size])
+            pieces = graph.nodes("Split", [row, graph.int64(sizes)], [[size] for size in sizes], axis=1)
+            rolled += [pieces[part] for part in order]
+        flat = graph.stack(rolled)
+        return graph.reshape(graph.node("Mul", [flat, graph.float64(mask.ravel())], flat.shape), x.shape)
 
-    def _permutation(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        C, H, W = shape
-        pixel = np.arange(C * H * W, dtype=np.int64).reshape(shape)
-        ones = np.ones((H, W))
-        source, mask = np.empty_like(pixel), np.empty(shape)
-        for c in range(C):
-            dy, dx = self.offsets[c % len(self.offsets)]
-            source[c] = np.roll(pixel[c], (dy, dx), (0, 1))
-            mask[c] = np.pad(ones, 1)[1 - dy : 1 - dy + H, 1 - dx : 1 - dx + W]
-        return source.ravel(), mask.ravel()
+
+class Run(NamedTuple):
+    """Neighbouring channels that move by one offset."""
+
+    channels: slice
+    dy: int
+    dx: int
+
+    @property
+    def size(self) -> int:
+        """Number of channels."""
+        return self.channels.stop - self.channels.start
+
+    def to(self, height: int, width: int) -> tuple[slice, slice]:
+        """Return the pixels that get one from inside the image."""
+        return _overlap(self.dy, height), _overlap(self.dx, width)
+
+    def back(self) -> Run:
+        """Return the adjoint move."""
+        return Run(self.channels, -self.dy, -self.dx)
+
+
+def _overlap(distance: int, length: int) -> slice:
+    return slice(max(distance, 0), max(length + min(distance, 0), 0))
 
 
 class _Shift(torch.autograd.Function):
     """Shift with its adjoint, a shift back, so that neither direction touches an element more than once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.offsets = offsets
-        return _shifted(x, offsets)
+    def forward(ctx: Any, x: Tensor, runs: Sequence[Run]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.runs = runs
+        return _shifted(x, runs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _shifted(gradient, [(-dy, -dx) for dy, dx in ctx.offsets]), None
+        return _shifted(gradient, [run.back() for run in ctx.runs]), None
 
 
-def _shifted(x: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
+def _shifted(x: Tensor, runs: Sequence[Run]) -> Tensor:
     H, W = x.shape[2:]
     y = torch.empty_like(x)
-    for group, (dy, dx) in enumerate(offsets):
-        part = slice(group, None, len(offsets))
-        to_y, to_x = slice(max(dy, 0), H + min(dy, 0)), slice(max(dx, 0), W + min(dx, 0))
-        from_y, from_x = slice(max(-dy, 0), H + min(-dy, 0)), slice(max(-dx, 0), W + min(-dx, 0))
-        y[:, part, to_y, to_x] = x[:, part, from_y, from_x]
+    for run in runs:
+        to_y, to_x = run.to(H, W)
+        from_y, from_x = run.back().to(H, W)
+        part = y[:, run.channels]
+        part[:, :, to_y, to_x] = x[:, run.channels, from_y, from_x]
         # Where nothing comes from inside the image: before or behind the pixels that came.
-        y[:, part, : to_y.start] = 0
-        y[:, part, to_y.stop :] = 0
-        y[:, part, :, : to_x.start] = 0
-        y[:, part, :, to_x.stop :] = 0
+        part[:, :, : to_y.start] = 0
+        part[:, :, to_y.stop :] = 0
+        part[..., : to_x.start] = 0
+        part[..., to_x.stop :] = 0
     return y
 
 

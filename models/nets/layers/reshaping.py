@@ -15,7 +15,7 @@ from models.nets.onnx_graph import GraphBuilder, Value
 class SpaceToDepth(Layer):
     """Move each k x k window into the channels: `C x H x W -> C k^2 x H/k x W/k`. Constant: 1.
 
-    The order of channels is that of `torch.nn.PixelUnshuffle`: `c k^2 + i k + j`.
+    The order of channels is that of the operator of ONNX: `(i k + j) C + c`.
     """
 
     def __init__(self, kernel_size: int) -> None:
@@ -30,13 +30,12 @@ class SpaceToDepth(Layer):
         """
         C, h, k, w, _ = windowed_shape(tuple(x.shape[1:]), self.kernel_size)
         windows = x.reshape(x.shape[0], C, h, k, w, k)
-        return windows.permute(0, 1, 3, 5, 2, 4).reshape(x.shape[0], C * k * k, h, w)
+        return windows.permute(0, 3, 5, 1, 2, 4).reshape(x.shape[0], C * k * k, h, w)
 
     def emit(self, graph: GraphBuilder, x: Value) -> Value:
-        """Write Reshape, Transpose, Reshape."""
+        """Write SpaceToDepth."""
         C, h, k, w, _ = windowed_shape(x.shape, self.kernel_size)
-        windows = graph.reshape(x, [C, h, k, w, k])
-        return graph.reshape(graph.transpose(windows, [0, 1, 3, 5, 2, 4]), [C * k * k, h, w])
+        return graph.node("SpaceToDepth", [x], [C * k * k, h, w], blocksize=k)
 
 
 class Flatten(Layer):

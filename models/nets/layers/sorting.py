@@ -36,7 +36,7 @@ class GroupSort2(Layer):
         split = graph.int64([half[0], half[0]])
         a, b = graph.nodes("Split", [x, split], [half, half], axis=1)
         upper, lower = graph.node("Max", [a, b], half), graph.node("Min", [a, b], half)
-        return graph.node("Concat", [upper, lower], x.shape, axis=1)
+        return graph.stack([upper, lower])
 
 
 class _Sort(torch.autograd.Function):

@@ -10,7 +10,7 @@ from service.network.operators import Operator
 
 @rule("Reshape", attributes=("allowzero",))
 def reshape(context: Context, node: Operator, inputs: Operands) -> list[Value]:
-    """A rearrangement that keeps the batch axis: every element once, an isometry.
+    """A rearrangement that keeps the batch: every element once, an isometry.
 
     Args: see `Rule`.
     """
@@ -21,7 +21,7 @@ def reshape(context: Context, node: Operator, inputs: Operands) -> list[Value]:
 
 @rule("Transpose", attributes=("perm",))
 def transpose(context: Context, node: Operator, inputs: Operands) -> list[Value]:
-    """A rearrangement that keeps the batch axis: every element once, an isometry.
+    """A rearrangement that keeps the batch: every element once, an isometry.
 
     Args: see `Rule`.
     """
@@ -43,7 +43,7 @@ def split(context: Context, node: Operator, inputs: Operands) -> list[Value]:
 
 @rule("SpaceToDepth", attributes=("blocksize",))
 def space_to_depth(context: Context, node: Operator, inputs: Operands) -> list[Value]:
-    """A rearrangement: every element once, an isometry.
+    """A rearrangement that keeps the batch: every element once, an isometry.
 
     Args: see `Rule`.
     """
@@ -55,7 +55,7 @@ def space_to_depth(context: Context, node: Operator, inputs: Operands) -> list[V
 
 @rule("DepthToSpace", attributes=("blocksize", "mode"))
 def depth_to_space(context: Context, node: Operator, inputs: Operands) -> list[Value]:
-    """A rearrangement: every element once, an isometry.
+    """A rearrangement that keeps the batch: every element once, an isometry.
 
     Args: see `Rule`.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layer_cases import offsets_of_channels
 
 from models.nets.layers.convolution import Shift2d
 from models.nets.layers.sorting import GroupSort2
@@ -42,7 +43,6 @@ def test_a_shift_fills_what_it_leaves_with_zeros(window: int, size: tuple[int, i
         # Memory that is taken again holds other numbers.
         torch.full_like(x, float("nan"))
         y = layer(x)
-        for channel in range(20):
-            dy, dx = layer.offsets[channel % window**2]
+        for channel, (dy, dx) in enumerate(offsets_of_channels(layer, 20)):
             moved = wide[:, channel, 1 - dy : 1 - dy + size[0], 1 - dx : 1 - dx + size[1]]
             assert torch.equal(y[:, channel], moved)

@@ -1,5 +1,6 @@
 """Every layer satisfies its stated constant, against singular values of dense Jacobians in float64."""
 
+import collections
 import itertools
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_cases import IMAGE, each_layer, trained
+from layer_cases import IMAGE, each_layer, offsets_of_channels, trained
 
 from models.nets.layers.base import Layer
 from models.nets.layers.convolution import OrthogonalConv2d, Shift2d
@@ -108,9 +109,12 @@ def test_head_rows_have_unit_norm() -> None:
 
 
 def test_shift_moves_each_group_by_its_own_offset_and_fills_with_zero() -> None:
-    x = torch.arange(1.0, 10.0).reshape(1, 1, 3, 3).expand(1, 9, 3, 3).contiguous()
-    y = Shift2d(3)(x)
-    for channel, (dy, dx) in enumerate(itertools.product((-1, 0, 1), repeat=2)):
+    x = torch.arange(1.0, 10.0).reshape(1, 1, 3, 3).expand(1, 18, 3, 3).contiguous()
+    layer = Shift2d(3)
+    y, offsets = layer(x), offsets_of_channels(layer, 18)
+    assert sorted(offsets) == sorted([*itertools.product((-1, 0, 1), repeat=2)] * 2)
+    assert all(one != other for one, other in zip(offsets[:9], offsets[9:], strict=True))
+    for channel, (dy, dx) in enumerate(offsets):
         for i, j in itertools.product(range(3), repeat=2):
             inside = 0 <= i - dy < 3 and 0 <= j - dx < 3
             assert y[0, channel, i, j] == (x[0, channel, i - dy, j - dx] if inside else 0.0)
@@ -121,17 +125,25 @@ def test_convolution_is_a_zero_padded_convolution_with_its_shifted_kernel() -> N
     layer = OrthogonalConv2d(9, 5).double()
     x = torch.randn(2, 9, 6, 5, dtype=torch.float64)
     kernel = torch.zeros(5, 9, 3, 3, dtype=torch.float64)
-    for channel in range(9):
+    for channel, (dy, dx) in enumerate(offsets_of_channels(layer.shift, 9)):
         # Correlation reads x[i + k - 1]; the shift reads x[i - d], so tap k belongs to d = 1 - k.
-        dy, dx = layer.shift.offsets[channel]
         kernel[:, channel, 1 - dy, 1 - dx] = layer.matrix().detach()[:, channel]
     expected = torch.nn.functional.conv2d(x, kernel, layer.bias_O, padding=1)
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_space_to_depth_has_the_channel_order_of_pixel_unshuffle() -> None:
+@pytest.mark.parametrize("channels", [1, 2, 4, 12, 27, 64, 128])
+def test_every_channel_is_in_one_run_and_all_offsets_have_as_many(channels: int) -> None:
+    runs = [run for half in Shift2d(3).halves(channels) for run in half]
+    assert [c for run in runs for c in range(run.channels.start, run.channels.stop)] == [*range(channels)]
+    share = collections.Counter(offsets_of_channels(Shift2d(3), channels))
+    assert max(share.values()) - min(share.get(at, 0) for at in Shift2d(3).offsets) <= 2
+
+
+def test_space_to_depth_has_the_pixels_of_pixel_unshuffle_in_the_order_of_onnx() -> None:
     x = torch.randn(2, 3, 6, 4)
-    assert torch.equal(SpaceToDepth(2)(x), torch.nn.PixelUnshuffle(2)(x))
+    window_first = torch.nn.PixelUnshuffle(2)(x).reshape(2, 3, 4, 3, 2).transpose(1, 2).reshape(2, 12, 3, 2)
+    assert torch.equal(SpaceToDepth(2)(x), window_first)
 
 
 def test_pooling_matches_its_definition() -> None:
