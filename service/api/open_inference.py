@@ -2,7 +2,8 @@
 
 Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
 `class_id`, `radius`, `certified`, `proof`, `references` (the JSON list of `/predict`), `image_digest`, and with the
-parameter `counterfactual` also the counterfactuals, with `coverage` also `set` (N x K, whether a class is in the
+parameter `counterfactual` also the counterfactuals, with `strength` their nearest distances, with `path` the paths
+(N x P images), with `saliency` the gradients, with `coverage` also `set` (N x K, whether a class is in the
 certified set), with `max_error` also `decision`. The `parameters` of a request are the options of `/predict` that
 concern images. Errors are RFC 9457 problem details with the member `error`, which the protocol requires.
 """
@@ -36,7 +37,7 @@ from service.pixels.images import image_digest
 
 PREFIX = "/v2"
 
-OutputDatatype = Literal["FP64", "INT64", "BOOL", "UINT8", "BYTES"]
+OutputDatatype = Literal["FP64", "FP32", "INT64", "BOOL", "UINT8", "BYTES"]
 _OUTPUTS: dict[str, OutputDatatype] = {
     "logits": "FP64",
     "class_id": "INT64",
@@ -49,6 +50,14 @@ _OUTPUTS: dict[str, OutputDatatype] = {
     "counterfactual_class_id": "INT64",
     "counterfactual_distance": "FP64",
     "counterfactual_reached": "BOOL",
+    "counterfactual_nearest_distance": "FP64",
+    "path": "UINT8",
+    "path_class_id": "INT64",
+    "path_margin": "FP64",
+    "path_radius": "FP64",
+    "path_distance": "FP64",
+    "saliency": "FP32",
+    "saliency_class_id": "INT64",
     "set": "BOOL",
     "decision": "BYTES",
 }
@@ -160,7 +169,8 @@ class _InferQuestion:
 def _metadata(classifier: Classifier) -> dict[str, Any]:
     shape = [-1, *classifier.input_shape]
     by_class = [-1, len(classifier.labels)]
-    shapes = {"logits": by_class, "set": by_class, "counterfactual": shape}
+    shapes = {"logits": by_class, "set": by_class, "counterfactual": shape, "saliency": shape}
+    shapes |= {name: [-1, -1] for name in _OUTPUTS if name.startswith("path_")} | {"path": [-1, *shape]}
     return {
         "name": classifier.name,
         "versions": [classifier.digest],
@@ -200,6 +210,7 @@ def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) 
     if unknown:
         raise OptionError(
             f"this answer has no output {quoted(unknown[0])}; available outputs: {listed(by_name)} (those of the "
-            "counterfactual require parameters.counterfactual=true, set requires coverage, decision max_error)"
+            "counterfactual require parameters.counterfactual=true, its nearest distance strength, those of the path "
+            "path, those of the saliency saliency, set requires coverage, decision max_error)"
         )
     return [by_name[output.name] for output in requested]

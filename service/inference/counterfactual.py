@@ -89,6 +89,8 @@ class Counterfactual:
     """Whether the target class (without a target: another class) was reached."""
     steps: int = 0
     """Gradients computed."""
+    nearest_distance: float | None = None
+    """Distance of the nearest one found; null for the nearest one itself, see `service.inference.strength`."""
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from service.inference.classifier import Classifier, Prediction, View
 from service.inference.deliveries import Deliveries
 from service.inference.heartbeats import LOAD_S, Beats
 from service.inference.jobs import Chunk, Request
-from service.inference.outcome import Decoded, Outcome, check_predictions, explain, needs_gradients
+from service.inference.outcome import Decoded, Outcome, check_predictions, explain, needs_gradients, search_cost
 from service.inference.pace import Pace, measure_pace
 from service.inference.queues import SEARCH_SHARE, Queues
 from service.metrics import Metrics
@@ -145,7 +145,8 @@ class Passes:
         try:
             check_predictions(decoded.classifier, decoded.options, predictions)
             pace = self._paces[decoded.classifier.digest]
-            request.place.search(pace.alone_s + (len(predictions) - 1) * pace.image_s)
+            count = len(predictions) * search_cost(decoded.options)
+            request.place.search(pace.alone_s + (count - 1) * pace.image_s)
         except Exception as error:
             deliveries.fail(request, error)
             return
