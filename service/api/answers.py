@@ -88,8 +88,7 @@ def _counterfactual_in_words(prediction: Prediction, labels: Sequence[str]) -> J
     if found is None:
         return None
     answer: Json = {
-        "image": _png(found.pixels_CHW),
-        "media_type": "image/png",
+        **_image_in_words(found.pixels_CHW),
         "class_id": found.class_id,
         "label": labels[found.class_id],
         "distance": found.distance,
@@ -100,8 +99,7 @@ def _counterfactual_in_words(prediction: Prediction, labels: Sequence[str]) -> J
     if prediction.path:
         answer["path"] = [
             {
-                "image": _png(step.pixels_CHW),
-                "media_type": "image/png",
+                **_image_in_words(step.pixels_CHW),
                 "class_id": step.class_id,
                 "label": labels[step.class_id],
                 "margin": step.margin,
@@ -125,6 +123,13 @@ def _saliency_in_words(prediction: Prediction, image_CHW: np.ndarray, labels: Se
         "overlay": _png(draw_over(image_CHW, found.gradient_CHW)),
     }
     return {"saliency": answer}
+
+
+def _image_in_words(pixels_CHW: np.ndarray) -> Json:
+    """Return a PNG file of an 8-bit grey or RGB image, an npy array of any other."""
+    if pixels_CHW.dtype == np.uint8 and len(pixels_CHW) in (1, 3):
+        return {"image": _png(pixels_CHW), "media_type": "image/png"}
+    return {"image": _npy(pixels_CHW), "media_type": NPY}
 
 
 def _png(pixels_CHW: np.ndarray) -> str:
@@ -167,14 +172,9 @@ def references_in_words(prediction: Prediction) -> list[Json]:
 
 def _reference_in_words(reference: Reference) -> Json:
     pixels_CHW = reference.pixels_CHW
-    if pixels_CHW.dtype == np.uint8 and len(pixels_CHW) in (1, 3):
-        image, media_type = _png(pixels_CHW), "image/png"
-    else:
-        image, media_type = _npy(pixels_CHW), NPY
     return {
         "class_id": reference.class_id,
-        "image": image,
-        "media_type": media_type,
+        **_image_in_words(pixels_CHW),
         "digest": image_digest(to_unit(pixels_CHW) if pixels_CHW.dtype == np.uint8 else pixels_CHW),
     }
 

@@ -196,8 +196,8 @@ class WaypointAnswer(_Wire):
     """One image of the path to the counterfactual, classified by the same path as every image."""
 
     image: str
-    """PNG file as base64; sending it gives the stated class and radius."""
-    media_type: Literal["image/png"] = "image/png"
+    """The image as base64, as in `CounterfactualAnswer`; sending it gives the stated class and radius."""
+    media_type: Literal["image/png", "application/x-npy"]
     class_id: int
     label: str
     margin: float | None
@@ -212,9 +212,10 @@ class CounterfactualAnswer(_Wire):
     """An 8-bit image near the image that was sent, classified again by the same path."""
 
     image: str
-    """PNG file as base64, with the size and the channels of the image that was sent; sending it with the same options
+    """The image as base64, with the size and the channels of the image that was sent; sending it with the same options
     gives the stated class."""
-    media_type: Literal["image/png"] = "image/png"
+    media_type: Literal["image/png", "application/x-npy"]
+    """A PNG file, or an npy array C x H x W (uint8) where the image is neither grey nor RGB."""
     class_id: int
     label: str
     distance: float

@@ -164,10 +164,14 @@ def _waypoint(name: str, found: Waypoint, exact: Sequence[arb], derivation: Deri
             yield finding
     if not 0 <= found.class_id < len(exact):
         return
+    rivals = [exact[found.class_id] - logit for k, logit in enumerate(exact) if k != found.class_id]
+    error = 2 * derivation.logit_error
+    if found.margin is None or not any(abs(arb(found.margin) - margin) <= error for margin in rivals):
+        yield failed(f"{name}.margin: {as_json(found.margin)}, the exact network gives it to no other class")
     point, proved = Point(exact, Fraction(0)), None
     for j, bound in enumerate(derivation.margin_bounds[found.class_id]):
         if j != found.class_id:
-            surplus = exact[found.class_id] - exact[j] - 2 * derivation.logit_error
+            surplus = exact[found.class_id] - exact[j] - error
             proved = nearer(proved, point.radius(surplus, bound))
     if proved is not None and not arb(found.radius) <= proved:
         yield _unproved(f"{name}.radius", found.radius, repr(rounded_down(proved)))

@@ -162,7 +162,7 @@ def counterfactual_image(found: Counterfactual, sent: SentImage) -> SentImage | 
 
 def _held_image(name: str, found: Counterfactual | Waypoint, sent: SentImage) -> SentImage | Finding:
     try:
-        image = read_held(found.image, "image/png")
+        image = read_held(found.image, _media_type(sent))
     except ValueError as error:
         return failed(f"{name}.image: {error}")
     if image.shape != sent.shape:
@@ -208,8 +208,13 @@ def _distance(name: str, found: Counterfactual | Waypoint, sent: SentImage, imag
     rounding = Fraction(3 * (len(sent.numerators) + _DISTANCE_ROUNDINGS), 2**53)
     if abs(Fraction(found.distance) ** 2 - square) > rounding * square:
         yield failed(f"{name}.distance: {found.distance!r}, the images are {float(square) ** 0.5!r} apart")
-    if found.media_type != "image/png":
-        yield failed(f"{name}.media_type: {found.media_type!r}, expected 'image/png'")
+    if found.media_type != _media_type(sent):
+        yield failed(f"{name}.media_type: {found.media_type!r}, expected {_media_type(sent)!r}")
+
+
+def _media_type(sent: SentImage) -> str:
+    """Return the type of the files that an answer holds: PNG has grey and RGB alone."""
+    return "image/png" if sent.shape[0] in (1, 3) else "application/x-npy"
 
 
 def against_counterfactual(
@@ -230,6 +235,8 @@ def against_counterfactual(
             f"counterfactual.nearest_distance: {found.nearest_distance!r} lies within the radius "
             f"{answer.certificate.radius!r}"
         )
+    if found.nearest_distance is not None and found.nearest_distance > found.distance:
+        yield failed(f"counterfactual.nearest_distance: {found.nearest_distance!r}, farther than the counterfactual")
     another = found.class_id != answer.class_id
     if another and square < Fraction(answer.certificate.radius) ** 2:
         yield failed(

@@ -69,6 +69,7 @@ def strengthen(
     _, radii = model.classify(to_unit(pixels_MCHW))
     distance_M = l2_distance(image_MCHW, pixels_MCHW)
     certain_M = radii.certified_N & (radii.class_id_N == target_M) & (LEVELS * distance_M <= reach_M)
+    certain_M &= distance_M >= [found[n].distance for n in rows]
     for m, n in enumerate(rows):
         nearest = found[n]
         answers[n] = replace(nearest, nearest_distance=nearest.distance)

@@ -32,6 +32,7 @@ def client(runner: asyncio.Runner) -> Client:
     models = {
         "grey": builders.load(builders.random_groupsort(2, (1, HEIGHT, WIDTH), 4), "grey"),
         "rgb": builders.load(builders.random_groupsort(2, (3, HEIGHT, WIDTH), 4), "rgb"),
+        "two": builders.load(builders.random_groupsort(2, (2, HEIGHT, WIDTH), 4), "two"),
         "five": builders.load(builders.random_groupsort(2, (5, HEIGHT, WIDTH), 4), "five"),
     }
     return Client(create_app(Settings(default_model="grey", **LIMITS), models), runner)
@@ -181,10 +182,19 @@ def test_an_image_that_is_not_8_bit_starts_at_the_nearest_8_bit_image(client: Cl
     assert first["distance"] == pytest.approx(np.linalg.norm(pixels - level / 255))
 
 
-def test_saliency_takes_any_number_of_channels(client: Client) -> None:
-    pixels = np.random.default_rng(3).integers(0, 256, (5, HEIGHT, WIDTH), dtype=np.uint8)
-    answer = client.post("/predict", content=npy(pixels), headers=NPY, params={"model": "five", "saliency": "true"})
-    assert array(answer.json()).shape == (5, HEIGHT, WIDTH)
+@pytest.mark.parametrize("channels", [2, 5])
+def test_images_of_any_number_of_channels_are_explained(client: Client, channels: int) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (channels, HEIGHT, WIDTH), dtype=np.uint8)
+    params = {"model": {2: "two", 5: "five"}[channels], **in_text(EVERY)}
+    response = client.post("/predict", content=npy(pixels), headers=NPY, params=params)
+    assert response.status_code == 200
+    answer = response.json()
+    assert array(answer).shape == (channels, HEIGHT, WIDTH)
+    for one in [answer["counterfactual"], *answer["counterfactual"]["path"]]:
+        assert one["media_type"] == "application/x-npy"
+        content = base64.b64decode(one["image"])
+        again = client.post("/predict", content=content, headers=NPY, params={"model": params["model"]}).json()
+        assert again["class_id"] == one["class_id"]
 
 
 BAD: dict[str, tuple[Json, str]] = {
