@@ -313,6 +313,7 @@ def _run(recipe: AnyRecipe, options: _Options, batches: BatchSource) -> Run:
     return Run(
         batches=batches,
         objective=objective_of(recipe.loss),
+        reference_radius=recipe.loss.reference_radius,
         schedule=recipe.schedule,
         checkpoints=checkpoints,
         identity=_identity(recipe, options),

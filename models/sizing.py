@@ -10,6 +10,7 @@ from models.memory import keep_freed_memory, machine_bytes
 from models.nets.networks import build_network, outputs_for
 from models.recipes import ImageRecipe, Network, Stage
 from models.training.objective import objective_of
+from models.training.outputs import Outputs
 
 SMALLEST_SIDE = 6
 """Longest side, in pixels, from which on a network has convolutions."""
@@ -66,15 +67,15 @@ def seconds_a_step(recipe: ImageRecipe, classes: int, device: torch.device) -> f
     keep_freed_memory()
     with torch.random.fork_rng():
         network = build_network(recipe.network, image_shape(recipe), outputs_for(classes)).to(device)
-    objective = objective_of(recipe.loss)
+    model, objective = Outputs(network, recipe.loss.reference_radius), objective_of(recipe.loss)
     images = torch.rand(recipe.schedule.batch_size, *image_shape(recipe), device=device)
     labels = torch.arange(len(images), device=device) % classes
     times = []
     for _ in range(3):
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.schedule.precision == "bf16-mixed"):
-            features = network.body(images)
-        loss = objective(network, network.head(features.float()), labels)
+            outputs = model(images, labels)
+        loss = objective(network, outputs, labels)
         loss.backward()
         loss.item()
         times.append(time.perf_counter() - started)

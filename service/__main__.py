@@ -6,6 +6,7 @@
 
 `python -m service evidence ARTEFACT --out DIR`: write the evidence folder of an artefact, see docs/evidence.md.
 `python -m service keys new NAME --scope predict`: make an API key, see docs/access.md.
+`python -m service predict FILE ...`: classify image files, see docs/client.md; its help has its exit statuses.
 
 Exit status: 0 stopped on request, the answer holds, the file is imported, or the second program accepts the folder; 1 a
 model, the provider or the port is not available, or the answer does not hold; 2 a setting, the command, a file to be
@@ -20,6 +21,7 @@ import gc
 import importlib.util
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from service.errors import ImportRefusedError, KeptError, LipcertError, Settings
 from service.logs import FORMAT, limit_logs
 from service.processes.serving import run_server
 from service.runtime.cpus import usable_cpus
+from service.sheets import arguments
 
 _log = logging.getLogger("service")
 
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
 
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=program, description="Serve certified classifiers; import others; audit answers; write evidence."
+        prog=program, description="Serve certified classifiers; classify; import others; audit; write evidence."
     )
     parser.set_defaults(run=_serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -97,6 +100,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
             "against it on stderr, one per line.",
         )
     )
+    predict = commands.add_parser(
+        "predict", help="Classify image files and folders.", description=arguments.DESCRIPTION
+    )
+    arguments.describe(predict)
+    predict.set_defaults(run=_predict)
     _describe_keys(
         commands.add_parser(
             "keys",
@@ -217,6 +225,17 @@ def _evidence(chosen: argparse.Namespace) -> int:
     verdict = write_evidence(chosen.artefact, chosen.out, chosen.images)
     sys.stdout.write(f"{verdict.line}\n")
     return 0 if verdict.accepted else 3
+
+
+def _predict(chosen: argparse.Namespace) -> int:
+    from service.sheets.command import INTERRUPTED, predict
+
+    status = predict(chosen)
+    if status == INTERRUPTED:
+        # Without waiting for threads that pause before another try.
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def _new_key(chosen: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from models.data.labelled import DataError, DataSet, LabelledImages
 from models.data.resizing import decode_file, fit_image, room_for
 from models.recipes import DataOptions
 from service.errors import InputError
+from service.pixels.folders import is_clutter
 from service.pixels.images import FORMATS
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,6 @@ PARTS = frozenset({"train", "test", "val", "valid", "validation"})
 """Folders that are parts of a data set, not classes."""
 MOST_CLASSES = 1000
 """Classes of a folder; each pair of them has a constant of its own."""
-_CLUTTER = frozenset(
-    {"Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
-)
-"""Left by archives and by file systems; names that begin with a dot are passed over too."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +219,7 @@ def entries(directory: Path) -> list[Path]:
         found = sorted(directory.iterdir())
     except OSError as error:
         raise DataError(f"{directory} cannot be listed ({error.strerror}): make it readable") from error
-    kept = [path for path in found if not path.name.startswith(".") and path.name not in _CLUTTER]
+    kept = [path for path in found if not is_clutter(path.name)]
     if len(kept) < len(found):
         passed = ", ".join(path.name for path in found if path not in set(kept))
         log.info("%s: passed over %s", directory, passed)

@@ -5,7 +5,7 @@ from generators seeded by those numbers. So a run that is interrupted and resume
 bit for bit the network of an uninterrupted one on the same machine with the same number of threads and processes.
 
 Lightning Fabric places the network, averages gradients over the processes and rounds to bfloat16 where the schedule
-asks for it. Each process computes the logits of its share of a batch; the loss is computed in each from the logits of
+asks for it. Each process computes the logits of its share of a batch; the loss is computed in each from those of
 the whole batch, since the class means of the KR term are not a mean over shares. So the number of processes changes a
 result by rounding alone.
 
@@ -27,7 +27,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.data.labelled import LabelledImages
@@ -42,6 +42,7 @@ from models.training.errors import CheckpointError, Interrupted, NonFiniteError,
 from models.training.history import EpochFigures
 from models.training.objective import Objective
 from models.training.optimisers import optimisers_of
+from models.training.outputs import Outputs, logits_at_images
 from models.training.progress import Progress
 from models.training.scores import RunningScores, count_correct_within, score
 from models.training.signals import deferred_stop_signals
@@ -63,6 +64,8 @@ class Run:
     identity: Mapping[str, Any]
     """JSON-like description of recipe and seed; a checkpoint with another one is not resumed."""
     device: torch.device
+    reference_radius: float | None = None
+    """Radius at which the objective wants margins at reference images, too; default: at the images alone."""
     epsilons: tuple[float, ...] = ()
     """Radii of the certified accuracy in the log and the curves (L2, pixels in [0, 1]); the last decides `best.pt`."""
     validation: LabelledImages | None = None
@@ -139,19 +142,6 @@ def fit(
     return Trained(session.kept_network(), progress.seconds(), tuple(progress.history))
 
 
-class _Logits(nn.Module):
-    """The network with its head outside of mixed precision: a margin is a small difference of logits."""
-
-    def __init__(self, network: LipschitzNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.network.body(images)
-        with torch.autocast(features.device.type, enabled=False):
-            return self.network.head(features.float())
-
-
 class _Session:
     """The mutable state of a run: network, optimisers, learning rates, averaged weights."""
 
@@ -186,7 +176,7 @@ class _Session:
             )
             for optimiser in self._optimisers
         ]
-        self._model, *self._steppers = fabric.setup(_Logits(network), *self._optimisers)
+        self._model, *self._steppers = fabric.setup(Outputs(network, run.reference_radius), *self._optimisers)
 
     def start(self, *, resume: bool) -> None:
         """Begin, or continue from `last.pt`."""
@@ -201,8 +191,8 @@ class _Session:
     def train_step(self) -> None:
         images, labels = self._run.batches.batch(self.progress.epoch, self.progress.step, self._fabric.device)
         self._network.zero_grad(set_to_none=True)
-        logits = self._logits(images)
-        loss = self._run.objective(self._network, logits, labels)
+        outputs = self._outputs(images, labels)
+        loss = self._run.objective(self._network, outputs, labels)
         value = loss.item()
         if not math.isfinite(value):
             raise self._non_finite(f"the loss is {value}")
@@ -214,7 +204,8 @@ class _Session:
             scheduler.step()
         if self._average is not None:
             self._average.update_parameters(self._network)
-        self.progress.finish_step(value, self._count(logits.detach(), labels), len(labels), rates)
+        logits = logits_at_images(outputs.detach(), self._run.reference_radius)
+        self.progress.finish_step(value, self._count(logits, labels), len(labels), rates)
 
     def finish_epoch(self) -> None:
         """Score the epoch and write its checkpoints; a full disk does not end the training.
@@ -284,16 +275,16 @@ class _Session:
                 matrix.raw.copy_(newton_schulz(matrix.raw, 8))
         return evaluated
 
-    def _logits(self, images: Tensor) -> Tensor:
-        """Return the logits of the whole batch; each process computes its share."""
+    def _outputs(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the outputs of the whole batch; each process computes its share."""
         processes, rank = self._fabric.world_size, self._fabric.global_rank
         if processes == 1:
-            return self._model(images)
+            return self._model(images, labels)
         share = math.ceil(len(images) / processes)
         # Shares have one size: the last ones repeat the last image, and the repetitions are dropped.
         chosen = torch.arange(rank * share, (rank + 1) * share, device=images.device).clamp(max=len(images) - 1)
-        own = self._model(images[chosen])
-        # Every process has the whole loss, so its gradient with respect to its own logits is right; averaging over
+        own = self._model(images[chosen], labels[chosen])
+        # Every process has the whole loss, so its gradient with respect to its own outputs is right; averaging over
         # the processes will divide it by their number.
         own.register_hook(lambda gradient: gradient * processes)
         parts = [torch.empty_like(own) for _ in range(processes)]

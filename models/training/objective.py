@@ -1,4 +1,4 @@
-"""The loss of a recipe as a function of network, logits and labels."""
+"""The loss of a recipe as a function of network, outputs and labels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 from models.nets.networks import LipschitzNetwork, both_logits
 from models.recipes import Loss
 from models.training import losses
+from models.training.outputs import larger_radii
 
 Objective = Callable[[LipschitzNetwork, Tensor, Tensor], Tensor]
-"""`(network, logits_NK, labels_N) -> loss` of a whole batch."""
+"""`(network, outputs, labels_N) -> loss` of a whole batch, with what `models.training.outputs.Outputs` returned."""
 
 
 def objective_of(loss: Loss) -> Objective:
@@ -20,8 +21,12 @@ def objective_of(loss: Loss) -> Objective:
     return partial(_loss_of, loss)
 
 
-def _loss_of(loss: Loss, network: LipschitzNetwork, logits: Tensor, labels: Tensor) -> Tensor:
+def _loss_of(loss: Loss, network: LipschitzNetwork, outputs: Tensor, labels: Tensor) -> Tensor:
+    logits = outputs
     bounds = network.declared_margin_bounds_KK() if loss.per_pair_bound else None
+    if loss.reference_radius is not None:
+        # Radii as the logits of a network whose constants are all 1.
+        logits, bounds = -larger_radii(network, outputs, labels, loss.reference_radius), None
     match loss.kind:
         case "kr":
             return losses.kr_loss(logits, labels)

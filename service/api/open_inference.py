@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from pydantic_core import to_json
 
 from service import __version__
@@ -28,7 +29,7 @@ from service.api.openapi import problem_responses
 from service.api.parsing import read_query, refuse_query
 from service.api.predict import Service
 from service.api.schema import ImageOptions
-from service.api.tensors import InferOptions, InferRequest, OutputRequest, Protocol
+from service.api.tensors import InferOptions, InferRequest, OutputRequest
 from service.errors import OptionError
 from service.errors.quotations import listed, quoted
 from service.inference.classifier import Classifier
@@ -66,7 +67,7 @@ _CALIBRATED = ("set", "decision")
 """Outputs of calibrated models alone."""
 
 
-class OutputTensor(Protocol):
+class OutputTensor(BaseModel):
     """One output, flat in row-major order; a value that is not finite is null."""
 
     name: str
@@ -75,7 +76,7 @@ class OutputTensor(Protocol):
     data: list[Any]
 
 
-class InferAnswer(Protocol):
+class InferAnswer(BaseModel):
     """A response of the protocol; the version of a model is the digest of its bytes."""
 
     model_name: str

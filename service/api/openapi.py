@@ -63,7 +63,29 @@ def document(app: FastAPI, examples: Examples | None, bodies: Sequence[type[Base
         operation["responses"]["200"]["content"][body.NPY] = {"schema": _RECORDS}
     if examples is not None:
         _add_answers(openapi["paths"], examples)
+    _mend(openapi)
     return openapi
+
+
+def _mend(openapi: Json) -> None:
+    """Remove declarations that make generated clients wrong.
+
+    A field with `default` is not optional in the types of openapi-typescript: a request would have to give every
+    option, and an answer without the field would be read as one with it. FastAPI declares a 422 of its own for path
+    parameters, which the routes do not answer.
+    """
+    schemas: Json = openapi["components"]["schemas"]
+    for schema in schemas.values():
+        for field in schema.get("properties", {}).values():
+            default = field.pop("default", None)
+            if isinstance(default, str | int | float) and "description" in field:
+                field["description"] += f" Default: {json.dumps(default)}."
+    for operations in openapi["paths"].values():
+        for operation in operations.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
 
 
 def problem_responses(*statuses: int) -> dict[int | str, Json]:
@@ -133,8 +155,6 @@ def _predict_body(examples: Examples | None) -> Json:
             "class and radius": {"value": {"image": examples.base64}},
             "with a counterfactual": {"value": {"image": examples.base64, **wanted}},
         }
-        # JSON cannot express a binary body; the server provides the same image as a file.
-        file: Json = {"sample": {"summary": "GET this file and send it", "externalValue": f".{SAMPLES}/image.png"}}
         # The docs page fills in every field of a form, with the word "string" unless there is an example.
         form: Json = {name: field.default for name, field in Options.model_fields.items() if field.annotation is bool}
         form |= {
@@ -145,10 +165,8 @@ def _predict_body(examples: Examples | None) -> Json:
         content[body.FORM]["example"] = form
         for name, value in form.items():
             content[body.FORM]["schema"]["properties"][name]["example"] = value
-        content["image/png"]["examples"] = file
-        content[body.NPY]["examples"] = {
-            "sample": {"summary": "GET this file and send it", "externalValue": f".{SAMPLES}/image.npy"}
-        }
+        _point_to_sample(content["image/png"], "image.png")
+        _point_to_sample(content[body.NPY], "image.npy")
     return content
 
 
@@ -169,10 +187,15 @@ def _batch_body(examples: Examples | None) -> Json:
         content[body.JSON]["examples"] = {
             "two images": {"value": {"images": [examples.base64, examples.base64], "epsilon": 0.5}}
         }
-        content[body.NPY]["examples"] = {
-            "sample": {"summary": "GET this file and send it", "externalValue": f".{SAMPLES}/batch.npy"}
-        }
+        _point_to_sample(content[body.NPY], "batch.npy")
     return content
+
+
+def _point_to_sample(media: Json, name: str) -> None:
+    """Add the link to a file that the server provides: JSON cannot express a binary body, and openapi-typescript reads
+    the target of `externalValue` as a document."""
+    schema: Json = media["schema"]
+    schema["description"] = f"{schema.get('description', 'An image file.')} Sample: [{name}](.{SAMPLES}/{name})."
 
 
 def _option_schema(name: str) -> Json:

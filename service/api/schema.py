@@ -13,8 +13,20 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class _Wire(BaseModel):
+class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _without_index(schema: dict[str, Any]) -> None:
+    schema.pop("additionalProperties", None)
+
+
+class _Answer(BaseModel):
+    # A client that reads answers by this schema keeps the fields that a newer server adds. The document is silent about
+    # them, which allows them: `additionalProperties: true` would hide misspelt fields in generated types.
+    model_config = ConfigDict(
+        extra="allow", frozen=True, use_attribute_docstrings=True, json_schema_extra=_without_index
+    )
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Expected:
 
 # An option is declared in `ImageOptions` or in `Options`, once: JSON objects, form fields, queries and the
 # documentation follow.
-class ImageOptions(_Wire):
+class ImageOptions(_Request):
     """Options that concern the images of a request."""
 
     counterfactual: bool = False
@@ -121,7 +133,7 @@ class BatchRequest(Options):
     """Image files, each encoded as `PredictRequest.image`."""
 
 
-class ClassLabel(_Wire):
+class ClassLabel(_Answer):
     """A class of the model."""
 
     class_id: int
@@ -129,7 +141,7 @@ class ClassLabel(_Wire):
     label: str
 
 
-class ImageAnswer(_Wire):
+class ImageAnswer(_Answer):
     """The image to which this answer refers: as it was sent, decoded, before any conversion and resizing.
 
     An archived answer identifies its image by `digest`; the radius is measured over the pixels of `shape`.
@@ -146,7 +158,7 @@ class ImageAnswer(_Wire):
     """Whether the image was resized to the model's size, as part of the certified map."""
 
 
-class ReferenceAnswer(_Wire):
+class ReferenceAnswer(_Answer):
     """An image at which the radius is proved against one class; see "Reference images" in docs/soundness.md."""
 
     class_id: int
@@ -160,13 +172,13 @@ class ReferenceAnswer(_Wire):
     """As `ImageAnswer.digest`."""
 
 
-class CertificateAnswer(_Wire):
+class CertificateAnswer(_Answer):
     """The certificate of this answer.
 
     Every valid image x' with `||x' - x||_2 < radius` gets the same class from this service.
     """
 
-    norm: Literal["l2"] = "l2"
+    norm: Literal["l2"]
     radius: float
     """Certified radius in [0, 1] pixel units, rounded down; 0 where nothing is certified."""
     radius_255: float
@@ -192,7 +204,7 @@ class CertificateAnswer(_Wire):
     """One for each class against which the image that was sent proves less than `radius`."""
 
 
-class WaypointAnswer(_Wire):
+class WaypointAnswer(_Answer):
     """One image of the path to the counterfactual, classified by the same path as every image."""
 
     image: str
@@ -208,7 +220,7 @@ class WaypointAnswer(_Wire):
     """L2 distance between this image and the image that was sent, in [0, 1] pixel units."""
 
 
-class CounterfactualAnswer(_Wire):
+class CounterfactualAnswer(_Answer):
     """An 8-bit image near the image that was sent, classified again by the same path."""
 
     image: str
@@ -238,13 +250,13 @@ class SaliencyAnswer(ClassLabel):
     array: str
     """npy array as base64, float32, C x H x W like the image that was sent: the rise of the margin per unit of a pixel
     in [0, 1]. Its L2 norm is at most `lipschitz_bound`, up to rounding; it is computed, not proved."""
-    media_type: Literal["application/x-npy"] = "application/x-npy"
+    media_type: Literal["application/x-npy"]
     overlay: str
     """PNG file as base64, for people: the image in grey, under red where a larger pixel raises the margin and blue
     where it lowers it, in proportion to the largest entry; channels are added."""
 
 
-class PredictAnswer(_Wire):
+class PredictAnswer(_Answer):
     """Class, certified radius and, on request, a counterfactual of one image."""
 
     model: str
@@ -275,13 +287,13 @@ class PredictAnswer(_Wire):
     are wrong, with confidence 95 %. It is about unchanged images. Null without max_error."""
 
 
-class BatchAnswer(_Wire):
+class BatchAnswer(_Answer):
     """Answers in the order of the images."""
 
     predictions: list[PredictAnswer]
 
 
-class InputAnswer(_Wire):
+class InputAnswer(_Answer):
     """Shape of the images that the model accepts; pixels in [0, 1].
 
     Grey image files (1 channel) and RGB image files (3) are converted to the model's channels; another size is resized
@@ -293,7 +305,7 @@ class InputAnswer(_Wire):
     width: int
 
 
-class ModelSummary(_Wire):
+class ModelSummary(_Answer):
     """One served model."""
 
     name: str
@@ -313,7 +325,7 @@ class ModelSummary(_Wire):
     """ONNX Runtime execution provider that runs it, for example `CPUExecutionProvider`."""
 
 
-class BrokenModel(_Wire):
+class BrokenModel(_Answer):
     """A model that is not served."""
 
     name: str
@@ -321,7 +333,7 @@ class BrokenModel(_Wire):
     """Why its artefact could not be verified when the server started."""
 
 
-class ModelsAnswer(_Wire):
+class ModelsAnswer(_Answer):
     """The served models."""
 
     models: list[ModelSummary]
@@ -340,15 +352,15 @@ class ModelAnswer(ModelSummary):
     """`card.json` of the artefact: data, loss, seed, accuracy, attacks, licence."""
 
 
-class LiveAnswer(_Wire):
+class LiveAnswer(_Answer):
     """Liveness of the server."""
 
-    status: Literal["live", "not live"] = "live"
+    status: Literal["live", "not live"]
     reasons: list[str] = []
     """Why a restart is needed, one sentence each; absent while the server is live."""
 
 
-class ReadyAnswer(_Wire):
+class ReadyAnswer(_Answer):
     """Readiness of the server."""
 
     status: Literal["ready", "not ready"]

@@ -89,6 +89,7 @@ def test_unknown_command_is_refused_with_those_that_exist(capsys: pytest.Capture
     ("command", "absent"),
     [
         ("serve", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
+        ("predict", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models", "httpx"}),
         ("audit", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
         ("import", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),
         ("evidence", {"numpy", "onnx", "onnxruntime", "pydantic", "uvicorn", "models"}),

@@ -129,6 +129,19 @@ PLANTED = [
     ("runtime-layers", "service/runtime/unplaced.py", ""),
     ("service-wings", "service/api/app.py", "import service.connection.protocol"),
     ("service-wings", "service/connection/protocol.py", "from service.processes import server"),
+    ("service-wings", "service/client/clients.py", "import service.sheets.rows"),
+    ("service-wings", "service/sheets/command.py", "import service.connection.limits"),
+    ("client-layers", "service/client/errors.py", "import service.client.retries"),
+    ("client-layers", "service/client/calls.py", "def f():\n    import service.client.parts"),
+    ("client-layers", "service/client/unplaced.py", ""),
+    ("client-alone", "service/client/images.py", "import service.pixels.images"),
+    ("client-alone", "service/client/parts.py", "def f():\n    import service.api.parsing"),
+    ("client-alone", "service/client/calls.py", "import onnx"),
+    ("schema-alone", "service/api/schema.py", "import service.shapes"),
+    ("schema-alone", "service/api/schema.py", "def f():\n    import numpy"),
+    ("sheets-layers", "service/sheets/rows.py", "import service.sheets.writers"),
+    ("sheets-layers", "service/sheets/remote.py", "def f():\n    import service.sheets.in_process"),
+    ("sheets-layers", "service/sheets/unplaced.py", ""),
     ("connection-layers", "service/connection/heads.py", "import service.connection.reading"),
     ("connection-layers", "service/connection/registry.py", "from service.connection import reading"),
     ("connection-layers", "service/connection/unplaced.py", ""),
@@ -217,6 +230,9 @@ def test_everything_that_service_imports_is_in_the_lock_of_make_serve() -> None:
     graph = grimp.build_graph("service", include_external_packages=True, cache_dir=None)
     third_party = {module for module in graph.modules if graph.is_module_squashed(module)} - sys.stdlib_module_names
     assert "numpy" in third_party
+    # The extra `client`.
+    assert graph.find_modules_that_directly_import("httpx") == {"service.client.clients"}
+    third_party.remove("httpx")
     lock = (ROOT / "requirements/serve-cpu.txt").read_text(encoding="utf-8")
     locked = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
     locked.add("onnxruntime-gpu")  # takes the place of onnxruntime in serve-gpu.txt

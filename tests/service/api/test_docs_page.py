@@ -97,7 +97,7 @@ def test_the_docs_page_asks_no_public_validator() -> None:
 def test_the_document_works_below_the_prefix_of_a_proxy(document: dict[str, Any]) -> None:
     # Relative references, which clients resolve against the address of the document (OpenAPI 3.1, section 4.5).
     assert document["servers"] == [{"url": "."}]
-    urls = re.findall(r"'externalValue': '([^']+)'", str(document))
+    urls = re.findall(r"Sample: \[[^\]]*\]\(([^)]+)\)", str(document))
     assert urls
     assert all(url.startswith("./") for url in urls)
 
@@ -201,10 +201,9 @@ def test_the_samples_that_the_document_points_to_are_there_and_are_answered(
 ) -> None:
     content = document["paths"][path]["post"]["requestBody"]["content"]
     pointed = {
-        media_type: example["externalValue"]
+        media_type: url
         for media_type, described in content.items()
-        for example in described.get("examples", {}).values()
-        if "externalValue" in example
+        for url in re.findall(r"Sample: \[[^\]]*\]\(([^)]+)\)", described["schema"].get("description", ""))
     }
     assert "application/x-npy" in pointed
     for media_type, url in pointed.items():
