@@ -154,6 +154,9 @@ def _predict_body(examples: Examples | None) -> Json:
         content[body.JSON]["examples"] = {
             "class and radius": {"value": {"image": examples.base64}},
             "with a counterfactual": {"value": {"image": examples.base64, **wanted}},
+            "with the way to a strong counterfactual, and saliency": {
+                "value": {"image": examples.base64, "counterfactual": True, "strength": 2, "path": 5, "saliency": True}
+            },
         }
         # The docs page fills in every field of a form, with the word "string" unless there is an example.
         form: Json = {name: field.default for name, field in Options.model_fields.items() if field.annotation is bool}

@@ -29,6 +29,10 @@ class _Answer(BaseModel):
     )
 
 
+# Of fields that an answer has only where they are asked for.
+_ABSENT = Field(exclude_if=lambda value: value is None)
+
+
 @dataclass(frozen=True)
 class Expected:
     """Annotation of a field: its valid values, for the message that refuses another one."""
@@ -235,10 +239,10 @@ class CounterfactualAnswer(_Answer):
     the classes differ."""
     reached: bool
     """Whether the class is the target, or, without a target, another class than the predicted one."""
-    nearest_distance: float | None = None
+    nearest_distance: Annotated[float | None, _ABSENT] = None
     """Distance of the nearest counterfactual found; `distance` is at most `strength` times that. Absent unless
     `strength` is above 1 and `reached`."""
-    path: list[WaypointAnswer] | None = None
+    path: Annotated[list[WaypointAnswer] | None, _ABSENT] = None
     """Images at equal steps from the image that was sent (if it is not 8-bit, the nearest 8-bit image) to the
     counterfactual, which is the last. Absent unless requested."""
 
@@ -272,7 +276,7 @@ class PredictAnswer(_Answer):
     certificate: CertificateAnswer
     counterfactual: CounterfactualAnswer | None
     """Null unless requested."""
-    saliency: SaliencyAnswer | None = None
+    saliency: Annotated[SaliencyAnswer | None, _ABSENT] = None
     """Absent unless requested."""
     coverage: float | None
     """The option of the request; null if absent."""
