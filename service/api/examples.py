@@ -26,6 +26,9 @@ _MNIST_SHAPE = (1, 28, 28)
 
 Json = dict[str, Any]
 
+EXPLAINED: Json = {"counterfactual": True, "strength": 2.0, "path": 3, "saliency": True}
+"""Options of `explained_answer`."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -37,6 +40,7 @@ class Examples:
     answer: Json
     epsilon_answer: Json
     counterfactual_answer: Json
+    explained_answer: Json
     models: Json
     model: Json
 
@@ -63,6 +67,7 @@ def make_examples(classifier: Classifier) -> Examples:
         answer=answer_to(Options()),
         epsilon_answer=answer_to(Options(epsilon=0.5)),
         counterfactual_answer=answer_to(Options(epsilon=0.5, counterfactual=True)),
+        explained_answer=answer_to(Options(**EXPLAINED)),
         models=json.loads(ModelsAnswer(models=[describe(classifier, classifier.name)], broken=[]).model_dump_json()),
         model=json.loads(describe_in_full(classifier, classifier.name).model_dump_json()),
     )

@@ -169,7 +169,7 @@ def test_every_problem_of_a_request_is_documented_with_its_media_type(document: 
         assert responses[status]["content"][media_type]["examples"]
 
 
-@pytest.mark.parametrize(("path", "examples"), [("/predict", 2), ("/predict/batch", 1)])
+@pytest.mark.parametrize(("path", "examples"), [("/predict", 3), ("/predict/batch", 1)])
 def test_the_json_examples_are_answered_as_the_document_says(
     client: Client, document: dict[str, Any], path: str, examples: int
 ) -> None:
