@@ -112,8 +112,8 @@ def lowest_levels(
     stuck_M = np.zeros(len(reach_M), np.bool_)
     for _ in range(_NEWTON_STEPS):
         full_MD = pull_MD * lambda_M[:, None] >= room_MD
-        bound_MD, free_MD = np.where(full_MD, room_MD, 0.0), np.where(full_MD, 0.0, pull_MD)
-        left_M, free_M = aim_M**2 - rows_dot(bound_MD, bound_MD), rows_dot(free_MD, free_MD)
+        left_M = aim_M**2 - np.einsum("md,md,md->m", room_MD, room_MD, full_MD)
+        free_M = np.einsum("md,md,md->m", pull_MD, pull_MD, ~full_MD)
         stuck_M = ~(free_M > 0.0)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             next_M = np.where(stuck_M, lambda_M, np.minimum(np.sqrt(np.maximum(left_M, 0.0) / free_M), _MOST))

@@ -250,7 +250,7 @@ class _AbandonedError(Exception):
 
 
 class _PreemptibleView:
-    """A view whose search lets predictions pass before each gradient, and ends when no client waits for it."""
+    """A view whose search lets predictions pass before each of its passes, and ends when no client waits for it."""
 
     def __init__(
         self,
@@ -269,12 +269,15 @@ class _PreemptibleView:
         return self._view.certificate
 
     def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
-        self._beat()
+        self._let_pass()
         return self._view.classify(image_NCHW)
 
     def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self._let_pass()
+        return self._view.margin_gradient(image_NCHW, weights_NK)
+
+    def _let_pass(self) -> None:
         self._predict_waiting()
         if self._is_abandoned():
             raise _AbandonedError
         self._beat()
-        return self._view.margin_gradient(image_NCHW, weights_NK)

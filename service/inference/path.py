@@ -3,7 +3,7 @@
 Each image is classified by the path that serves predictions. So posting one back gives the stated class and radius, up
 to the rounding by which the logits of two batches may differ.
 
-Axes: N batch, P images of one path, M images of all paths, C channels, H and W of the image as sent.
+Axes: N batch, P images of one path, K classes, C channels, H and W of the image as sent.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from service.inference.closest import LEVELS, l2_distance
 from service.inference.counterfactual import Counterfactual, Differentiable
 from service.pixels.images import to_unit
 from service.shapes import Float64, UInt8
-
-# Images in one forward pass, unless the batch has more.
-_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -45,31 +42,25 @@ def find_paths(
     """Return a path of `count` images for each counterfactual; the first is the nearest 8-bit image to the one sent.
 
     Args:
-        model: classifies, at most as many images at once as the batch has, or 16.
+        model: classifies the images of one path at once.
         image_NCHW: pixels in [0, 1].
         found: the counterfactuals, each the last image of its path.
         count_N: at least 2.
     """
-    paths = [
-        _line(image_CHW, one.pixels_CHW, count)
+    # One path at a time: together the paths of a batch have many times the pixels of its images.
+    return [
+        _measured(model, image_CHW, _line(image_CHW, one.pixels_CHW, count))
         for image_CHW, one, count in zip(image_NCHW, found, count_N, strict=True)
     ]
-    if not paths:
-        return []
-    pixels_MCHW = np.concatenate(paths)
-    most = max(len(image_NCHW), _TOGETHER)
-    measured: list[tuple[int, float, float]] = []
-    for start in range(0, len(pixels_MCHW), most):
-        logits_LK, radii = model.classify(to_unit(pixels_MCHW[start : start + most]))
-        row_L = np.arange(len(logits_LK))
-        margin_L = logits_LK[row_L, radii.class_id_N] - logits_LK[row_L, radii.runner_up_N]
-        measured += zip(radii.class_id_N.tolist(), margin_L.tolist(), radii.radius_N.tolist(), strict=True)
-    distances = l2_distance(np.repeat(image_NCHW, list(count_N), axis=0), pixels_MCHW).tolist()
-    ends = np.cumsum(count_N).tolist()
-    return [
-        tuple(Waypoint(pixels_MCHW[m], *measured[m], distances[m]) for m in range(end - count, end))
-        for end, count in zip(ends, count_N, strict=True)
-    ]
+
+
+def _measured(model: Differentiable, image_CHW: np.ndarray, pixels_PCHW: np.ndarray) -> tuple[Waypoint, ...]:
+    logits_PK, radii = model.classify(to_unit(pixels_PCHW))
+    row_P = np.arange(len(pixels_PCHW))
+    margin_P = logits_PK[row_P, radii.class_id_N] - logits_PK[row_P, radii.runner_up_N]
+    distance_P = l2_distance(np.broadcast_to(image_CHW, pixels_PCHW.shape), pixels_PCHW)
+    columns = (radii.class_id_N, margin_P, radii.radius_N, distance_P)
+    return tuple(map(Waypoint, pixels_PCHW, *(column.tolist() for column in columns)))
 
 
 def _line(image_CHW: np.ndarray, last_CHW: np.ndarray, count: int) -> np.ndarray:

@@ -90,7 +90,7 @@ def _descend(
     """Return the 8-bit images with the lowest margins found, the nearest counterfactual where there is no lower one."""
     row_M = np.arange(len(target_M))
     start_MD = image_MCHW.reshape(len(row_M), -1) * LEVELS
-    best_MD, lowest_M = nearest_MD.copy(), np.zeros(len(row_M))
+    best_MD, lowest_M = nearest_MD, np.zeros(len(row_M))
     slope_MD = start_MD - nearest_MD
     for step in range(GRADIENTS):
         level_MD = lowest_levels(start_MD, slope_MD, reach_M)
