@@ -26,7 +26,7 @@ from models.export import code_version, environment  # noqa: E402
 from service.inference.classifier import Classifier  # noqa: E402
 
 MODELS = ("mnist", "fashion-mnist-robust")
-EPOCHS, BATCH = 3, 128
+EPOCHS, BATCH = 1, 128
 SMOOTHED, SIGMA = 25, 0.15
 SHARES = np.linspace(0.0, 1.0, 21)
 MOVED = 0.5
@@ -134,16 +134,19 @@ def measured(of: Logits, explain: Explain, image_NCHW: np.ndarray, label_N: np.n
     class_N = of(image_NCHW).argmax(axis=1)
     found = explain(image_NCHW)
     way = random.normal(size=image_NCHW.shape)
-    way *= MOVED / np.linalg.norm(way, axis=(1, 2, 3), keepdims=True)
+    way *= MOVED / norm(way)[:, None, None, None]
     moved = explain(np.clip(image_NCHW + way, 0.0, 1.0))
-    cosine_N = (found * moved).sum(axis=(1, 2, 3)) / np.maximum(
-        np.linalg.norm(found, axis=(1, 2, 3)) * np.linalg.norm(moved, axis=(1, 2, 3)), 1e-300
-    )
+    cosine_N = (found * moved).sum(axis=(1, 2, 3)) / np.maximum(norm(found) * norm(moved), 1e-300)
     cells = [f"{(class_N == label_N).mean():.1%}"]
     for is_deletion in (True, False):
         for weight in (np.abs(found), random.random(found.shape)):
             cells.append(f"{area(of, image_NCHW, class_N, weight, is_deletion):.3f}")
     return " | ".join([*cells, f"{cosine_N.mean():.3f}"])
+
+
+def norm(image_NCHW: np.ndarray) -> np.ndarray:
+    """Return the L2 norm of each image."""
+    return np.linalg.norm(image_NCHW.reshape(len(image_NCHW), -1), axis=1)
 
 
 def area(of: Logits, image_NCHW: np.ndarray, class_N: np.ndarray, weight_NCHW: np.ndarray, is_deletion: bool) -> float:
