@@ -17,6 +17,7 @@ from service.inference.outcome import Outcome
 from service.inference.references import Reference
 from service.inference.sets import Decision, decisions_of, sets_of
 from service.pixels.images import encode_png, image_digest, to_unit
+from service.pixels.overlay import draw_over
 from service.pixels.preprocessing import conversion_between
 
 Json = dict[str, Any]
@@ -24,7 +25,10 @@ Json = dict[str, Any]
 RECORDS = """A structured numpy array with one record per image and the fields `class_id`, `radius`, `certified`,
 `runner_up`, `lipschitz_bound`, `logit_error`, `logits`, `proof`, and with a counterfactual also `counterfactual`
 (uint8, C x H x W), `counterfactual_class_id`, `counterfactual_distance`, `counterfactual_reached`; with `coverage` also
-`set` (bool, one per class), with `max_error` also `decision`. Reference images are in JSON answers alone."""
+`set` (bool, one per class), with `max_error` also `decision`; with a strength above 1 `counterfactual_nearest_distance`
+(NaN where nothing was reached), with a path of P images `path` (uint8, P x C x H x W), `path_class_id`, `path_margin`,
+`path_radius` and `path_distance` (P each), with saliency `saliency` (float32, C x H x W) and `saliency_class_id`.
+Reference images are in JSON answers alone."""
 
 
 class Reply(NamedTuple):
@@ -74,16 +78,8 @@ def in_words(outcome: Outcome[ImageOptions]) -> list[Json]:
                 "proof": prediction.proof,
                 "references": references_in_words(prediction),
             },
-            "counterfactual": None
-            if prediction.counterfactual is None
-            else {
-                "image": base64.b64encode(encode_png(prediction.counterfactual.pixels_CHW)).decode("ascii"),
-                "media_type": "image/png",
-                "class_id": prediction.counterfactual.class_id,
-                "label": labels[prediction.counterfactual.class_id],
-                "distance": prediction.counterfactual.distance,
-                "reached": prediction.counterfactual.reached,
-            },
+            "counterfactual": _counterfactual_in_words(prediction, labels),
+            **_saliency_in_words(prediction, image_CHW, labels),
             "coverage": outcome.options.coverage,
             "set": label_set,
             "max_error": outcome.options.max_error,
@@ -93,6 +89,65 @@ def in_words(outcome: Outcome[ImageOptions]) -> list[Json]:
             outcome.image_NCHW, outcome.predictions, sets, decisions, strict=True
         )
     ]
+
+
+def _counterfactual_in_words(prediction: Prediction, labels: Sequence[str]) -> Json | None:
+    found = prediction.counterfactual
+    if found is None:
+        return None
+    answer: Json = {
+        **_image_in_words(found.pixels_CHW),
+        "class_id": found.class_id,
+        "label": labels[found.class_id],
+        "distance": found.distance,
+        "reached": found.reached,
+    }
+    if found.nearest_distance is not None:
+        answer["nearest_distance"] = found.nearest_distance
+    if prediction.path:
+        answer["path"] = [
+            {
+                **_image_in_words(step.pixels_CHW),
+                "class_id": step.class_id,
+                "label": labels[step.class_id],
+                "margin": step.margin,
+                "radius": step.radius,
+                "distance": step.distance,
+            }
+            for step in prediction.path
+        ]
+    return answer
+
+
+def _saliency_in_words(prediction: Prediction, image_CHW: np.ndarray, labels: Sequence[str]) -> Json:
+    found = prediction.saliency
+    if found is None:
+        return {}
+    answer = {
+        "class_id": found.class_id,
+        "label": labels[found.class_id],
+        "array": _npy(found.gradient_CHW),
+        "media_type": NPY,
+        "overlay": _png(draw_over(image_CHW, found.gradient_CHW)),
+    }
+    return {"saliency": answer}
+
+
+def _image_in_words(pixels_CHW: np.ndarray) -> Json:
+    """Return a PNG file of an 8-bit grey or RGB image, an npy array of any other."""
+    if pixels_CHW.dtype == np.uint8 and len(pixels_CHW) in (1, 3):
+        return {"image": _png(pixels_CHW), "media_type": "image/png"}
+    return {"image": _npy(pixels_CHW), "media_type": NPY}
+
+
+def _png(pixels_CHW: np.ndarray) -> str:
+    return base64.b64encode(encode_png(pixels_CHW)).decode("ascii")
+
+
+def _npy(array: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _sets_in_words(outcome: Outcome[ImageOptions]) -> list[list[Json] | None]:
@@ -125,16 +180,9 @@ def references_in_words(prediction: Prediction) -> list[Json]:
 
 def _reference_in_words(reference: Reference) -> Json:
     pixels_CHW = reference.pixels_CHW
-    if pixels_CHW.dtype == np.uint8 and len(pixels_CHW) in (1, 3):
-        content, media_type = encode_png(pixels_CHW), "image/png"
-    else:
-        file = io.BytesIO()
-        np.save(file, pixels_CHW, allow_pickle=False)
-        content, media_type = file.getvalue(), NPY
     return {
         "class_id": reference.class_id,
-        "image": base64.b64encode(content).decode("ascii"),
-        "media_type": media_type,
+        **_image_in_words(pixels_CHW),
         "digest": image_digest(to_unit(pixels_CHW) if pixels_CHW.dtype == np.uint8 else pixels_CHW),
     }
 
@@ -160,12 +208,32 @@ def in_columns(outcome: Outcome[Any]) -> dict[str, np.ndarray]:
             "counterfactual_distance": np.array([counterfactual.distance for counterfactual in found], "<f8"),
             "counterfactual_reached": np.array([counterfactual.reached for counterfactual in found], "?"),
         }
+    if found and outcome.options.strength > 1.0:
+        nearest = [math.nan if one.nearest_distance is None else one.nearest_distance for one in found]
+        columns["counterfactual_nearest_distance"] = np.array(nearest, "<f8")
+    if outcome.options.path is not None:
+        columns |= _path_columns(predictions)
+    saliencies = [prediction.saliency for prediction in predictions if prediction.saliency is not None]
+    if saliencies:
+        columns["saliency"] = np.stack([one.gradient_CHW for one in saliencies]).astype("<f4", copy=False)
+        columns["saliency_class_id"] = np.array([one.class_id for one in saliencies], "<i8")
     member_NK = _members(outcome)
     if member_NK is not None:
         columns["set"] = member_NK
     if outcome.options.max_error is not None:
         columns["decision"] = np.array(_decisions(outcome), "<U7")
     return columns
+
+
+def _path_columns(predictions: Sequence[Prediction]) -> dict[str, np.ndarray]:
+    paths = [prediction.path for prediction in predictions]
+    return {
+        "path": np.array([[step.pixels_CHW for step in path] for path in paths]),
+        "path_class_id": np.array([[step.class_id for step in path] for path in paths], "<i8"),
+        "path_margin": np.array([[step.margin for step in path] for path in paths], "<f8"),
+        "path_radius": np.array([[step.radius for step in path] for path in paths], "<f8"),
+        "path_distance": np.array([[step.distance for step in path] for path in paths], "<f8"),
+    }
 
 
 def in_records(outcome: Outcome[Any]) -> np.ndarray[tuple[int], np.dtype[np.void]]:

@@ -29,6 +29,9 @@ _MOST_NUMBERS = 16_384
 
 Json = dict[str, Any]
 
+EXPLAINED: Json = {"counterfactual": True, "strength": 2.0, "path": 3, "saliency": True}
+"""Options of `explained_answer`."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -40,6 +43,7 @@ class Examples:
     answer: Json
     epsilon_answer: Json
     counterfactual_answer: Json
+    explained_answer: Json
     models: Json
     model: Json
     infer: Json | None
@@ -59,9 +63,14 @@ def make_examples(classifier: Classifier) -> Examples:
     pixels_CHW = _sample(classifier.input_shape)
     image_NCHW = to_unit(pixels_CHW)[np.newaxis]
 
-    plain, epsilon, counterfactual = (
+    plain, epsilon, counterfactual, explained = (
         compute(classifier, image_NCHW, options)
-        for options in (Options(), Options(epsilon=0.5), Options(epsilon=0.5, counterfactual=True))
+        for options in (
+            Options(),
+            Options(epsilon=0.5),
+            Options(epsilon=0.5, counterfactual=True),
+            Options(**EXPLAINED),
+        )
     )
 
     def words(outcome: Outcome[Options]) -> Json:
@@ -79,6 +88,7 @@ def make_examples(classifier: Classifier) -> Examples:
         answer=words(plain),
         epsilon_answer=words(epsilon),
         counterfactual_answer=words(counterfactual),
+        explained_answer=words(explained),
         models=json.loads(ModelsAnswer(models=[describe(classifier, classifier.name)], broken=[]).model_dump_json()),
         model=json.loads(describe_in_full(classifier, classifier.name).model_dump_json()),
         infer=None

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from service import errors
 from service.api import body, problem
 from service.api.answers import RECORDS
-from service.api.examples import Examples
+from service.api.examples import EXPLAINED, Examples
 from service.api.schema import BatchRequest, Options, PredictRequest, Problem
 
 SAMPLES = "/samples"
@@ -157,6 +157,7 @@ def _predict_body(examples: Examples | None) -> Json:
         content[body.JSON]["examples"] = {
             "class and radius": {"value": {"image": examples.base64}},
             "with a counterfactual": {"value": {"image": examples.base64, **wanted}},
+            "with strength, path and saliency": {"value": {"image": examples.base64, **EXPLAINED}},
         }
         # The docs page fills in every field of a form, with the word "string" unless there is an example.
         form: Json = {name: field.default for name, field in Options.model_fields.items() if field.annotation is bool}
@@ -264,6 +265,7 @@ def _add_answers(paths: Json, examples: Examples) -> None:
         ("/predict", "post"): {
             "class and radius": examples.answer,
             "with a counterfactual": examples.counterfactual_answer,
+            "with strength, path and saliency": examples.explained_answer,
         },
         ("/predict/batch", "post"): {"two images": {"predictions": [in_batch, in_batch]}},
         ("/models", "get"): {"models": examples.models},

@@ -20,7 +20,7 @@ from service.inference.classifier import Classifier
 from service.inference.outcome import Outcome
 from service.pixels.images import image_digest
 
-OutputDatatype = Literal["FP64", "INT64", "BOOL", "UINT8", "BYTES"]
+OutputDatatype = Literal["FP64", "FP32", "INT64", "BOOL", "UINT8", "BYTES"]
 _OUTPUTS: dict[str, OutputDatatype] = {
     "logits": "FP64",
     "class_id": "INT64",
@@ -33,13 +33,21 @@ _OUTPUTS: dict[str, OutputDatatype] = {
     "counterfactual_class_id": "INT64",
     "counterfactual_distance": "FP64",
     "counterfactual_reached": "BOOL",
+    "counterfactual_nearest_distance": "FP64",
+    "path": "UINT8",
+    "path_class_id": "INT64",
+    "path_margin": "FP64",
+    "path_radius": "FP64",
+    "path_distance": "FP64",
+    "saliency": "FP32",
+    "saliency_class_id": "INT64",
     "set": "BOOL",
     "decision": "BYTES",
 }
 """Outputs of every model, in order; those from `counterfactual` on only where they are requested."""
 _CALIBRATED = ("set", "decision")
 """Outputs of calibrated models alone."""
-_DTYPES: dict[OutputDatatype, str] = {"FP64": "<f8", "INT64": "<i8", "BOOL": "?", "UINT8": "u1"}
+_DTYPES: dict[OutputDatatype, str] = {"FP64": "<f8", "FP32": "<f4", "INT64": "<i8", "BOOL": "?", "UINT8": "u1"}
 # One packet of the network: shorter answers gain nothing.
 _LEAST_COMPRESSED = 1400
 
@@ -67,8 +75,9 @@ class InferAnswer(BaseModel):
 
 def outputs_of(classifier: Classifier) -> dict[str, tuple[OutputDatatype, list[int]]]:
     """Return datatype and shape of each output of a model by name; -1 is the number of images."""
-    by_class = [-1, len(classifier.labels)]
-    shapes = {"logits": by_class, "set": by_class, "counterfactual": [-1, *classifier.input_shape]}
+    image, by_class = [-1, *classifier.input_shape], [-1, len(classifier.labels)]
+    shapes = {"logits": by_class, "set": by_class, "counterfactual": image, "saliency": image, "path": [-1, *image]}
+    shapes |= {name: [-1, -1] for name in _OUTPUTS if name.startswith("path_")}
     return {
         name: (datatype, shapes.get(name, [-1]))
         for name, datatype in _OUTPUTS.items()
@@ -134,7 +143,8 @@ def _wanted(columns: dict[str, np.ndarray], asked: InferOptions) -> list[tuple[s
     if unknown:
         raise OptionError(
             f"this answer has no output {quoted(unknown[0])}; available outputs: {listed(columns)} (those of the "
-            "counterfactual require parameters.counterfactual=true, set requires coverage, decision max_error)"
+            "counterfactual require parameters.counterfactual=true, its nearest distance strength, those of the path "
+            "path, those of the saliency saliency, set requires coverage, decision max_error)"
         )
     return [
         (output.name, by_default if output.parameters.binary_data is None else output.parameters.binary_data)

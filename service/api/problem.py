@@ -34,6 +34,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.BodyTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.ImageTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.BatchTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        errors.PathTooLongError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.TooManyValuesError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.TooCostlyError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.MediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,

@@ -29,6 +29,10 @@ class _Answer(BaseModel):
     )
 
 
+# Of fields that an answer has only where they are asked for.
+_ABSENT = Field(exclude_if=lambda value: value is None)
+
+
 @dataclass(frozen=True)
 class Expected:
     """Annotation of a field: its valid values, for the message that refuses another one."""
@@ -71,14 +75,38 @@ class ImageOptions(_Request):
     target: Annotated[str | None, Expected("a label of the model as a string")] = None
     """Target label of the counterfactual, requires `counterfactual`; default: the nearest other class."""
 
+    strength: Annotated[
+        float,
+        Field(ge=1.0, le=3.0, allow_inf_nan=False),
+        Expected("a number from 1 to 3, the distance of the counterfactual in units of the nearest one"),
+    ] = 1.0
+    """Distance of the counterfactual in units of the nearest one found, requires `counterfactual`: above 1 it is the
+    image within that distance that is of the class reached with the largest margin found."""
+
+    path: Annotated[
+        Annotated[int, Field(ge=2, le=16)] | None,
+        Expected("a whole number from 2 to 16, the images from the one that was sent to the counterfactual"),
+    ] = None
+    """Number of images in `counterfactual.path`, from the image that was sent to the counterfactual; requires
+    `counterfactual` (default: no path)."""
+
+    saliency: bool = False
+    """Whether to return, as `saliency`, the gradient of the margin that decides the radius."""
+
     resize: bool = False
     """Whether to resize an image of another size than the model's; otherwise it is refused. The radius refers to the
     image that was sent."""
 
     @model_validator(mode="after")
-    def _target_needs_counterfactual(self) -> Self:
-        if self.target is not None and not self.counterfactual:
+    def _options_of_the_counterfactual_need_it(self) -> Self:
+        if self.counterfactual:
+            return self
+        if self.target is not None:
             raise ValueError("target is the target label of the counterfactual; set counterfactual=true with it")
+        if self.strength != 1.0:
+            raise ValueError("strength is that of the counterfactual; set counterfactual=true with it")
+        if self.path is not None:
+            raise ValueError("path leads to the counterfactual; set counterfactual=true with it")
         return self
 
 
@@ -180,13 +208,30 @@ class CertificateAnswer(_Answer):
     """One for each class against which the image that was sent proves less than `radius`."""
 
 
+class WaypointAnswer(_Answer):
+    """One image of the path to the counterfactual, classified by the same path as every image."""
+
+    image: str
+    """The image as base64, as in `CounterfactualAnswer`; sending it gives the stated class and radius."""
+    media_type: Literal["image/png", "application/x-npy"]
+    class_id: int
+    label: str
+    margin: float | None
+    """`f_i - f_j` of this class i and the class j that determines the radius, as computed."""
+    radius: float
+    """Certified radius of this image, proved without reference images; 0 where nothing is certified."""
+    distance: float
+    """L2 distance between this image and the image that was sent, in [0, 1] pixel units."""
+
+
 class CounterfactualAnswer(_Answer):
     """An 8-bit image near the image that was sent, classified again by the same path."""
 
     image: str
-    """PNG file as base64, with the size and the channels of the image that was sent; sending it with the same options
+    """The image as base64, with the size and the channels of the image that was sent; sending it with the same options
     gives the stated class."""
-    media_type: Literal["image/png"]
+    media_type: Literal["image/png", "application/x-npy"]
+    """A PNG file, or an npy array C x H x W (uint8) where the image is neither grey nor RGB."""
     class_id: int
     label: str
     distance: float
@@ -194,6 +239,25 @@ class CounterfactualAnswer(_Answer):
     the classes differ."""
     reached: bool
     """Whether the class is the target, or, without a target, another class than the predicted one."""
+    nearest_distance: Annotated[float | None, _ABSENT] = None
+    """Distance of the nearest counterfactual found; `distance` is at most `strength` times that. Absent unless
+    `strength` is above 1 and `reached`."""
+    path: Annotated[list[WaypointAnswer] | None, _ABSENT] = None
+    """Images at equal steps from the image that was sent (if it is not 8-bit, the nearest 8-bit image) to the
+    counterfactual, which is the last. Absent unless requested."""
+
+
+class SaliencyAnswer(ClassLabel):
+    """The transport direction at the image: the gradient of the margin `f_i - f_j` of the predicted class i and the
+    class j that is named here, `certificate.runner_up`."""
+
+    array: str
+    """npy array as base64, float32, C x H x W like the image that was sent: the rise of the margin per unit of a pixel
+    in [0, 1]. Its L2 norm is at most `lipschitz_bound`, up to rounding; it is computed, not proved."""
+    media_type: Literal["application/x-npy"]
+    overlay: str
+    """PNG file as base64, for people: the image in grey, under red where a larger pixel raises the margin and blue
+    where it lowers it, in proportion to the largest entry; channels are added."""
 
 
 class PredictAnswer(_Answer):
@@ -212,6 +276,8 @@ class PredictAnswer(_Answer):
     certificate: CertificateAnswer
     counterfactual: CounterfactualAnswer | None
     """Null unless requested."""
+    saliency: Annotated[SaliencyAnswer | None, _ABSENT] = None
+    """Absent unless requested."""
     coverage: float | None
     """The option of the request; null if absent."""
     set: list[ClassLabel] | None

@@ -11,8 +11,8 @@ from flint import arb
 
 from service.audit.balls import root
 from service.audit.derivation import Derivation
-from service.audit.findings import Finding, as_json, failed, undecided
-from service.audit.records import Answer, Counterfactual
+from service.audit.findings import Conclusion, Finding, as_json, failed, undecided
+from service.audit.records import Answer, ClassLabel, Waypoint
 from service.audit.references import Point, farther, nearer
 
 # Relative difference of two quotients that are taken for equal when the runner-up is compared.
@@ -31,6 +31,8 @@ class Derived:
     """Of that image."""
     counterfactual: Sequence[arb] | None
     """Exact logits."""
+    waypoints: Mapping[int, Sequence[arb]]
+    """Exact logits of the images of the path, by place."""
     references: Mapping[int, Point]
     """By class."""
     not_audited: Sequence[str] = ()
@@ -82,7 +84,10 @@ def against_derivation(answer: Answer, derived: Derived) -> Iterator[Finding]:
             yield _unproved("lipschitz_bound", certificate.lipschitz_bound, decimal(bound))
         yield from _runner_up(answer, derived, runner_up)
     if answer.counterfactual is not None and derived.counterfactual is not None:
-        yield from _counterfactual(answer.counterfactual, derived.counterfactual, derivation.logit_error)
+        yield from _held_class("counterfactual", answer.counterfactual, derived.counterfactual, derivation.logit_error)
+        path = answer.counterfactual.path or []
+        for n, logits in derived.waypoints.items():
+            yield from _waypoint(f"counterfactual.path.{n}", path[n], logits, derivation)
 
 
 def _unproved(member: str, stated: float | None, proved: str) -> Finding:
@@ -152,15 +157,35 @@ def _radius_at_reference(answer: Answer, derived: Derived, runner_up: int) -> It
         )
 
 
-def _counterfactual(found: Counterfactual, exact: Sequence[arb], error: arb) -> Iterator[Finding]:
+def _waypoint(name: str, found: Waypoint, exact: Sequence[arb], derivation: Derivation) -> Iterator[Finding]:
+    """A radius of 0 promises nothing, so that rounding may decide the class."""
+    for finding in _held_class(name, found, exact, derivation.logit_error):
+        if found.radius > 0.0 or finding.conclusion is Conclusion.DOES_NOT_HOLD:
+            yield finding
+    if not 0 <= found.class_id < len(exact):
+        return
+    rivals = [exact[found.class_id] - logit for k, logit in enumerate(exact) if k != found.class_id]
+    error = 2 * derivation.logit_error
+    if found.margin is None or not any(abs(arb(found.margin) - margin) <= error for margin in rivals):
+        yield failed(f"{name}.margin: {as_json(found.margin)}, the exact network gives it to no other class")
+    point, proved = Point(exact, Fraction(0)), None
+    for j, bound in enumerate(derivation.margin_bounds[found.class_id]):
+        if j != found.class_id:
+            surplus = exact[found.class_id] - exact[j] - error
+            proved = nearer(proved, point.radius(surplus, bound))
+    if proved is not None and not arb(found.radius) <= proved:
+        yield _unproved(f"{name}.radius", found.radius, repr(rounded_down(proved)))
+
+
+def _held_class(name: str, found: ClassLabel, exact: Sequence[arb], error: arb) -> Iterator[Finding]:
     """The image gets its class when it is posted back if the exact margins are above `2 E`."""
     if not 0 <= found.class_id < len(exact):
         return
     margins = [exact[found.class_id] - logit for k, logit in enumerate(exact) if k != found.class_id]
     if any(margin < -2 * error for margin in margins):
-        yield failed(f"counterfactual.class_id: {found.class_id}, the exact network gives its image another class")
+        yield failed(f"{name}.class_id: {found.class_id}, the exact network gives its image another class")
     elif not all(margin > 2 * error for margin in margins):
-        yield undecided(f"counterfactual.class_id: {found.class_id}, and rounding decides the class of its image")
+        yield undecided(f"{name}.class_id: {found.class_id}, and rounding decides the class of its image")
 
 
 def proved_radius(derived: Derived, class_id: int) -> arb | None:
@@ -203,6 +228,8 @@ def proof(answer: Answer, derived: Derived) -> str:
         parts.append(
             f'counterfactual class {found.class_id} ("{found.label}") at distance {found.distance!r} confirmed'
         )
+    if derived.waypoints:
+        parts.append(f"{len(derived.waypoints)} images of its path confirmed")
     if "card_digest" not in answer.model_fields_set:
         parts.append("its labels are those of the card that was named: answers of its version name none")
     if unknown := [*answer.unknown(), *derived.not_audited]:

@@ -86,6 +86,17 @@ class Certificate(_Record):
     references: list[Reference] | None = None
 
 
+class Waypoint(ClassLabel):
+    """An image on the way to the counterfactual."""
+
+    image: str
+    """PNG file as base64."""
+    media_type: str
+    margin: _Finite | None
+    radius: _Bound
+    distance: _Bound
+
+
 class Counterfactual(ClassLabel):
     """An image of another class that an answer holds."""
 
@@ -94,6 +105,9 @@ class Counterfactual(ClassLabel):
     media_type: str
     distance: _Bound
     reached: bool
+    # Both are absent unless the request asked for a strength or a path.
+    nearest_distance: _Bound | None = None
+    path: list[Waypoint] | None = None
 
 
 class Answer(ClassLabel):

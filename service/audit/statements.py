@@ -11,13 +11,15 @@ from service.audit.balls import NotAuditableError
 from service.audit.findings import Finding, as_json, failed, undecided
 from service.audit.images import SentImage, read_held
 from service.audit.preprocessing import conversion_between
-from service.audit.records import Answer, Artefact, ClassLabel, Counterfactual
+from service.audit.records import Answer, Artefact, ClassLabel, Counterfactual, Waypoint
 
 # Rounding of the radius: nine roundings of margin, surplus and quotient, each of at most 2**-52, and underflow.
 _RADIUS_ROUNDING = Fraction(1, 2**48)
 _UNDERFLOW = Fraction(1, 2**1070)
 # Rounding of a distance besides that of its sum: differences, squares, root, quotient.
 _DISTANCE_ROUNDINGS = 8
+# Rounding of a pixel times 255, which decides where two 8-bit values are equally near.
+_HALF_ROUNDING = Fraction(1, 2**40)
 
 
 def against_itself(answer: Answer) -> Iterator[Finding]:
@@ -129,6 +131,8 @@ def against_card(answer: Answer, artefact: Artefact, sent: SentImage) -> Iterato
     yield from _label("runner_up.", answer.certificate.runner_up, artefact.labels)
     if answer.counterfactual is not None:
         yield from _label("counterfactual.", answer.counterfactual, artefact.labels)
+        for n, waypoint in enumerate(answer.counterfactual.path or []):
+            yield from _label(f"counterfactual.path.{n}.", waypoint, artefact.labels)
     if answer.image is None:
         return
     resized = sent.shape[1:] != artefact.input_shape[1:]
@@ -153,13 +157,64 @@ def _label(prefix: str, named: ClassLabel, labels: list[str]) -> Iterator[Findin
 
 def counterfactual_image(found: Counterfactual, sent: SentImage) -> SentImage | Finding:
     """Return the image of a counterfactual, or the reason why it is not one of the shape that was sent."""
+    return _held_image("counterfactual", found, sent)
+
+
+def _held_image(name: str, found: Counterfactual | Waypoint, sent: SentImage) -> SentImage | Finding:
     try:
-        image = read_held(found.image, "image/png")
+        image = read_held(found.image, _media_type(sent))
     except ValueError as error:
-        return failed(f"counterfactual.image: {error}")
+        return failed(f"{name}.image: {error}")
     if image.shape != sent.shape:
-        return failed(f"counterfactual.image: its shape is {image.shape}, an image of {sent.shape} was sent")
+        return failed(f"{name}.image: its shape is {image.shape}, an image of {sent.shape} was sent")
     return image
+
+
+def path_images(found: Counterfactual, sent: SentImage) -> tuple[dict[int, SentImage], list[Finding]]:
+    """Return the images of the path to a counterfactual by place, and what contradicts them without the network.
+
+    Args:
+        found: the counterfactual.
+        sent: the image that was sent.
+    """
+    findings: list[Finding] = []
+    images: dict[int, SentImage] = {}
+    path = found.path or []
+    for n, waypoint in enumerate(path):
+        name = f"counterfactual.path.{n}"
+        image = _held_image(name, waypoint, sent)
+        if isinstance(image, Finding):
+            findings.append(image)
+            continue
+        images[n] = image
+        findings += _distance(name, waypoint, sent, image)
+        if n == 0 and not _is_nearest(image, sent):
+            findings.append(failed(f"{name}: is not the image that was sent, rounded to 8 bits"))
+    if path and path[-1].image != found.image:
+        findings.append(failed("counterfactual.path: its last image is not the counterfactual"))
+    return images, findings
+
+
+def _is_nearest(image: SentImage, sent: SentImage) -> bool:
+    """Return whether no 8-bit value is nearer to a pixel as sent than that of the image."""
+    half = Fraction(image.denominator * sent.denominator, 2 * 255) * (1 + _HALF_ROUNDING)
+    pairs = zip(image.numerators, sent.numerators, strict=True)
+    return all(abs(a * sent.denominator - b * image.denominator) <= half for a, b in pairs)
+
+
+def _distance(name: str, found: Counterfactual | Waypoint, sent: SentImage, image: SentImage) -> Iterator[Finding]:
+    square = Fraction(*sent.squared_distance(image))
+    # The service sums in any order and rounds the root.
+    rounding = Fraction(3 * (len(sent.numerators) + _DISTANCE_ROUNDINGS), 2**53)
+    if abs(Fraction(found.distance) ** 2 - square) > rounding * square:
+        yield failed(f"{name}.distance: {found.distance!r}, the images are {float(square) ** 0.5!r} apart")
+    if found.media_type != _media_type(sent):
+        yield failed(f"{name}.media_type: {found.media_type!r}, expected {_media_type(sent)!r}")
+
+
+def _media_type(sent: SentImage) -> str:
+    """Return the type of the files that an answer holds: PNG has grey and RGB alone."""
+    return "image/png" if sent.shape[0] in (1, 3) else "application/x-npy"
 
 
 def against_counterfactual(
@@ -173,13 +228,15 @@ def against_counterfactual(
         sent: the image that was sent.
         image: the image of the counterfactual.
     """
-    if found.media_type != "image/png":
-        yield failed(f"counterfactual.media_type: {found.media_type!r}, expected 'image/png'")
+    yield from _distance("counterfactual", found, sent, image)
     square = Fraction(*sent.squared_distance(image))
-    # The service sums in any order and rounds the root.
-    rounding = Fraction(3 * (len(sent.numerators) + _DISTANCE_ROUNDINGS), 2**53)
-    if abs(Fraction(found.distance) ** 2 - square) > rounding * square:
-        yield failed(f"counterfactual.distance: {found.distance!r}, the images are {float(square) ** 0.5!r} apart")
+    if found.nearest_distance is not None and found.nearest_distance < answer.certificate.radius:
+        yield failed(
+            f"counterfactual.nearest_distance: {found.nearest_distance!r} lies within the radius "
+            f"{answer.certificate.radius!r}"
+        )
+    if found.nearest_distance is not None and found.nearest_distance > found.distance:
+        yield failed(f"counterfactual.nearest_distance: {found.nearest_distance!r}, farther than the counterfactual")
     another = found.class_id != answer.class_id
     if another and square < Fraction(answer.certificate.radius) ** 2:
         yield failed(

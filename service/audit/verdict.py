@@ -31,6 +31,7 @@ from service.audit.statements import (
     against_image,
     against_itself,
     counterfactual_image,
+    path_images,
 )
 
 DIGITS = (192, 768)
@@ -83,6 +84,7 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
     references, doubts = reference_images(answer, sent)
     findings += doubts
     images, shown = [sent], False
+    waypoints: dict[int, SentImage] = {}
     if answer.counterfactual is not None:
         image = counterfactual_image(answer.counterfactual, sent)
         if isinstance(image, Finding):
@@ -91,6 +93,8 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
             images.append(image)
             shown = True
             findings += against_counterfactual(answer, answer.counterfactual, sent, image)
+        waypoints, doubts = path_images(answer.counterfactual, sent)
+        findings += doubts
     if artefact.digest != answer.digest:
         # Whatever is derived from these bytes says nothing about the answer.
         findings.append(
@@ -103,6 +107,8 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
     findings += against_card(answer, artefact, sent)
     findings += against_card_calibration(answer, artefact)
     held = list(references.items())
+    n_before = len(images)
+    images += waypoints.values()
     try:
         derivation = _derivation(answer, artefact, [*images, *(reference.image for _, reference in held)])
     except NotAuditableError as error:
@@ -112,6 +118,7 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
         derivation,
         pixels=prod(sent.shape),
         counterfactual=derivation.logits[1] if shown else None,
+        waypoints=dict(zip(waypoints, derivation.logits[n_before:], strict=False)),
         references={
             class_id: Point(logits, reference.cost)
             for (class_id, reference), logits in zip(held, at_references, strict=True)

@@ -28,6 +28,7 @@
       │   ├─ ChannelsError               channels that the model does not accept, or grey and RGB in one batch
       │   ├─ PixelRangeError             a pixel is NaN, infinite, or outside [0, 1]
       │   ├─ BatchTooLargeError
+      │   ├─ PathTooLongError            the images of all paths have more pixels than the limit
       │   ├─ UnknownModelError
       │   ├─ UnknownVersionError         of a model of the Open Inference Protocol
       │   ├─ UnknownLabelError
@@ -251,6 +252,17 @@ class BatchTooLargeError(InputError):
 
     def __init__(self, images: int, limit: int) -> None:
         super().__init__(f"the batch has {images} images and this server accepts 1 to {limit} per batch; split it")
+
+
+class PathTooLongError(InputError):
+    """The paths of a request have more pixels than the limit of the server."""
+
+    def __init__(self, count: int, pixels: int, limit_pixels: int) -> None:
+        super().__init__(
+            f"a path of {count} images for each image has {pixels} pixels in all, and this server answers with at most "
+            f"{limit_pixels} per request; ask for a shorter path, or send fewer or smaller images (the operator can "
+            "raise LIPCERT_MAX_PIXELS)"
+        )
 
 
 class UnknownModelError(InputError):

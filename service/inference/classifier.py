@@ -30,7 +30,9 @@ from service.errors import (
     UnknownLabelError,
 )
 from service.inference.counterfactual import Counterfactual, Differentiable, find_counterfactuals
+from service.inference.path import Waypoint
 from service.inference.references import Provable, Reference, find_references
+from service.inference.saliency import Saliency
 from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, preprocessing_between
 from service.runtime.engine import Runs
 from service.runtime.provider import Provider, Resolved, load_on
@@ -62,11 +64,15 @@ class Prediction(NamedTuple):
     logit_error: float
     """Bound of |computed logit - exact logit|."""
     counterfactual: Counterfactual | None = None
-    """The nearest image found with another class; absent unless a request asks for it."""
+    """An image of another class, the nearest one found or one beyond; absent unless a request asks for it."""
     proof: Literal["fast", "best"] = "fast"
     """Whether reference images were searched for a larger radius: `best`."""
     references: tuple[Reference, ...] = ()
     """Images at which the radius is proved, one for each class whose radius at the image as sent is smaller."""
+    path: tuple[Waypoint, ...] = ()
+    """Images from the one that was sent to the counterfactual; empty unless a request asks for it."""
+    saliency: Saliency | None = None
+    """The gradient of the margin; absent unless a request asks for it."""
 
 
 class Classifier:

@@ -20,6 +20,10 @@ _GROWTHS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5, *(1.
 _BISECTIONS = 6
 # Relative width of the bracket of lambda that needs no bisection.
 _NARROW = 5e-3
+# Aim of a distance that rounding may change, and the least distance that is good enough, as shares of the reach.
+_AIM_WITHIN = 0.998
+_LEAST_WITHIN = 0.98
+_FINE_BISECTIONS = 14
 # Largest multiplier. Its product with a gradient entry, and sums of such products over pixels, are finite.
 _MOST = 1e150
 # Largest entry of a gradient: sums of its squares are finite.
@@ -85,6 +89,61 @@ def closest_levels_in_doubles(
     if short_M.any():
         level_MD[short_M] = _raised(anchor_MD[short_M], gradient_MD[short_M], fall_M[short_M], lambda_M[short_M])
     return level_MD
+
+
+def lowest_levels(
+    start_MD: Float64[np.ndarray, "M D"], slope_MD: Float64[np.ndarray, "M D"], reach_M: Float64[np.ndarray, " M"]
+) -> Float64[np.ndarray, "M D"]:
+    """Return the 8-bit image within `reach` of `start` where a linear function is lowest, up to rounding.
+
+    It is `round(clip(start - lambda g))`. Without rounding, lambda follows from the pixels that are at their bound:
+    starting from none, each step finds those of the next, and the distance never exceeds the reach.
+
+    Args:
+        start_MD: pixels in units of 1 / 255.
+        slope_MD: gradient of the function.
+        reach_M: L2 distance in the same units. Where `start` is not 8-bit, no image may be that near: the result is
+            then farther.
+    """
+    pull_MD = np.abs(slope_MD)
+    room_MD = np.where(slope_MD > 0.0, start_MD, LEVELS - start_MD)
+    aim_M = _AIM_WITHIN * reach_M
+    lambda_M = np.zeros(len(reach_M))
+    stuck_M = np.zeros(len(reach_M), np.bool_)
+    for _ in range(_NEWTON_STEPS):
+        full_MD = pull_MD * lambda_M[:, None] >= room_MD
+        left_M = aim_M**2 - np.einsum("md,md,md->m", room_MD, room_MD, full_MD)
+        free_M = np.einsum("md,md,md->m", pull_MD, pull_MD, ~full_MD)
+        stuck_M = ~(free_M > 0.0)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            next_M = np.where(stuck_M, lambda_M, np.minimum(np.sqrt(np.maximum(left_M, 0.0) / free_M), _MOST))
+        if (next_M <= lambda_M * (1.0 + _NEWTON_ERROR)).all():
+            break
+        lambda_M = np.maximum(lambda_M, next_M)
+    level_MD = np.rint(moved(start_MD, slope_MD, lambda_M))
+    distance_M = _distance(level_MD, start_MD)
+    wrong_M = (distance_M > reach_M) | ((distance_M < _LEAST_WITHIN * reach_M) & ~stuck_M)
+    if wrong_M.any():
+        level_MD[wrong_M] = _bisected(start_MD[wrong_M], slope_MD[wrong_M], reach_M[wrong_M], lambda_M[wrong_M])
+    return level_MD
+
+
+def _bisected(start_LD: np.ndarray, slope_LD: np.ndarray, reach_L: np.ndarray, lambda_L: np.ndarray) -> np.ndarray:
+    """Return `lowest_levels` where rounding changes the distance: the rounded distance grows with lambda."""
+    with np.errstate(divide="ignore", over="ignore"):
+        # Where the pixel with the steepest slope alone has moved that far.
+        far_L = np.minimum((reach_L + 1.0) / np.abs(slope_LD).max(axis=1), _MOST)
+    low_L, high_L = 0.5 * lambda_L, np.maximum(2.0 * lambda_L, far_L)
+    for _ in range(_FINE_BISECTIONS):
+        middle_L = 0.5 * (low_L + high_L)
+        within_L = _distance(np.rint(moved(start_LD, slope_LD, middle_L)), start_LD) <= reach_L
+        low_L, high_L = np.where(within_L, middle_L, low_L), np.where(within_L, high_L, middle_L)
+    return np.rint(moved(start_LD, slope_LD, low_L))
+
+
+def _distance(one_MD: np.ndarray, other_MD: np.ndarray) -> np.ndarray:
+    difference_MD = one_MD - other_MD
+    return np.sqrt(rows_dot(difference_MD, difference_MD))
 
 
 def _raised(anchor_LD: np.ndarray, gradient_LD: np.ndarray, fall_L: np.ndarray, lambda_L: np.ndarray) -> np.ndarray:

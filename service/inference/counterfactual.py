@@ -21,6 +21,8 @@ answers of ordinary networks.
 Rounding. The answer is 8-bit, and on that grid the closest point is `round(clip(x_0 - lambda g))`: rounding is part of
 the step, so that it cannot undo the step.
 
+Beyond. `service.inference.strength` goes on from the answer, for a client that wants an image farther across.
+
 Measurement. A candidate is classified by the path that serves predictions, and counts as reached only if its class is
 certified (margin above `4 logit_error`), because its class is then the same in any batch.
 
@@ -89,6 +91,8 @@ class Counterfactual:
     """Whether the target class (without a target: another class) was reached."""
     steps: int = 0
     """Gradients computed."""
+    nearest_distance: float | None = None
+    """Distance of the nearest one found; null for the nearest one itself, see `service.inference.strength`."""
 
 
 @runtime_checkable

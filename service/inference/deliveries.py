@@ -63,7 +63,7 @@ class Deliveries:
         size = 0
         for request in self.computed:
             assert request.decoded is not None
-            size += request.decoded.pixels_NCHW.size
+            size += request.decoded.pixels_NCHW.size * (request.decoded.options.path or 1)
         with python if size <= _SMALL_PIXELS else contextlib.nullcontext():
             for request in self.computed:
                 try:

@@ -12,10 +12,18 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from service.errors import PathTooLongError
 from service.inference.classifier import Classifier, Prediction, View, counterfactuals, with_references
+from service.inference.path import find_paths
 from service.inference.references import Provable
+from service.inference.saliency import find_saliencies
 from service.inference.sets import SetOptions, check_calibration
+from service.inference.strength import GRADIENTS, strengthen
 from service.shapes import Float64, UInt8
+
+# Forward passes that cost as much as one run of the gradient graph, and as a search of two runs and one pass.
+_GRADIENT_PASSES = 2
+_SEARCH_PASSES = 5
 
 
 class ImageOptions(SetOptions, Protocol):
@@ -46,6 +54,21 @@ class ImageOptions(SetOptions, Protocol):
         """Target label of the counterfactuals; default: the nearest other class."""
         ...
 
+    @property
+    def strength(self) -> float:
+        """Distance of the counterfactuals in units of the nearest one found; 1 is that one itself."""
+        ...
+
+    @property
+    def path(self) -> int | None:
+        """Number of images from each image to its counterfactual; null without a path."""
+        ...
+
+    @property
+    def saliency(self) -> bool:
+        """Whether the gradient of the margin is answered."""
+        ...
+
 
 Options = TypeVar("Options", bound=ImageOptions)
 Options_co = TypeVar("Options_co", bound=ImageOptions, covariant=True)
@@ -59,6 +82,20 @@ class Decoded(Generic[Options_co]):
     pixels_NCHW: UInt8[np.ndarray, "N C H W"] | Float64[np.ndarray, "N C H W"]
     """As sent: 0..255, or in [0, 1]."""
     options: Options_co
+
+    def check_path(self, max_pixels: int) -> None:
+        """Refuse paths that have more pixels than a request may have.
+
+        Args:
+            max_pixels: of all images of all paths.
+
+        Raises:
+            PathTooLongError: the paths have more.
+        """
+        count = self.options.path or 0
+        pixels = count * self.pixels_NCHW[:, 0].size
+        if pixels > max_pixels:
+            raise PathTooLongError(count, pixels, max_pixels)
 
     def view(self) -> View:
         """Return the model for images of this shape.
@@ -111,9 +148,23 @@ def needs_gradients(options: ImageOptions, predictions: Iterable[Prediction]) ->
         options: those of the request.
         predictions: one for each image of the request.
     """
-    if options.counterfactual or options.proof == "best":
+    if options.counterfactual or options.saliency or options.proof == "best":
         return True
     return options.epsilon is not None and any(_needs_references(options, prediction) for prediction in predictions)
+
+
+def search_cost(options: ImageOptions) -> float:
+    """Return what `explain` costs for each image, in units of a search without further options.
+
+    Args:
+        options: those of a request with `needs_gradients`.
+    """
+    passes = options.path or 0
+    if options.strength > 1.0:
+        passes += GRADIENTS * _GRADIENT_PASSES + 1
+    if options.saliency:
+        passes += _GRADIENT_PASSES
+    return 1.0 + passes / _SEARCH_PASSES
 
 
 def explain(model: Provable, outcomes: Sequence[Outcome[Any]]) -> list[Prediction]:
@@ -138,12 +189,19 @@ def explain(model: Provable, outcomes: Sequence[Outcome[Any]]) -> list[Predictio
         predictions[n] = prediction
     explained = [n for n, owner in enumerate(owners) if owner.options.counterfactual]
     targets = [_target(owners[n].classifier, owners[n].options) for n in explained]
-    for n, found in zip(
-        explained,
-        counterfactuals(model, image_NCHW[explained], [predictions[n] for n in explained], targets),
-        strict=True,
-    ):
-        predictions[n] = predictions[n]._replace(counterfactual=found)
+    nearest = counterfactuals(model, image_NCHW[explained], [predictions[n] for n in explained], targets)
+    found = strengthen(
+        model,
+        image_NCHW[explained],
+        [predictions[n].class_id for n in explained],
+        nearest,
+        [owners[n].options.strength for n in explained],
+        len(owners[0].classifier.labels) if owners else 0,
+    )
+    for n, one in zip(explained, found, strict=True):
+        predictions[n] = predictions[n]._replace(counterfactual=one)
+    _add_paths(model, image_NCHW, owners, predictions)
+    _add_saliencies(model, image_NCHW, owners, predictions)
     return predictions
 
 
@@ -166,6 +224,36 @@ def compute(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], 
         return outcome
     check_predictions(classifier, options, outcome.predictions)
     return replace(outcome, predictions=explain(view, [outcome]))
+
+
+def _add_paths(
+    model: Provable, image_NCHW: np.ndarray, owners: Sequence[Outcome[Any]], predictions: list[Prediction]
+) -> None:
+    found = {
+        n: prediction.counterfactual
+        for n, prediction in enumerate(predictions)
+        if owners[n].options.path is not None and prediction.counterfactual is not None
+    }
+    counts = [owners[n].options.path for n in found]
+    for n, path in zip(found, find_paths(model, image_NCHW[list(found)], list(found.values()), counts), strict=True):
+        predictions[n] = predictions[n]._replace(path=path)
+
+
+def _add_saliencies(
+    model: Provable, image_NCHW: np.ndarray, owners: Sequence[Outcome[Any]], predictions: list[Prediction]
+) -> None:
+    rows = [n for n, owner in enumerate(owners) if owner.options.saliency]
+    if not rows:
+        return
+    found = find_saliencies(
+        model,
+        image_NCHW[rows],
+        [predictions[n].class_id for n in rows],
+        [predictions[n].runner_up for n in rows],
+        len(predictions[rows[0]].logits_K),
+    )
+    for n, saliency in zip(rows, found, strict=True):
+        predictions[n] = predictions[n]._replace(saliency=saliency)
 
 
 def _target(classifier: Classifier, options: ImageOptions) -> int | None:

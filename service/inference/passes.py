@@ -16,7 +16,7 @@ from service.inference.classifier import Classifier, Prediction, View
 from service.inference.deliveries import Deliveries
 from service.inference.heartbeats import LOAD_S, Beats
 from service.inference.jobs import Chunk, Request
-from service.inference.outcome import Decoded, Outcome, check_predictions, explain, needs_gradients
+from service.inference.outcome import Decoded, Outcome, check_predictions, explain, needs_gradients, search_cost
 from service.inference.pace import Pace, measure_pace
 from service.inference.queues import SEARCH_SHARE, Queues
 from service.metrics import Metrics
@@ -145,7 +145,8 @@ class Passes:
         try:
             check_predictions(decoded.classifier, decoded.options, predictions)
             pace = self._paces[decoded.classifier.digest]
-            request.place.search(pace.alone_s + (len(predictions) - 1) * pace.image_s)
+            count = len(predictions) * search_cost(decoded.options)
+            request.place.search(pace.alone_s + (count - 1) * pace.image_s)
         except Exception as error:
             deliveries.fail(request, error)
             return
@@ -249,7 +250,7 @@ class _AbandonedError(Exception):
 
 
 class _PreemptibleView:
-    """A view whose search lets predictions pass before each gradient, and ends when no client waits for it."""
+    """A view whose search lets predictions pass before each of its passes, and ends when no client waits for it."""
 
     def __init__(
         self,
@@ -268,12 +269,15 @@ class _PreemptibleView:
         return self._view.certificate
 
     def classify(self, image_NCHW: np.ndarray) -> tuple[np.ndarray, Radii]:
-        self._beat()
+        self._let_pass()
         return self._view.classify(image_NCHW)
 
     def margin_gradient(self, image_NCHW: np.ndarray, weights_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self._let_pass()
+        return self._view.margin_gradient(image_NCHW, weights_NK)
+
+    def _let_pass(self) -> None:
         self._predict_waiting()
         if self._is_abandoned():
             raise _AbandonedError
         self._beat()
-        return self._view.margin_gradient(image_NCHW, weights_NK)

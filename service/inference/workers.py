@@ -111,6 +111,7 @@ class Workers:
                 continue
             try:
                 decoded = request.decoded or request.question.decode()
+                decoded.check_path(self._limits.max_pixels)
                 first, *others = self._passes.split(request, decoded, decoded.view())
             except Exception as error:
                 deliveries.fail(request, error)

@@ -34,6 +34,21 @@ def describe(parser: argparse.ArgumentParser) -> None:
         "--ca-file", type=Path, metavar="FILE", help="PEM authorities that sign the server's certificate"
     )
     parser.add_argument("--counterfactual", action="store_true", help="find the nearest image of another class")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="1 to 3: distance of the counterfactual over the nearest; default: 1",
+    )
+    parser.add_argument(
+        "--path",
+        type=int,
+        metavar="N",
+        help="2 to 16: images on the way to the counterfactual, in the answers of --jsonl",
+    )
+    parser.add_argument(
+        "--saliency", action="store_true", help="gradient of the deciding margin, in the answers of --jsonl"
+    )
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the counterfactuals there, as PNG files")
     parser.add_argument(
         "--proof", choices=["fast", "best"], help="best: prove a larger radius at reference images; default: fast"

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from service.api.schema import Options
 from service.artefact.files import write_atomically
 from service.sheets.files import UnusableFileError, named_files, read_image
@@ -93,6 +95,12 @@ def _check(chosen: argparse.Namespace) -> None:
     """Refuse options that contradict each other, and libraries that are missing; raises `UsageError`."""
     if chosen.save is not None and not chosen.counterfactual:
         raise UsageError("--save writes counterfactuals: add --counterfactual")
+    try:
+        Options(**_options(chosen))
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = f"--{fault['loc'][0]}: " if fault["loc"] else ""
+        raise UsageError(f"{place}{fault['msg'].removeprefix('Value error, ')}") from None
     if chosen.server is None and (chosen.api_key_file is not None or chosen.ca_file is not None):
         raise UsageError("--api-key-file and --ca-file are for --server: add it, or leave them out")
     needed = [("httpx", "--server", "client")] if chosen.server is not None else [("onnxruntime", "this", "cpu")]
@@ -114,10 +122,15 @@ def _output(chosen: argparse.Namespace) -> tuple[str, Path | None]:
     return given[0] if given else ("", None)
 
 
+def _options(chosen: argparse.Namespace) -> dict[str, Any]:
+    named = ("counterfactual", "resize", "proof", "epsilon", "strength", "path", "saliency")
+    given = {name: getattr(chosen, name) for name in named}
+    return {name: value for name, value in given.items() if value is not None and (name != "saliency" or value)}
+
+
 @contextlib.contextmanager
 def _source(chosen: argparse.Namespace) -> Generator[Source]:
-    options: dict[str, Any] = {"counterfactual": chosen.counterfactual, "resize": chosen.resize}
-    options |= {name: getattr(chosen, name) for name in ("proof", "epsilon") if getattr(chosen, name) is not None}
+    options = _options(chosen)
     # Imported here: a source needs no library of the other.
     if chosen.server is None:
         from service.sheets.in_process import InProcess
@@ -183,7 +196,8 @@ def _row(number: int, path: Path, source: Source, save: Path | None) -> Row:
         return Row(path, None, f"unexpected {type(error).__name__}: {error}")
     if save is None or answer.counterfactual is None:
         return Row(path, answer, None)
-    target = save / f"{number:06d}-{os.fsdecode(os.fsencode(path.stem)[:_MOST_STEM_BYTES])}.png"
+    suffix = "png" if answer.counterfactual.media_type == "image/png" else "npy"
+    target = save / f"{number:06d}-{os.fsdecode(os.fsencode(path.stem)[:_MOST_STEM_BYTES])}.{suffix}"
     try:
         image = base64.b64decode(answer.counterfactual.image, validate=True)
         write_atomically(target, lambda file: file.write(image))

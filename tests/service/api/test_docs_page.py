@@ -191,7 +191,7 @@ def test_every_operation_runs_as_it_is_documented(client: Client, document: dict
     assert {"/predict", "/predict/batch", *protocols, "/v2/models/{name}/explain"} == ran
 
 
-@pytest.mark.parametrize(("path", "examples"), [("/predict", 2), ("/predict/batch", 1)])
+@pytest.mark.parametrize(("path", "examples"), [("/predict", 3), ("/predict/batch", 1)])
 def test_the_json_examples_are_answered_as_the_document_says(
     client: Client, document: dict[str, Any], path: str, examples: int
 ) -> None:

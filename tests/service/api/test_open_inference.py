@@ -14,6 +14,8 @@ from service import __version__
 
 INFER = "/v2/models/grey/infer"
 NPY = {"Content-Type": "application/x-npy"}
+ALL = {"counterfactual": True, "strength": 2.0, "path": 3, "saliency": True}
+"""Parameters that give every output of a model without calibration."""
 
 
 def question(array: np.ndarray, datatype: str, nested: bool = False, **fields: Any) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def test_the_server_and_its_models_describe_themselves(client: Client) -> None:
     assert client.get("/v2/models/grey/ready").json() == {"name": "grey", "ready": True}
     model = client.get("/v2/models/grey").json()
     assert model["inputs"] == [{"name": "image", "datatype": "FP64", "shape": [-1, 1, HEIGHT, WIDTH]}]
-    question_outputs = client.post(INFER, json={**GOOD, "parameters": {"counterfactual": True}}).json()["outputs"]
+    question_outputs = client.post(INFER, json={**GOOD, "parameters": ALL}).json()["outputs"]
     assert [(output["name"], output["datatype"]) for output in model["outputs"]] == [
         (output["name"], output["datatype"]) for output in question_outputs
     ]

@@ -35,6 +35,12 @@ def archived(client: Client, zoo: Path, grey_HW: np.ndarray) -> Archived:
     return archive(client, encode(grey_HW), zoo / "grey", epsilon=0.01, counterfactual=True)
 
 
+@pytest.fixture
+def explained(client: Client, zoo: Path, grey_HW: np.ndarray) -> Archived:
+    """An answer with a counterfactual beyond the boundary, the path to it, and a saliency."""
+    return archive(client, encode(grey_HW), zoo / "grey", counterfactual=True, strength=2.0, path=4, saliency=True)
+
+
 def swap(answer: Json) -> None:
     other = answer["certificate"]["runner_up"]["class_id"]
     answer["certificate"]["runner_up"] = {"class_id": answer["class_id"], "label": answer["label"]}
@@ -56,6 +62,10 @@ def third_class(answer: Json) -> None:
 
 def found(**members: Any) -> Callable[[Json], object]:
     return lambda answer: answer["counterfactual"].update(members)
+
+
+def waypoint(n: int, **members: Any) -> Callable[[Json], object]:
+    return lambda answer: answer["counterfactual"]["path"][n].update(members)
 
 
 def another_picture(answer: Json) -> None:
@@ -171,6 +181,35 @@ FAILED: dict[str, tuple[Callable[[Json], object], list[str]]] = {
     ),
 }
 
+EXPLANATIONS: dict[str, tuple[Callable[[Json], object], list[str]]] = {
+    "nearest counterfactual within the radius": (
+        found(nearest_distance=0.001),
+        ["counterfactual.nearest_distance: 0.001 lies within the radius"],
+    ),
+    "nearest counterfactual beyond the one that is held": (
+        found(nearest_distance=1e308),
+        ["counterfactual.nearest_distance: 1e+308, farther than the counterfactual"],
+    ),
+    "class of a waypoint": (
+        waypoint(1, class_id=1, label="class 1"),
+        ["counterfactual.path.1.class_id: 1, the exact network", "counterfactual.path.1.margin: "],
+    ),
+    "label of a waypoint": (waypoint(1, label="x"), ["counterfactual.path.1.label: 'x', class "]),
+    "margin of a waypoint": (waypoint(0, margin=0.123), ["counterfactual.path.0.margin: 0.123, the exact"]),
+    "no margin of a waypoint": (waypoint(0, margin=None), ["counterfactual.path.0.margin: null, the exact"]),
+    "distance of a waypoint": (waypoint(2, distance=9.0), ["counterfactual.path.2.distance: 9.0, the images are"]),
+    "no picture of a waypoint": (waypoint(1, image="AAAA"), ["counterfactual.path.1.image: it is no file"]),
+    "media type of a waypoint": (waypoint(1, media_type="x"), ["counterfactual.path.1.media_type: 'x', expected"]),
+    "a path that begins elsewhere": (
+        lambda a: a["counterfactual"]["path"].pop(0),
+        ["counterfactual.path.0: is not the image that was sent"],
+    ),
+    "a path that ends elsewhere": (
+        lambda a: a["counterfactual"]["path"].pop(),
+        ["counterfactual.path: its last image is not the counterfactual"],
+    ),
+}
+
 UNDECIDED: dict[str, tuple[Callable[[Json], object], list[str]]] = {
     "digest": (lambda a: a.update(digest=digest(b"")), ["digest: the answer is of sha256:e3b0c442"]),
     "digest of another card": (
@@ -200,6 +239,32 @@ def test_a_forged_answer_does_not_hold_and_the_reasons_name_its_members(
     for reason in reasons:
         assert any(line.startswith(reason) for line in verdict.failed), (reason, verdict.lines)
     assert all(line.startswith(tuple(reasons)) for line in verdict.failed), verdict.lines
+
+
+@pytest.mark.parametrize("name", EXPLANATIONS)
+def test_a_forged_way_to_the_counterfactual_does_not_hold(explained: Archived, tmp_path: Path, name: str) -> None:
+    change, reasons = EXPLANATIONS[name]
+    forged = deepcopy(explained.answer)
+    change(forged)
+    verdict = explained.check(tmp_path, forged)
+    assert verdict.conclusion is Conclusion.DOES_NOT_HOLD
+    for reason in reasons:
+        assert any(line.startswith(reason) for line in verdict.failed), (reason, verdict.lines)
+
+
+def test_a_way_to_the_counterfactual_holds_and_the_report_names_what_is_not_audited(
+    explained: Archived, tmp_path: Path
+) -> None:
+    verdict = explained.check(tmp_path)
+    assert verdict.conclusion is Conclusion.HOLDS
+    assert verdict.proof.endswith("confirmed; 4 images of its path confirmed; not audited: saliency")
+
+
+def test_a_larger_radius_of_a_waypoint_is_undecided(explained: Archived, tmp_path: Path) -> None:
+    forged = deepcopy(explained.answer)
+    forged["counterfactual"]["path"][0]["radius"] *= 1.01
+    (line,) = explained.check(tmp_path, forged).undecided
+    assert line.startswith("counterfactual.path.0.radius: the answer states")
 
 
 @pytest.mark.parametrize("name", UNDECIDED)

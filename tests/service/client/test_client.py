@@ -53,7 +53,8 @@ def png(grey_HW: np.ndarray) -> bytes:
 
 
 def test_the_answer_is_that_of_the_service_to_the_last_bit(url: str, service_client: Client, png: bytes) -> None:
-    for options in ({}, {"counterfactual": True, "proof": "best", "epsilon": 0.1}):
+    explained = {"counterfactual": True, "strength": 2, "path": 3, "saliency": True}
+    for options in ({}, {"counterfactual": True, "proof": "best", "epsilon": 0.1}, explained):
         document = {"image": base64.b64encode(png).decode(), **options}
         sent = httpx.post(f"{url}/predict", json=document)
         answer = service_client.predict(png, **options)

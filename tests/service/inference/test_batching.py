@@ -22,12 +22,19 @@ from hypothesis import strategies as st
 
 from service.api.schema import ImageOptions
 from service.certificate import Radii
-from service.errors import BusyError, DeadlineError, NotAnImageError, TargetIsPredictedClassError
-from service.inference.admission import Limits
+from service.errors import (
+    BusyError,
+    DeadlineError,
+    NotAnImageError,
+    PathTooLongError,
+    TargetIsPredictedClassError,
+)
+from service.inference.admission import Limits, Place
 from service.inference.batching import Batcher
 from service.inference.classifier import Classifier, Prediction, View
 from service.inference.outcome import Decoded, Outcome, compute
 from service.inference.pace import Pace
+from service.inference.strength import GRADIENTS
 from service.metrics import Metrics
 
 LONG_S = 60.0
@@ -49,6 +56,8 @@ class Ask:
     target: int | None = None
     resize: bool = False
     at_once: bool = False
+    explanations: dict[str, Any] = field(default_factory=dict)
+    """Strength, path and saliency."""
     decoding: Callable[[], None] = lambda: None
     answering: Callable[[], None] = lambda: None
 
@@ -61,6 +70,7 @@ class Ask:
             target=target,
             proof=self.proof,
             epsilon=self.epsilon,
+            **self.explanations,
         )
 
     def decode_at_once(self) -> Decoded[ImageOptions] | None:
@@ -390,6 +400,75 @@ def test_searches_of_one_batch_run_side_by_side_and_come_back_in_order(making: M
         for seed in range(10):
             ask = Ask(network, images(40, seed), counterfactual=True)
             assert_is_answer_alone(await answer_to(batcher, ask), ask)
+
+    run(test)
+
+
+EXPLANATIONS: list[dict[str, Any]] = [{}, {"strength": 2.0}, {"path": 16}, {"saliency": True}]
+
+
+def test_requests_with_different_explanations_share_searches(making: Making, network: Classifier) -> None:
+    batcher = making(workers=2, forward_batch=16)
+
+    async def test() -> None:
+        asks = [
+            Ask(network, images(2 + n % 3, n), counterfactual=True, explanations=EXPLANATIONS[n % 4]) for n in range(16)
+        ]
+        for ask, said in zip(asks, await asyncio.gather(*(answer_to(batcher, ask) for ask in asks)), strict=True):
+            assert_is_answer_alone(said, ask)
+            for prediction in said.predictions:
+                found = prediction.counterfactual
+                assert found is not None
+                is_farther = found.nearest_distance is not None and found.distance > found.nearest_distance
+                assert is_farther == ("strength" in ask.explanations)
+                assert len(prediction.path) == ask.explanations.get("path", 0)
+                assert (prediction.saliency is not None) == ("saliency" in ask.explanations)
+
+    run(test)
+
+
+def test_admission_counts_the_passes_of_strength_path_and_saliency(
+    making: Making, network: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_s: list[float] = []
+    search = Place.search
+
+    def recorded(place: Place, seconds: float) -> None:
+        work_s.append(seconds)
+        search(place, seconds)
+
+    monkeypatch.setattr(Place, "search", recorded)
+    batcher = making(workers=1)
+
+    async def test() -> None:
+        for explanations in EXPLANATIONS:
+            await answer_to(batcher, Ask(network, images(10), counterfactual=True, explanations=explanations))
+        await answer_to(batcher, Ask(network, images(10), explanations={"saliency": True}))
+
+    run(test)
+    (pace,) = batcher._workers._passes._paces.values()
+    plain, *others, alone = [seconds - pace.alone_s + pace.image_s for seconds in work_s]
+    assert plain == pytest.approx(10 * pace.image_s)
+    # A search costs as much as five passes; a gradient as much as two.
+    passes = [2 * GRADIENTS + 1, 16, 2]
+    assert others == pytest.approx([(10 + 2 * more) * pace.image_s for more in passes])
+    assert alone == pytest.approx(others[-1])
+
+
+def test_paths_with_more_pixels_than_a_request_may_have_are_refused_before_anything_is_computed(
+    making: Making, model: Watched
+) -> None:
+    batcher = making(workers=1, max_pixels=16 * 3 * 5)
+    passes: list[int] = []
+    model.on_predict = lambda image_NCHW: passes.append(len(image_NCHW))
+
+    async def test() -> None:
+        ask = Ask(model, images(3), counterfactual=True, explanations={"path": 5})
+        assert len((await answer_to(batcher, ask)).predictions[0].path) == 5
+        passes.clear()
+        with pytest.raises(PathTooLongError, match="a path of 6 images for each image has 288 pixels in all"):
+            await answer_to(batcher, Ask(model, images(3), counterfactual=True, explanations={"path": 6}))
+        assert passes == []
 
     run(test)
 

@@ -81,7 +81,14 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--counterfactual", "--proof", "best"], ["--epsilon", "0.125", "--resize"]], ids=" ".join
+    "options",
+    [
+        [],
+        ["--counterfactual", "--proof", "best"],
+        ["--epsilon", "0.125", "--resize"],
+        ["--strength", "2", "--path", "3", "--saliency", "--counterfactual"],
+    ],
+    ids=" ".join,
 )
 def test_answers_are_those_of_the_server_to_the_last_bit(
     options: list[str], url: str, zoo: Path, pictures: Path, tmp_path: Path
@@ -93,6 +100,7 @@ def test_answers_are_those_of_the_server_to_the_last_bit(
     asked = {
         "--counterfactual": {"counterfactual": True, "proof": "best"},
         "--epsilon": {"epsilon": 0.125, "resize": True},
+        "--strength": {"counterfactual": True, "strength": 2.0, "path": 3, "saliency": True},
     }
     wanted = next((asked[option] for option in options if option in asked), {})
     answered = 0
@@ -232,6 +240,10 @@ def test_exit_status_tells_small_radii_abstentions_and_failures_apart(tmp_path: 
     ("words", "reason"),
     [
         (["--save", "x"], "add --counterfactual"),
+        (["--strength", "2"], "strength is that of the counterfactual"),
+        (["--path", "3"], "path leads to the counterfactual"),
+        (["--counterfactual", "--strength", "9"], "--strength: Input should be less than or equal to 3"),
+        (["--counterfactual", "--path", "1"], "--path: Input should be greater than or equal to 2"),
         (["--api-key-file", "x"], "for --server"),
         (["--model", "missing"], "card.json"),
         (["--csv", "."], "not a regular file"),
