@@ -4,9 +4,9 @@ Protocol: https://github.com/kserve/open-inference-protocol, with the extensions
 configuration" of Triton and `/explain` of MLServer. One input `image`, N x C x H x W; outputs `logits`, `class_id`,
 `radius`, `certified`, `proof`, `references` (the JSON list of `/predict`), `image_digest`, and with the parameter
 `counterfactual` also the counterfactuals, with `strength` their nearest distances, with `path` the paths (N x P
-images), with `saliency` the gradients, with `coverage` also `set` (N x K, whether a class is in the certified set), with
-`max_error` also `decision`. The `parameters` of a request are the options of `/predict` that concern images. Errors are
-RFC 9457 problem details with the member `error`, which the protocol requires.
+images), with `saliency` the gradients, with `coverage` also `set` (N x K, whether a class is in the certified set),
+with `max_error` also `decision`. The `parameters` of a request are the options of `/predict` that concern images.
+Errors are RFC 9457 problem details with the member `error`, which the protocol requires.
 """
 
 from __future__ import annotations
