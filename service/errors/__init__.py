@@ -30,6 +30,7 @@
       │   ├─ BatchTooLargeError
       │   ├─ UnknownModelError
       │   ├─ UnknownVersionError         of a model of the Open Inference Protocol
+      │   ├─ UnknownSampleError
       │   ├─ UnknownLabelError
       │   ├─ TargetIsPredictedClassError
       │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
@@ -268,6 +269,14 @@ class UnknownVersionError(InputError):
             f"model {quoted(name)} has no version {quoted(version)}; it has {served}, the digest of its bytes: name "
             "that one, or leave the version out"
         )
+
+
+class UnknownSampleError(InputError):
+    """The model has no sample image of this number."""
+
+    def __init__(self, model: str, n: int) -> None:
+        has = f"it has those from 0 to {n - 1}" if n else "its artefact has no folder of samples"
+        super().__init__(f"the model {quoted(model)} has no sample of this number; {has}")
 
 
 class UnknownLabelError(InputError):

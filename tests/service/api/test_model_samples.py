@@ -1,0 +1,56 @@
+"""`GET /models/{name}/samples/{n}`: the samples of an artefact, and 404 for everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import builders
+import numpy as np
+import pytest
+from client import Client
+
+from service.api.app import create_app
+from service.pixels.images import encode_png
+from service.settings import Settings
+
+PNG = encode_png(np.arange(16, dtype=np.uint8).reshape(1, 4, 4))
+
+
+@pytest.fixture
+def sampled(client: Client, tmp_path: Path) -> Client:
+    for name in ("with", "without"):
+        builders.write(tmp_path / name, builders.random_groupsort(0), name)
+    (tmp_path / "with" / "samples").mkdir()
+    (tmp_path / "with" / "samples" / "0-2.png").write_bytes(PNG)
+    return Client(create_app(Settings(models=tmp_path, default_model="with", provider="cpu")), client._runner)
+
+
+def test_a_sample_is_served_as_it_is_and_its_class_is_in_the_description(sampled: Client) -> None:
+    assert sampled.get("/models/with").json()["samples"] == [{"class_id": 2, "label": "class 2"}]
+    answer = sampled.get("/models/with/samples/0")
+    assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "image/png", PNG)
+    assert sampled.request("HEAD", "/models/with/samples/0").status_code == 200
+    assert sampled.post("/predict", content=PNG, headers={"Content-Type": "image/png"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("with/samples/1", "those from 0 to 0"),
+        ("with/samples/-1", "those from 0 to 0"),
+        ("with/samples/00", "those from 0 to 0"),
+        ("with/samples/" + "9" * 5000, "those from 0 to 0"),
+        ("with/samples/%C2%B2", "those from 0 to 0"),
+        ("without/samples/0", "no folder of samples"),
+        ("other/samples/0", "available models: with, without"),
+    ],
+)
+def test_what_is_no_sample_is_404_with_a_reason(sampled: Client, path: str, remedy: str) -> None:
+    answer = sampled.get(f"/models/{path}")
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert remedy in answer.json()["detail"]
+
+
+def test_a_model_without_samples_says_so(sampled: Client) -> None:
+    assert sampled.get("/models/without").json()["samples"] == []
