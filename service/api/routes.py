@@ -124,7 +124,6 @@ def _add_models(router: APIRouter, service: Service) -> None:
         """One model: its proved bounds, its execution provider and its card."""
         return _json(describe_in_full(service.models[name], default_model))
 
-
     @router.get(
         "/models/{name}/samples/{n}",
         tags=["models"],
