@@ -1,7 +1,7 @@
 """Sample images of shipped models, from their test sets: `python -m docs.samples ARTEFACT --data DIR`.
 
-Writes `samples/NUMBER-CLASS.png` in the artefact (`service.artefact.samples`), and replaces those that are there: the first
-images of each class in the test set, ten of ten classes and eight of two, whether the model is right about them or not.
+Writes `samples/NUMBER-CLASS.png` in the artefact (`service.artefact.samples`), and replaces those that are there: the
+first images of each class in the test set, ten of ten classes and eight of two, whatever the model answers.
 
 Axes: N images, C channels, H height, W width.
 """
@@ -20,8 +20,8 @@ from service.artefact.samples import SAMPLES_FOLDER
 from service.pixels.images import encode_png
 
 
-def write_samples(artefact: Path, data: Path) -> int:
-    """Write the samples of an artefact; return their number."""
+def write_samples(artefact: Path, data: Path) -> None:
+    """Write the samples of an artefact."""
     card = read_card(artefact)
     images = load_dataset(options_of(card.data, card.labels), data, test_only=True).test
     n_classes = len(card.labels)
@@ -33,7 +33,6 @@ def write_samples(artefact: Path, data: Path) -> int:
     in_turn = [(k, chosen[k][turn]) for turn in range(each) for k in range(n_classes)]
     for number, (k, index) in enumerate(in_turn):
         (folder / f"{number}-{k}.png").write_bytes(encode_png(images.images_NCHW[index].numpy()))
-    return len(in_turn)
 
 
 if __name__ == "__main__":
@@ -41,4 +40,4 @@ if __name__ == "__main__":
     parser.add_argument("artefact", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     arguments = parser.parse_args()
-    print(f"{write_samples(arguments.artefact, arguments.data)} samples in {arguments.artefact / SAMPLES_FOLDER}")
+    write_samples(arguments.artefact, arguments.data)

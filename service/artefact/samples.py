@@ -1,7 +1,7 @@
 """Sample images of an artefact, for the playground and a first request: `samples/NUMBER-CLASS.png`.
 
-CLASS is the index of the true class in the labels of the card. The images are no part of the proof, and no digest covers
-them; an artefact may have no such folder. They are read once, when the model is loaded, within limits.
+CLASS is the index of the true class in the labels of the card. The images are no part of the proof, and no digest
+covers them; an artefact may have no such folder. They are read once, when the model is loaded, within limits.
 """
 
 from __future__ import annotations

@@ -22,9 +22,7 @@ from service.api.schema import Options
 from service.settings import Settings
 
 PAGES = ("/", "/docs")
-OWN = [
-    file for suffix in ("js", "css") for file in [*STATIC.glob(f"*.{suffix}"), *STATIC.glob(f"playground/*.{suffix}")]
-]
+OWN = [file for pattern in ("*.js", "*.css", "playground/*.js") for file in STATIC.glob(pattern)]
 """Scripts and styles of the pages, without those of Swagger UI."""
 
 
