@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 _FLAGS = [
     "--headless=new",
     "--no-sandbox",

@@ -134,7 +134,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
             **problem_responses(404, 503),
         },
     )
-    async def show_sample(name: str, n: Annotated[str, Path(examples=["0"])]) -> Response:
+    async def show_sample(name: str, n: Annotated[str, Path(openapi_examples={"first": {"value": "0"}})]) -> Response:
         """A PNG file of the artefact, by its number; `samples` of the model has the true classes."""
         samples = service.models[name].samples
         sample = {str(number): sample for number, sample in enumerate(samples)}.get(n)

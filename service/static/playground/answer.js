@@ -1,6 +1,6 @@
 // One answer on the page: class, what is proved and what is not, pictures, logits.
 import { blobOf, canvasWith, decoded, drawDifference, show } from "./pictures.js";
-import { $, atEpsilon, down, h, howOften, inSet, notices, novel, number, proved, truthOf } from "./words.js";
+import { $, atEpsilon, down, h, howOften, inSet, nearest, notices, novel, number, proved, truthOf } from "./words.js";
 
 const fill = (id, content) => {
   $(id).hidden = !content;
@@ -20,6 +20,7 @@ export async function render(answer, source, model, still) {
   if (!still()) return;
   $("result").hidden = false;
   $("label").textContent = answer.label;
+  $("class").classList.toggle("long", answer.label.length > 6);
   $("claim").replaceChildren(...proved(answer));
   $("claim").classList.toggle("none", !certificate.certified);
   $("caveat").replaceChildren(h("b", {}, "Stable is not right. "), howOften(model, answer));
@@ -46,7 +47,7 @@ export async function render(answer, source, model, still) {
   $("saliency-figure").hidden = !saliency;
   if (saliency) {
     show(overlay, $("saliency-picture"));
-    $("saliency-caption").textContent = `Saliency: brighter red pixels speak for ${answer.label}, brighter blue ones for ${certificate.runner_up.label}`;
+    $("saliency-caption").textContent = `Saliency: more light on red pixels speaks for ${answer.label}, on blue ones for ${certificate.runner_up.label}`;
   }
 }
 
@@ -85,7 +86,7 @@ export function renderNoise(noise, reason) {
 }
 
 function drawScale(certificate, counterfactual) {
-  const { radius, epsilon } = certificate, distance = counterfactual?.distance ?? radius, other = counterfactual?.reached;
+  const { radius, epsilon } = certificate, distance = counterfactual ? nearest(counterfactual) : radius, other = counterfactual?.reached;
   const end = Math.max(distance, radius, epsilon ?? 0, 1e-9) * 1.08, at = value => 100 * value / end;
   const [r, d] = [at(radius), at(distance)], anchor = x => x > 70 ? "end" : x < 15 ? "start" : "middle";
   $("scale").setAttribute("aria-label", `Certified radius ${down(radius)}${counterfactual ? `, image found at distance ${number(distance)}` : ""}`);

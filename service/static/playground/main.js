@@ -10,7 +10,7 @@ import { $, h, levels, number } from "./words.js";
 const pad = $("draw"), NOISE_PIXELS = 512 * 512, DRAW_MS = 120;
 const OPTIONS = ["target", "proof", "epsilon", "coverage", "strength", "path", "saliency", "novelty"];
 let models = [], known = new Set(), model = null, source = null, files = [], last = null, hasDrawing = false;
-let asking = new AbortController();
+let asking = new AbortController(), gathering = new AbortController(), wantedModel = "";
 const described = new Map(), withoutNovelty = new Set();
 
 // ---- options
@@ -70,7 +70,9 @@ async function ask() {
     listTargets(answer.class_id);
     sayValues();
     showCode(query);
-    history.replaceState(null, "", fragment(chosen(), asked.sample));
+    // Browsers limit how often the address changes.
+    const view = fragment(chosen(), asked.sample);
+    if (view !== location.hash) history.replaceState(null, "", view);
     await addNoise(signal);
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -128,8 +130,12 @@ async function describe(name) {
   return described.get(name);
 }
 
+// Returns false if another model was chosen in the meantime.
 async function chooseModel(name) {
-  model = await describe(name);
+  wantedModel = name;
+  const found = await describe(name);
+  if (name !== wantedModel) return false;
+  model = found;
   $("model").value = name;
   listTargets(-1);
   const { card } = model, largest = Math.max(...(card.certified_accuracy ?? []).map(entry => entry.epsilon), 0) || 2;
@@ -139,21 +145,23 @@ async function chooseModel(name) {
     .map(one => new Option(`${Math.round(100 * one)} % of images`, one)));
   $("coverage-row").hidden = !known.has("coverage") || !coverages.length;
   $("novelty-row").hidden = !known.has("novelty") || withoutNovelty.has(name);
-  await listSamples();
+  return listSamples();
 }
 
 async function listSamples() {
   const of = model, samples = of.samples ?? [];
   $("samples").hidden = !samples.length;
   const blobs = await Promise.all(samples.map((_, n) => fetchBlob(`models/${encodeURIComponent(of.name)}/samples/${n}`)));
+  if (of !== model) return false;
   for (const image of $("samples").querySelectorAll("img")) URL.revokeObjectURL(image.src);
   $("samples").replaceChildren(...samples.map(({ label }, n) => {
     const image = h("img", { src: URL.createObjectURL(blobs[n]), alt: `Sample ${n + 1}: ${label}`, title: label });
     const button = h("button", { type: "button" }, image);
-    button.addEventListener("click", () => { hideGallery(); files = []; openSample(n, blobs[n]); });
+    button.addEventListener("click", guarded(() => { leaveGallery(); return openSample(n); }));
     return button;
   }));
   of.blobs = blobs;
+  return true;
 }
 
 async function openSample(n) {
@@ -185,29 +193,36 @@ async function open(made) {
   await ask();
 }
 
+function leaveGallery() {
+  gathering.abort();
+  files = [];
+  hideGallery();
+}
+
 async function openFiles(list) {
+  if (!list.length || !model) return;
+  leaveGallery();
   files = [...list].slice(0, MOST);
-  if (!files.length) return;
-  if (files.length === 1) { hideGallery(); return open(await fileSource(files[0], model)); }
   const sources = await Promise.all(files.map(file => fileSource(file, model)));
-  await open(sources[0]);
+  if (sources.length === 1) return open(sources[0]);
+  gathering = new AbortController();
+  const gathered = showGallery(sources, one => queryOf(one, false), guarded(open), gathering.signal);
+  await Promise.all([open(sources[0]), gathered]);
   if (list.length > MOST) note(`The first ${MOST} of ${list.length} images.`);
-  await showGallery(sources, one => queryOf(one, false), open, undefined);
 }
 
 async function paste(event) {
   const pasted = [...event.clipboardData?.files ?? []].filter(file => file.type.startsWith("image/"));
   if (!pasted.length || !model) return;
   event.preventDefault();
-  hideGallery();
-  files = [];
+  leaveGallery();
   try { await open(await pastedSource(pasted[0], model)); } catch { note("This browser cannot decode the picture in the clipboard."); }
 }
 
 async function useCamera() {
   try {
     const taken = await photograph(model);
-    if (taken) { hideGallery(); files = []; await open(taken); }
+    if (taken) { leaveGallery(); await open(taken); }
   } catch (error) { note(`The camera is not available (${error.message}).`); }
 }
 
@@ -218,7 +233,7 @@ const guarded = work => async (...values) => {
 };
 
 let timer = 0;
-drawOn(pad, () => { if (!hasDrawing) clear(pad); hasDrawing = true; hideGallery(); files = []; }, done => {
+drawOn(pad, () => { if (!hasDrawing) clear(pad); hasDrawing = true; leaveGallery(); }, done => {
   clearTimeout(timer);
   timer = setTimeout(() => { if (model && hasDrawing) { source = drawing(pad, model); ask(); } }, done ? 0 : DRAW_MS);
 });
@@ -227,8 +242,7 @@ $("clear").addEventListener("click", () => {
   clear(pad);
   hasDrawing = false;
   source = last = null;
-  files = [];
-  hideGallery();
+  leaveGallery();
   $("result").hidden = $("problem").hidden = true;
   $("answer").classList.remove("busy");
   note("Draw with the mouse or a finger.");
@@ -244,7 +258,7 @@ for (const name of ["dragover", "drop", "dragleave"]) document.addEventListener(
 }));
 for (const name of OPTIONS) $(name).addEventListener("change", ask);
 for (const name of ["epsilon", "strength"]) $(name).addEventListener("input", sayValues);
-$("model").addEventListener("change", guarded(async () => { await chooseModel($("model").value); sayValues(); await sourceForModel(); }));
+$("model").addEventListener("change", guarded(async () => { if (await chooseModel($("model").value)) { sayValues(); await sourceForModel(); } }));
 $("fit").addEventListener("click", guarded(() => open(fittedSource(source, model))));
 $("again").addEventListener("click", guarded(() => model && source ? ask() : start()));
 $("noise-again").addEventListener("click", guarded(() => last && addNoise(asking.signal)));
@@ -267,7 +281,7 @@ async function start() {
   $("model").replaceChildren(...models.map(one => new Option(one.name, one.name)));
   $("broken").textContent = answer.broken.length ? `Not served: ${answer.broken.map(one => one.name).join(", ")}.` : "";
   const name = models.some(one => one.name === wanted.model) ? wanted.model : models.find(one => one.default)?.name ?? models[0].name;
-  await chooseModel(name);
+  if (!await chooseModel(name)) return;
   for (const option of OPTIONS) {
     const control = $(option), value = wanted[option];
     if (value === undefined) continue;

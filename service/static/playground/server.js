@@ -39,11 +39,14 @@ async function request(path, { headers = {}, signal, ...rest } = {}) {
 
 // Returns the bytes as text, too: an archived answer is the one that was received.
 export async function ask(path, options) {
-  const response = await request(path, options), text = await response.text();
+  const response = await request(path, options);
+  let text = "";
   try {
+    text = await response.text();
     return { answer: JSON.parse(text), text };
-  } catch {
-    throw new Failure("The answer is not JSON: something between this page and the server has replaced it.");
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Failure("The answer is not whole JSON: the connection broke, or something between this page and the server has replaced it.");
   }
 }
 

@@ -24,6 +24,9 @@ const whole = value => value.toLocaleString("en");
 // Grey levels on every value at once that have this L2 norm.
 export const levels = (radius, shape) => 255 * radius / Math.sqrt(shape[0] * shape[1] * shape[2]);
 
+// With `strength` the counterfactual lies beyond the nearest image of another class that was found.
+export const nearest = counterfactual => counterfactual.nearest_distance ?? counterfactual.distance;
+
 export function proved({ certificate, image }) {
   if (!certificate.certified) return ["Nothing is proved about this image: two classes are too close to tell apart."];
   const sentence = ["Proved: no change smaller than ", h("b", {}, down(certificate.radius)), " (L2) alters this answer. That is ",
@@ -37,14 +40,15 @@ export function howOften(model, answer) {
   const { accuracy, certified_accuracy: measured = [], calibration, data = {} } = model.card, { certificate, image } = answer;
   if (accuracy === null || accuracy === undefined) return `The card of ${model.name} states no accuracy: how often it is right is not known.`;
   const n = measured.length ? `${whole(measured[0].n)} ` : "";
+  const isOther = image.resized || image.conversion !== null;
   let text = `Of ${n}test images${data.name ? ` (${data.name})` : ""} this model answered ${percent(accuracy)} right`;
   const share = entry => certificate.proof === "best" ? entry.with_references ?? entry.value : entry.value;
   const within = measured.filter(entry => entry.epsilon <= certificate.radius).sort((a, b) => b.epsilon - a.epsilon)[0];
   const entry = within ?? [...measured].sort((a, b) => a.epsilon - b.epsilon)[0];
   if (entry) text += `, and ${percent(share(entry))} right with a radius above ${number(entry.epsilon)}${within ? "" : ", which is more than here"}`;
-  text += ".";
+  text += entry && isOther ? "; that radius is about pictures of its own size and channels." : ".";
   // The thresholds are about radii of the fast proof at the input of the model.
-  if (calibration && certificate.proof === "fast" && !image.conversion && !image.resized) {
+  if (calibration && certificate.proof === "fast" && !isOther) {
     const reached = calibration.thresholds.filter(entry => entry.radius <= certificate.radius).sort((a, b) => b.radius - a.radius)[0];
     if (reached) text += ` Of ${whole(reached.accepted)} held-out images with a radius of at least ${number(reached.radius)}, ${whole(reached.errors)}
       ${reached.errors === 1 ? "was" : "were"} wrong.`;
@@ -74,15 +78,15 @@ export function atEpsilon({ certificate, counterfactual, class_id, image }) {
   if (epsilon === null) return null;
   const size = `${number(epsilon)} (${number(levels(epsilon, image.shape), 2)} grey levels)`;
   if (certificate.robust_at_epsilon) return ["good", `Epsilon ${size}: proved. Every smaller change leaves the class unchanged.`];
-  const known = counterfactual && counterfactual.class_id !== class_id && counterfactual.distance < epsilon;
+  const known = counterfactual && counterfactual.class_id !== class_id && nearest(counterfactual) < epsilon;
   return ["open", known
-    ? `Epsilon ${size}: not robust. An image of class ${counterfactual.label} is known at ${number(counterfactual.distance)}.`
+    ? `Epsilon ${size}: not robust. An image of class ${counterfactual.label} is known at ${number(nearest(counterfactual))}.`
     : `Epsilon ${size}: not proved. The proof ends at ${down(radius)}, and no image of another class is known below epsilon.`];
 }
 
 export function inSet(answer) {
   if (!answer.set) return null;
-  const changed = answer.certificate.epsilon ? `, however it is changed below ${number(answer.certificate.epsilon)}` : "";
+  const changed = answer.certificate.epsilon ? `, however one is changed below ${number(answer.certificate.epsilon)}` : "";
   return `Certified set: {${answer.set.map(entry => entry.label).join(", ")}}. Sets like this hold the true class of ${percent(answer.coverage)} of images
     like those of the calibration${changed}.`;
 }

@@ -1,4 +1,4 @@
-"""The playground in a browser: what it says, what it sends, and what it does when something fails."""
+"""The playground and the documentation in a browser: what they say and send, and what happens when something fails."""
 
 from __future__ import annotations
 
@@ -384,3 +384,38 @@ def test_a_server_with_keys_asks_for_one(browser: Browser, zoo: Path) -> None:
         assert draw_one(page)["model"] == "grey"
         assert key not in page.browser.run("document.documentElement.outerHTML + JSON.stringify(localStorage)")
         assert "X-API-Key: $KEY" in page.text("curl-text")
+
+
+DOCUMENTED = "document.querySelectorAll('.opblock').length > 5"
+
+
+def test_the_documentation_is_readable_on_a_phone_and_in_the_dark(page: Page) -> None:
+    page.browser.size(320, 568, phone=True, dark=True)
+    page.browser.open(page.url + "docs")
+    page.browser.wait(DOCUMENTED)
+    page.browser.click(".opblock-summary-control")
+    page.browser.wait("document.querySelector('.responses-table') !== null")
+    assert page.browser.run("document.documentElement.scrollWidth") == 320
+    narrow = (
+        "[...document.querySelectorAll('.opblock-body td')].filter(e => e.offsetWidth && e.offsetWidth < 200).length"
+    )
+    assert page.browser.run(narrow) == 0
+    assert (
+        page.browser.run("getComputedStyle(document.querySelector('.swagger-ui')).backgroundColor") == "rgb(28, 32, 34)"
+    )
+
+
+def test_the_operations_of_the_documentation_run_as_they_are(page: Page) -> None:
+    page.browser.open(page.url + "docs")
+    page.browser.wait(DOCUMENTED)
+    blocks = "[...document.querySelectorAll('.opblock')].filter(e => !e.querySelector('[data-path*=\"{\"]'))"
+    count = page.browser.run(f"{blocks}.length")
+    for number in range(count):
+        block = f"{blocks}[{number}]"
+        page.browser.run(f"{block}.querySelector('.opblock-summary-control').click()")
+        page.browser.wait(f"{block}.querySelector('.execute') !== null")
+        page.browser.run(f"{block}.querySelector('.execute').click()")
+        page.browser.wait(f"{block}.querySelector('.live-responses-table tbody .response-col_status')?.textContent")
+        status = f"{block}.querySelector('.live-responses-table tbody .response-col_status').textContent.trim()"
+        assert page.browser.run(status) == "200", page.browser.run(f"{block}.textContent")[:200]
+    assert count >= 9
