@@ -352,7 +352,7 @@ def test_a_page_of_a_proxy_is_one_clear_line(page: Page) -> None:
     )
     page.browser.run("globalThis.fetch = async () => new Response('<h1>welcome', {status: 200})")
     page.browser.click("#again")
-    page.browser.wait("$('problem-text').textContent.includes('not JSON')")
+    page.browser.wait("$('problem-text').textContent.includes('not whole JSON')")
     page.browser.run("globalThis.fetch = real")
     page.after(lambda: page.browser.click("#again"))
     assert page.text("problem-text") == ""
