@@ -7,7 +7,7 @@ import { code, copy, fileOf, fragment, note, readFragment, save } from "./share.
 import { clear, drawing, drawOn, fileSource, fittedSource, pastedSource, photograph, showOn } from "./sources.js";
 import { $, h, levels, number } from "./words.js";
 
-const pad = $("draw"), NOISE_PIXELS = 512 * 512, DRAW_MS = 120;
+const pad = $("draw"), NOISE_PIXELS = 512 * 512, QUICK_PIXELS = 128 * 128, DRAW_MS = 120;
 const OPTIONS = ["target", "proof", "epsilon", "coverage", "strength", "path", "saliency", "novelty"];
 let models = [], known = new Set(), model = null, source = null, files = [], last = null, hasDrawing = false;
 let asking = new AbortController(), gathering = new AbortController(), wantedModel = "";
@@ -62,6 +62,12 @@ async function ask() {
   note(asked.kind === "file" || !asked.made ? asked.name : asked.made);
   $("answer").classList.add("busy");
   try {
+    // The search for a counterfactual of a large picture takes seconds: the class first.
+    if (asked.canvas && asked.canvas.width * asked.canvas.height > QUICK_PIXELS) {
+      await render((await predict(asked, queryOf(asked, false), signal)).answer, asked, of, () => !signal.aborted);
+      renderNoise(null, "Searching for a counterfactual ...");
+      $("problem").hidden = true;
+    }
     const { answer, text } = await predict(asked, query, signal);
     await render(answer, asked, of, () => !signal.aborted);
     if (signal.aborted) return;
