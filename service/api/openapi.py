@@ -254,7 +254,7 @@ def _add_protocols(paths: Json, examples: Examples) -> None:
     for path, operations in paths.items():
         for operation in operations.values() if "{name}" in path else ():
             for parameter in operation["parameters"]:
-                if parameter["in"] == "path":
+                if parameter["name"] == "name":
                     parameter["example"] = examples.answer["model"]
 
 

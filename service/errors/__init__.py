@@ -275,8 +275,7 @@ class UnknownSampleError(InputError):
     """The model has no sample image of this number."""
 
     def __init__(self, model: str, n: int) -> None:
-        has = f"it has those from 0 to {n - 1}" if n else "its artefact has no folder of samples"
-        super().__init__(f"the model {quoted(model)} has no sample of this number; {has}")
+        super().__init__(f"model {quoted(model)} has {n} sample images, numbered from 0")
 
 
 class UnknownLabelError(InputError):

@@ -36,12 +36,12 @@ def test_a_sample_is_served_as_it_is_and_its_class_is_in_the_description(sampled
 @pytest.mark.parametrize(
     ("path", "remedy"),
     [
-        ("with/samples/1", "those from 0 to 0"),
-        ("with/samples/-1", "those from 0 to 0"),
-        ("with/samples/00", "those from 0 to 0"),
-        ("with/samples/" + "9" * 5000, "those from 0 to 0"),
-        ("with/samples/%C2%B2", "those from 0 to 0"),
-        ("without/samples/0", "no folder of samples"),
+        ("with/samples/1", "has 1 sample images, numbered from 0"),
+        ("with/samples/-1", "has 1 sample images, numbered from 0"),
+        ("with/samples/00", "has 1 sample images, numbered from 0"),
+        ("with/samples/" + "9" * 5000, "has 1 sample images, numbered from 0"),
+        ("with/samples/%C2%B2", "has 1 sample images, numbered from 0"),
+        ("without/samples/0", "has 0 sample images"),
         ("other/samples/0", "available models: with, without"),
     ],
 )
