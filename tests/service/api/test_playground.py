@@ -414,6 +414,8 @@ def test_the_operations_of_the_documentation_run_as_they_are(page: Page) -> None
         block = f"{blocks}[{number}]"
         page.browser.run(f"{block}.querySelector('.opblock-summary-control').click()")
         page.browser.wait(f"{block}.querySelector('.execute') !== null")
+        # An example arrives in its field a moment later.
+        page.browser.wait(f"[...{block}.querySelectorAll('textarea')].every(field => field.value)")
         page.browser.run(f"{block}.querySelector('.execute').click()")
         page.browser.wait(f"{block}.querySelector('.live-responses-table tbody .response-col_status')?.textContent")
         status = f"{block}.querySelector('.live-responses-table tbody .response-col_status').textContent.trim()"
