@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -134,7 +133,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
             **problem_responses(404, 503),
         },
     )
-    async def show_sample(name: str, n: Annotated[str, Path(openapi_examples={"first": {"value": "0"}})]) -> Response:
+    async def show_sample(name: str, n: str) -> Response:
         """A PNG file of the artefact, by its number; `samples` of the model has the true classes."""
         samples = service.models[name].samples
         sample = {str(number): sample for number, sample in enumerate(samples)}.get(n)

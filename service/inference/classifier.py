@@ -96,13 +96,10 @@ class Classifier:
         self, card: Card, files: VerifiedFiles, certificate: Certificate, model: Runs, transport: Runs
     ) -> None:
         """Use `load` or `from_findings`, which check the arguments against each other."""
-        self.card = card
-        self.name = card.name
-        self.files = files
+        self.card, self.name, self.files = card, card.name, files
         self.digest, self.card_digest = files.digests[MODEL_FILE], files.digests[CARD_FILE]
         self.labels = tuple(card.labels)
-        self.certificate = certificate
-        self.provider = model.provider
+        self.certificate, self.provider = certificate, model.provider
         self.input_shape = card.input.shape
         self.samples = read_samples(files.folder, len(self.labels))
         self._model = model
