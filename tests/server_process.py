@@ -49,10 +49,12 @@ class ServerProcess:
         assert self.process.poll() is None, self.log
 
     def close(self) -> None:
-        """Kill the process group."""
+        """Kill the process group; a second call does nothing."""
+        assert self.process.stderr is not None
+        if self.process.stderr.closed:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._reader.join()
-        assert self.process.stderr is not None
         self.process.stderr.close()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service.api.body import NPY
-from service.api.schema import ImageOptions, InputAnswer, ModelAnswer, ModelSummary
+from service.api.schema import ClassLabel, ImageOptions, InputAnswer, ModelAnswer, ModelSummary
 from service.inference.classifier import Classifier, Prediction
 from service.inference.outcome import Outcome
 from service.inference.references import Reference
@@ -284,4 +284,8 @@ def describe_in_full(classifier: Classifier, default_model: str) -> ModelAnswer:
         precision=classifier.certificate.precision,
         margin_bounds=classifier.certificate.margin_table(),
         card=classifier.card.model_dump(mode="json"),
+        samples=[
+            ClassLabel(class_id=sample.class_id, label=classifier.labels[sample.class_id])
+            for sample in classifier.samples
+        ],
     )

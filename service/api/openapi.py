@@ -252,11 +252,12 @@ def _add_protocols(paths: Json, examples: Examples) -> None:
     for path, (name, request) in requests.items():
         content = paths[path]["post"]["requestBody"]["content"][body.JSON]
         content["examples"] = {name: {"value": request}}
+    in_path = {"name": examples.answer["model"], "n": "0"}
     for path, operations in paths.items():
         for operation in operations.values() if "{name}" in path else ():
             for parameter in operation["parameters"]:
                 if parameter["in"] == "path":
-                    parameter["example"] = examples.answer["model"]
+                    parameter["example"] = in_path[parameter["name"]]
 
 
 def _add_answers(paths: Json, examples: Examples) -> None:

@@ -31,6 +31,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
         errors.UnknownModelError: HTTPStatus.NOT_FOUND,
         errors.UnknownVersionError: HTTPStatus.NOT_FOUND,
+        errors.UnknownSampleError: HTTPStatus.NOT_FOUND,
         errors.BodyTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.ImageTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         errors.BatchTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,

@@ -24,6 +24,7 @@ from service.api.schema import (
     PredictAnswer,
     ReadyAnswer,
 )
+from service.errors import UnknownSampleError
 
 _PREDICT = """Classify one image, with a certified radius.
 
@@ -121,6 +122,24 @@ def _add_models(router: APIRouter, service: Service) -> None:
     async def show_model(name: str) -> Response:
         """One model: its proved bounds, its execution provider and its card."""
         return _json(describe_in_full(service.models[name], default_model))
+
+    @router.get(
+        "/models/{name}/samples/{n}",
+        tags=["models"],
+        summary="One sample image",
+        response_class=Response,
+        responses={
+            200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+            **problem_responses(404, 503),
+        },
+    )
+    async def show_sample(name: str, n: str) -> Response:
+        """A PNG file of the artefact, by its number; `samples` of the model has the true classes."""
+        samples = service.models[name].samples
+        sample = {str(number): sample for number, sample in enumerate(samples)}.get(n)
+        if sample is None:
+            raise UnknownSampleError(name, len(samples))
+        return Response(sample.content, media_type="image/png")
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:

@@ -354,6 +354,8 @@ class ModelAnswer(ModelSummary):
     """K x K: `K_ij` bounds the L2 Lipschitz constant of `f_i - f_j`; null above 256 classes."""
     card: dict[str, Any]
     """`card.json` of the artefact: data, loss, seed, accuracy, attacks, licence."""
+    samples: list[ClassLabel]
+    """True class of each image `GET /models/{name}/samples/{n}`, n from 0; empty where the artefact has no samples."""
 
 
 class LiveAnswer(_Answer):

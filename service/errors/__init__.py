@@ -31,6 +31,7 @@
       │   ├─ PathTooLongError            the images of all paths have more pixels than the limit
       │   ├─ UnknownModelError
       │   ├─ UnknownVersionError         of a model of the Open Inference Protocol
+      │   ├─ UnknownSampleError
       │   ├─ UnknownLabelError
       │   ├─ TargetIsPredictedClassError
       │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
@@ -280,6 +281,13 @@ class UnknownVersionError(InputError):
             f"model {quoted(name)} has no version {quoted(version)}; it has {served}, the digest of its bytes: name "
             "that one, or leave the version out"
         )
+
+
+class UnknownSampleError(InputError):
+    """The model has no sample image of this number."""
+
+    def __init__(self, model: str, n: int) -> None:
+        super().__init__(f"model {quoted(model)} has {n} sample images, numbered from 0")
 
 
 class UnknownLabelError(InputError):

@@ -19,6 +19,7 @@ from service.artefact.card import Card, check_card, parse_card
 from service.artefact.engines import lazy_engines
 from service.artefact.files import CARD_FILE, MODEL_FILE, digest, read_file
 from service.artefact.findings import Findings
+from service.artefact.samples import Sample, read_samples
 from service.artefact.verified_files import VerifiedFiles
 from service.certificate import Certificate, Radii, certified_radius, two_class_logits
 from service.errors import (
@@ -92,6 +93,8 @@ class Classifier:
     """The execution provider that runs it, for example `CPUExecutionProvider`."""
     input_shape: tuple[int, int, int]
     """(D, A, B)."""
+    samples: tuple[Sample, ...]
+    """Images of the artefact, if it has some."""
     is_warm: bool = False
     """Whether `warm_up` has loaded both graphs."""
 
@@ -99,14 +102,12 @@ class Classifier:
         self, card: Card, files: VerifiedFiles, certificate: Certificate, model: Runs, transport: Runs
     ) -> None:
         """Use `load` or `from_findings`, which check the arguments against each other."""
-        self.card = card
-        self.name = card.name
-        self.files = files
+        self.card, self.name, self.files = card, card.name, files
         self.digest, self.card_digest = files.digests[MODEL_FILE], files.digests[CARD_FILE]
         self.labels = tuple(card.labels)
-        self.certificate = certificate
-        self.provider = model.provider
+        self.certificate, self.provider = certificate, model.provider
         self.input_shape = card.input.shape
+        self.samples = read_samples(files.folder, len(self.labels))
         self._model = model
         self._transport = transport
         self._views: dict[tuple[int, int, int], View] = {}

@@ -64,7 +64,8 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
         listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
         host, port = first.getsockname()[:2]
         scheme = "http" if certificate is None else "https"
-        _log.info("serving on %s://%s:%d - the API is at /docs", scheme, f"[{host}]" if ":" in host else host, port)
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        _log.info("serving on %s - the playground is at %s/, the API at %s/docs", url, url, url)
         _warn_if_open(settings, host)
         # All objects of the start stay: no collection has to look at them again.
         gc.freeze()

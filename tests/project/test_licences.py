@@ -42,7 +42,7 @@ def test_every_licence_of_the_wheel_is_in_its_metadata() -> None:
         f"{swagger}/NOTICE",
         f"{swagger}/swagger-ui-bundle.js.LICENSE.txt",
     }
-    (model,) = (glob.split("/")[1] for glob in PROJECT["tool"]["setuptools"]["package-data"]["models"])
+    (model,) = {glob.split("/")[1] for glob in PROJECT["tool"]["setuptools"]["package-data"]["models"]}
     data_licence = read_card(ROOT / "models" / "zoo" / model).licence
     code, swagger_ui, data = PROJECT["project"]["license"].split(" AND ")
     assert (code, swagger_ui) == ("MIT", "Apache-2.0")

@@ -44,6 +44,7 @@ SCOPES = {
     "/predict/batch": PREDICT,
     "/models": PREDICT,
     "/models/{name}": PREDICT,
+    "/models/{name}/samples/{n}": PREDICT,
     "/v2": PREDICT,
     "/v2/models": PREDICT,
     "/v2/repository/index": PREDICT,
@@ -94,7 +95,7 @@ def paths_of(app: FastAPI) -> list[str]:
 
 
 def concrete(path: str) -> str:
-    return "/static/docs.js" if path == "/static" else path.format(name="grey", version="1")
+    return "/static/docs.js" if path == "/static" else path.format(name="grey", version="1", n=0)
 
 
 def test_every_route_has_a_scope(app: FastAPI) -> None:

@@ -22,6 +22,8 @@ from service.api.schema import Options
 from service.settings import Settings
 
 PAGES = ("/", "/docs")
+OWN = [file for pattern in ("*.js", "*.css", "playground/*.js") for file in STATIC.glob(pattern)]
+"""Scripts and styles of the pages, without those of Swagger UI."""
 
 
 class References(HTMLParser):
@@ -55,9 +57,8 @@ def test_a_page_fetches_nothing_from_elsewhere(client: Client, path: str) -> Non
         assert not re.match(r"(?i)([a-z]+:)?//", reference), reference
         if not reference.startswith("data:"):
             assert client.get(f"/{reference}").status_code == 200, reference
-    own = ("static/playground.js", "static/playground.css", "static/docs.js", "static/docs.css")
-    texts = [response.text, *(client.get(f"/{file}").text for file in own if file in response.text)]
-    assert len(texts) == 3
+    texts = [response.text, *(file.read_text() for file in OWN)]
+    assert len(texts) > 8
     assert [url for text in texts for url in re.findall(r"https?://[^\s\"'<>)]+", text)] == []
 
 
@@ -74,7 +75,7 @@ def test_the_browser_is_told_to_fetch_from_this_server_only(client: Client, path
 
 @pytest.mark.parametrize("name", ["playground", "docs"])
 def test_no_page_is_served_without_its_headers(client: Client, name: str) -> None:
-    assert client.get(f"/static/{name}.js").status_code == 200
+    assert client.get(f"/static/{name}.css").status_code == 200
     assert client.get(f"/static/{name}.html").status_code == 404
 
 
@@ -83,11 +84,14 @@ def test_a_page_has_no_inline_script_or_style(client: Client, path: str) -> None
     page = client.get(path).text
     assert re.findall(r"(?i)<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", page) == []
     # Nor do its scripts write any; they set the properties of an element, which the policy allows.
-    for script in re.findall(r'<script src="static/(\w+\.js)">', page):
-        assert (
-            re.findall(r"(?i)<script|<style|\sstyle=|\son\w+=\"|\beval\(|new Function", (STATIC / script).read_text())
-            == []
-        )
+    for script in (file for file in OWN if file.suffix == ".js"):
+        text = script.read_text()
+        assert re.findall(r"(?i)<script|<style|\sstyle=|\son\w+=\"|\beval\(|new Function", text) == [], script
+
+
+def test_every_script_of_the_pages_is_a_small_module() -> None:
+    for script in (file for file in OWN if file.suffix == ".js"):
+        assert script.read_text().count("\n") < 450, script
 
 
 def test_the_docs_page_asks_no_public_validator() -> None:
@@ -183,7 +187,8 @@ def test_every_operation_runs_as_it_is_documented(client: Client, document: dict
             for name, example in content.get("examples", {"": {"value": None}}).items():
                 body = {} if example["value"] is None else {"json": example["value"]}
                 response = client.request(method.upper(), path.format(**names), **body)
-                assert response.status_code == 200, path
+                # The model of these tests has no samples.
+                assert response.status_code == (404 if "{n}" in path else 200), path
                 if name in answers:
                     assert same(response.json(), answers[name]["value"]), path
                     ran.add(path)
