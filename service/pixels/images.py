@@ -82,16 +82,21 @@ def to_unit(
     return np.divide(pixels, 255.0, dtype=np.float64)
 
 
+def unit(pixels: np.ndarray) -> Float64[np.ndarray, "*shape"]:
+    """Return pixels in [0, 1] of an array that is 8-bit or in [0, 1]."""
+    return to_unit(pixels) if pixels.dtype == np.uint8 else pixels
+
+
 def unit_images(pixels: Sequence[np.ndarray]) -> np.ndarray:
     """Return arrays of images, 8-bit or in [0, 1], as one array in [0, 1]; 8-bit arrays are converted together."""
     if len(pixels) == 1:
-        return to_unit(pixels[0]) if pixels[0].dtype == np.uint8 else pixels[0]
+        return unit(pixels[0])
     if all(pixels_NCHW.dtype == np.uint8 for pixels_NCHW in pixels):
         # numpy releases the GIL for each array of more than 500 values that it copies, and then waits for it; joining
         # bytes does not.
         joined = b"".join([np.ascontiguousarray(pixels_NCHW).data for pixels_NCHW in pixels])
         return to_unit(np.frombuffer(joined, np.uint8).reshape(-1, *pixels[0].shape[1:]))
-    return np.concatenate([to_unit(one) if one.dtype == np.uint8 else one for one in pixels])
+    return np.concatenate([unit(one) for one in pixels])
 
 
 def image_digest(image_CHW: Float64[np.ndarray, "C H W"]) -> str:
@@ -291,7 +296,7 @@ def _flattened(samples_SHW: np.ndarray, background: str | None) -> np.ndarray:
     wide = np.uint16 if most == 255 else np.uint32
     alpha_HW = alpha_HW.astype(wide)
     flat_CHW = np.empty((len(channels), *alpha_HW.shape), samples_SHW.dtype)
-    for flat_HW, channel_HW, level in zip(flat_CHW, channels, levels, strict=False):
+    for flat_HW, channel_HW, level in zip(flat_CHW, channels, levels[: len(channels)], strict=True):
         flat_HW[...] = (alpha_HW * channel_HW + (most - alpha_HW) * wide(level) + wide(most // 2)) // wide(most)
     return flat_CHW
 

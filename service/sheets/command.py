@@ -117,7 +117,8 @@ def _output(chosen: argparse.Namespace) -> tuple[str, Path | None]:
 @contextlib.contextmanager
 def _source(chosen: argparse.Namespace) -> Generator[Source]:
     options: dict[str, Any] = {"counterfactual": chosen.counterfactual, "resize": chosen.resize}
-    options |= {name: getattr(chosen, name) for name in ("proof", "epsilon") if getattr(chosen, name) is not None}
+    named = ("proof", "epsilon", "background")
+    options |= {name: getattr(chosen, name) for name in named if getattr(chosen, name) is not None}
     # Imported here: a source needs no library of the other.
     if chosen.server is None:
         from service.sheets.in_process import InProcess

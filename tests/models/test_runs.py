@@ -277,7 +277,6 @@ def test_a_checkpoint_with_another_order_of_channels_is_refused(
     assert "channel_order was 1, now 2" in text
 
 
-
 def test_many_classes_of_colour_images_with_few_of_one_are_weighted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
