@@ -221,7 +221,8 @@ class Decoders:
 
 
 def _limits(order: Order, n_bytes: int) -> Limits:
-    channels = max(shape[0] for shape in order.shapes.values())
+    # Files have up to three channels, whatever the model takes.
+    channels = max(3, *(shape[0] for shape in order.shapes.values()))
     return Limits(
         _CPU_S * max(1.0, order.max_pixels / _CPU_PIXELS),
         _FIXED_BYTES + n_bytes * _BYTES_OF_A_BYTE + order.max_pixels * channels * _BYTES_OF_A_PIXEL,

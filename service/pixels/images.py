@@ -202,8 +202,8 @@ def decode_image(
         raise NotAnImageError(
             f"the {kind} file is truncated or damaged, not every pixel can be read; send the whole file"
         ) from None
-    pixels_CHW = np.ascontiguousarray(_flattened(samples_SHW, background) if is_transparent else samples_SHW)
-    return pixels_CHW if pixels_CHW.dtype == np.uint8 else np.divide(pixels_CHW, 65535.0, dtype=np.float64)
+    samples_SHW = np.ascontiguousarray(_flattened(samples_SHW, background) if is_transparent else samples_SHW)
+    return samples_SHW if samples_SHW.dtype == np.uint8 else np.divide(samples_SHW, 65535.0, dtype=np.float64)
 
 
 def decode_plain(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "C H W"] | None:
@@ -370,8 +370,11 @@ def _open(data: bytes, max_pixels: int, used_pixels: int) -> Image.Image:
 
 def _check_pixels(width: int, height: int, max_pixels: int, used_pixels: int) -> None:
     if width * height + used_pixels > max_pixels:
+        # Pillow opens no larger ones.
+        needed = width * height + used_pixels
+        may_be_set = needed if needed <= (Image.MAX_IMAGE_PIXELS or 0) else None
         before = f" after {used_pixels} pixels of the images before it" if used_pixels else ""
-        raise ImageTooLargeError(f"it is {width} x {height} = {width * height} pixels{before}", max_pixels)
+        raise ImageTooLargeError(f"it is {width} x {height} = {width * height} pixels{before}", max_pixels, may_be_set)
 
 
 def _refuse_lossy(picture: Image.Image) -> None:
