@@ -30,7 +30,7 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
@@ -242,7 +242,7 @@ def _samples(picture: Image.Image) -> UInt8[np.ndarray, "S H W"]:
     return samples_SHW[[0, 3]] if is_grey else samples_SHW
 
 
-def _deep_samples(picture: Image.Image, data: bytes, raw_mode: str) -> UInt16[np.ndarray, "S H W"]:
+def _deep_samples(picture: ImageFile.ImageFile, data: bytes, raw_mode: str) -> UInt16[np.ndarray, "S H W"]:
     """Return the values of a 16-bit PNG file, of which Pillow gives the upper or the lower bytes."""
     if raw_mode == "I;16B":
         return np.asarray(_upright(picture), np.uint16)[np.newaxis]
@@ -256,7 +256,7 @@ def _deep_samples(picture: Image.Image, data: bytes, raw_mode: str) -> UInt16[np
     return np.moveaxis(samples_HWS, -1, 0)
 
 
-def _with_raw_mode(picture: Image.Image, raw_mode: str) -> Image.Image:
+def _with_raw_mode(picture: ImageFile.ImageFile, raw_mode: str) -> Image.Image:
     picture.tile = [tile._replace(args=raw_mode) for tile in picture.tile]
     return picture
 
@@ -330,7 +330,7 @@ def _has_grey_palette(picture: Image.Image) -> bool:
     return np.array_equal(red_P, green_P) and np.array_equal(red_P, blue_P)
 
 
-def _open(data: bytes, max_pixels: int, used_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int, used_pixels: int) -> ImageFile.ImageFile:
     """Read the header only; the canvas of a WebP file is checked against the limit before its decoder allocates it."""
     if not data:
         raise EmptyBodyError(f"the image is empty; {_SEND}")
@@ -411,7 +411,7 @@ def _raw_mode(picture: Image.Image) -> str:
     return "".join([str(tile[3]) for tile in getattr(picture, "tile", [])])
 
 
-def _load(picture: Image.Image, data: bytes) -> UInt8[np.ndarray, "S H W"] | UInt16[np.ndarray, "S H W"]:
+def _load(picture: ImageFile.ImageFile, data: bytes) -> UInt8[np.ndarray, "S H W"] | UInt16[np.ndarray, "S H W"]:
     """Decode every sample; raise if data is missing, even if all pixels can be decoded."""
     palette: int | None = None
     if picture.format == "PNG":
@@ -433,5 +433,5 @@ def _load(picture: Image.Image, data: bytes) -> UInt8[np.ndarray, "S H W"] | UIn
             if padded.tobytes() != picture.tobytes():
                 raise ValueError("the image data is too short")
     is_transparent = picture.has_transparency_data
-    picture = _upright(picture)
-    return _samples(picture) if is_transparent else _pixels(picture)
+    upright = _upright(picture)
+    return _samples(upright) if is_transparent else _pixels(upright)
