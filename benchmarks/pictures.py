@@ -39,30 +39,30 @@ async def outcome(decoders: Decoders, content: bytes, max_pixels: int) -> tuple[
         return type(error).__name__, None
 
 
-def of_pillow(content: bytes) -> np.ndarray | None:
-    """Return the pixels that Pillow gives, 8-bit, composited with `Image.alpha_composite`; null if it fails."""
+def of_pillow(content: bytes) -> tuple[np.ndarray, int] | None:
+    """Return the pixels that Pillow gives and the levels that its compositing may differ by; null if it fails."""
     try:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         if picture.mode.startswith("I;16"):
-            return np.asarray(picture, np.uint16)[np.newaxis] / 65535.0
-        if picture.has_transparency_data:
+            return np.asarray(picture, np.uint16)[np.newaxis], 0
+        is_transparent = picture.has_transparency_data
+        if is_transparent:
             behind = Image.new("RGBA", picture.size, f"#{GREY}")
-            picture = Image.alpha_composite(behind, picture.convert("RGBA")).convert("RGB")
-        return np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
+            picture = Image.alpha_composite(behind, picture.convert("RGBA"))
+        return np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0), int(is_transparent)
     except Exception:
         return None
 
 
-def agrees(pixels_CHW: np.ndarray, expected_CHW: np.ndarray | None) -> bool:
-    """Return whether the pixels are those of Pillow, up to the 8 bits and the compositing that it rounds otherwise."""
-    if expected_CHW is None:
+def agrees(pixels_CHW: np.ndarray, found: tuple[np.ndarray, int] | None) -> bool:
+    """Return whether the pixels are those of Pillow, in as many bits as Pillow gives."""
+    if found is None:
         return False
-    if pixels_CHW.dtype == np.uint8 and expected_CHW.dtype == np.uint8:
-        difference = np.abs(pixels_CHW.astype(int) - expected_CHW.astype(int))
-        return difference.max() <= 1
-    return (
-        np.abs(pixels_CHW - (expected_CHW / 255 if expected_CHW.dtype == np.uint8 else expected_CHW)).max() <= 1 / 255
-    )
+    expected_CHW, most = found
+    levels_CHW = pixels_CHW.astype(np.int64)
+    if pixels_CHW.dtype != np.uint8:
+        levels_CHW = np.rint(pixels_CHW * 65535.0).astype(np.int64) >> (8 if expected_CHW.dtype == np.uint8 else 0)
+    return bool(np.abs(levels_CHW - expected_CHW).max() <= most)
 
 
 async def measure(folder: Path, max_pixels: int) -> int:

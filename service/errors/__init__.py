@@ -192,7 +192,7 @@ class NotAnImageError(InputError):
 
 
 class ImageFormatError(InputError):
-    """The pixels of the image cannot be read losslessly as 8-bit grey or RGB."""
+    """The pixels of the image cannot be read losslessly as grey or RGB of 8 or 16 bits."""
 
 
 class ImageTooLargeError(InputError):

@@ -195,6 +195,8 @@ def decode_image(
             _refuse_lossy(opened)
             is_transparent = opened.has_transparency_data
             samples_SHW = _load(opened, data)
+            if opened.has_transparency_data != is_transparent:
+                raise ValueError("the transparent colour is stated behind the pixels")
     except (InputError, MemoryError):
         raise
     except Exception:

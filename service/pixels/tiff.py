@@ -249,18 +249,19 @@ def _strips(
     return strips
 
 
+# Each of these returns the first `least` bytes of a strip, which holds just these, or is padded to as many rows as the
+# others and holds `most`. Other lengths contradict the size of the image.
 def _stored(data: bytes, least: int, most: int) -> bytes:
-    del most
-    if len(data) < least:
+    if len(data) not in (least, most):
         raise ValueError(f"a strip has {len(data)} of {least} bytes")
     return data[:least]
 
 
 def _inflate(data: bytes, least: int, most: int) -> bytes:
-    """Decode Deflate (RFC 1950); the last strip may be padded to as many rows as the others."""
+    """Decode Deflate (RFC 1950)."""
     stream = zlib.decompressobj()
     found = stream.decompress(data, most + 1)
-    if not (least <= len(found) <= most and stream.eof):
+    if not (len(found) in (least, most) and stream.eof):
         raise ValueError(f"a strip has {len(found)} of {least} bytes, or its checksum is missing")
     return found[:least]
 
@@ -269,7 +270,7 @@ def _unpack_bits(data: bytes, least: int, most: int) -> bytes:
     """Decode PackBits (TIFF 6.0, section 9)."""
     pieces: list[bytes] = []
     at = found = 0
-    while found < least:
+    while at < len(data) and found <= most:
         count = data[at]
         if count < 128:
             piece = data[at + 1 : at + 2 + count]
@@ -280,12 +281,13 @@ def _unpack_bits(data: bytes, least: int, most: int) -> bytes:
             at += 2 if count > 128 else 1
         found += len(piece)
         pieces.append(piece)
-    if at > len(data) or found > most:
+    if at > len(data) or found not in (least, most):
         raise ValueError("a run does not end with its strip")
     return b"".join(pieces)[:least]
 
 
-_CLEAR, _END, _FIRST = 256, 257, 258
+# 257 is the end.
+_CLEAR, _FIRST = 256, 258
 _MOST_CODES = 3839
 # Codes between two clearings: the table grows by an entry with each, and the width of a code with the table.
 _WIDTHS = np.repeat([9, 10, 11, 12], [254, 512, 1024, _MOST_CODES - 1790])
@@ -299,7 +301,7 @@ def _unpack_lzw(data: bytes, least: int, most: int) -> bytes:
     at, found, stop = 9, 0, _CLEAR
     if _number(data, ">", 0, 2) >> 7 != _CLEAR:
         raise ValueError("a strip does not begin with an empty table")
-    while found < least and stop == _CLEAR:
+    while stop == _CLEAR and found <= most:
         width_C = _WIDTHS[: np.searchsorted(_ENDS, 8 * len(data) - at, "right")]
         start_C = at % 8 + _ENDS[: len(width_C)] - width_C
         # A code is read from three bytes, of which the last ones may lie behind the end.
@@ -307,16 +309,12 @@ def _unpack_lzw(data: bytes, least: int, most: int) -> bytes:
         words = content[:-2] << 16 | content[1:-1] << 8 | content[2:]
         code_C = words[start_C >> 3] >> (24 - (start_C & 7) - width_C) & (1 << width_C) - 1
         stops = np.flatnonzero(code_C >> 1 == _CLEAR >> 1)
-        if len(stops):
-            stop, at = int(code_C[stops[0]]), at + int(_ENDS[stops[0]])
-            code_C = code_C[: stops[0]]
-        elif len(code_C) == _MOST_CODES:
-            raise ValueError("a table is not cleared")
-        else:
-            stop = _END
-        pieces.append(_strings(code_C))
+        if not len(stops):
+            raise ValueError("the strip has no end, or a table is not cleared")
+        stop, at = int(code_C[stops[0]]), at + int(_ENDS[stops[0]])
+        pieces.append(_strings(code_C[: stops[0]]))
         found += len(pieces[-1])
-    if not least <= found <= most:
+    if found not in (least, most):
         raise ValueError(f"a strip has {found} of {least} bytes")
     return b"".join(pieces)[:least]
 

@@ -182,6 +182,14 @@ def test_any_transparency_is_refused_without_a_background(kind: str) -> None:
         assert decode_image(ALPHA[kind](), LIMIT, background=background).shape[0] in (1, 3)
 
 
+@pytest.mark.parametrize(("depth", "row"), [(8, b"\1\2"), (16, b"\0\1\0\2"), (1, b"\x40")])
+def test_a_transparent_colour_behind_the_pixels_is_refused(depth: int, row: bytes) -> None:
+    data = png_of(depth, 0, [row], 2)
+    end = data.index(b"IEND") - 4
+    with pytest.raises(NotAnImageError, match="damaged"):
+        decode_image(data[:end] + transparency(b"\0\1") + data[end:], LIMIT, background="#000000")
+
+
 OPAQUE = {
     "grey with alpha": lambda: (encode(Image.new("LA", (5, 4), (7, 255))), [7]),
     "colour with alpha": lambda: (encode(Image.new("RGBA", (5, 4), (1, 2, 3, 255))), [1, 2, 3]),
