@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiff_files import tiff
 
 from service.errors import (
     ArrayError,
@@ -580,3 +581,12 @@ def test_bytes_missing_or_left_over_are_refused(change: int) -> None:
     data = npy(np.zeros(SHAPE))
     with pytest.raises(ArrayError, match=r"160 bytes, and 1(59|61) bytes follow"):
         decode_array(data[:-1] if change < 0 else data + b"\0", SHAPE, LIMIT)
+
+
+def test_a_photograph_that_is_too_large_names_the_limit_to_set_and_its_memory() -> None:
+    data = encode(Image.new("L", (400, 300)), "JPEG")
+    with pytest.raises(ImageTooLargeError, match=r"LIPCERT_MAX_PIXELS to 120000, where .* some 8 MB of memory"):
+        decode_image(data, LIMIT)
+    header = tiff(np.zeros((1, 4, 1), np.uint8), tags={256: [10_000], 257: [9_000], 278: [9_000]})
+    with pytest.raises(ImageTooLargeError, match=r"raise LIPCERT_MAX_PIXELS\)$"):
+        decode_image(header, LIMIT)
