@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Bool, Float32, Float64, Int64, Num, UInt8
+    from jaxtyping import Bool, Float32, Float64, Int64, Num, UInt8, UInt16
 else:
 
     class _Array:
@@ -17,6 +17,6 @@ else:
         def __class_getitem__(cls, array_and_shape: tuple[type, str]) -> type:
             return array_and_shape[0]
 
-    Bool = Float32 = Float64 = Int64 = Num = UInt8 = _Array
+    Bool = Float32 = Float64 = Int64 = Num = UInt8 = UInt16 = _Array
 
-__all__ = ["Bool", "Float32", "Float64", "Int64", "Num", "UInt8"]
+__all__ = ["Bool", "Float32", "Float64", "Int64", "Num", "UInt8", "UInt16"]

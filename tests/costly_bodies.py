@@ -50,6 +50,19 @@ def png(width: int, height: int, *chunks: bytes, colour: int = 0, depth: int = 8
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
 
 
+def tiff(coding: int, strip: bytes, height: int = 28, width: int = 28) -> bytes:
+    """A grey TIFF file of one strip."""
+    values = {256: width, 257: height, 258: 8, 259: coding, 262: 1, 273: 8, 278: height, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    directory = struct.pack("<H", len(values)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + directory
+
+
+def bits_of_9(*codes: int) -> bytes:
+    """Eight codes of LZW in nine bytes."""
+    return int("".join(f"{code:09b}" for code in codes), 2).to_bytes(9, "big")
+
+
 def inflated(size: int) -> bytes:
     """A zlib stream of some kilobytes that has `size` bytes."""
     packer = zlib.compressobj(9)
@@ -152,6 +165,16 @@ _PREDICT: dict[str, tuple[str, Callable[[], bytes]]] = {
     "base64 of nothing": (JSON, lambda: b'{"image":"' + b"A" * 15 * MIB + b'"}'),
     "a picture of scans in base64": (JSON, lambda: in_json(scans(1000, 1000, 1000))),
     "options beside a large picture": (JSON, lambda: in_json(jpeg(1400, 1400), resize=True)),
+    # TIFF
+    "a table that is cleared at once": ("image/tiff", lambda: tiff(5, bits_of_9(*[256] * 8) * (MIB + MIB // 2))),
+    "a table that is cleared after each byte": (
+        "image/tiff?resize=true",
+        lambda: tiff(5, bits_of_9(*[256, 7] * 4) * (MIB + MIB // 2), 1448, 1448),
+    ),
+    "runs that are none": ("image/tiff", lambda: tiff(32773, b"\x80" * 15 * MIB)),
+    "runs of one byte": ("image/tiff?resize=true", lambda: tiff(32773, b"\0\7" * 7 * MIB, 1448, 1448)),
+    "a strip that inflates to 100 MB": ("image/tiff", lambda: tiff(8, inflated(100 * MIB))),
+    "65,535 entries": ("image/tiff", lambda: b"II*\0\x08\0\0\0\xff\xff" + bytes(12 * 65_535 + 4)),
     # Forms
     "carriage returns": (FORM, lambda: form(b"\r" * 15 * MIB)),
     "half boundaries": (FORM, lambda: form(b"\r\n--" * 3_900_000)),

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from tqdm import tqdm
 
 from models.data.labelled import DataError, DataSet, LabelledImages
@@ -32,7 +31,7 @@ from models.data.resizing import decode_file, fit_image, room_for
 from models.recipes import DataOptions
 from service.errors import InputError
 from service.pixels.folders import is_clutter
-from service.pixels.images import FORMATS
+from service.pixels.images import FORMATS, Pixels
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class _Picture:
     """sha256 of the content."""
     shape: tuple[int, int, int]
     """(C, H, W)."""
-    pixels: UInt8[np.ndarray, "C H W"] | None
+    pixels: Pixels | None
     """Absent beyond `CACHED_BYTES`."""
 
 
@@ -293,7 +292,7 @@ def _usable(files: Mapping[str, Mapping[str, Sequence[Path]]], options: DataOpti
         except InputError as error:
             faults.append(f"{path}: {error}")
             continue
-        decoded += pixels.size
+        decoded += pixels.nbytes
         pictures.append(
             _Picture(
                 path,

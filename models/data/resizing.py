@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from models.data.labelled import DataError
 from models.memory import machine_bytes
 from service.errors import InputError
-from service.pixels.images import decode_image, to_unit
+from service.pixels.images import Pixels, decode_image, unit
 from service.pixels.preprocessing import LONGEST_SIDE, Preprocessing, conversion_between, triangle_filter
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ MEMORY_SHARE = 0.25
 """Of the memory of the machine, for all images of a part; more lie in a temporary file."""
 
 
-def decode_file(content: bytes) -> UInt8[np.ndarray, "C H W"]:
-    """Return the pixels of an image file that the service would read and resize.
+def decode_file(content: bytes) -> Pixels:
+    """Return the pixels of an image file that the service would read and resize: 8-bit, or in [0, 1].
 
     Raises:
         InputError: the service would refuse the file, or a side is too long to be resized.
@@ -37,19 +37,17 @@ def decode_file(content: bytes) -> UInt8[np.ndarray, "C H W"]:
     return pixels_CHW
 
 
-def fit_image(
-    pixels_CHW: UInt8[np.ndarray, "C H W"], channels: int, size: tuple[int, int]
-) -> UInt8[np.ndarray, "D A B"]:
+def fit_image(pixels_CHW: Pixels, channels: int, size: tuple[int, int]) -> UInt8[np.ndarray, "D A B"]:
     """Return the image as the service passes it to a network of another shape, each value rounded to 8 bits.
 
     Args:
-        pixels_CHW: one channel (grey) or three (RGB).
+        pixels_CHW: one channel (grey) or three (RGB), 8-bit or in [0, 1].
         channels: 1 or 3.
         size: height and width, in pixels.
     """
     sent, height, width = pixels_CHW.shape
     if (sent, height, width) == (channels, *size):
-        return pixels_CHW
+        return pixels_CHW if pixels_CHW.dtype == np.uint8 else np.rint(255 * pixels_CHW).astype(np.uint8)
     mapping = Preprocessing(
         conversion=conversion_between(sent, channels),
         rows_AH=None if height == size[0] else _filter(height, size[0]),
@@ -59,7 +57,7 @@ def fit_image(
         pixel_error=math.inf,
         error_l2=math.inf,
     )
-    return np.rint(255 * mapping(to_unit(pixels_CHW)[np.newaxis])[0]).astype(np.uint8)
+    return np.rint(255 * mapping(unit(pixels_CHW)[np.newaxis])[0]).astype(np.uint8)
 
 
 _filter = lru_cache(maxsize=64)(triangle_filter)

@@ -49,6 +49,7 @@ def in_words(outcome: Outcome[ImageOptions]) -> list[Json]:
     labels = classifier.labels
     shape = outcome.image_NCHW.shape[1:]
     to_shape = classifier.input_shape
+    background = {} if (colour := outcome.options.background) is None else {"background": colour}
     sets, decisions = _sets_in_words(outcome), _decisions(outcome)
     conversion = None if shape[0] == to_shape[0] else conversion_between(shape[0], to_shape[0])
     return [
@@ -64,6 +65,7 @@ def in_words(outcome: Outcome[ImageOptions]) -> list[Json]:
                 "shape": shape,
                 "conversion": conversion,
                 "resized": shape[1:] != to_shape[1:],
+                **background,
             },
             "certificate": {
                 "norm": "l2",

@@ -16,7 +16,7 @@ from service.inference.admission import Place
 JSON = "application/json"
 FORM = "multipart/form-data"
 NPY = "application/x-npy"
-IMAGES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
+IMAGES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "image/tiff")
 OCTETS = "application/octet-stream"
 PREDICT_TYPES = (JSON, FORM, *IMAGES, NPY, OCTETS)
 BATCH_TYPES = (JSON, NPY, OCTETS)

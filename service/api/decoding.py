@@ -93,7 +93,7 @@ def decode(order: Order, content: bytes) -> Request:
         listed = parse_json(
             InstancesRequest, content, texts=order.max_batch, numbers=order.max_pixels * shape[0], least_row=1
         )
-        limits = order.max_pixels, order.max_batch, listed.parameters.resize
+        limits = order.max_pixels, order.max_batch, listed.parameters.resize, listed.parameters.background
         return Request(order.model, listed, read_instances(listed.instances, shape, *limits))
     if order.kind == "batch":
         options, images = parse_batch(order.head, order.query, content, order.max_batch)
@@ -101,9 +101,10 @@ def decode(order: Order, content: bytes) -> Request:
         options, images = parse_predict(order.head, order.query, content)
     name = order.model if options.model is None else options.model
     shape = _shape(order, name)
+    chosen = options.resize, options.background
     if isinstance(images, EncodedBatch | ArrayBatch):
-        return Request(name, options, images.decode(shape, order.max_pixels, order.max_batch, options.resize))
-    return Request(name, options, images.decode(shape, order.max_pixels, options.resize)[np.newaxis])
+        return Request(name, options, images.decode(shape, order.max_pixels, order.max_batch, *chosen))
+    return Request(name, options, images.decode(shape, order.max_pixels, *chosen)[np.newaxis])
 
 
 def decode_plain(order: Order, content: bytes) -> Request | None:
@@ -220,7 +221,8 @@ class Decoders:
 
 
 def _limits(order: Order, n_bytes: int) -> Limits:
-    channels = max(shape[0] for shape in order.shapes.values())
+    # Files have up to three channels, whatever the model takes.
+    channels = max(3, *(shape[0] for shape in order.shapes.values()))
     return Limits(
         _CPU_S * max(1.0, order.max_pixels / _CPU_PIXELS),
         _FIXED_BYTES + n_bytes * _BYTES_OF_A_BYTE + order.max_pixels * channels * _BYTES_OF_A_PIXEL,

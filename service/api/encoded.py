@@ -8,7 +8,7 @@ import numpy as np
 
 from service.errors import BatchTooLargeError, ChannelsError, ImageSizeError, InputError, MixedSizesError
 from service.pixels.arrays import decode_array, decode_array_batch
-from service.pixels.images import decode_base64, decode_image, decode_plain
+from service.pixels.images import Pixels, decode_base64, decode_image, decode_plain, unit
 from service.shapes import Float64, UInt8
 
 
@@ -31,14 +31,20 @@ class EncodedImage:
         return decode_plain(self._bytes(input_shape_CHW[0]), max_pixels)
 
     def decode(
-        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, resize: bool, used_pixels: int = 0
-    ) -> UInt8[np.ndarray, "C H W"]:
-        """Return pixels in 0..255, with the channels of the file.
+        self,
+        input_shape_CHW: tuple[int, int, int],
+        max_pixels: int,
+        resize: bool,
+        background: str | None = None,
+        used_pixels: int = 0,
+    ) -> Pixels:
+        """Return pixels in 0..255, or of a 16-bit file in [0, 1], with the channels of the file.
 
         Args:
             input_shape_CHW: the images that the model accepts.
             max_pixels: limit of all images of the request together.
             resize: whether the image may have another size than the model's.
+            background: colour behind a transparent image, if there is one.
             used_pixels: pixels of the images that were decoded before.
 
         Raises:
@@ -46,7 +52,7 @@ class EncodedImage:
             InputError: see `service.pixels.images`.
         """
         data = self._bytes(input_shape_CHW[0])
-        return decode_image(data, max_pixels, used_pixels, None if resize else input_shape_CHW[1:])
+        return decode_image(data, max_pixels, used_pixels, None if resize else input_shape_CHW[1:], background)
 
     def _bytes(self, channels: int) -> bytes:
         if channels not in (1, 3):
@@ -64,7 +70,7 @@ class ArrayImage:
     data: bytes
 
     def decode(
-        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, resize: bool
+        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, resize: bool, background: str | None = None
     ) -> Float64[np.ndarray, "C H W"]:
         """Return pixels in [0, 1].
 
@@ -72,11 +78,12 @@ class ArrayImage:
             input_shape_CHW: the images that the model accepts.
             max_pixels: limit of the number of pixels.
             resize: ignored: the classifier checks the size.
+            background: ignored: an array has no transparency.
 
         Raises:
             InputError: see `service.pixels.arrays`.
         """
-        del resize
+        del resize, background
         return decode_array(self.data, input_shape_CHW, max_pixels)
 
 
@@ -87,15 +94,21 @@ class EncodedBatch:
     texts: tuple[str, ...]
 
     def decode(
-        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int, resize: bool
-    ) -> UInt8[np.ndarray, "N C H W"]:
-        """Return pixels in 0..255.
+        self,
+        input_shape_CHW: tuple[int, int, int],
+        max_pixels: int,
+        max_batch: int,
+        resize: bool,
+        background: str | None = None,
+    ) -> UInt8[np.ndarray, "N C H W"] | Float64[np.ndarray, "N C H W"]:
+        """Return pixels in 0..255, or in [0, 1] where a file has 16 bits.
 
         Args:
             input_shape_CHW: the images that the model accepts.
             max_pixels: limit of all images together.
             max_batch: limit of the number of images.
             resize: whether the images may have another size than the model's.
+            background: colour behind transparent images, if there is one.
 
         Raises:
             BatchTooLargeError: more than `max_batch` images.
@@ -107,7 +120,7 @@ class EncodedBatch:
         used = 0
         for index, text in enumerate(self.texts):
             try:
-                image = EncodedImage(text).decode(input_shape_CHW, max_pixels, resize, used)
+                image = EncodedImage(text).decode(input_shape_CHW, max_pixels, resize, background, used)
                 if not resize and image.shape[1:] != input_shape_CHW[1:]:
                     raise ImageSizeError(image.shape[1], image.shape[2], *input_shape_CHW[1:])
                 if images and image.shape[1:] != images[0].shape[1:]:
@@ -121,7 +134,7 @@ class EncodedBatch:
                 raise error.at_index(index) from None
             images.append(image)
             used += image[0].size
-        return np.stack(images)
+        return np.stack(images if len({image.dtype for image in images}) == 1 else [unit(image) for image in images])
 
 
 def _colours(image_CHW: np.ndarray) -> str:
@@ -135,7 +148,12 @@ class ArrayBatch:
     data: bytes
 
     def decode(
-        self, input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int, resize: bool
+        self,
+        input_shape_CHW: tuple[int, int, int],
+        max_pixels: int,
+        max_batch: int,
+        resize: bool,
+        background: str | None = None,
     ) -> Float64[np.ndarray, "N C H W"]:
         """Return pixels in [0, 1].
 
@@ -144,9 +162,10 @@ class ArrayBatch:
             max_pixels: limit of all images together.
             max_batch: limit of the number of images.
             resize: ignored: the classifier checks the size.
+            background: ignored: an array has no transparency.
 
         Raises:
             InputError: see `service.pixels.arrays`.
         """
-        del resize
+        del resize, background
         return decode_array_batch(self.data, input_shape_CHW, max_pixels, max_batch)

@@ -44,9 +44,14 @@ class InstancesRequest(InstanceOptions):
 
 
 def read_instances(
-    instances: list[Any], input_shape_CHW: tuple[int, int, int], max_pixels: int, max_batch: int, resize: bool
+    instances: list[Any],
+    input_shape_CHW: tuple[int, int, int],
+    max_pixels: int,
+    max_batch: int,
+    resize: bool,
+    background: str | None = None,
 ) -> UInt8[np.ndarray, "N C H W"] | Float64[np.ndarray, "N C H W"]:
-    """Return pixels in 0..255 (files), or in [0, 1].
+    """Return pixels in 0..255 (files of 8 bits), or in [0, 1].
 
     Args:
         instances: of a request.
@@ -54,6 +59,7 @@ def read_instances(
         max_pixels: limit of the number of pixels of all images together.
         max_batch: limit of the number of images.
         resize: whether the images may have another size than the model's.
+        background: colour behind transparent image files, if there is one.
 
     Raises:
         InputError: see `service.api.encoded` and `service.pixels.arrays`.
@@ -66,7 +72,7 @@ def read_instances(
         if not all(type(one) is dict and one.keys() == {"b64"} and type(one["b64"]) is str for one in instances):
             raise ArrayError(f"an instance is no image file; {_EXPECTED}")
         texts = tuple(one["b64"] for one in instances)
-        return EncodedBatch(texts).decode(input_shape_CHW, max_pixels, max_batch, resize)
+        return EncodedBatch(texts).decode(input_shape_CHW, max_pixels, max_batch, resize, background)
     shape: list[int] = []
     node: Any = instances
     while type(node) is list and node and len(shape) < 5:

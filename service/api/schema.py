@@ -97,6 +97,14 @@ class ImageOptions(_Request):
     """Whether to resize an image of another size than the model's; otherwise it is refused. The radius refers to the
     image that was sent."""
 
+    background: Annotated[
+        Annotated[str, Field(pattern=r"^#?[0-9a-fA-F]{6}$")] | None,
+        Expected("a colour #rrggbb in hexadecimal, behind a transparent image; in a query %23rrggbb or rrggbb"),
+    ] = None
+    """Colour `#rrggbb` behind a transparent image file, which is composited onto it before anything else: 8-bit values
+    v with alpha a become `(a v + (255 - a) b) / 255`, rounded to the nearest integer. Default: such a file is refused,
+    unless it is opaque everywhere."""
+
     @model_validator(mode="after")
     def _options_of_the_counterfactual_need_it(self) -> Self:
         if self.counterfactual:
@@ -125,7 +133,8 @@ class PredictRequest(Options):
     """One image with its options."""
 
     image: Annotated[str, Expected("an image file as a base64 string")]
-    """A PNG, JPEG, WEBP, BMP or GIF file, grey or RGB, as standard base64 on one line, without a `data:` prefix."""
+    """A PNG, JPEG, WEBP, BMP, GIF or TIFF file, grey or RGB, as standard base64 on one line, without a `data:`
+    prefix."""
 
 
 class BatchRequest(Options):
@@ -153,13 +162,16 @@ class ImageAnswer(_Answer):
 
     digest: str
     """`sha256:` and the SHA-256, in hexadecimal, of the ASCII line `CxHxW` with the numbers of `shape`, one newline,
-    and the pixels in [0, 1] as little-endian float64 in C order; an 8-bit value v is v / 255, correctly rounded."""
+    and the pixels in [0, 1] as little-endian float64 in C order; an 8-bit value v is v / 255, and a 16-bit value
+    v / 65535, correctly rounded."""
     shape: tuple[int, int, int]
     """Channels, height, width."""
     conversion: Literal["rgb_to_grey", "grey_to_rgb"] | None
     """Conversion of the channels for the model, part of the certified map; null where the channels are the model's."""
     resized: bool
     """Whether the image was resized to the model's size, as part of the certified map."""
+    background: Annotated[str | None, _ABSENT] = None
+    """The option of the request, from which the pixels of a transparent file follow. Absent without it."""
 
 
 class ReferenceAnswer(_Answer):

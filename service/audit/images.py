@@ -43,13 +43,14 @@ class SentImage:
         return total, (self.denominator * other.denominator) ** 2
 
 
-def read_image(path: Path, stated: Shape | None, channels: int) -> SentImage:
+def read_image(path: Path, stated: Shape | None, channels: int, background: str | None = None) -> SentImage:
     """Read the pixels of an image file or of an npy array, as they were sent.
 
     Args:
         path: the file.
         stated: shape in the answer, which tells the axes of an array; absent if the answer names no image.
         channels: of the model, which tell them then.
+        background: colour behind a transparent image, as the answer states it.
 
     Raises:
         KeptError: the file is missing, or is no image that the service reads.
@@ -58,7 +59,7 @@ def read_image(path: Path, stated: Shape | None, channels: int) -> SentImage:
     if data.startswith(_NPY_MAGIC):
         return _exact(_with_axes(_array(str(path), data), stated, channels))
     try:
-        pixels_CHW = decode_image(data, max_pixels=_MOST_PIXELS)
+        pixels_CHW = decode_image(data, max_pixels=_MOST_PIXELS, background=background)
     except InputError as error:
         raise KeptError(f"{path}: {error}") from error
     if stated is None and channels == 1 and len(pixels_CHW) == 3 and (pixels_CHW == pixels_CHW[:1]).all():

@@ -57,6 +57,8 @@ class AnswerImage(_Record):
     shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Field(strict=False)]
     conversion: str | None
     resized: bool
+    background: Annotated[str, Field(pattern="^#?[0-9a-fA-F]{6}$")] | None = None
+    """Colour `#rrggbb` behind a transparent file."""
 
 
 class Reference(_Record):

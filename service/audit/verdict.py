@@ -79,7 +79,8 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
     """
     answer = read_answer(answer_file)
     artefact = read_artefact(artefact_folder)
-    sent = read_image(image_file, answer.image.shape if answer.image else None, artefact.input_shape[0])
+    shape, background = (answer.image.shape, answer.image.background) if answer.image else (None, None)
+    sent = read_image(image_file, shape, artefact.input_shape[0], background)
     findings = [*against_itself(answer), *against_image(answer, sent)]
     references, doubts = reference_images(answer, sent)
     findings += doubts

@@ -19,7 +19,14 @@ image of Pillow."""
 
 NPY = "application/x-npy"
 _NPY_MAGIC = b"\x93NUMPY"
-_MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"RIFF": "image/webp", b"BM": "image/bmp"}
+_MEDIA_TYPES = {
+    b"\x89PNG": "image/png",
+    b"\xff\xd8": "image/jpeg",
+    b"RIFF": "image/webp",
+    b"BM": "image/bmp",
+    b"II": "image/tiff",
+    b"MM": "image/tiff",
+}
 
 
 @dataclass(frozen=True)

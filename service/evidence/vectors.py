@@ -66,6 +66,8 @@ def read_pictures(folder: Path, shape: tuple[int, ...]) -> list[Picture]:
             pixels_CHW = decode_image(content, max_pixels=_MOST_PIXELS)
         except InputError as error:
             raise KeptError(f"{path}: {error}") from error
+        if pixels_CHW.dtype != np.uint8:
+            raise KeptError(f"{path}: has 16 bits per channel; test vectors are images of 8 bits")
         if pixels_CHW.shape != shape:
             raise KeptError(
                 f"{path}: an image of shape {pixels_CHW.shape} (channels, height, width); test vectors are images as "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 DESCRIPTION = """Classify image files and folders, through a running server or in this process, with a certified radius.
@@ -56,10 +57,19 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epsilon", type=_radius, metavar="R", help="required L2 radius, pixels in [0, 1]")
     parser.add_argument("--min-radius", type=_radius, metavar="R", help="exit with status 1 if a radius is smaller")
     parser.add_argument("--resize", action="store_true", help="accept images of another size than the model's")
+    parser.add_argument(
+        "--background", type=_colour, metavar="#RRGGBB", help="composite transparent images onto this colour"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--csv", type=Path, metavar="OUT", help="write a CSV file")
     output.add_argument("--jsonl", type=Path, metavar="OUT", help="write one JSON object on each line, with the answer")
     output.add_argument("--parquet", type=Path, metavar="OUT", help="write a Parquet file; needs pyarrow")
+
+
+def _colour(text: str) -> str:
+    if not re.fullmatch("#?[0-9a-fA-F]{6}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a colour #rrggbb in hexadecimal, such as '#ffffff'")
+    return text
 
 
 def _radius(text: str) -> float:

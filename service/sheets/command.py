@@ -123,7 +123,7 @@ def _output(chosen: argparse.Namespace) -> tuple[str, Path | None]:
 
 
 def _options(chosen: argparse.Namespace) -> dict[str, Any]:
-    named = ("counterfactual", "resize", "proof", "epsilon", "strength", "path", "saliency")
+    named = ("counterfactual", "resize", "proof", "epsilon", "strength", "path", "saliency", "background")
     given = {name: getattr(chosen, name) for name in named}
     return {name: value for name, value in given.items() if value is not None and (name != "saliency" or value)}
 

@@ -18,7 +18,7 @@ from service.artefact.card import artefact_folders, read_card
 from service.errors import BodyTooLargeError, EmptyBodyError, LipcertError
 from service.inference.loading import load_classifiers
 from service.inference.outcome import compute
-from service.pixels.images import to_unit
+from service.pixels.images import unit
 from service.runtime.cpus import usable_cpus
 from service.settings import read_settings, threads_of
 from service.sheets.sources import About, RefusedError, SourceError
@@ -61,9 +61,8 @@ class InProcess:
             if len(content) > self.most_bytes:
                 raise BodyTooLargeError(self.most_bytes)
             image = ArrayImage(content) if content.startswith(_NPY_MAGIC) else EncodedImage(content)
-            pixels_CHW = image.decode(shape, most, self._options.resize)
-            image_CHW = to_unit(pixels_CHW) if pixels_CHW.dtype == np.uint8 else pixels_CHW
-            outcome = compute(self._classifier, image_CHW[np.newaxis], self._options)
+            pixels_CHW = image.decode(shape, most, self._options.resize, self._options.background)
+            outcome = compute(self._classifier, unit(pixels_CHW)[np.newaxis], self._options)
         except LipcertError as error:
             raise RefusedError(str(error)) from error
         except MemoryError as error:

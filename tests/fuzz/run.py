@@ -21,7 +21,8 @@ ROOT = HERE.parents[1]
 CORPUS = HERE / "corpus"
 BUILD = ROOT / "build" / "fuzz"
 NAMES = (
-    "predict-json", "predict-batch", "infer", "form", "query", "npy", "image", "network", "card", "archived-answer",
+    "predict-json", "predict-batch", "infer", "form", "query", "npy", "image", "tiff-image", "network", "card",
+    "archived-answer",
 )  # fmt: skip
 """As in `targets.TARGETS`, whose import must be instrumented."""
 LONGEST_INPUT = 8192

@@ -11,6 +11,7 @@ import atexit
 import functools
 import json
 import shutil
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import builders
+from tiff_files import tiff
 
 from service.api.app import create_app
 from service.artefact.card import read_card
@@ -137,17 +139,35 @@ def npy(data: bytes) -> None:
 
 
 def image(data: bytes) -> None:
-    """Decode an image file; pixels that are accepted are those of a PNG file that is made of them."""
+    """Decode an image file, over a background; pixels that are accepted are those of a file that is made of them."""
     try:
-        pixels_CHW = decode_image(data, _LIMITS["max_pixels"])
+        pixels_CHW = decode_image(data, _LIMITS["max_pixels"], background="#408040")
     except InputError:
         return
-    if pixels_CHW.dtype != np.uint8 or pixels_CHW.shape[0] not in (1, 3):
+    if pixels_CHW.dtype not in (np.uint8, np.float64) or pixels_CHW.shape[0] not in (1, 3):
         raise DefectError(f"{pixels_CHW.dtype} of shape {pixels_CHW.shape}")
-    again_CHW = decode_image(encode_png(pixels_CHW), _LIMITS["max_pixels"])
+    if pixels_CHW.dtype == np.uint8:
+        written = encode_png(pixels_CHW)
+    else:
+        levels_CHW = np.rint(pixels_CHW * 65535.0).astype(np.uint16)
+        if not np.array_equal(levels_CHW / 65535.0, pixels_CHW):
+            raise DefectError("a pixel is no 16-bit value")
+        written = tiff(np.moveaxis(levels_CHW, 0, -1))
+    again_CHW = decode_image(written, _LIMITS["max_pixels"])
     if not np.array_equal(again_CHW, pixels_CHW):
         raise DefectError("pixels change when they are written and read")
-    _check("/predict", "image/png", data, b"resize=true")
+    _check("/predict", "image/png", data, b"resize=true&background=408040")
+
+
+def tiff_image(data: bytes) -> None:
+    """Decode these bytes as the strip of a TIFF file with a valid directory, of a size in the first bytes."""
+    coding, rows, columns, *strip = data.ljust(4, b"\0")
+    height, width = 1 + rows % 20, 1 + columns % 20
+    compression, predictor = ((5, 1), (8, 1), (32773, 1), (5, 2))[coding % 4]
+    values = {256: width, 257: height, 258: 8, 259: compression, 262: 1, 273: 8, 278: height, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in {**values, 317: predictor}.items())
+    directory = struct.pack("<H", 1 + len(values)) + entries + bytes(4)
+    image(b"II*\0" + struct.pack("<I", 8 + len(strip)) + bytes(strip) + directory)
 
 
 def network(data: bytes) -> None:
@@ -194,6 +214,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         query,
         npy,
         image,
+        tiff_image,
         network,
         card,
         archived_answer,

@@ -16,6 +16,7 @@ from client import Client
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiff_files import tiff
 
 from models.data import folders
 from models.data.folders import load_folder
@@ -23,7 +24,7 @@ from models.data.labelled import DataError, DataSet
 from models.data.resizing import decode_file, fit_image
 from models.recipes import DataOptions
 from service.errors import InputError
-from service.pixels.images import image_digest, to_unit
+from service.pixels.images import image_digest, to_unit, unit
 from service.pixels.preprocessing import preprocessing_between
 
 
@@ -76,7 +77,8 @@ FILES: dict[str, bytes] = {
     "bmp": encode(COLOUR, "BMP"),
     "gif": encode(GREY, "GIF"),
     "webp": encode(COLOUR, "WEBP", lossless=True),
-    "alpha": encode(COLOUR, mode="RGBA"),
+    "opaque alpha": encode(COLOUR, mode="RGBA"),
+    "alpha": encode(noise(9, 7, 4)),
     "grey with alpha": encode(GREY, mode="LA"),
     "transparent colour": encode(GREY, mode="P", transparency=0),
     "16 bits": encode(GREY, mode="I;16"),
@@ -85,6 +87,7 @@ FILES: dict[str, bytes] = {
         GREY, "GIF", save_all=True, append_images=[Image.fromarray(GREY.astype(np.uint8).T.copy().T[::-1])]
     ),
     "tiff": encode(GREY, "TIFF"),
+    "32 bits": encode(GREY, "TIFF", mode="I"),
     "text": b"not an image",
     "empty": b"",
     "truncated": encode(noise(40, 40))[:-30],
@@ -106,7 +109,7 @@ def served(client: Client, content: bytes) -> str | None:
 def trained_on(content: bytes) -> str | None:
     """The same of the trainer."""
     try:
-        return image_digest(to_unit(decode_file(content)))
+        return image_digest(unit(decode_file(content)))
     except InputError:
         return None
 
@@ -120,7 +123,7 @@ def assert_same_verdicts(client: Client, files: Iterable[bytes]) -> tuple[int, i
 
 
 def test_files_are_read_or_refused_as_by_the_service(client: Client) -> None:
-    assert assert_same_verdicts(client, FILES.values()) == (13, 14)
+    assert assert_same_verdicts(client, FILES.values()) == (17, 12)
 
 
 def test_no_flipped_bit_of_a_png_is_read_by_the_trainer_and_refused_by_the_service(client: Client) -> None:
@@ -132,7 +135,7 @@ def test_no_flipped_bit_of_a_png_is_read_by_the_trainer_and_refused_by_the_servi
     assert refused > 400 > read
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_files_without_their_end_get_the_verdict_of_the_service(client: Client, form: str) -> None:
     file = encode(noise(9, 7, 3), form)
     ends = (b"", b"\xff\xd9") if form == "JPEG" else (b"",)
@@ -140,6 +143,14 @@ def test_files_without_their_end_get_the_verdict_of_the_service(client: Client, 
     read, refused = assert_same_verdicts(client, [file, file + b"trailing bytes", *cut])
     # No pixel is in the last byte of the BMP, and behind the last byte of its scan the JPEG is whole with its end.
     assert (read, refused) in [(2, len(cut)), (3, len(cut) - 1)]
+
+
+def test_16_bits_are_rounded_to_the_nearest_of_8() -> None:
+    levels_HW = np.arange(0, 65536, 41, dtype=np.uint16)[:1596].reshape(42, 38)
+    fitted = fit_image(decode_file(tiff(levels_HW[..., None])), 1, (42, 38))
+    assert fitted.dtype == np.uint8
+    assert (np.abs(257.0 * fitted[0] - levels_HW) <= 128.5).all()
+    assert np.array_equal(fit_image(decode_file(encode(GREY, mode="I;16")), 1, (4, 5)).shape, (1, 4, 5))
 
 
 SIDES = st.integers(1, 40)
@@ -303,11 +314,10 @@ def test_hidden_files_and_clutter_of_file_managers_are_passed_over(tmp_path: Pat
 
 UNUSABLE = [
     ("text", r"x\.png: the bytes are not an image in a supported format \(PNG"),
-    ("tiff", r"x\.png: the bytes are not an image in a supported format"),
     ("empty", r"x\.png: the image is empty"),
     ("truncated", r"x\.png: the PNG file is truncated or damaged"),
     ("alpha", r"x\.png: the image has transparency.*flatten"),
-    ("16 bits", r"x\.png: the image does not have 8 bits.*save it with 8 bits"),
+    ("32 bits", r"x\.png: the TIFF file does not have 8 bits.*save it so"),
     ("cmyk", r"x\.png: the image is CMYK.*convert it"),
     ("animated", r"x\.png: the file contains several images.*send one of them"),
 ]

@@ -48,9 +48,15 @@ ANIMATION = encode(
     Image.new("L", (WIDTH, HEIGHT), 0), "GIF", save_all=True, append_images=[Image.new("L", (WIDTH, HEIGHT), 9)]
 )
 IMAGES: dict[str, tuple[bytes, int, str]] = {
-    "not an image": (b"this is a letter", 422, "send a PNG, JPEG, WEBP, BMP or GIF file"),
-    "an svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 422, "send a PNG, JPEG, WEBP, BMP or GIF file"),
-    "a tiff": (encode(GOOD_HW, "TIFF"), 422, "send a PNG, JPEG, WEBP, BMP or GIF file"),
+    "not an image": (b"this is a letter", 422, "send a PNG, JPEG, WEBP, BMP, GIF or TIFF file"),
+    "an svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 422, "send a PNG, JPEG, WEBP, BMP, GIF or TIFF file"),
+    "truncated tiff": (encode(GOOD_HW, "TIFF")[:-4], 422, "send the whole file"),
+    "a tiff of pages": (
+        encode(Image.fromarray(GOOD_HW), "TIFF", save_all=True, append_images=[Image.fromarray(GOOD_HW)]),
+        422,
+        "send one image",
+    ),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(40), 422, "save it as JPEG or PNG"),
     "truncated png": (GOOD[:-20], 422, "send the whole file"),
     "truncated jpeg": (encode(GOOD_HW, "JPEG")[:-4], 422, "send the whole file"),
     "wrong size": (
@@ -60,7 +66,7 @@ IMAGES: dict[str, tuple[bytes, int, str]] = {
     ),
     "alpha": (encode(Image.new("RGBA", (WIDTH, HEIGHT))), 422, "flatten it"),
     "transparent palette": (encode(Image.new("P", (WIDTH, HEIGHT)), transparency=0), 422, "flatten it"),
-    "16 bits": (encode(np.zeros((HEIGHT, WIDTH), np.uint16)), 422, "save it with 8 bits per channel"),
+    "32 bits": (encode(Image.new("I", (WIDTH, HEIGHT)), "TIFF"), 422, "send the values in [0, 1] as a float npy"),
     "cmyk": (encode(Image.new("CMYK", (WIDTH, HEIGHT)), "JPEG"), 422, "send RGB or grey"),
     "animation": (ANIMATION, 422, "send one of them"),
     "too many pixels": (encode(np.zeros((60, 60), np.uint8)), 413, "at most 2000 pixels"),

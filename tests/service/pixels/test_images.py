@@ -5,6 +5,8 @@ import hashlib
 import io
 import struct
 import zlib
+from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiff_files import tiff
 
 from service.errors import (
     ArrayError,
@@ -29,6 +32,8 @@ from service.pixels.images import decode_image, encode_png, image_digest, to_uni
 LIMIT = 10_000
 SHAPE = (1, 4, 5)
 RGB_SHAPE = (3, 4, 5)
+ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+"""First row and column, then steps between rows and columns, of each pass."""
 
 
 def png_of(depth: int, colour_type: int, rows: list[bytes], width: int, extra: bytes = b"") -> bytes:
@@ -158,8 +163,10 @@ def test_exif_orientation_is_applied_without_loss(grey_HW: np.ndarray, orientati
 
 
 ALPHA = {
-    "grey with alpha": lambda: encode(Image.new("LA", (5, 4), (7, 255))),
-    "colour with alpha": lambda: encode(Image.new("RGBA", (5, 4), (1, 2, 3, 255))),
+    "grey with alpha": lambda: encode(Image.new("LA", (5, 4), (7, 254))),
+    "colour with alpha": lambda: encode(Image.new("RGBA", (5, 4), (1, 2, 3, 254))),
+    "16-bit grey with alpha": lambda: png_of(16, 4, [b"\1\2\xff\xfe"], 1),
+    "16-bit colour with alpha": lambda: png_of(16, 6, [b"\1\2\3\4\5\6\xff\xfe"], 1),
     "webp with alpha": lambda: encode(Image.new("RGBA", (5, 4), (1, 2, 3, 9)), "WEBP", lossless=True),
     "transparent palette entry": lambda: encode(Image.new("P", (5, 4)), transparency=0),
     "transparent grey": lambda: png_of(8, 0, [b"\1\2"], 2, transparency(b"\0\1")),
@@ -169,15 +176,123 @@ ALPHA = {
 
 
 @pytest.mark.parametrize("kind", ALPHA)
-def test_any_transparency_is_refused(kind: str) -> None:
-    with pytest.raises(ImageFormatError, match="flatten"):
+def test_any_transparency_is_refused_without_a_background(kind: str) -> None:
+    with pytest.raises(ImageFormatError, match=r"background=#rrggbb .* flatten"):
         decode_image(ALPHA[kind](), LIMIT)
+    for background in ("#404040", "404040"):
+        assert decode_image(ALPHA[kind](), LIMIT, background=background).shape[0] in (1, 3)
+
+
+@pytest.mark.parametrize(("depth", "row"), [(8, b"\1\2"), (16, b"\0\1\0\2"), (1, b"\x40")])
+def test_a_transparent_colour_behind_the_pixels_is_refused(depth: int, row: bytes) -> None:
+    data = png_of(depth, 0, [row], 2)
+    end = data.index(b"IEND") - 4
+    with pytest.raises(NotAnImageError, match="damaged"):
+        decode_image(data[:end] + transparency(b"\0\1") + data[end:], LIMIT, background="#000000")
+
+
+OPAQUE = {
+    "grey with alpha": lambda: (encode(Image.new("LA", (5, 4), (7, 255))), [7]),
+    "colour with alpha": lambda: (encode(Image.new("RGBA", (5, 4), (1, 2, 3, 255))), [1, 2, 3]),
+    "16-bit grey with alpha": lambda: (png_of(16, 4, [b"\1\2\xff\xff"] * 4, 1), [0x102 / 65535]),
+    "an unused transparent colour": lambda: (png_of(8, 0, [b"\1"] * 4, 1, transparency(b"\0\2")), [1]),
+    "an unused transparent entry": lambda: (encode(Image.new("P", (5, 4)), "GIF", transparency=1), None),
+}
+
+
+@pytest.mark.parametrize("kind", OPAQUE)
+def test_alpha_that_hides_everything_behind_it_is_dropped(kind: str) -> None:
+    data, values = OPAQUE[kind]()
+    pixels_CHW = decode_image(data, LIMIT)
+    if values is not None:
+        assert pixels_CHW[:, 0, 0].tolist() == values
+    assert np.array_equal(decode_image(data, LIMIT, background="#ff0000"), pixels_CHW)
+
+
+def composite(value: int, alpha: int, behind: int, most: int) -> int:
+    """The nearest integer, in exact arithmetic."""
+    exact = Fraction(alpha * value + (most - alpha) * behind, most)
+    return floor(exact + Fraction(1, 2))
+
+
+@pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
+def test_each_value_and_alpha_is_composited_to_the_nearest_integer(level: int) -> None:
+    value_HW, alpha_HW = np.meshgrid(np.arange(256), np.arange(256))
+    image = Image.fromarray(np.dstack([value_HW, alpha_HW]).astype(np.uint8))
+    expected = [[composite(v, a, level, 255) for v in range(256)] for a in range(256)]
+    background = f"#{level:02x}{level:02x}{level:02x}"
+    assert decode_image(encode(image), 256 * 256, background=background)[0].tolist() == expected
+    webp = encode(image.convert("RGBA"), "WEBP", lossless=True, exact=True)
+    for channel in decode_image(webp, 256 * 256, background=background):
+        assert channel.tolist() == expected
+
+
+def test_16_bits_are_composited_in_16_bits() -> None:
+    random = np.random.default_rng(3)
+    samples_HWS = random.integers(0, 65536, (30, 20, 4)).astype(np.uint16)
+    samples_HWS[0] = [[65535, 0, 65534, alpha] for alpha in range(65516, 65536)]
+    data = png_of(16, 6, [row.astype(">u2").tobytes() for row in samples_HWS], 20)
+    expected = [
+        [[composite(int(v), int(a), b, 65535) / 65535 for v, a in zip(row[:, c], row[:, 3], strict=True)]
+         for row in samples_HWS]
+        for c, b in enumerate((0, 257, 65535))
+    ]  # fmt: skip
+    assert decode_image(data, LIMIT, background="#0001ff").tolist() == expected
+
+
+def test_a_grey_transparent_image_needs_a_grey_background() -> None:
+    with pytest.raises(ImageFormatError, match="name a grey one"):
+        decode_image(ALPHA["grey with alpha"](), LIMIT, background="#ff0000")
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("colour_type", "samples"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_of_a_png_are_read_exactly(colour_type: int, samples: int, interlaced: int, orientation: int) -> None:
+    values_HWS = np.random.default_rng(samples).integers(0, 65536, (7, 5, samples)).astype(np.uint16)
+    if colour_type >= 4:
+        values_HWS[..., -1] = 65535
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    starts = ADAM7 if interlaced else [(0, 0, 1, 1)]
+    rows = [
+        b"\0" + row.astype(">u2").tobytes()
+        for top, left, down, right in starts
+        for row in values_HWS[top::down, left::right]
+        if row.size
+    ]
+    data = png_of_chunks(
+        (b"IHDR", struct.pack(">IIBBBBB", 5, 7, 16, colour_type, 0, 0, interlaced)),
+        (b"eXIf", exif.tobytes()[6:]),
+        (b"IDAT", zlib.compress(b"".join(rows))),
+        (b"IEND", b""),
+    )
+    pixels_CHW = decode_image(data, LIMIT)
+    colours_CHW = np.moveaxis(values_HWS, -1, 0)[: 1 if samples < 3 else 3] / 65535.0
+    assert pixels_CHW.dtype == np.float64
+    assert np.array_equal(pixels_CHW, np.rot90(colours_CHW, -1, (1, 2)) if orientation == 6 else colours_CHW)
+    for length in range(1, len(data)):
+        with pytest.raises(NotAnImageError):
+            decode_image(data[:length], LIMIT)
+
+
+def test_a_level_of_8_bits_is_the_same_pixel_in_16_bits() -> None:
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    assert np.array_equal(
+        decode_image(encode(levels * 257), LIMIT), to_unit(decode_image(encode(levels.astype(np.uint8)), LIMIT))
+    )
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+def test_a_file_of_a_phone_that_is_not_read_is_named(brand: bytes) -> None:
+    with pytest.raises(NotAnImageError, match=r"HEIC or AVIF .* save it as JPEG"):
+        decode_image(b"\0\0\0\x18ftyp" + brand + bytes(40), LIMIT)
 
 
 DEEP = {
-    "16-bit grey": lambda: encode(np.full((4, 5), 40_000, np.uint16)),
-    "16-bit colour": lambda: png_of(16, 2, [bytes(12)] * 2, 2),
-    "16-bit palette-less bmp": lambda: bmp_of_16_bits(),
+    "palette-less bmp of 5 bits": lambda: bmp_of_16_bits(),
+    "a transparent colour of 16 bits": lambda: png_of(16, 0, [b"\1\2"], 1, transparency(b"\1\2")),
+    "a transparent colour of 1 bit": lambda: png_of(1, 0, [b"\x80"], 1, transparency(b"\0\1")),
 }
 
 
@@ -188,9 +303,9 @@ def bmp_of_16_bits() -> bytes:
 
 
 @pytest.mark.parametrize("kind", DEEP)
-def test_other_depths_than_8_bits_are_refused(kind: str) -> None:
-    with pytest.raises(ImageFormatError, match="8 bits per channel"):
-        decode_image(DEEP[kind](), LIMIT)
+def test_depths_without_a_single_meaning_are_refused(kind: str) -> None:
+    with pytest.raises(ImageFormatError, match="8 bits"):
+        decode_image(DEEP[kind](), LIMIT, background="#000000")
 
 
 def test_cmyk_is_refused() -> None:
@@ -227,12 +342,8 @@ def test_a_png_with_a_damaged_checksum_is_refused(grey_HW: np.ndarray) -> None:
 def interlaced() -> bytes:
     """An interlaced grey PNG of 7 x 5: Adam7, written pass by pass."""
     grey_HW = np.random.default_rng(4).integers(0, 256, (7, 5), dtype=np.uint8)
-    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
     rows = [
-        b"\0" + row.tobytes()
-        for top, left, down, right in passes
-        for row in grey_HW[top::down, left::right]
-        if row.size
+        b"\0" + row.tobytes() for top, left, down, right in ADAM7 for row in grey_HW[top::down, left::right] if row.size
     ]
     file = png_of_chunks(
         (b"IHDR", struct.pack(">IIBBBBB", 5, 7, 8, 0, 0, 0, 1)),
@@ -470,3 +581,12 @@ def test_bytes_missing_or_left_over_are_refused(change: int) -> None:
     data = npy(np.zeros(SHAPE))
     with pytest.raises(ArrayError, match=r"160 bytes, and 1(59|61) bytes follow"):
         decode_array(data[:-1] if change < 0 else data + b"\0", SHAPE, LIMIT)
+
+
+def test_a_photograph_that_is_too_large_names_the_limit_to_set_and_its_memory() -> None:
+    data = encode(Image.new("L", (400, 300)), "JPEG")
+    with pytest.raises(ImageTooLargeError, match=r"LIPCERT_MAX_PIXELS to 120000, where .* some 8 MB of memory"):
+        decode_image(data, LIMIT)
+    header = tiff(np.zeros((1, 4, 1), np.uint8), tags={256: [10_000], 257: [9_000], 278: [9_000]})
+    with pytest.raises(ImageTooLargeError, match=r"raise LIPCERT_MAX_PIXELS\)$"):
+        decode_image(header, LIMIT)

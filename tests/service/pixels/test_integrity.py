@@ -204,6 +204,39 @@ def test_a_jpeg_with_previews_in_an_mpf_segment_is_its_first_picture(count: int)
     assert not is_read(data[: end - 50] + data[end:])
 
 
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", 2 + len(content)) + content
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
+def test_a_photograph_with_the_segments_of_a_phone_is_its_first_picture(options: dict[str, object]) -> None:
+    pixels = noise(24, 32)
+    plain, gain_map = encode(pixels, "JPEG", **options), encode(noise(6, 8, 1), "JPEG")
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a phone", 1
+    # A thumbnail inside of the metadata has markers of its own.
+    thumbnail = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0") + gain_map
+    entries = struct.pack("<HHI4sHHIIHHII", 0xB000, 7, 4, b"0100", 0xB001, 4, 1, 2, 0xB002, 7, 32, 50)
+    places = struct.pack("<IIIHHIIIHH", 0x030000, len(plain), 0, 0, 0, 0, len(gain_map), len(plain), 0, 0)
+    mpf = b"MPF\0II*\0\x08\0\0\0\x03\0" + entries + bytes(4) + places
+    segments_of_phones = [
+        segment(0xE1, thumbnail),
+        segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta hdrgm:Version='1.0'/>"),
+        segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(500)),
+        segment(0xE2, mpf),
+        segment(0xE4, bytes([0xFF, 0xD8, 0xFF, 0xD9, 0xFF, 0xDA] * 30)),
+        segment(0xEA, b"AROT\0\0" + bytes(100)),
+        segment(0xEB, b"JP\0\1" + bytes(60)),
+    ]
+    photograph = plain[:2] + b"".join(segments_of_phones) + plain[2:]
+    behind = [b"", gain_map, gain_map + b"\0\0\1\x0a\x0e\0\0\0Image_UTC_Data1700000000000SEFHh\0\0\0\1\0\0\0SEFT"]
+    behind.append(b"\0\0\0\x18ftypmp42" + bytes(300))
+    for rest in behind:
+        assert np.array_equal(decode_image(photograph + rest, LIMIT), decode_image(plain, LIMIT))
+        _, end = scans(photograph)[0]
+        assert not is_read(photograph[: end - 9] + photograph[end:] + rest)
+
+
 def png_with_rows(pixels: np.ndarray, stream: bytes, interlaced: int = 0) -> bytes:
     """A PNG that declares the size of `pixels` and holds the compressed `stream`."""
     height, width = pixels.shape[:2]

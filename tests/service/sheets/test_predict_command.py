@@ -121,6 +121,21 @@ def test_answers_are_those_of_the_server_to_the_last_bit(
     assert answered == (6 if "--resize" in options else 5)
 
 
+def test_transparent_and_16_bit_files_are_answered_as_by_the_server(url: str, zoo: Path, tmp_path: Path) -> None:
+    random, folder = np.random.default_rng(6), tmp_path / "pictures"
+    folder.mkdir()
+    Image.fromarray(random.integers(0, 256, (HEIGHT, WIDTH, 2), np.uint8)).save(folder / "clear.png")
+    Image.fromarray(random.integers(0, 65536, (HEIGHT, WIDTH)).astype(np.uint16)).save(folder / "deep.tif")
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    for colour, status in (("#808080", 0), ("808080", 0), ("#ff0000", 2)):
+        options = ["--background", colour, "--epsilon", "0"]
+        assert predict(folder, "--model", zoo / "grey", "--jsonl", here, *options).exit_code == status
+        assert predict(folder, "--server", url, "--jsonl", there, *options).exit_code == status
+        assert here.read_bytes() == there.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        predict(folder, "--background", "white")
+
+
 def test_the_table_has_one_row_for_each_file_sorted_without_clutter(
     url: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
