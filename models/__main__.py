@@ -195,6 +195,14 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the report; default: ARTEFACT/report, of other images ARTEFACT/report-NAME",
     )
+    evaluate.add_argument(
+        "--novel",
+        action="append",
+        default=[],
+        metavar="SET",
+        help="of a novelty model: a folder of novel images, or a published set in the folder of --data, e.g. "
+        "fashion-mnist; may be repeated",
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -341,6 +349,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
             provider=chosen.provider,
             threads=chosen.threads,
             out=chosen.out,
+            novel=chosen.novel,
         )
     except EvaluationInterrupted as interruption:
         sys.stderr.write(f"{interruption}\n")

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.one_class import Negatives
+
 
 class RecipeError(Exception):
     """No such recipe, or an override that does not fit; the message names the choices."""
@@ -164,8 +166,11 @@ class DataOptions(_Frozen):
     """
 
     dataset: Literal["mnist", "fashion-mnist", "cifar10", "image-folder"]
-    classes: tuple[Label, ...] | None = Field(default=None, min_length=2)
-    """Labels of the classes to use, in order; default: all. Two classes give one output f, class 0 where f > 0."""
+    classes: tuple[Label, ...] | None = Field(default=None, min_length=1)
+    """Labels of the classes to use, in order; default: all. Two classes give one output f, class 0 where f > 0. With
+    `one_class` these are known, one or more, and the other classes of the set are novel."""
+    one_class: bool = False
+    """Two classes, known and novel, in place of those of the set; no novel image of the set is trained on."""
     image_size: Side | tuple[Side, Side] | None = None
     """Side, or height and width, to which all images are resized; default: their median size, at most 64, in whole
     windows of the network's stem."""
@@ -188,7 +193,7 @@ class DataOptions(_Frozen):
 
     @model_validator(mode="after")
     def _options_of_a_folder_are_for_a_folder(self) -> Self:
-        options = DataOptions.model_fields.keys() - {"dataset", "classes"}
+        options = DataOptions.model_fields.keys() - {"dataset", "classes", "one_class"}
         set_here = [key for key in sorted(options) if getattr(self, key) != DataOptions.model_fields[key].default]
         if self.dataset != "image-folder" and set_here:
             raise ValueError(f"{', '.join(set_here)}: only dataset=image-folder has these options")
@@ -198,6 +203,8 @@ class DataOptions(_Frozen):
     def _classes_are_distinct(self) -> Self:
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes repeat: {', '.join(self.classes)}")
+        if self.classes is not None and len(self.classes) < 2 and not self.one_class:
+            raise ValueError("one class needs no classifier: name two classes or more, or take the recipe one-class")
         return self
 
 
@@ -220,6 +227,18 @@ class ImageRecipe(Recipe, DataOptions):
     class_weights: Literal["auto", "balanced", "none"] = "auto"
     """`balanced`: an image of class k appears `n / (K n_k)` times an epoch in the mean, so that all classes weigh the
     same; `auto`: balanced if the largest class has more than 1.5 times the images of the smallest."""
+    negatives: Negatives | None = None
+    """Generated images of the class novel, with `one_class` alone."""
+
+    @model_validator(mode="after")
+    def _negatives_are_for_one_class(self) -> Self:
+        if self.one_class != (self.negatives is not None):
+            raise ValueError("one_class and negatives belong together: set both, or neither")
+        if self.one_class and (self.calibration_images or self.schedule.keep == "best"):
+            raise ValueError(
+                "no novel image is held out of a one-class training: leave keep=last, calibration_images=0"
+            )
+        return self
 
 
 class TwoMoonsRecipe(Recipe):
@@ -291,6 +310,21 @@ def _dense(
         augment=augment,
         validation_images=held_out,
         calibration_images=held_out,
+    )
+
+
+def _novelty(
+    name: str, dataset: Literal["mnist", "image-folder"], widths: tuple[int, ...], **schedule: Any
+) -> ImageRecipe:
+    return ImageRecipe(
+        name=name,
+        dataset=dataset,
+        one_class=True,
+        network=Network(widths=widths, parametrisation="stiefel"),
+        loss=Loss(kind="hkr", alpha=10.0, min_margin=1.0),
+        schedule=Schedule(batch_size=256, **schedule),
+        epsilons=(36 / 255, 72 / 255, 0.5, 1.0),
+        negatives=Negatives(),
     )
 
 
@@ -394,6 +428,9 @@ RECIPES: dict[str, AnyRecipe] = {
             epsilons=(0.05, 0.1, 0.25, 0.5, 1.0),
             augment=Augment(crop_padding=1),
         ),
+        _novelty("one-class", "mnist", (256,) * 3, epochs=12),
+        _novelty("mnist-novelty", "mnist", (256,) * 3, epochs=12),
+        _novelty("image-folder-novelty", "image-folder", (256,) * 3, epochs=12),
         TwoMoonsRecipe(
             name="two-moons",
             network=Network(widths=(64, 64, 32)),

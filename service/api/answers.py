@@ -13,6 +13,7 @@ import numpy as np
 from service.api.body import NPY
 from service.api.schema import InputAnswer, ModelAnswer, ModelSummary, Options
 from service.inference.classifier import Classifier, Prediction
+from service.inference.novelty import NOVEL
 from service.inference.outcome import Outcome
 from service.inference.references import Reference
 from service.inference.sets import Decision, decisions_of, sets_of
@@ -24,7 +25,8 @@ Json = dict[str, Any]
 RECORDS = """A structured numpy array with one record per image and the fields `class_id`, `radius`, `certified`,
 `runner_up`, `lipschitz_bound`, `logit_error`, `logits`, `proof`, and with a counterfactual also `counterfactual`
 (uint8, C x H x W), `counterfactual_class_id`, `counterfactual_distance`, `counterfactual_reached`; with `coverage` also
-`set` (bool, one per class), with `max_error` also `decision`. Reference images are in JSON answers alone."""
+`set` (bool, one per class), with `max_error` also `decision`, with `novelty` also `novel`, `novelty_score`,
+`novelty_radius` and `novelty_certified`. Reference images are in JSON answers alone."""
 
 
 def in_words(outcome: Outcome[Options]) -> list[Json]:
@@ -80,11 +82,26 @@ def in_words(outcome: Outcome[Options]) -> list[Json]:
             "set": label_set,
             "max_error": outcome.options.max_error,
             "decision": decision,
+            "novelty": _novelty_in_words(classifier.guard, prediction.novelty),
         }
         for image_CHW, prediction, label_set, decision in zip(
             outcome.image_NCHW, outcome.predictions, sets, decisions, strict=True
         )
     ]
+
+
+def _novelty_in_words(guard: Classifier | None, found: Prediction | None) -> Json | None:
+    """Return the fields of `NoveltyAnswer`; null where the option did not ask."""
+    if guard is None or found is None:
+        return None
+    return {
+        "model": guard.name,
+        "digest": guard.digest,
+        "novel": found.class_id == NOVEL,
+        "score": float(found.logits_K[0]),
+        "radius": found.radius,
+        "certified": found.certified,
+    }
 
 
 def _sets_in_words(outcome: Outcome[Options]) -> list[list[Json] | None]:
@@ -155,6 +172,14 @@ def in_columns(outcome: Outcome[Any]) -> dict[str, np.ndarray]:
     member_NK = _members(outcome)
     if member_NK is not None:
         columns["set"] = member_NK
+    guarded = [prediction.novelty for prediction in predictions if prediction.novelty is not None]
+    if guarded:
+        columns |= {
+            "novel": np.array([novelty.class_id == NOVEL for novelty in guarded], "?"),
+            "novelty_score": np.array([novelty.logits_K[0] for novelty in guarded], "<f8"),
+            "novelty_radius": np.array([novelty.radius for novelty in guarded], "<f8"),
+            "novelty_certified": np.array([novelty.certified for novelty in guarded], "?"),
+        }
     if outcome.options.max_error is not None:
         columns["decision"] = np.array(_decisions(outcome), "<U7")
     return columns

@@ -3,7 +3,8 @@
 Protocol: https://github.com/kserve/open-inference-protocol. One input `image`, N x C x H x W; outputs `logits`,
 `class_id`, `radius`, `certified`, `proof`, `references` (the JSON list of `/predict`), `image_digest`, and with the
 parameter `counterfactual` also the counterfactuals, with `coverage` also `set` (N x K, whether a class is in the
-certified set), with `max_error` also `decision`. The `parameters` of a request are the options of `/predict` that
+certified set), with `max_error` also `decision`, with `novelty` also `novel`, `novelty_score`, `novelty_radius` and
+`novelty_certified`. The `parameters` of a request are the options of `/predict` that
 concern images. Errors are RFC 9457 problem details with the member `error`, which the protocol requires.
 """
 
@@ -51,10 +52,16 @@ _OUTPUTS: dict[str, OutputDatatype] = {
     "counterfactual_reached": "BOOL",
     "set": "BOOL",
     "decision": "BYTES",
+    "novel": "BOOL",
+    "novelty_score": "FP64",
+    "novelty_radius": "FP64",
+    "novelty_certified": "BOOL",
 }
 """Outputs of every model, in order; those from `counterfactual` on only where they are requested."""
 _CALIBRATED = ("set", "decision")
 """Outputs of calibrated models alone."""
+_GUARDED = ("novel", "novelty_score", "novelty_radius", "novelty_certified")
+"""Outputs of models with a novelty model alone."""
 
 
 class OutputTensor(Protocol):
@@ -169,7 +176,8 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
         "outputs": [
             {"name": name, "datatype": datatype, "shape": shapes.get(name, [-1])}
             for name, datatype in _OUTPUTS.items()
-            if name not in _CALIBRATED or classifier.card.calibration is not None
+            if (name not in _CALIBRATED or classifier.card.calibration is not None)
+            and (name not in _GUARDED or classifier.guard is not None)
         ],
         "parameters": {
             "labels": list(classifier.labels),
@@ -200,6 +208,7 @@ def _wanted(outputs: list[OutputTensor], requested: list[OutputRequest] | None) 
     if unknown:
         raise OptionError(
             f"this answer has no output {quoted(unknown[0])}; available outputs: {listed(by_name)} (those of the "
-            "counterfactual require parameters.counterfactual=true, set requires coverage, decision max_error)"
+            "counterfactual require parameters.counterfactual=true, set requires coverage, decision max_error, those "
+            "of the novelty model novelty=true)"
         )
     return [by_name[output.name] for output in requested]

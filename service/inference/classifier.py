@@ -67,6 +67,8 @@ class Prediction(NamedTuple):
     """Whether reference images were searched for a larger radius: `best`."""
     references: tuple[Reference, ...] = ()
     """Images at which the radius is proved, one for each class whose radius at the image as sent is smaller."""
+    novelty: Prediction | None = None
+    """Of the guard: class 0 is known, class 1 novel; absent unless a request asks for it."""
 
 
 class Classifier:
@@ -88,6 +90,8 @@ class Classifier:
     """(D, A, B)."""
     is_warm: bool = False
     """Whether `warm_up` has loaded both graphs."""
+    guard: Classifier | None = None
+    """The novelty model that the option `novelty` asks, see `service.inference.novelty`."""
 
     def __init__(
         self, card: Card, files: VerifiedFiles, certificate: Certificate, model: Runs, transport: Runs

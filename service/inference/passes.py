@@ -144,8 +144,10 @@ class Passes:
         predictions = list(_answers(request))
         try:
             check_predictions(decoded.classifier, decoded.options, predictions)
-            pace = self._paces[decoded.classifier.digest]
-            request.place.search(pace.alone_s + (len(predictions) - 1) * pace.image_s)
+            paces = [self._paces[decoded.classifier.digest]]
+            if decoded.options.novelty and (guard := decoded.classifier.guard) is not None:
+                paces.append(self._paces.get(guard.digest) or self._measure_pace(guard))
+            request.place.search(sum(pace.alone_s + (len(predictions) - 1) * pace.image_s for pace in paces))
         except Exception as error:
             deliveries.fail(request, error)
             return
