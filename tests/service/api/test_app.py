@@ -106,7 +106,7 @@ def test_the_answer_has_exactly_the_fields_of_the_contract(client: Client, grey_
     answer = FORMS["json"](client, grey_HW, {"epsilon": 0.5, "counterfactual": True}).json()
     assert set(answer) == {
         *("model", "digest", "card_digest", "class_id", "label", "logits", "image", "certificate", "counterfactual"),
-        *("coverage", "set", "max_error", "decision"),
+        *("coverage", "set", "max_error", "decision", "novelty"),
     }
     assert (answer["coverage"], answer["set"], answer["max_error"], answer["decision"]) == (None, None, None, None)
     assert set(answer["image"]) == {"digest", "shape", "conversion", "resized"}
