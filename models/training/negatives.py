@@ -120,17 +120,17 @@ def _noise(like_NCHW: Tensor, generator: torch.Generator) -> Tensor:
 
 def _patches(image_NCHW: Tensor, generator: torch.Generator) -> Tensor:
     """Return the images with their patches, 2 x 2 to 7 x 7 of one size, in a random order; a rest stays in place."""
-    H, W = image_NCHW.shape[2:]
+    N, _, H, W = image_NCHW.shape
     made_NCHW = image_NCHW.clone()
-    for image_CHW in made_NCHW:
-        cells = int(torch.randint(2, 8, (), generator=generator))
-        h, w = H // cells, W // cells
-        if h and w:
-            inner = image_CHW[:, : h * cells, : w * cells]
-            patches = inner.unfold(1, h, h).unfold(2, w, w).flatten(1, 2)
-            order = torch.randperm(cells * cells, generator=generator).to(image_NCHW.device)
-            whole = patches[:, order].unflatten(1, (cells, cells)).transpose(2, 3)
-            inner.copy_(whole.reshape(inner.shape))
+    cells_N = torch.randint(2, 8, (N,), generator=generator)
+    for cells in range(2, 8):
+        chosen_M, h, w = (cells_N == cells).nonzero()[:, 0].to(image_NCHW.device), H // cells, W // cells
+        if len(chosen_M) and h and w:
+            inside = image_NCHW[chosen_M, :, : h * cells, : w * cells]
+            patches = inside.unfold(2, h, h).unfold(3, w, w).flatten(2, 3)
+            order_MP = torch.rand((len(chosen_M), cells**2), generator=generator).argsort(1).to(image_NCHW.device)
+            moved = patches.take_along_dim(order_MP[:, None, :, None, None], dim=2).unflatten(2, (cells, cells))
+            made_NCHW[chosen_M, :, : h * cells, : w * cells] = moved.transpose(3, 4).reshape(inside.shape)
     return made_NCHW
 
 

@@ -19,7 +19,7 @@ from models.recipes import Loss
 from models.training.batches import ImageBatches, generator_for
 from models.training.errors import Interrupted
 from models.training.loop import Run, fit
-from models.training.negatives import NegativeImages, starts, walked
+from models.training.negatives import _CHANGES, NegativeImages, starts, walked
 from models.training.objective import objective_of
 
 CHANGES: tuple[Change, ...] = get_args(Change)
@@ -144,3 +144,11 @@ def test_a_training_tells_bars_from_noise(tmp_path: Path) -> None:
 def test_a_run_with_negatives_can_be_sent_to_other_processes(tmp_path: Path) -> None:
     run = replace(one_class_run(tmp_path), checkpoints=tmp_path)
     assert pickle.loads(pickle.dumps(run)).negatives == run.negatives
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_move_and_no_pixel_is_lost(channels: int) -> None:
+    images = torch.arange(40 * channels * 15 * 14.0).reshape(40, channels, 15, 14)
+    made = _CHANGES["patches"](images, generator_for(0))
+    assert torch.equal(made.flatten(2).sort(2).values, images.flatten(2))
+    assert (made != images).double().mean() > 0.5
