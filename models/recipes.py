@@ -7,28 +7,19 @@ module loads no torch, so that `--help` is fast.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from models.one_class import Negatives
+from models.parts import Augment, Frozen, Negatives, Network, Schedule, Stage
 
 
 class RecipeError(Exception):
     """No such recipe, or an override that does not fit; the message names the choices."""
 
 
-Parametrisation = Literal["cayley", "stiefel"]
-"""Of orthogonal matrices, see `models.nets.layers.linear.OrthogonalMatrix`."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Loss(_Frozen):
+class Loss(Frozen):
     """Choice among `models.training.losses`, and its parameters.
 
     `hkr`: two classes with one output, or each class against the rest. `hkr_margin`: on the deciding margin. `kr`: the
@@ -62,87 +53,7 @@ class Loss(_Frozen):
         return self
 
 
-class Augment(_Frozen):
-    """Ranges of the random affine map, mirroring and cropping, see `models.data.augmentation.augment`."""
-
-    rotation_degrees: float = Field(default=0.0, ge=0)
-    scale: float = Field(default=0.0, ge=0, lt=1)
-    shear: float = Field(default=0.0, ge=0)
-    shift_pixels: float = Field(default=0.0, ge=0)
-    flip: bool = False
-    """Mirror every second image, left to right; not for digits and letters."""
-    flip_vertical: bool = False
-    """Mirror every second image, top to bottom."""
-    transpose: bool = False
-    """Exchange rows and columns of every second image, which must be square."""
-    crop_padding: int = Field(default=0, ge=0)
-    """Mirrored pixels added on every side before the image is cut out at a random place."""
-
-
-class Schedule(_Frozen):
-    """One-cycle learning rates of Adam and of the descent on `stiefel` matrices."""
-
-    epochs: int = Field(ge=1)
-    steps: int | None = Field(default=None, ge=3)
-    """Optimiser steps of all epochs together: few images are passed through several times an epoch, of many only a part
-    is; default: each epoch is one pass."""
-    batch_size: int = Field(default=512, ge=1)
-    learning_rate: float = Field(default=4e-3, gt=0)
-    """Highest rate of Adam, which trains all but the `stiefel` matrices."""
-    rotation_rate: float = Field(default=0.03, gt=0)
-    """Highest rate of `models.training.optimisers.StiefelMuon`, which turns the `stiefel` matrices; radians a step."""
-    warm_up: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay a step of the exponential moving average of the weights, which is then evaluated and exported; default: no
-    average."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """`bf16-mixed`: the products of the body in bfloat16, in training alone. Weights, head, loss, evaluation and export
-    are unaffected."""
-    keep: Literal["last", "best"] = "last"
-    """Which epoch is exported: the last; or the one that certifies most held-out images at the largest of the epsilons
-    that the set can reach (needs `validation_images`)."""
-    patience: int | None = Field(default=None, ge=1)
-    """With `keep=best`: epochs without a better one after which half of those that are left are skipped."""
-
-
-class Stage(_Frozen):
-    """Orthogonal convolutions at one resolution, each followed by GroupSort2."""
-
-    channels: int = Field(ge=2)
-    blocks: int = Field(default=1, ge=1)
-    window: int = Field(default=2, ge=1)
-    """Side of the windows that first move into the channels (space-to-depth); 1 leaves the resolution as it is."""
-
-
-class Network(_Frozen):
-    """A dense stack, after an optional convolutional stem."""
-
-    stem: tuple[Stage, ...] = ()
-    """Stages of the stem; an empty list is no stem."""
-    pool: Literal["none", "max", "l2"] = "none"
-    """Reduction of each channel after the stem: all its pixels; their maximum, which finds a small object anywhere; or
-    their Euclidean norm."""
-    widths: tuple[int, ...]
-    """Features of each dense layer before the head."""
-    activation: Literal["groupsort2", "fullsort"] = "groupsort2"
-    """Of the dense layers; a stem always uses GroupSort2."""
-    parametrisation: Parametrisation = "cayley"
-    """Of all orthogonal matrices."""
-
-    @property
-    def multiple(self) -> int:
-        """Number of which height and width of an image must be multiples."""
-        return math.prod(stage.window for stage in self.stem)
-
-    @model_validator(mode="after")
-    def _pools_a_stem(self) -> Self:
-        if self.pool != "none" and not self.stem:
-            raise ValueError(f"pool={self.pool} pools the channels of a stem: set network.stem, or network.pool=none")
-        return self
-
-
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """Fields of all recipes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -159,7 +70,7 @@ Label = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 Side = Annotated[int, Field(ge=1, le=1024)]
 
 
-class DataOptions(_Frozen):
+class DataOptions(Frozen):
     """Choice of the images and their preprocessing; the card states it, so that evaluation uses the same.
 
     The fields from `image_size` on are for `image-folder` alone.

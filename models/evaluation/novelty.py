@@ -103,6 +103,9 @@ def novelty_figures(
         test: known images (class 0), and novel ones (class 1) where the data set has them.
         others: further sets of novel images by name, 8 bits, C x H x W.
         epsilons: L2 radii, pixels in [0, 1].
+
+    Raises:
+        EvaluationError: no test image is known.
     """
     images_N, novel_N = test.images_NCHW.numpy(), test.labels_N.numpy() == 1
     if novel_N.all():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.one_class import Change, Negatives
+from models.parts import Change, Negatives
 from models.training.batches import Batch, generator_for
 
 KNOWN, NOVEL = 0, 1
@@ -101,21 +101,25 @@ def starts(
 
 
 def _noise(like_NCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Return uniform noise on grids from one pixel to the whole image, with random brightness and contrast."""
+    """Return noise with random grain, brightness and contrast; of every second image smooth blobs on one brightness."""
     N, C, H, W = like_NCHW.shape
     sides = [side for side in _SIDES if side < min(H, W)]
-    noise_NCHW = torch.rand(like_NCHW.shape, generator=generator)
-    grid_N = torch.randint(len(sides) + 1, (N,), generator=generator)
+    noise_NCHW, mask_N1HW = torch.rand((N, C, H, W), generator=generator), torch.ones(N, 1, H, W)
+    grain_N = torch.randint(len(sides) + 1, (2, N), generator=generator)
     for g, side in enumerate(sides):
-        chosen_M = (grid_N == g).nonzero()[:, 0]
-        coarse = torch.rand((len(chosen_M), C, side, side), generator=generator)
-        if len(chosen_M):
-            noise_NCHW[chosen_M] = F.interpolate(coarse, size=(H, W), mode="nearest")
-    ends_2N = torch.rand((2, N), generator=generator).sort(0).values
-    # Every second image spans all of [0, 1].
-    ends_2N[:, ::2] = torch.tensor([[0.0], [1.0]])
-    low_N, high_N = ends_2N[:, :, None, None, None]
-    return (low_N + (high_N - low_N) * noise_NCHW).to(like_NCHW)
+        for part, (channels, mode) in enumerate(((C, "nearest"), (1, "bicubic"))):
+            chosen_M = (grain_N[part] == g).nonzero()[:, 0]
+            if len(chosen_M):
+                coarse = torch.rand((len(chosen_M), channels, side, side), generator=generator)
+                (noise_NCHW, mask_N1HW)[part][chosen_M] = F.interpolate(coarse, size=(H, W), mode=mode)
+    low_N, high_N, level_N, share_N = torch.rand((4, N, 1, 1, 1), generator=generator)
+    # Half of the images span all of [0, 1], and half of the backgrounds are black.
+    low_N, high_N = torch.where(share_N < 0.5, 0.0, low_N), torch.where(share_N < 0.5, 1.0, high_N)
+    level_N = level_N * (torch.rand((N, 1, 1, 1), generator=generator) < 0.5)
+    is_blob_N = torch.rand((N, 1, 1, 1), generator=generator) < 0.5
+    covered = mask_N1HW > 0.3 + 0.5 * torch.rand((N, 1, 1, 1), generator=generator)
+    noise_NCHW = low_N + (high_N - low_N) * noise_NCHW
+    return torch.where(is_blob_N & ~covered, level_N, noise_NCHW).to(like_NCHW)
 
 
 def _patches(image_NCHW: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.nets.layers.base import Chain, Layer, float64_array
 from models.nets.layers.linear import OrthogonalMatrix
 from models.nets.onnx_graph import GraphBuilder, Value
-from models.recipes import Parametrisation
+from models.parts import Parametrisation
 
 
 class Shift2d(Layer):

@@ -14,7 +14,7 @@ from small_runs import AUGMENT, BATCH, STEPS, assert_equal_networks, interrupt_a
 
 from models.data.labelled import LabelledImages
 from models.nets.networks import LipschitzNetwork, dense_network
-from models.one_class import Change, Negatives
+from models.parts import Change, Negatives
 from models.recipes import Loss
 from models.training.batches import ImageBatches, generator_for
 from models.training.errors import Interrupted
