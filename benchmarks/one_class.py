@@ -79,7 +79,7 @@ def measure(digit: str, folder: Path, epochs: int | None) -> tuple[Row, Row, flo
         )
         seconds = time.perf_counter() - started
         classifier = Classifier.load(Path(out) / recipe.name, "cpu", 1)
-        scores = scores_of(classifier, data.test.images_NCHW.numpy())
+        scores = scores_of(classifier, list(data.test.images_NCHW.numpy()))
     return figures(scores, data), figures(nearest_distance(data), data), seconds
 
 

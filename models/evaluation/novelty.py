@@ -64,9 +64,9 @@ def scores_of(classifier: Classifier, images: Sequence[UInt8[np.ndarray, "C H W"
         view = classifier.view(pixels_NCHW.shape[1:], resize=True)
         logits_NK, radii = view.classify(pixels_NCHW)
         # K_01 bounds f - (-f).
-        lipschitz = np.nextafter(view.certificate.margin_bounds_KK[0, 1] / 2.0, np.inf)
-        n = len(pixels_NCHW)
-        parts.append((logits_NK[:, 0], radii.radius_N, np.full(n, lipschitz), np.full(n, view.certificate.logit_error)))
+        lipschitz_N = np.nextafter(radii.lipschitz_bound_N / 2.0, np.inf)
+        error_N = np.full(len(pixels_NCHW), view.certificate.logit_error)
+        parts.append((logits_NK[:, 0], radii.radius_N, lipschitz_N, error_N))
         start = stop
     return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -110,15 +110,15 @@ def novelty_figures(
     images_N, novel_N = test.images_NCHW.numpy(), test.labels_N.numpy() == 1
     if novel_N.all():
         raise EvaluationError("there is no known image: the novelty cannot be measured")
-    known = scores_of(classifier, images_N[~novel_N])
+    known = scores_of(classifier, list(images_N[~novel_N]))
     shape = images_N.shape[1:]
     noise = np.random.default_rng(0).integers(0, 256, (min(1000, len(known.f_N)), *shape), dtype=np.uint8)
-    sets: dict[str, Sequence[np.ndarray]] = {HELD_OUT: images_N[novel_N]} if novel_N.any() else {}
+    sets: dict[str, Sequence[np.ndarray]] = {HELD_OUT: list(images_N[novel_N])} if novel_N.any() else {}
     return {
         "known": {"n": len(known.f_N), "called_known": float((known.f_N >= 0).mean())},
         "against": [
             {"name": name, **_against(known, scores_of(classifier, images), epsilons)}
-            for name, images in {**sets, **others, "uniform noise": noise}.items()
+            for name, images in {**sets, **others, "uniform noise": list(noise)}.items()
         ],
     }
 

@@ -96,7 +96,7 @@ def starts(
     for c, change in enumerate(negatives.changes):
         start, stop = (changed * part // len(negatives.changes) for part in (c, c + 1))
         if start < stop:
-            parts.append(_CHANGES[change](known_NCHW[start:stop], generator))
+            parts.append(CHANGES[change](known_NCHW[start:stop], generator))
     return torch.cat(parts)
 
 
@@ -195,7 +195,7 @@ def _warp(image_NCHW: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(image_NCHW, grid.to(image_NCHW), align_corners=False)
 
 
-_CHANGES: dict[Change, Callable[[Tensor, torch.Generator], Tensor]] = {
+CHANGES: dict[Change, Callable[[Tensor, torch.Generator], Tensor]] = {
     "patches": _patches,
     "blend": _blend,
     "invert": _invert,

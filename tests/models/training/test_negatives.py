@@ -19,7 +19,8 @@ from models.recipes import Loss
 from models.training.batches import ImageBatches, generator_for
 from models.training.errors import Interrupted
 from models.training.loop import Run, fit
-from models.training.negatives import _CHANGES, NegativeImages, starts, walked
+from models.training.negatives import CHANGES as FUNCTIONS
+from models.training.negatives import NegativeImages, starts, walked
 from models.training.objective import objective_of
 
 CHANGES: tuple[Change, ...] = get_args(Change)
@@ -149,6 +150,6 @@ def test_a_run_with_negatives_can_be_sent_to_other_processes(tmp_path: Path) -> 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_patches_move_and_no_pixel_is_lost(channels: int) -> None:
     images = torch.arange(40 * channels * 15 * 14.0).reshape(40, channels, 15, 14)
-    made = _CHANGES["patches"](images, generator_for(0))
+    made = FUNCTIONS["patches"](images, generator_for(0))
     assert torch.equal(made.flatten(2).sort(2).values, images.flatten(2))
     assert (made != images).double().mean() > 0.5
