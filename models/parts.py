@@ -105,7 +105,7 @@ class Network(Frozen):
 class Negatives(Frozen):
     """Images of the class novel, as many in each step as known ones: starts, and walks from them to the boundary."""
 
-    noise: float = Field(default=0.25, ge=0, le=1)
+    noise: float = Field(default=0.5, ge=0, le=1)
     """Share of the starts that are noise; the others are changed known images."""
     changes: tuple[Change, ...] = ("patches", "blend", "invert", "paste", "erase")
     """Changes of known images, equally often; empty: all starts are noise."""

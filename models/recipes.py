@@ -225,17 +225,17 @@ def _dense(
 
 
 def _novelty(
-    name: str, dataset: Literal["mnist", "image-folder"], widths: tuple[int, ...], **schedule: Any
+    name: str, dataset: Literal["mnist", "image-folder"], width: int, negatives: Negatives, **schedule: Any
 ) -> ImageRecipe:
     return ImageRecipe(
         name=name,
         dataset=dataset,
         one_class=True,
-        network=Network(widths=widths, parametrisation="stiefel"),
+        network=Network(widths=(width,) * 3, parametrisation="stiefel"),
         loss=Loss(kind="hkr", alpha=10.0, min_margin=1.0),
-        schedule=Schedule(batch_size=256, **schedule),
+        schedule=Schedule(**schedule),
         epsilons=(36 / 255, 72 / 255, 0.5, 1.0),
-        negatives=Negatives(),
+        negatives=negatives,
     )
 
 
@@ -339,9 +339,23 @@ RECIPES: dict[str, AnyRecipe] = {
             epsilons=(0.05, 0.1, 0.25, 0.5, 1.0),
             augment=Augment(crop_padding=1),
         ),
-        _novelty("one-class", "mnist", (256,) * 3, epochs=12),
-        _novelty("mnist-novelty", "mnist", (256,) * 3, epochs=12),
-        _novelty("image-folder-novelty", "image-folder", (256,) * 3, epochs=12),
+        _novelty("one-class", "mnist", 256, Negatives(noise=0.1, changes=("warp", "paste")), epochs=6, batch_size=128),
+        _novelty(
+            "mnist-novelty",
+            "mnist",
+            256,
+            Negatives(noise=0.25, changes=("warp", "paste", "patches", "invert")),
+            epochs=4,
+            batch_size=256,
+        ),
+        _novelty(
+            "image-folder-novelty",
+            "image-folder",
+            128,
+            Negatives(noise=0.5, changes=("patches", "invert")),
+            epochs=10,
+            batch_size=64,
+        ),
         TwoMoonsRecipe(
             name="two-moons",
             network=Network(widths=(64, 64, 32)),
