@@ -339,7 +339,7 @@ RECIPES: dict[str, AnyRecipe] = {
             epsilons=(0.05, 0.1, 0.25, 0.5, 1.0),
             augment=Augment(crop_padding=1),
         ),
-        _novelty("one-class", "mnist", 256, Negatives(noise=0.1, changes=("warp", "paste")), epochs=6, batch_size=128),
+        _novelty("one-class", "mnist", 256, Negatives(noise=0.1, changes=("warp", "paste")), epochs=4, batch_size=128),
         _novelty(
             "mnist-novelty",
             "mnist",
