@@ -61,7 +61,7 @@ def figures(scores: Scores, data: DataSet) -> Row:
 
 
 def measure(digit: str, folder: Path, epochs: int | None) -> tuple[Row, Row, float]:
-    """Return the figures of the network and of the nearest distance, and the processor time of training and export in seconds.
+    """Return the figures of network and nearest distance, and the processor time of training and export, in seconds.
 
     Args:
         digit: that is known.
@@ -95,8 +95,8 @@ def table(found: dict[str, tuple[Row, Row, float]]) -> str:
         "|" + "---|" * len(head),
         *(f"| {name} | {' | '.join(f'{value:.2%}' for value in values)} |" for name, values in rows),
         "",
-        f"MNIST test set, n = 10,000; seed 0; training, export and report take {seconds:.0f} s of processor time together "
-        f"({made['cpu']}, torch {made['torch']}), code {code_version()}.",
+        f"MNIST test set, n = 10,000; seed 0; training, export and report take {seconds:.0f} s of processor "
+        f"time together ({made['cpu']}, torch {made['torch']}), code {code_version()}.",
     ]
     return "\n".join(lines)
 
