@@ -86,6 +86,18 @@ def test_an_evaluation_writes_the_novelty_to_card_and_report(artefact: Path, fol
         assert one["certified_auroc"][1]["value"] <= one["certified_auroc"][0]["value"] <= one["auroc"]
 
 
+def test_the_novelty_alone_is_measured_and_the_rest_of_the_card_stays(artefact: Path, folder: Path) -> None:
+    before = read_card(artefact)
+    text = run(*("evaluate", str(artefact), "--data", str(folder), "--novelty-only", "--provider", "cpu"))
+    assert "| other classes | 8 |" in text
+    after = read_card(artefact)
+    assert after.evaluation is not None
+    assert [one["name"] for one in after.evaluation["novelty"]["against"]] == ["other classes", "uniform noise"]
+    assert after.model_copy(update={"evaluation": None}) == before.model_copy(update={"evaluation": None})
+    found = run_command(main, ["evaluate", str(artefact), "--data", str(folder / "missing"), "--novelty-only"])
+    assert found.exit_code == 1
+
+
 def test_novel_images_are_for_novelty_models_alone(tmp_path: Path, folder: Path) -> None:
     import builders
 
