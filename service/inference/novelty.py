@@ -25,7 +25,7 @@ NOVEL = 1
 def attach_guards(models: Mapping[str, Classifier], broken: Mapping[str, ArtefactError], setting: str) -> None:
     """Give each model the guard that the setting, or else its card, names.
 
-    A card may name a novelty model that is not in the folder: the model is served without it, with a warning.
+    A card may name a novelty model that cannot be used here: the model is served without it, as the log says.
 
     Args:
         models: the served models by name.
@@ -49,7 +49,9 @@ def attach_guards(models: Mapping[str, Classifier], broken: Mapping[str, Artefac
         elif name in asked:
             raise SettingsError(f"LIPCERT_NOVELTY_MODELS: {name}={wanted}, and {fault}")
         else:
-            _log.warning("model %s is served without its novelty model: %s", name, fault)
+            # A copy of one model, as in a wheel, is no fault.
+            level = logging.WARNING if wanted in models or wanted in broken else logging.INFO
+            _log.log(level, "model %s is served without its novelty model: %s", name, fault)
 
 
 def _fault(models: Mapping[str, Classifier], broken: Mapping[str, ArtefactError], name: str) -> str | None:

@@ -104,7 +104,7 @@ def test_a_setting_that_cannot_be_read_is_refused(value: str) -> None:
 
 def test_a_card_may_name_a_model_that_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_guarded(tmp_path, named="elsewhere")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         models = loaded(tmp_path)
     assert "guarded is served without its novelty model: elsewhere is not in the folder" in caplog.text
     with pytest.raises(NoveltyError, match="its card names elsewhere, which this server does not serve"):
