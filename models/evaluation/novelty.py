@@ -32,6 +32,7 @@ BATCH = 250
 HELD_OUT = "other classes"
 """Name of the novel images of the test set."""
 _LARGEST_FOLDER = 10_000
+"""Files of a folder that are read, in the order of their names."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,11 @@ def _folder(folder: Path) -> list[np.ndarray]:
             f"--novel {folder}: no such folder; name a folder of images, or one of {', '.join(sorted(PUBLISHED))}"
         )
     images: list[np.ndarray] = []
-    for path in sorted(folder.rglob("*"))[:_LARGEST_FOLDER]:
-        if path.is_file():
-            try:
-                images.append(decode_file(path.read_bytes()))
-            except (InputError, OSError, ValueError):
-                continue
+    for path in sorted(path for path in folder.rglob("*") if path.is_file())[:_LARGEST_FOLDER]:
+        try:
+            images.append(decode_file(path.read_bytes()))
+        except (InputError, OSError, ValueError):
+            continue
     if not images:
         raise EvaluationError(f"--novel {folder}: no image file that the service reads is in it")
     return images
