@@ -200,8 +200,8 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SET",
-        help="of a novelty model: a folder of novel images, or a published set in the folder of --data, e.g. "
-        "fashion-mnist; may be repeated",
+        help="of a novelty model: a folder of novel images, or a published set as NAME, in the folder of --data, "
+        "or DIR/NAME, e.g. fashion-mnist; may be repeated",
     )
     evaluate.add_argument(
         "--novelty-only",

@@ -139,8 +139,9 @@ def novel_images(places: Sequence[str], data: Path) -> dict[str, list[np.ndarray
     """Return sets of novel images by name.
 
     Args:
-        places: names of published sets, whose test images are taken, or folders, with all image files below them.
-        data: folder of the published sets.
+        places: folders, with all image files below them, or published sets, whose test images are taken: NAME for the
+            set in `data`, DIR/NAME for the set in another folder.
+        data: folder of the data set.
 
     Raises:
         EvaluationError: there is no such folder, or no image in it.
@@ -148,9 +149,11 @@ def novel_images(places: Sequence[str], data: Path) -> dict[str, list[np.ndarray
     """
     found: dict[str, list[np.ndarray]] = {}
     for place in places:
-        if place in PUBLISHED:
-            options = DataOptions.model_validate({"dataset": place})
-            found[place] = list(load_dataset(options, data, test_only=True).test.images_NCHW.numpy())
+        name = Path(place).name
+        if name in PUBLISHED:
+            options = DataOptions.model_validate({"dataset": name})
+            directory = data if place == name else Path(place).parent
+            found[name] = list(load_dataset(options, directory, test_only=True).test.images_NCHW.numpy())
         else:
             found[Path(place).resolve().name] = _folder(Path(place))
     return found
