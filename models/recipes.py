@@ -352,8 +352,8 @@ RECIPES: dict[str, AnyRecipe] = {
             "image-folder-novelty",
             "image-folder",
             128,
-            Negatives(noise=0.5, changes=("patches", "invert")),
-            epochs=10,
+            Negatives(noise=0.4, changes=("warp", "patches", "invert")),
+            epochs=8,
             batch_size=64,
         ),
         TwoMoonsRecipe(
