@@ -195,6 +195,19 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the report; default: ARTEFACT/report, of other images ARTEFACT/report-NAME",
     )
+    evaluate.add_argument(
+        "--novel",
+        action="append",
+        default=[],
+        metavar="SET",
+        help="of a novelty model: a folder of novel images, or a published set as NAME, in the folder of --data, "
+        "or DIR/NAME, e.g. fashion-mnist; may be repeated",
+    )
+    evaluate.add_argument(
+        "--novelty-only",
+        action="store_true",
+        help="of a novelty model: measure the novelty alone, in seconds, and write it to the card",
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -326,11 +339,19 @@ def _planned(chosen: argparse.Namespace, overrides: Sequence[str]) -> tuple[Imag
 
 def _evaluate(chosen: argparse.Namespace) -> int:
     from models.data.labelled import DataError
+    from models.evaluation.guards import evaluate_guard
     from models.evaluation.measure import EvaluationError, EvaluationInterrupted
     from models.evaluation.measure import evaluate as evaluate_artefact
     from service.artefact.card import ArtefactError
 
     try:
+        if chosen.novelty_only:
+            sys.stdout.write(
+                evaluate_guard(
+                    chosen.artefact, chosen.data, chosen.novel, provider=chosen.provider, threads=chosen.threads
+                )
+            )
+            return 0
         report = evaluate_artefact(
             chosen.artefact,
             chosen.data,
@@ -341,6 +362,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
             provider=chosen.provider,
             threads=chosen.threads,
             out=chosen.out,
+            novel=chosen.novel,
         )
     except EvaluationInterrupted as interruption:
         sys.stderr.write(f"{interruption}\n")

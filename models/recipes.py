@@ -7,26 +7,19 @@ module loads no torch, so that `--help` is fast.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from models.parts import Augment, Frozen, Negatives, Network, Schedule, Stage
 
 
 class RecipeError(Exception):
     """No such recipe, or an override that does not fit; the message names the choices."""
 
 
-Parametrisation = Literal["cayley", "stiefel"]
-"""Of orthogonal matrices, see `models.nets.layers.linear.OrthogonalMatrix`."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Loss(_Frozen):
+class Loss(Frozen):
     """Choice among `models.training.losses`, and its parameters.
 
     `hkr`: two classes with one output, or each class against the rest. `hkr_margin`: on the deciding margin. `kr`: the
@@ -60,87 +53,7 @@ class Loss(_Frozen):
         return self
 
 
-class Augment(_Frozen):
-    """Ranges of the random affine map, mirroring and cropping, see `models.data.augmentation.augment`."""
-
-    rotation_degrees: float = Field(default=0.0, ge=0)
-    scale: float = Field(default=0.0, ge=0, lt=1)
-    shear: float = Field(default=0.0, ge=0)
-    shift_pixels: float = Field(default=0.0, ge=0)
-    flip: bool = False
-    """Mirror every second image, left to right; not for digits and letters."""
-    flip_vertical: bool = False
-    """Mirror every second image, top to bottom."""
-    transpose: bool = False
-    """Exchange rows and columns of every second image, which must be square."""
-    crop_padding: int = Field(default=0, ge=0)
-    """Mirrored pixels added on every side before the image is cut out at a random place."""
-
-
-class Schedule(_Frozen):
-    """One-cycle learning rates of Adam and of the descent on `stiefel` matrices."""
-
-    epochs: int = Field(ge=1)
-    steps: int | None = Field(default=None, ge=3)
-    """Optimiser steps of all epochs together: few images are passed through several times an epoch, of many only a part
-    is; default: each epoch is one pass."""
-    batch_size: int = Field(default=512, ge=1)
-    learning_rate: float = Field(default=4e-3, gt=0)
-    """Highest rate of Adam, which trains all but the `stiefel` matrices."""
-    rotation_rate: float = Field(default=0.03, gt=0)
-    """Highest rate of `models.training.optimisers.StiefelMuon`, which turns the `stiefel` matrices; radians a step."""
-    warm_up: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay a step of the exponential moving average of the weights, which is then evaluated and exported; default: no
-    average."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """`bf16-mixed`: the products of the body in bfloat16, in training alone. Weights, head, loss, evaluation and export
-    are unaffected."""
-    keep: Literal["last", "best"] = "last"
-    """Which epoch is exported: the last; or the one that certifies most held-out images at the largest of the epsilons
-    that the set can reach (needs `validation_images`)."""
-    patience: int | None = Field(default=None, ge=1)
-    """With `keep=best`: epochs without a better one after which half of those that are left are skipped."""
-
-
-class Stage(_Frozen):
-    """Orthogonal convolutions at one resolution, each followed by GroupSort2."""
-
-    channels: int = Field(ge=2)
-    blocks: int = Field(default=1, ge=1)
-    window: int = Field(default=2, ge=1)
-    """Side of the windows that first move into the channels (space-to-depth); 1 leaves the resolution as it is."""
-
-
-class Network(_Frozen):
-    """A dense stack, after an optional convolutional stem."""
-
-    stem: tuple[Stage, ...] = ()
-    """Stages of the stem; an empty list is no stem."""
-    pool: Literal["none", "max", "l2"] = "none"
-    """Reduction of each channel after the stem: all its pixels; their maximum, which finds a small object anywhere; or
-    their Euclidean norm."""
-    widths: tuple[int, ...]
-    """Features of each dense layer before the head."""
-    activation: Literal["groupsort2", "fullsort"] = "groupsort2"
-    """Of the dense layers; a stem always uses GroupSort2."""
-    parametrisation: Parametrisation = "cayley"
-    """Of all orthogonal matrices."""
-
-    @property
-    def multiple(self) -> int:
-        """Number of which height and width of an image must be multiples."""
-        return math.prod(stage.window for stage in self.stem)
-
-    @model_validator(mode="after")
-    def _pools_a_stem(self) -> Self:
-        if self.pool != "none" and not self.stem:
-            raise ValueError(f"pool={self.pool} pools the channels of a stem: set network.stem, or network.pool=none")
-        return self
-
-
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """Fields of all recipes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -157,15 +70,18 @@ Label = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 Side = Annotated[int, Field(ge=1, le=1024)]
 
 
-class DataOptions(_Frozen):
+class DataOptions(Frozen):
     """Choice of the images and their preprocessing; the card states it, so that evaluation uses the same.
 
     The fields from `image_size` on are for `image-folder` alone.
     """
 
     dataset: Literal["mnist", "fashion-mnist", "cifar10", "image-folder"]
-    classes: tuple[Label, ...] | None = Field(default=None, min_length=2)
-    """Labels of the classes to use, in order; default: all. Two classes give one output f, class 0 where f > 0."""
+    classes: tuple[Label, ...] | None = Field(default=None, min_length=1)
+    """Labels of the classes to use, in order; default: all. Two classes give one output f, class 0 where f > 0. With
+    `one_class` these are known, one or more, and the other classes of the set are novel."""
+    one_class: bool = False
+    """Two classes, known and novel, in place of those of the set; no novel image of the set is trained on."""
     image_size: Side | tuple[Side, Side] | None = None
     """Side, or height and width, to which all images are resized; default: their median size, at most 64, in whole
     windows of the network's stem."""
@@ -188,7 +104,7 @@ class DataOptions(_Frozen):
 
     @model_validator(mode="after")
     def _options_of_a_folder_are_for_a_folder(self) -> Self:
-        options = DataOptions.model_fields.keys() - {"dataset", "classes"}
+        options = DataOptions.model_fields.keys() - {"dataset", "classes", "one_class"}
         set_here = [key for key in sorted(options) if getattr(self, key) != DataOptions.model_fields[key].default]
         if self.dataset != "image-folder" and set_here:
             raise ValueError(f"{', '.join(set_here)}: only dataset=image-folder has these options")
@@ -198,6 +114,8 @@ class DataOptions(_Frozen):
     def _classes_are_distinct(self) -> Self:
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes repeat: {', '.join(self.classes)}")
+        if self.classes is not None and len(self.classes) < 2 and not self.one_class:
+            raise ValueError("one class needs no classifier: name two classes or more, or take the recipe one-class")
         return self
 
 
@@ -220,6 +138,18 @@ class ImageRecipe(Recipe, DataOptions):
     class_weights: Literal["auto", "balanced", "none"] = "auto"
     """`balanced`: an image of class k appears `n / (K n_k)` times an epoch in the mean, so that all classes weigh the
     same; `auto`: balanced if the largest class has more than 1.5 times the images of the smallest."""
+    negatives: Negatives | None = None
+    """Generated images of the class novel, with `one_class` alone."""
+
+    @model_validator(mode="after")
+    def _negatives_are_for_one_class(self) -> Self:
+        if self.one_class != (self.negatives is not None):
+            raise ValueError("one_class and negatives belong together: set both, or neither")
+        if self.one_class and (self.calibration_images or self.schedule.keep == "best"):
+            raise ValueError(
+                "no novel image is held out of a one-class training: leave keep=last, calibration_images=0"
+            )
+        return self
 
 
 class TwoMoonsRecipe(Recipe):
@@ -291,6 +221,21 @@ def _dense(
         augment=augment,
         validation_images=held_out,
         calibration_images=held_out,
+    )
+
+
+def _novelty(
+    name: str, dataset: Literal["mnist", "image-folder"], width: int, negatives: Negatives, **schedule: Any
+) -> ImageRecipe:
+    return ImageRecipe(
+        name=name,
+        dataset=dataset,
+        one_class=True,
+        network=Network(widths=(width,) * 3, parametrisation="stiefel"),
+        loss=Loss(kind="hkr", alpha=10.0, min_margin=1.0),
+        schedule=Schedule(**schedule),
+        epsilons=(36 / 255, 72 / 255, 0.5, 1.0),
+        negatives=negatives,
     )
 
 
@@ -393,6 +338,23 @@ RECIPES: dict[str, AnyRecipe] = {
             schedule=Schedule(epochs=20, batch_size=32, learning_rate=3e-3, rotation_rate=0.015, patience=4),
             epsilons=(0.05, 0.1, 0.25, 0.5, 1.0),
             augment=Augment(crop_padding=1),
+        ),
+        _novelty("one-class", "mnist", 256, Negatives(noise=0.1, changes=("warp", "paste")), epochs=4, batch_size=128),
+        _novelty(
+            "mnist-novelty",
+            "mnist",
+            256,
+            Negatives(noise=0.25, changes=("warp", "paste", "patches", "invert")),
+            epochs=4,
+            batch_size=256,
+        ),
+        _novelty(
+            "image-folder-novelty",
+            "image-folder",
+            128,
+            Negatives(noise=0.4, changes=("warp", "patches", "invert")),
+            epochs=8,
+            batch_size=64,
         ),
         TwoMoonsRecipe(
             name="two-moons",

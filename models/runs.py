@@ -39,6 +39,7 @@ from models.training.batches import (
 )
 from models.training.errors import TrainingError
 from models.training.loop import Run, Trained
+from models.training.negatives import NegativeImages
 from models.training.objective import objective_of
 from models.training.processes import fit_on
 
@@ -131,12 +132,13 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
         )
     outputs = outputs_for(len(data.labels))
     counts = train.counts(len(data.labels))
-    weights = class_weights(recipe, counts)
+    weights = None if recipe.one_class else class_weights(recipe, counts)
     recipe, batches = _batches(recipe, train, options.seed, weights)
     run = replace(
         _run(recipe, options, batches),
         epsilons=recipe.epsilons,
         validation=validation,
+        negatives=None if recipe.negatives is None else NegativeImages(recipe.negatives, options.seed),
     )
     if "digest" in data.card:
         run = replace(run, identity={**run.identity, "data": data.card["digest"]})
@@ -150,7 +152,7 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
         "n_train": len(train),
         "n_validation": 0 if validation is None else len(validation),
         **({"n_calibration": recipe.calibration_images} if recipe.calibration_images else {}),
-        "counts": {**data.card["counts"], "train": dict(zip(data.labels, counts, strict=True))},
+        "counts": {**data.card["counts"], "train": {k: n for k, n in zip(data.labels, counts, strict=True) if n}},
     }
     if weights is not None:
         card["class_weights"] = dict(zip(data.labels, weights, strict=True))
@@ -197,7 +199,8 @@ def class_weights(recipe: ImageRecipe, counts: Sequence[int]) -> list[float] | N
 
 def _training_images(recipe: ImageRecipe, data: DataSet, seed: int) -> tuple[LabelledImages, LabelledImages | None]:
     train, validation = data.train, None
-    wanted = recipe.calibration_images + recipe.validation_images + (recipe.train_images or len(data.labels))
+    least = len(train.labels_N.unique())
+    wanted = recipe.calibration_images + recipe.validation_images + (recipe.train_images or least)
     if wanted > len(train):
         held_out = f"calibration_images={recipe.calibration_images}, " if recipe.calibration_images else ""
         raise TrainingError(

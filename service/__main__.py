@@ -76,6 +76,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     audit.add_argument("answer", type=Path, metavar="ANSWER.json", help="the answer, as it was received")
     audit.add_argument("image", type=Path, metavar="IMAGE", help="the image file that was sent, or the npy array")
     audit.add_argument("--model", type=Path, required=True, metavar="ARTEFACT", help="the folder of the model")
+    audit.add_argument(
+        "--novelty-model",
+        type=Path,
+        metavar="ARTEFACT",
+        help="the folder of the novelty model, for an answer with `novelty`; default: that is not audited",
+    )
     audit.set_defaults(run=_audit)
     evidence = commands.add_parser(
         "evidence",
@@ -211,7 +217,7 @@ def _audit(chosen: argparse.Namespace) -> int:
     from service.audit import Conclusion, audit
 
     statuses = {Conclusion.HOLDS: 0, Conclusion.DOES_NOT_HOLD: 1, Conclusion.UNDECIDED: 3}
-    verdict = audit(chosen.answer, chosen.image, chosen.model)
+    verdict = audit(chosen.answer, chosen.image, chosen.model, chosen.novelty_model)
     sys.stdout.write("".join(f"{line}\n" for line in verdict.lines))
     return statuses[verdict.conclusion]
 

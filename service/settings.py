@@ -53,6 +53,10 @@ class Settings(BaseSettings):
     """Name of the model that answers a request without a model name; unless it is set, the only model where there is
     one."""
 
+    novelty_models: str = ""
+    """Novelty models of models, `MODEL=NOVELTY` separated by commas, in place of those that cards name; `MODEL=` takes
+    the one of a card away."""
+
     strict: bool = False
     """Whether a model that cannot be verified ends the start; otherwise the others are served and `/models` lists it as
     broken. The default model always has to be verified."""
@@ -217,6 +221,13 @@ class Settings(BaseSettings):
             ipaddress.ip_network(network)
         return value
 
+    @field_validator("novelty_models")
+    @classmethod
+    def _are_pairs(cls, value: str) -> str:
+        """Return the value; raise `ValueError` for one that `novelty_models_of` cannot read."""
+        novelty_models_of(value)
+        return value
+
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, value: str) -> str:
@@ -258,6 +269,21 @@ def threads_of(settings: Settings, cpus: int) -> Threads:
 def list_of(value: str) -> list[str]:
     """Return the parts of a setting that are separated by commas."""
     return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def novelty_models_of(value: str) -> dict[str, str]:
+    """Return the novelty model of each model that the setting names; empty for no novelty model.
+
+    Raises:
+        ValueError: a part is not `MODEL=NOVELTY`, or names a model twice.
+    """
+    found: dict[str, str] = {}
+    for part in list_of(value):
+        name, equals, novelty = (piece.strip() for piece in part.partition("="))
+        if not (name and equals) or name in found:
+            raise ValueError(f"{part!r}: write MODEL=NOVELTY once for each model, separated by commas")
+        found[name] = novelty
+    return found
 
 
 def variable_names() -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from models.data.folders import Folder, scan_folder
-from models.data.labelled import DataError, DataSet
+from models.data.labelled import DataError, DataSet, LabelledImages
 from models.data.published import CIFAR10, FASHION_MNIST, MNIST, Published, load_cifar10, load_idx
 from models.recipes import DataOptions
+from service.artefact.card import NOVELTY_LABELS
 
 PUBLISHED: dict[str, Published] = {"mnist": MNIST, "fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}
 
@@ -37,6 +39,10 @@ def load_dataset(
         DataError: the files are missing or unusable; the message names file and cure.
     """
     options = options.data_options()
+    if options.one_class:
+        every = options.model_copy(update={"one_class": False, "classes": None})
+        found = load_dataset(every, directory, multiple=multiple, test_only=test_only, folder=folder)
+        return _known_and_novel(found, options.classes)
     if options.dataset == "image-folder":
         folder = folder or scan_folder(directory, options, test_only=test_only)
         found = folder.load(options.image_size, multiple)
@@ -54,6 +60,29 @@ def load_dataset(
         "counts": counts,
     }
     return DataSet(found.train, found.test, found.labels, card)
+
+
+def _known_and_novel(data: DataSet, known: Sequence[str] | None) -> DataSet:
+    """Return the images of some classes as known and the others of the test set as novel; these are not trained on.
+
+    Raises:
+        DataError: the set has no such class.
+    """
+    known = tuple(known or data.labels)
+    unknown = [label for label in known if label not in data.labels]
+    if unknown:
+        raise DataError(f"no class {', '.join(unknown)}: choose of {', '.join(data.labels)} (--set classes)")
+    numbers = torch.tensor([data.labels.index(label) for label in known])
+    known_N, test_N = (torch.isin(part.labels_N, numbers) for part in (data.train, data.test))
+    train = LabelledImages(data.train.images_NCHW, torch.zeros_like(data.train.labels_N)).at(known_N)
+    test = LabelledImages(data.test.images_NCHW, (~test_N).to(torch.int64))
+    counts = {
+        part: {label: n for label, n in zip(NOVELTY_LABELS, images.counts(2), strict=True) if n}
+        for part, images in (("train", train), ("test", test))
+    }
+    options = {**data.card["options"], "classes": list(known), "one_class": True}
+    card = {**data.card, "options": options, "n_train": len(train), "n_test": len(test), "counts": counts}
+    return DataSet(train, test, NOVELTY_LABELS, card)
 
 
 def options_of(data: Mapping[str, Any], labels: list[str]) -> DataOptions:

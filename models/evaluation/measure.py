@@ -11,7 +11,6 @@ Axes: N images, T training images, C channels, H height, W width.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -40,8 +39,9 @@ from models.evaluation.images import (
     holds_classes,
     other_images,
 )
+from models.evaluation.novelty import is_novelty_model, novel_images, novelty_figures
 from models.evaluation.page import EXAMPLES, PAGE_FILE, Measurement, read_history, read_training_keys, write_page
-from models.evaluation.partial import Arrays, PartialResults, digest_of
+from models.evaluation.partial import Arrays, PartialResults, code_digest, digest_of
 from models.evaluation.report import draw_figures, markdown_report, panels_of_measured
 from models.evaluation.summary import (
     Measured,
@@ -54,6 +54,7 @@ from models.evaluation.summary import (
 )
 from models.export import code_version, environment
 from models.paths import FOLDER
+from service.artefact.card import NOVELTY_LABELS
 from service.inference.classifier import Classifier, Prediction, with_references
 from service.inference.counterfactual import Counterfactual
 from service.inference.references import find_references
@@ -87,6 +88,7 @@ def evaluate(
     provider: Provider = "auto",
     threads: int = 1,
     out: Path | None = None,
+    novel: Sequence[str] = (),
 ) -> str:
     """Measure the artefact, write report and card, and return the report.
 
@@ -104,6 +106,7 @@ def evaluate(
         threads: threads of ONNX Runtime.
         out: folder of the report and of partial results; default: `report` in the artefact, of other images
             `report-NAME` with the name of their folder.
+        novel: of a novelty model: further sets of novel images, see `models.evaluation.novelty.novel_images`.
 
     Returns:
         The report as Markdown.
@@ -124,6 +127,9 @@ def evaluate(
         classifier = Classifier.load(artefact, provider, threads)
     except ProviderError as error:
         raise EvaluationError(str(error)) from error
+    if novel and not is_novelty_model(classifier):
+        raise EvaluationError(f"--novel is about novelty models, and {classifier.name} has other classes")
+    strange = novel_images(novel, data)
     found = image_set(classifier, data, read_training_keys(artefact))
     found = found.at(evenly_spaced(len(found.images) if limit is None else limit, len(found.images), "--limit"))
     image_NCHW, label_N = found.images.pixels(torch.float64).numpy(), found.images.labels_N.numpy()
@@ -137,7 +143,7 @@ def evaluate(
             "%d partial results in %s; those of this artefact, data and code are used", cache.count(), cache.folder
         )
     with _resumable(cache, folder):
-        settings = {"provider": classifier.provider, "code": _code_digest(), "environment": _versions()}
+        settings = {"provider": classifier.provider, "code": code_digest(), "environment": _versions()}
         wanted = epsilons_of(classifier.card)
         measured = _measure(classifier, image_NCHW, label_N, wanted, cache, settings)
         _refuse_refuted(measured)
@@ -167,6 +173,8 @@ def evaluate(
         entries = [result.as_card_entry() for result in attacked] or results.pop("attacks", [])
         if entries and len(attacked_M):
             results["same_images"] = counterfactuals_of_attacked(measured, attacked_M)
+        if is_novelty_model(classifier):
+            results["novelty"] = novelty_figures(classifier, found.images, strange, wanted)
         results |= {
             **summarise(measured, epsilons),
             "provider": classifier.provider,
@@ -390,16 +398,6 @@ def search_counterfactuals(classifier: Classifier, image_NCHW: np.ndarray) -> Ar
     }
 
 
-def sources() -> list[Path]:
-    """Return the source files that determine the results: partial results of other code are not used."""
-    root = Path(__file__).parents[2]
-    return sorted([*(root / "service").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
-
-
-def _code_digest() -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in sources())).hexdigest()
-
-
 def _versions() -> dict[str, Any]:
     made = environment(0.0)
     return {name: made[name] for name in ("torch", "onnxruntime", "numpy")}
@@ -423,7 +421,7 @@ def labelled_images(classifier: Classifier, data: Path, part: Literal["train", "
         options = options_of(card.data, list(classifier.labels))
     except DataError as error:
         raise NotTheCardsImagesError(f"{classifier.name}: {error}") from error
-    if options.classes != tuple(classifier.labels):
+    if (NOVELTY_LABELS if options.one_class else options.classes) != tuple(classifier.labels):
         raise EvaluationError(
             f"{classifier.name} has the classes {', '.join(classifier.labels)}, its data.options "
             f"{', '.join(options.classes or ['all'])}; correct the card, or train again"

@@ -29,6 +29,7 @@ from models.evaluation.cautions import cautions
 from models.evaluation.details import Answers, details, worst_mistakes
 from models.evaluation.figures import Mistake, Panel
 from models.evaluation.images import ImageSet, pixel_keys
+from models.evaluation.novelty import is_novelty_model, novelty_figures
 from models.evaluation.report import gallery_images, panels_of
 from models.export import environment
 from models.paths import FOLDER
@@ -109,6 +110,8 @@ def write_report_page(
         np.array([prediction.radius for prediction in predictions]),
     )
     figures = details(answers, classifier.card, epsilons_of(classifier.card), same_images=True)
+    if is_novelty_model(classifier):
+        figures["novelty"] = novelty_figures(classifier, data_set.test, {}, epsilons_of(classifier.card))
     panels = _examples(classifier, images, predictions, answers)
     measured = Measurement(classifier, images, answers, figures, panels, history, chosen, data)
     path = folder / PAGE_FILE
@@ -181,6 +184,7 @@ def render(measured: Measurement, folder: Path) -> str:
         ("Against the card", "" if measured.images.of_the_card else sections.card_table(rows)),
         ("Training", sections.curves_of_training(measured.history) if measured.history else ""),
         ("Certified accuracy", sections.curve_over_radius(answers, epsilons)),
+        ("Novelty", sections.novelty_section(figures["novelty"]) if "novelty" in figures else ""),
         ("Confusions", sections.confusion_matrix(figures["confusion"])),
         ("Classes", sections.class_table(figures["classes"])),
         ("Worst mistakes", _mistakes(measured)),

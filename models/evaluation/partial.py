@@ -25,6 +25,17 @@ log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 
 
+def sources() -> list[Path]:
+    """Return the source files that determine the results: partial results of other code are not used."""
+    root = Path(__file__).parents[2]
+    return sorted([*(root / "service").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
+
+
+def code_digest() -> str:
+    """Return the sha256 of `sources`, in hexadecimal."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in sources())).hexdigest()
+
+
 @dataclass(frozen=True)
 class PartialResults:
     """Parts of one measurement in one folder, which git ignores."""

@@ -16,6 +16,7 @@ from models.evaluation import figures
 from models.evaluation.attacks import AttackResult
 from models.evaluation.details import Answers, worst_mistakes
 from models.evaluation.images import ImageSet
+from models.evaluation.novelty import novelty_cells, novelty_text
 from models.evaluation.summary import Measured, answers_of, attacked_images
 from models.evaluation.tables import detail_lines
 from service.inference.classifier import Classifier, Prediction
@@ -99,6 +100,10 @@ def markdown_report(
         lines += _attack_table(results["attacks"], results.get("same_images"), results.get("attack_budget"))
     if results["attacks"] and "robust_accuracy" in results:
         lines += _shares_and_tightness(results, epsilons)
+    if "novelty" in results:
+        head, rows = novelty_cells(results["novelty"])
+        lines += ["", "## Novelty", "", novelty_text(results["novelty"]), ""]
+        lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
     lines += detail_lines(results, pictures.get(MISTAKES))
     for title, file in pictures.items():
         if title != MISTAKES:

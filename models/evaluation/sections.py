@@ -11,6 +11,7 @@ import numpy as np
 from models.evaluation.details import Answers
 from models.evaluation.drawings import Curve, chart, difference_picture, picture, size_picture
 from models.evaluation.figures import Mistake, Panel
+from models.evaluation.novelty import novelty_cells, novelty_text
 from models.evaluation.tables import LARGEST_MATRIX, class_cells, confused_pairs, difference_cells, quantity_of
 from models.training.history import EpochFigures
 from models.training.scores import Scores
@@ -133,6 +134,13 @@ def class_table(classes: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the figures of each class."""
     head, rows = class_cells(classes, "certified", 3)
     return f'<div class="scroll">{table(head, rows, range(1, len(head)), narrow=True)}</div>'
+
+
+def novelty_section(figures: Mapping[str, Any]) -> str:
+    """Return the figures of a novelty model against each set of novel images."""
+    head, rows = novelty_cells(figures)
+    cells = table(head, rows, range(1, len(head)), narrow=True)
+    return f'<p>{escape(novelty_text(figures))}</p><div class="scroll">{cells}</div>'
 
 
 def reliability_table(groups: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from models.nets.layers.linear import Affine, OrthogonalDense, UnitHead
 from models.nets.layers.pooling import GlobalL2Pool2d, GlobalMaxPool2d
 from models.nets.layers.reshaping import Flatten, SpaceToDepth
 from models.nets.layers.sorting import FullSort, GroupSort2
-from models.recipes import Network, Parametrisation, Stage
+from models.parts import Network, Parametrisation, Stage
 
 
 class LipschitzNetwork(nn.Module):

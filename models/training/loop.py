@@ -40,6 +40,7 @@ from models.training.checkpoints import Checkpoints
 from models.training.choice import BestEpoch
 from models.training.errors import CheckpointError, Interrupted, NonFiniteError, TrainingError
 from models.training.history import EpochFigures
+from models.training.negatives import NegativeImages
 from models.training.objective import Objective
 from models.training.optimisers import optimisers_of
 from models.training.outputs import Outputs, logits_at_images
@@ -71,6 +72,8 @@ class Run:
     validation: LabelledImages | None = None
     classifies: bool = True
     """Whether the sign or the largest of the logits is a class: with the KR term alone f has no zero level."""
+    negatives: NegativeImages | None = None
+    """Images that each step adds to its batch, as the class 1; default: the images of the batch alone."""
     curves: Path | None = None
     """Folder of the curves for TensorBoard; default: no curves."""
 
@@ -189,7 +192,10 @@ class _Session:
             log.info("resumed at epoch %d, step %d", self.progress.epoch + 1, self.progress.step)
 
     def train_step(self) -> None:
-        images, labels = self._run.batches.batch(self.progress.epoch, self.progress.step, self._fabric.device)
+        epoch, step = self.progress.epoch, self.progress.step
+        images, labels = self._run.batches.batch(epoch, step, self._fabric.device)
+        if self._run.negatives is not None:
+            images, labels = self._run.negatives.joined(self._network, images, epoch, step)
         self._network.zero_grad(set_to_none=True)
         outputs = self._outputs(images, labels)
         loss = self._run.objective(self._network, outputs, labels)

@@ -13,6 +13,7 @@ import numpy as np
 from service.api.body import NPY
 from service.api.schema import ClassLabel, ImageOptions, InputAnswer, ModelAnswer, ModelSummary
 from service.inference.classifier import Classifier, Prediction
+from service.inference.novelty import NOVEL
 from service.inference.outcome import Outcome
 from service.inference.references import Reference
 from service.inference.sets import Decision, decisions_of, sets_of
@@ -27,8 +28,9 @@ RECORDS = """A structured numpy array with one record per image and the fields `
 (uint8, C x H x W), `counterfactual_class_id`, `counterfactual_distance`, `counterfactual_reached`; with `coverage` also
 `set` (bool, one per class), with `max_error` also `decision`; with a strength above 1 `counterfactual_nearest_distance`
 (NaN where nothing was reached), with a path of P images `path` (uint8, P x C x H x W), `path_class_id`, `path_margin`,
-`path_radius` and `path_distance` (P each), with saliency `saliency` (float32, C x H x W) and `saliency_class_id`.
-Reference images are in JSON answers alone."""
+`path_radius` and `path_distance` (P each), with saliency `saliency` (float32, C x H x W) and `saliency_class_id`;
+with `novelty` also `novel`, `novelty_score`, `novelty_radius` and `novelty_certified`. Reference images are in JSON
+answers alone."""
 
 
 class Reply(NamedTuple):
@@ -86,6 +88,7 @@ def in_words(outcome: Outcome[ImageOptions]) -> list[Json]:
             "set": label_set,
             "max_error": outcome.options.max_error,
             "decision": decision,
+            **_novelty_in_words(classifier.guard, prediction.novelty),
         }
         for image_CHW, prediction, label_set, decision in zip(
             outcome.image_NCHW, outcome.predictions, sets, decisions, strict=True
@@ -150,6 +153,20 @@ def _npy(array: np.ndarray) -> str:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _novelty_in_words(guard: Classifier | None, found: Prediction | None) -> Json:
+    if guard is None or found is None:
+        return {}
+    answer = {
+        "model": guard.name,
+        "digest": guard.digest,
+        "novel": found.class_id == NOVEL,
+        "score": float(found.logits_K[0]),
+        "radius": found.radius,
+        "certified": found.certified,
+    }
+    return {"novelty": answer}
 
 
 def _sets_in_words(outcome: Outcome[ImageOptions]) -> list[list[Json] | None]:
@@ -222,6 +239,14 @@ def in_columns(outcome: Outcome[Any]) -> dict[str, np.ndarray]:
     member_NK = _members(outcome)
     if member_NK is not None:
         columns["set"] = member_NK
+    guarded = [prediction.novelty for prediction in predictions if prediction.novelty is not None]
+    if guarded:
+        columns |= {
+            "novel": np.array([novelty.class_id == NOVEL for novelty in guarded], "?"),
+            "novelty_score": np.array([novelty.logits_K[0] for novelty in guarded], "<f8"),
+            "novelty_radius": np.array([novelty.radius for novelty in guarded], "<f8"),
+            "novelty_certified": np.array([novelty.certified for novelty in guarded], "?"),
+        }
     if outcome.options.max_error is not None:
         columns["decision"] = np.array(_decisions(outcome), "<U7")
     return columns

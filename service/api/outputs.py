@@ -43,10 +43,16 @@ _OUTPUTS: dict[str, OutputDatatype] = {
     "saliency_class_id": "INT64",
     "set": "BOOL",
     "decision": "BYTES",
+    "novel": "BOOL",
+    "novelty_score": "FP64",
+    "novelty_radius": "FP64",
+    "novelty_certified": "BOOL",
 }
 """Outputs of every model, in order; those from `counterfactual` on only where they are requested."""
 _CALIBRATED = ("set", "decision")
 """Outputs of calibrated models alone."""
+_GUARDED = ("novel", "novelty_score", "novelty_radius", "novelty_certified")
+"""Outputs of models with a novelty model alone."""
 _DTYPES: dict[OutputDatatype, str] = {"FP64": "<f8", "FP32": "<f4", "INT64": "<i8", "BOOL": "?", "UINT8": "u1"}
 # One packet of the network: shorter answers gain nothing.
 _LEAST_COMPRESSED = 1400
@@ -81,7 +87,8 @@ def outputs_of(classifier: Classifier) -> dict[str, tuple[OutputDatatype, list[i
     return {
         name: (datatype, shapes.get(name, [-1]))
         for name, datatype in _OUTPUTS.items()
-        if name not in _CALIBRATED or classifier.card.calibration is not None
+        if (name not in _CALIBRATED or classifier.card.calibration is not None)
+        and (name not in _GUARDED or classifier.guard is not None)
     }
 
 
@@ -144,7 +151,8 @@ def _wanted(columns: dict[str, np.ndarray], asked: InferOptions) -> list[tuple[s
         raise OptionError(
             f"this answer has no output {quoted(unknown[0])}; available outputs: {listed(columns)} (those of the "
             "counterfactual require parameters.counterfactual=true, its nearest distance strength, those of the path "
-            "path, those of the saliency saliency, set requires coverage, decision max_error)"
+            "path, those of the saliency saliency, those of the novelty model novelty, set requires coverage, decision "
+            "max_error)"
         )
     return [
         (output.name, by_default if output.parameters.binary_data is None else output.parameters.binary_data)

@@ -54,6 +54,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.UnknownLabelError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.TargetIsPredictedClassError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.CalibrationError: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.NoveltyError: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.InputError: HTTPStatus.BAD_REQUEST,
         errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -72,6 +72,9 @@ class ImageOptions(_Request):
     ] = None
     """Largest share of wrong predictions among those with `decision` accept; requires a calibrated model."""
 
+    novelty: bool = False
+    """Whether the novelty model of the model says if the image is known to it; the card or the operator names one."""
+
     target: Annotated[str | None, Expected("a label of the model as a string")] = None
     """Target label of the counterfactual, requires `counterfactual`; default: the nearest other class."""
 
@@ -272,6 +275,27 @@ class SaliencyAnswer(ClassLabel):
     where it lowers it, in proportion to the largest entry; channels are added."""
 
 
+class NoveltyAnswer(_Answer):
+    """Whether an image is novel, by the model that guards the one that answers, with the certificate of that decision.
+
+    Every valid image x' with `||x' - x||_2 < radius` gets the same `novel` from this service.
+    """
+
+    model: str
+    """Name of the novelty model."""
+    digest: str
+    """sha256 of its ONNX bytes."""
+    novel: bool
+    """Whether `score` is negative: the image is unlike those that the novelty model knows."""
+    score: float | None
+    """Its output f as computed, positive for a known image."""
+    radius: float
+    """Certified radius of `novel`, L2 over the image that was sent, in [0, 1] pixel units, rounded down; converted and
+    resized as its own input requires, which is part of the proof."""
+    certified: bool
+    """Whether the radius is above 0."""
+
+
 class PredictAnswer(_Answer):
     """Class, certified radius and, on request, a counterfactual of one image."""
 
@@ -301,6 +325,8 @@ class PredictAnswer(_Answer):
     decision: Literal["accept", "abstain"] | None
     """`accept` if the certified radius is so large that, on calibration images, at most `max_error` of such predictions
     are wrong, with confidence 95 %. It is about unchanged images. Null without max_error."""
+    novelty: Annotated[NoveltyAnswer | None, _ABSENT] = None
+    """Absent unless requested."""
 
 
 class BatchAnswer(_Answer):

@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+NOVELTY_LABELS = ("known", "novel")
+"""Labels of a novelty model; its one output f is positive where the image is known."""
 _FAULTS = 5
 """Faults of a card that a message names."""
 _LOCATION = 100
@@ -146,6 +148,8 @@ class Card(_Contract):
     seed: int | None = None
     code_version: str | None = None
     """Commit of the code that trained it."""
+    novelty_model: str | None = Field(default=None, min_length=1)
+    """Name of the model that says, with the option `novelty`, whether an image is novel to this one."""
     calibration: Calibration | None = None
     """Results of `python -m models calibrate`; null where certified sets and decisions are not available."""
     accuracy: Share | None = None

@@ -112,6 +112,17 @@ class Counterfactual(ClassLabel):
     path: list[Waypoint] | None = None
 
 
+class Novelty(_Record):
+    """The decision of the novelty model; the radius is L2, pixels in [0, 1]."""
+
+    model: str
+    digest: str
+    novel: bool
+    score: _Finite | None
+    radius: _Bound
+    certified: bool
+
+
 class Answer(ClassLabel):
     """One answer of POST /predict."""
 
@@ -129,6 +140,8 @@ class Answer(ClassLabel):
     set: list[ClassLabel] | None = None
     max_error: _Finite | None = None
     decision: str | None = None
+    # Absent in answers of versions without novelty models.
+    novelty: Novelty | None = None
 
 
 class _Input(_Record):

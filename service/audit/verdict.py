@@ -21,6 +21,7 @@ from service.audit.comparison import Derived, against_derivation, proof
 from service.audit.derivation import Derivation, derive
 from service.audit.findings import Conclusion, Finding, one_line, undecided
 from service.audit.images import SentImage, read_image
+from service.audit.novelty import novelty_against_artefact, novelty_against_derivation, novelty_against_itself
 from service.audit.preprocessing import preprocess
 from service.audit.records import Answer, Artefact, read_answer, read_artefact
 from service.audit.references import Point, reference_images
@@ -33,6 +34,7 @@ from service.audit.statements import (
     counterfactual_image,
     path_images,
 )
+from service.errors import KeptError
 
 DIGITS = (192, 768)
 """Bits of the balls; the next where those before do not decide the class."""
@@ -66,22 +68,25 @@ class Verdict:
         return tuple(f"{conclusion.value}: {one_line(reason)}" for conclusion, reason in reasons)
 
 
-def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict:
+def audit(answer_file: Path, image_file: Path, artefact_folder: Path, novelty_folder: Path | None = None) -> Verdict:
     """Check an archived answer against the image that was sent and the artefact that answered.
 
     Args:
         answer_file: the JSON answer of POST /predict.
         image_file: the image file or npy array that was sent.
         artefact_folder: holds `model.onnx` and `card.json`.
+        novelty_folder: likewise, of the novelty model that the answer names; default: `novelty` is checked against
+            itself alone, and the report says so.
 
     Raises:
-        KeptError: a file is missing or is not what it should be; the message says what to do.
+        KeptError: a file is missing or is not what it should be, or the answer has no novelty and a novelty model is
+            given; the message says what to do.
     """
     answer = read_answer(answer_file)
     artefact = read_artefact(artefact_folder)
     shape, background = (answer.image.shape, answer.image.background) if answer.image else (None, None)
     sent = read_image(image_file, shape, artefact.input_shape[0], background)
-    findings = [*against_itself(answer), *against_image(answer, sent)]
+    findings = [*against_itself(answer), *against_image(answer, sent), *_novelty(answer, sent, novelty_folder)]
     references, doubts = reference_images(answer, sent)
     findings += doubts
     images, shown = [sent], False
@@ -124,12 +129,36 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path) -> Verdict
             class_id: Point(logits, reference.cost)
             for (class_id, reference), logits in zip(held, at_references, strict=True)
         },
-        not_audited=() if sent.shape == artefact.input_shape else _of_calibration(answer),
+        not_audited=[
+            *([] if sent.shape == artefact.input_shape else _of_calibration(answer)),
+            *(["novelty (--novelty-model)"] if answer.novelty and novelty_folder is None else []),
+        ],
     )
     findings += against_derivation(answer, derived)
     if sent.shape == artefact.input_shape:
         findings += against_scores(answer, artefact, derivation)
     return _verdict(findings) if findings else Verdict(proof(answer, derived))
+
+
+def _novelty(answer: Answer, sent: SentImage, folder: Path | None) -> list[Finding]:
+    """Return the findings about `novelty`; of its model as far as that is given."""
+    found = answer.novelty
+    if found is None:
+        if folder is not None:
+            raise KeptError("the answer has no novelty, and a novelty model is named; leave --novelty-model out")
+        return []
+    findings = list(novelty_against_itself(found))
+    if folder is None:
+        return findings
+    artefact = read_artefact(folder)
+    findings += novelty_against_artefact(found, artefact)
+    if artefact.digest != found.digest:
+        return findings
+    try:
+        derivation = _derivation(answer, artefact, [sent])
+    except NotAuditableError as error:
+        return [*findings, *(undecided(f"novelty: {reason}") for reason in error.reasons)]
+    return [*findings, *novelty_against_derivation(found, Derived(derivation, prod(sent.shape), None, {}, {}))]
 
 
 def _of_calibration(answer: Answer) -> list[str]:

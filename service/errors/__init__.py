@@ -34,7 +34,8 @@
       │   ├─ UnknownSampleError
       │   ├─ UnknownLabelError
       │   ├─ TargetIsPredictedClassError
-      │   └─ CalibrationError            the model has no calibration for the wanted coverage or error
+      │   ├─ CalibrationError            the model has no calibration for the wanted coverage or error
+      │   └─ NoveltyError                the model has no novelty model here
       ├─ BusyError                       the request is valid, and the server has no capacity for it now
       │   ├─ OverloadedError
       │   ├─ TooManyConnectionsError
@@ -315,6 +316,18 @@ class TargetIsPredictedClassError(InputError):
 
 class CalibrationError(InputError):
     """The card of the model has no calibration that answers `coverage` or `max_error`."""
+
+
+class NoveltyError(InputError):
+    """The option `novelty` needs a novelty model, and the model has none that is served."""
+
+    def __init__(self, name: str, named: str | None) -> None:
+        super().__init__(
+            f"{name} has no novelty model: "
+            + (f"its card names {named}, which this server does not serve" if named else "its card names none")
+            + "; leave the option novelty out (the operator can put a novelty model into the folder of models and name "
+            "it with LIPCERT_NOVELTY_MODELS)"
+        )
 
 
 class BusyError(LipcertError):

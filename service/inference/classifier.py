@@ -74,6 +74,8 @@ class Prediction(NamedTuple):
     """Images from the one that was sent to the counterfactual; empty unless a request asks for it."""
     saliency: Saliency | None = None
     """The gradient of the margin; absent unless a request asks for it."""
+    novelty: Prediction | None = None
+    """Of the guard: class 0 is known, class 1 novel; absent unless a request asks for it."""
 
 
 class Classifier:
@@ -97,6 +99,8 @@ class Classifier:
     """Images of the artefact, if it has some."""
     is_warm: bool = False
     """Whether `warm_up` has loaded both graphs."""
+    guard: Classifier | None = None
+    """The novelty model that the option `novelty` asks, see `service.inference.novelty`."""
 
     def __init__(
         self, card: Card, files: VerifiedFiles, certificate: Certificate, model: Runs, transport: Runs
@@ -104,12 +108,10 @@ class Classifier:
         """Use `load` or `from_findings`, which check the arguments against each other."""
         self.card, self.name, self.files = card, card.name, files
         self.digest, self.card_digest = files.digests[MODEL_FILE], files.digests[CARD_FILE]
-        self.labels = tuple(card.labels)
-        self.certificate, self.provider = certificate, model.provider
+        self.labels, self.certificate, self.provider = tuple(card.labels), certificate, model.provider
         self.input_shape = card.input.shape
         self.samples = read_samples(files.folder, len(self.labels))
-        self._model = model
-        self._transport = transport
+        self._model, self._transport = model, transport
         self._views: dict[tuple[int, int, int], View] = {}
         served = self.name, self.digest, self.provider, len(self.labels), self.input_shape, certificate.logit_error
         _log.info("proved model %s (%s) for %s: %d classes, images %s, logit error %.3g", *served)

@@ -12,6 +12,7 @@ from service.artefact.files import CARD_FILE
 from service.artefact.pool import VerifierPool
 from service.errors import ArtefactError, ModelNotAvailableError, SettingsError, UnknownModelError
 from service.inference.classifier import Classifier
+from service.inference.novelty import attach_guards
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import Resolved, load_on
 from service.runtime.session import GpuLimits
@@ -58,7 +59,8 @@ def load_classifiers(
         ArtefactError: the folder cannot be read or holds no artefact; or a file of the default model, or of any model
             if `settings.strict`, is missing, damaged or without proof.
         ProviderError: the provider is not available, or the GPU does not run the default model.
-        SettingsError: there is no model of the default name, or `settings.require_signature` names no keys.
+        SettingsError: there is no model of the default name, `settings.require_signature` names no keys, or
+            `settings.novelty_models` a model that is not served.
     """
     if folders is None:
         folders = artefact_folders(settings.models, settings.default_model)
@@ -80,6 +82,7 @@ def load_classifiers(
             f"LIPCERT_DEFAULT_MODEL={settings.default_model!r}: {settings.models} serves no such model; it has "
             f"{', '.join(models) or 'none without a fault'}"
         )
+    attach_guards(models, models.broken, settings.novelty_models)
     return models
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from service.errors import PathTooLongError
 from service.inference.classifier import Classifier, Prediction, View, counterfactuals, with_references
+from service.inference.novelty import guard_of, with_novelty
 from service.inference.path import find_paths
 from service.inference.references import Provable
 from service.inference.saliency import find_saliencies
@@ -47,6 +48,11 @@ class ImageOptions(SetOptions, Protocol):
     @property
     def counterfactual(self) -> bool:
         """Whether a counterfactual is searched for each image."""
+        ...
+
+    @property
+    def novelty(self) -> bool:
+        """Whether the novelty model is asked, too."""
         ...
 
     @property
@@ -103,7 +109,8 @@ class Decoded(Generic[Options_co]):
         Raises:
             UnknownLabelError: the target is no label of the model.
             CalibrationError: the model is not calibrated for the wanted coverage or error.
-            InputError: the model takes no images of this shape.
+            NoveltyError: the model has no novelty model.
+            InputError: the model or its novelty model takes no images of this shape.
             ArtefactChangedError: the files of the model are not those that were verified.
         """
         if self.classifier.files.have_changed:
@@ -112,6 +119,8 @@ class Decoded(Generic[Options_co]):
             check_calibration(self.classifier, self.options)
         if self.options.target is not None:
             self.classifier.class_of(self.options.target)
+        if self.options.novelty:
+            guard_of(self.classifier, self.pixels_NCHW.shape[1:])
         return self.classifier.view(self.pixels_NCHW.shape[1:], self.options.resize)
 
 
@@ -142,13 +151,13 @@ def check_predictions(classifier: Classifier, options: ImageOptions, predictions
 
 
 def needs_gradients(options: ImageOptions, predictions: Iterable[Prediction]) -> bool:
-    """Return whether `explain`, which runs the gradient graph, follows the predictions of a request.
+    """Return whether `explain`, which runs the gradient graph or the novelty model, follows the predictions.
 
     Args:
         options: those of the request.
         predictions: one for each image of the request.
     """
-    if options.counterfactual or options.saliency or options.proof == "best":
+    if options.counterfactual or options.saliency or options.novelty or options.proof == "best":
         return True
     return options.epsilon is not None and any(_needs_references(options, prediction) for prediction in predictions)
 
@@ -187,6 +196,12 @@ def explain(model: Provable, outcomes: Sequence[Outcome[Any]]) -> list[Predictio
     )
     for n, prediction in zip(proved, improved, strict=True):
         predictions[n] = prediction
+    guarded = [n for n, owner in enumerate(owners) if owner.options.novelty]
+    if guarded:
+        # All owners have one view, so one model with one guard.
+        found = with_novelty(owners[0].classifier, image_NCHW[guarded], [predictions[n] for n in guarded])
+        for n, prediction in zip(guarded, found, strict=True):
+            predictions[n] = prediction
     explained = [n for n, owner in enumerate(owners) if owner.options.counterfactual]
     targets = [_target(owners[n].classifier, owners[n].options) for n in explained]
     nearest = counterfactuals(model, image_NCHW[explained], [predictions[n] for n in explained], targets)
@@ -216,6 +231,7 @@ def compute(classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], 
     Raises:
         UnknownLabelError: the target is no label of the model; nothing is computed.
         CalibrationError: the model is not calibrated for the wanted coverage or error.
+        NoveltyError: the model has no novelty model.
         InputError: the model does not take images of this shape, or an image already has the target class.
     """
     view = Decoded(classifier, image_NCHW, options).view()

@@ -144,15 +144,22 @@ class Passes:
         predictions = list(_answers(request))
         try:
             check_predictions(decoded.classifier, decoded.options, predictions)
-            pace = self._paces[decoded.classifier.digest]
-            count = len(predictions) * search_cost(decoded.options)
-            request.place.search(pace.alone_s + (count - 1) * pace.image_s)
+            n_images, guard = len(predictions), decoded.classifier.guard
+            works = [(decoded.classifier, n_images * search_cost(decoded.options))]
+            if decoded.options.novelty and guard is not None:
+                works.append((guard, n_images))
+            request.place.search(sum(self._seconds(*work) for work in works))
         except Exception as error:
             deliveries.fail(request, error)
             return
         request.images.clear()  # nine tenths of the memory of a request that waits
         most = max(1, self._limits.forward_batch // SEARCH_SHARE)
         self._queues.put_searches(_chunks(request, decoded, chunk.view, -(-len(predictions) // most)))
+
+    def _seconds(self, classifier: Classifier, passes: float) -> float:
+        """Return the expected time of a search, or of a guard, in units of one image each."""
+        pace = self._paces.get(classifier.digest) or self._measure_pace(classifier)
+        return pace.alone_s + (passes - 1) * pace.image_s
 
     def _search(self, chunks: Sequence[Chunk], deliveries: Deliveries) -> None:
         chunks = [chunk for chunk in chunks if not chunk.request.future.done()]

@@ -29,6 +29,9 @@ def test_the_recipes_of_the_command_line_exist() -> None:
         "cifar10",
         "cifar10-cpu",
         "image-folder",
+        "image-folder-novelty",
+        "mnist-novelty",
+        "one-class",
         "two-moons",
         "wasserstein-squares",
     }
@@ -84,7 +87,7 @@ def test_setting_a_field_of_an_absent_group_makes_the_group() -> None:
         ("name=a b", "name: String should match pattern"),
         ("skip_broken=true", "skip_broken: only dataset=image-folder"),
         ("image_size=32", "image_size: only dataset=image-folder"),
-        ("classes=[3]", "classes: Tuple should have at least 2 items"),
+        ("classes=[3]", "one class needs no classifier"),
         ("classes=[3,3]", "classes repeat"),
         ("epsilons=[]", "epsilons"),
         ("dataset=imagenet", "dataset"),
@@ -114,7 +117,8 @@ def test_operating_points_of_a_data_set_measure_the_same(accurate: str, robust: 
 
 def test_unknown_recipe_is_answered_with_the_known_ones() -> None:
     with pytest.raises(
-        RecipeError, match="mnist, mnist-0-8, mnist-accurate, mnist-robust, two-moons, wasserstein-squares"
+        RecipeError,
+        match="mnist, mnist-0-8, mnist-accurate, mnist-novelty, mnist-robust, one-class, two-moons, wasser",
     ):
         recipe_by_name("mnist-1-7")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.nets.layers.base import Chain, Layer, float64_array
 from models.nets.layers.linear import OrthogonalMatrix
 from models.nets.onnx_graph import GraphBuilder, Value
-from models.recipes import Parametrisation
+from models.parts import Parametrisation
 
 CHANNEL_ORDER = 2
 """Version of the assignment of channels to offsets, in checkpoints; the first had neighbouring channels at different

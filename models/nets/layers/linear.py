@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.nets.layers.base import Layer, float64_array, rounded_to_float32
 from models.nets.onnx_graph import GraphBuilder, Value
-from models.recipes import Parametrisation
+from models.parts import Parametrisation
 
 
 def cayley(raw_OD: Float[Tensor, "O D"]) -> Float[Tensor, "O D"]:

@@ -22,6 +22,7 @@ from models.evaluation import attacks  # noqa: E402
 from models.evaluation import measure as evaluation  # noqa: E402
 from models.evaluation.attacks import AttackResult, CertificateRefutedError  # noqa: E402
 from models.evaluation.measure import EvaluationError, EvaluationInterrupted, evaluate  # noqa: E402
+from models.evaluation.partial import sources  # noqa: E402
 from models.evaluation.summary import (  # noqa: E402
     Measured,
     ReferenceProofs,
@@ -395,7 +396,7 @@ def test_wrong_answer_is_robust_at_no_epsilon() -> None:
 
 
 def test_partial_results_depend_on_the_sources_of_the_service_and_of_the_evaluation() -> None:
-    names = {"/".join(path.parts[-3:]) for path in evaluation.sources()}
+    names = {"/".join(path.parts[-3:]) for path in sources()}
     assert {
         "service/certificate/radius.py",
         "service/inference/classifier.py",

@@ -353,7 +353,9 @@ def stays_true(path: tuple[str | int, ...], value: Any, other: Any) -> bool:
     if path == ("certificate", "references"):
         # Their order means nothing.
         return other == value[::-1]
-    if path == ("card_digest",) or (path[0] in ("coverage", "set", "max_error", "decision") and value is None):
+    if path == ("card_digest",) or (
+        path[0] in ("coverage", "set", "max_error", "decision", "novelty") and value is None
+    ):
         # Answers of earlier versions do not have them.
         return other is DELETED
     return path == ("counterfactual",) and other in (None, DELETED)

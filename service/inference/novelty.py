@@ -1,0 +1,101 @@
+"""Novelty: the guard of a model, itself a certified classifier with the labels known and novel.
+
+The guard sees the image as it was sent, converted and resized to its own input, so that its radius is about that image,
+whatever the guarded model takes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from service.artefact.card import NOVELTY_LABELS
+from service.errors import ArtefactError, NoveltyError, SettingsError
+from service.inference.classifier import Classifier, Prediction
+from service.settings import novelty_models_of
+from service.shapes import Float64
+
+_log = logging.getLogger(__name__)
+NOVEL = 1
+"""Class of a novel image."""
+
+
+def attach_guards(models: Mapping[str, Classifier], broken: Mapping[str, ArtefactError], setting: str) -> None:
+    """Give each model the guard that the setting, or else its card, names.
+
+    A card may name a novelty model that cannot be used here: the model is served without it, as the log says.
+
+    Args:
+        models: the served models by name.
+        broken: faults of the others by name.
+        setting: `LIPCERT_NOVELTY_MODELS`.
+
+    Raises:
+        SettingsError: the setting names a model that is not served, or one that is no novelty model.
+    """
+    asked = novelty_models_of(setting)
+    for name in asked:
+        if name not in models and name not in broken:
+            raise SettingsError(f"LIPCERT_NOVELTY_MODELS names {name!r}, which is no model of the folder")
+    for name, classifier in models.items():
+        wanted = asked.get(name, classifier.card.novelty_model)
+        if not wanted:
+            continue
+        fault = _fault(models, broken, wanted)
+        if fault is None:
+            classifier.guard = models[wanted]
+        elif name in asked:
+            raise SettingsError(f"LIPCERT_NOVELTY_MODELS: {name}={wanted}, and {fault}")
+        else:
+            # A copy of one model, as in a wheel, is no fault.
+            level = logging.WARNING if wanted in models or wanted in broken else logging.INFO
+            _log.log(level, "model %s is served without its novelty model: %s", name, fault)
+
+
+def _fault(models: Mapping[str, Classifier], broken: Mapping[str, ArtefactError], name: str) -> str | None:
+    if name in broken:
+        return f"{name} is not available: {broken[name].line}"
+    if name not in models:
+        return f"{name} is not in the folder of models"
+    if models[name].labels != NOVELTY_LABELS:
+        return f"{name} has the labels {', '.join(models[name].labels[:5])} instead of {', '.join(NOVELTY_LABELS)}"
+    return None
+
+
+def guard_of(classifier: Classifier, sent_shape: tuple[int, int, int]) -> Classifier:
+    """Return the guard of a model, which takes images of this shape.
+
+    Args:
+        classifier: the guarded model.
+        sent_shape: (C, H, W) of the images as sent.
+
+    Raises:
+        NoveltyError: the model has no guard here.
+        ChannelsError, SideTooLongError: the guard has no conversion of these images; see `Classifier.view`.
+        ArtefactChangedError: the files of the guard are not those that were verified.
+    """
+    guard = classifier.guard
+    if guard is None:
+        raise NoveltyError(classifier.name, classifier.card.novelty_model)
+    if guard.files.have_changed:
+        guard.files.refuse_changed()
+    guard.view(sent_shape, resize=True)
+    return guard
+
+
+def with_novelty(
+    classifier: Classifier, image_NCHW: Float64[np.ndarray, "N C H W"], predictions: Sequence[Prediction]
+) -> list[Prediction]:
+    """Return the predictions with those of the guard, in one forward pass.
+
+    Args:
+        classifier: the guarded model, whose `guard_of` has passed.
+        image_NCHW: the images as sent, pixels in [0, 1].
+        predictions: one for each image.
+    """
+    if not predictions:
+        return []
+    found = guard_of(classifier, image_NCHW.shape[1:]).predict(image_NCHW, resize=True)
+    return [one._replace(novelty=novelty) for one, novelty in zip(predictions, found, strict=True)]
