@@ -201,11 +201,18 @@ def describe(classifier: Classifier, default_model: str) -> ModelSummary:
     )
 
 
-def describe_in_full(classifier: Classifier, default_model: str) -> ModelAnswer:
-    """Return the description of one model in `GET /models/{name}`: with the pairwise bounds and the card."""
+def describe_in_full(classifier: Classifier, default_model: str, rejected: str | None = None) -> ModelAnswer:
+    """Return the description of one model in `GET /models/{name}`: with the pairwise bounds and the card.
+
+    Args:
+        classifier: the model.
+        default_model: name of the default model.
+        rejected: why a newer version is not served.
+    """
     return ModelAnswer(
         **dict(describe(classifier, default_model)),
         precision=classifier.certificate.precision,
         margin_bounds=classifier.certificate.margin_table(),
         card=classifier.card.model_dump(mode="json"),
+        rejected=rejected,
     )

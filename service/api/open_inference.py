@@ -32,6 +32,7 @@ from service.api.tensors import InferOptions, InferRequest, OutputRequest
 from service.errors import OptionError
 from service.errors.quotations import listed, quoted
 from service.inference.classifier import Classifier
+from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
 from service.pixels.images import image_digest
 
@@ -118,7 +119,8 @@ def build_router(service: Service) -> APIRouter:
     )
     async def infer(name: str, request: Request) -> Response:
         refuse_query(read_query(request.scope["query_string"]), "`parameters`")
-        answer = await service.ask(request, [JSON], partial(_InferQuestion, service, service.models[name]))
+        models = service.models
+        answer = await service.ask(request, [JSON], partial(_InferQuestion, service, models, models[name]))
         return Response(answer, media_type=JSON)
 
     return router
@@ -129,12 +131,13 @@ class _InferQuestion:
     """One request of the protocol, for the workers."""
 
     service: Service
+    models: Models
     classifier: Classifier
     head: Head
     content: bytes
 
     def order(self) -> Order:
-        return self.service.order("infer", self.head, (), self.classifier.name)
+        return self.service.order(self.models, "infer", self.head, (), self.classifier.name)
 
     def take(self, body: DecodedBody) -> None:
         assert isinstance(body.options, InferOptions)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -24,6 +25,8 @@ from service.api.examples import Examples
 from service.api.parsing import Query, read_query
 from service.api.schema import NO_OPTIONS, Options
 from service.inference.batching import Batcher
+from service.inference.catalogue import Catalogue
+from service.inference.catalogue import Order as ModelOrder
 from service.inference.health import LEAST_STUCK_S, Health
 from service.inference.jobs import Answer_co, Question
 from service.inference.loading import Models
@@ -41,23 +44,42 @@ ABANDON = "lipcert.abandon"
 """Key of a function in the scope of a request, for the server to call when the client is gone."""
 
 
+class Repository:
+    """Changes of the served models; the server of the application says how."""
+
+    ask: Callable[[ModelOrder], Coroutine[Any, Any, str | None]] | None = None
+    """Return why an order was refused, null once it is done; no order is possible without."""
+
+
 @dataclass(frozen=True)
 class Service:
     """The state that the routes share."""
 
     settings: Settings
-    models: Models
+    catalogue: Catalogue
     examples: Examples | None
     metrics: Metrics
     batcher: Batcher
     decoders: Decoders = field(default_factory=Decoders)
+    repository: Repository = field(default_factory=lambda: Repository())
+
+    def note_models(self) -> None:
+        """Show the served models in the metrics."""
+        models = self.models
+        served = {(name, model.provider, model.digest) for name, model in models.items()}
+        self.metrics.note_models(served, models.rejected, len(models.broken))
+
+    @property
+    def models(self) -> Models:
+        """The models that are served now; a request reads it once."""
+        return self.catalogue.models
 
     @functools.cached_property
     def health(self) -> Health:
         """Faults of this process."""
         settings = self.settings
         stuck_s = settings.stuck_s or max(LEAST_STUCK_S, settings.deadline_s / 3.0)
-        return Health(self.models, settings.default_model, self.batcher, stuck_s)
+        return Health(self.catalogue, settings.default_model, self.batcher, stuck_s)
 
     async def ask(
         self, request: Request, accepted: Sequence[str], question_of: Callable[[Head, bytes], BodyQuestion[Result]]
@@ -86,27 +108,29 @@ class Service:
             if order is None:
                 return await self.batcher.ask(question, len(content), place)
             place.begin(len(content))
+            started_s = time.monotonic()
             async with self.decoders.decoded(order, content) as body:
+                self.metrics.stage_s["decode"].append(time.monotonic() - started_s)
                 question.take(body)
                 return await self.batcher.ask(question, len(content), place)
 
-    def order(self, kind: Kind, head: Head, query: Query, model: str) -> Order:
+    def order(self, models: Models, kind: Kind, head: Head, query: Query, model: str) -> Order:
         """Return how to decode a body.
 
         Args:
+            models: that the request can name.
             kind: route of the request.
             head: its headers.
             query: names and values, in order.
             model: name of the model, unless the options name another.
         """
         settings = self.settings
-        shapes = {name: classifier.input_shape for name, classifier in self.models.items()}
-        broken = {name: error.line for name, error in self.models.broken.items()}
-        return Order(kind, head, query, model, shapes, broken, settings.max_pixels, settings.max_batch)
+        return Order(kind, head, query, model, models.shapes, models.reasons, settings.max_pixels, settings.max_batch)
 
     def count(self, outcome: Outcome[Any]) -> None:
         """Count the images of an answer, and the abstentions among them."""
-        predictions, abstentions = self.metrics.predictions_of(outcome.classifier.name)
+        predictions, abstentions, radii = self.metrics.predictions_of(outcome.classifier.name)
+        radii.extend([prediction.radius for prediction in outcome.predictions])
         certified = [prediction.certified for prediction in outcome.predictions]
         predictions.inc(len(certified))
         if False in certified:
@@ -142,6 +166,11 @@ class ImageQuestion:
     head: Head
     content: bytes
     decoded: Decoded[Options] | None = None
+    models: Models = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take the models of this request."""
+        self.models = self.service.models
 
     def order(self) -> Order | None:
         """Return how a child process has to decode the body; null if this process decodes it."""
@@ -154,7 +183,7 @@ class ImageQuestion:
         if self.decoded is not None or self.is_batch or len(self.content) > _AT_ONCE_BYTES:
             return self.decoded
         settings = self.service.settings
-        classifier = self.service.models.get(settings.default_model)
+        classifier = self.models.get(settings.default_model)
         if classifier is None or self.query or self.head.media_type in (JSON, FORM, NPY):
             body = decode_plain(self._order(), self.content)
             if body is not None:
@@ -175,11 +204,11 @@ class ImageQuestion:
     def take(self, body: DecodedBody) -> None:
         """Receive the decoded body."""
         assert isinstance(body.options, Options)
-        self.decoded = Decoded(self.service.models[body.model], body.pixels_NCHW, body.options)
+        self.decoded = Decoded(self.models[body.model], body.pixels_NCHW, body.options)
 
     def _order(self) -> Order:
         kind = "batch" if self.is_batch else "predict"
-        return self.service.order(kind, self.head, self.query, self.service.settings.default_model)
+        return self.service.order(self.models, kind, self.head, self.query, self.service.settings.default_model)
 
     def answer(self, outcome: Outcome[Options]) -> Reply:
         """Return the answer as JSON, or as an npy array of records; see `service.api.answers`."""

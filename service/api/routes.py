@@ -120,7 +120,10 @@ def _add_models(router: APIRouter, service: Service) -> None:
     )
     async def show_model(name: str) -> Response:
         """One model: its proved bounds, its execution provider and its card."""
-        return _json(describe_in_full(service.models[name], default_model))
+        models = service.models
+        answer = describe_in_full(models[name], default_model, models.rejected.get(name))
+        content = answer.model_dump_json(exclude=None if answer.rejected else {"rejected"})
+        return Response(content, media_type="application/json")
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:

@@ -268,7 +268,7 @@ class BrokenModel(_Answer):
 
     name: str
     reason: str
-    """Why its artefact could not be verified when the server started."""
+    """Why its artefact could not be verified."""
 
 
 class ModelsAnswer(_Answer):
@@ -288,6 +288,8 @@ class ModelAnswer(ModelSummary):
     """K x K: `K_ij` bounds the L2 Lipschitz constant of `f_i - f_j`; null above 256 classes."""
     card: dict[str, Any]
     """`card.json` of the artefact: data, loss, seed, accuracy, attacks, licence."""
+    rejected: str | None = None
+    """Why the newer version in the folder of models is not served; absent where there is none."""
 
 
 class LiveAnswer(_Answer):
@@ -319,5 +321,7 @@ class Problem(BaseModel):
     detail: str
     instance: str | None = None
     """Path of the request."""
+    request_id: str | None = None
+    """`X-Request-ID` of the request, or the identifier that the server gave it."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)

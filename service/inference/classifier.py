@@ -141,6 +141,7 @@ class Classifier:
         threads: int,
         limits: GpuLimits | None = None,
         signers: Signers | None = None,
+        content: bytes | None = None,
     ) -> Classifier:
         """Return the classifier of a verified artefact.
 
@@ -154,11 +155,12 @@ class Classifier:
             threads: as in `load`.
             limits: of each graph on a GPU.
             signers: keys of which one must have signed the card; default: no signature is read.
+            content: of `card.json`; default: it is read.
 
         Raises:
             ArtefactError: the findings report a fault, or the card is not signed or not about these graphs.
         """
-        content = read_file(folder / CARD_FILE)
+        content = read_file(folder / CARD_FILE) if content is None else content
         if signers is not None:
             signers.check(folder / CARD_FILE, content)
         card = parse_card(folder / CARD_FILE, content)

@@ -49,6 +49,8 @@ SCOPES = {
     "/v2/models/{name}/ready": PREDICT,
     "/v2/models/{name}/infer": PREDICT,
     "/metrics": METRICS,
+    "/v2/repository/models/{name}/load": ADMIN,
+    "/v2/repository/models/{name}/unload": ADMIN,
 }
 """Scope of every route. A new route belongs here and into `service.api.access`."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
