@@ -139,7 +139,7 @@ def create_app(
             allow_headers=["Accept", "Content-Type", "Prefer", "Traceparent", "X-Request-ID", *KEY_HEADERS],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(MetricsMiddleware, metrics=metrics)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, traces=service.traces)
     add_error_handlers(app)
     app.state.service = service
 

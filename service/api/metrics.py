@@ -12,9 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.logs import request_id
 from service.metrics import Metrics
+from service.tracing import Tracer
 
 REQUEST_ID = "lipcert.request_id"
 """Key of the identifier in the scope of a request."""
+STAGES = "lipcert.stages"
+"""Key of the stages in the scope of a request, for its trace."""
 HEADER = b"x-request-id"
 PROBLEM = b"application/problem+json"
 _VALID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -35,6 +38,12 @@ def reason_of(content: bytes, status: int) -> str:
     return found[1].decode("ascii") if found else f"http-{status}"
 
 
+class Traces:
+    """Where a process puts its tracer once it serves."""
+
+    tracer: Tracer | None = None
+
+
 class MetricsMiddleware:
     """Middleware that names and counts every HTTP request; plain ASGI, so bodies are streamed unchanged.
 
@@ -42,9 +51,10 @@ class MetricsMiddleware:
     in the lines of the log.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, traces: Traces) -> None:
         self._app = app
         self._metrics = metrics
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +64,8 @@ class MetricsMiddleware:
         number = scope[REQUEST_ID] = request_id_of(scope["headers"])
         # Each request has a task, whose context ends with it; the server logs an exception after this middleware.
         request_id.set(number)
+        tracer = self._traces.tracer
+        span = None if tracer is None else tracer.start(scope["method"], scope["path"], scope["headers"], number)
         status = 500  # unless a response starts: an exception passes here before it becomes a response
         member = b""
 
@@ -83,6 +95,8 @@ class MetricsMiddleware:
             requests, duration_s = self._metrics.requests_of(scope["method"], route, status)
             requests.inc()
             duration_s.observe(perf_counter() - started_s)
+            if tracer is not None and span is not None:
+                tracer.end(span, scope["method"], route, status, scope.get(STAGES, ()))
 
 
 def member_of(number: str) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -22,8 +22,10 @@ from service.api.body import BATCH_TYPES, FORM, JSON, NPY, PREDICT_TYPES, Head, 
 from service.api.decoding import Decoders, Kind, Order, decode, decode_plain
 from service.api.decoding import Request as DecodedBody
 from service.api.examples import Examples
+from service.api.metrics import STAGES, Traces
 from service.api.parsing import Query, read_query
 from service.api.schema import NO_OPTIONS, Options
+from service.inference.admission import Place
 from service.inference.batching import Batcher
 from service.inference.catalogue import Catalogue
 from service.inference.catalogue import Order as ModelOrder
@@ -35,6 +37,7 @@ from service.metrics import Metrics
 from service.pixels.images import decode_plain as plain_pixels
 from service.pixels.images import is_plain
 from service.settings import Settings
+from service.tracing import Stage
 
 Result = TypeVar("Result")
 
@@ -51,6 +54,22 @@ class Repository:
     """Return why an order was refused, null once it is done; no order is possible without."""
 
 
+@dataclass
+class _Stages:
+    """The stages of a request, read when its answer has been sent."""
+
+    place: Place
+    entered_s: float
+
+    def __iter__(self) -> Iterator[Stage]:
+        place, now_s = self.place, time.monotonic()
+        marks = (self.entered_s, place.queued_s, place.taken_s, place.computed_s, now_s)
+        for name, start_s, end_s in zip(("decode", "wait", "compute", "answer"), marks, marks[1:], strict=False):
+            # A request that was refused on its way has no later marks.
+            if start_s and end_s:
+                yield Stage(name, start_s, end_s)
+
+
 @dataclass(frozen=True)
 class Service:
     """The state that the routes share."""
@@ -61,6 +80,7 @@ class Service:
     metrics: Metrics
     batcher: Batcher
     decoders: Decoders = field(default_factory=Decoders)
+    traces: Traces = field(default_factory=Traces)
     repository: Repository = field(default_factory=lambda: Repository())
 
     def note_models(self) -> None:
@@ -101,6 +121,8 @@ class Service:
         limit = self.settings.max_body_bytes
         client = request.scope.get("client") or ("", 0)
         with self.batcher.place(min(self.settings.deadline_s, head.wait_s), client[0]) as place:
+            if self.traces.tracer is not None:
+                request.scope[STAGES] = _Stages(place, time.monotonic())
             request.scope[ABANDON] = functools.partial(place.stop, ClientDisconnect)
             content = await read_body(request, head, limit, place)
             question = question_of(head, content)

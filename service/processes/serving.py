@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service import __version__
 from service.artefact.pool import VerifierPool
 from service.errors import ArtefactChangedError, SettingsError
 from service.logs import use_format
@@ -114,6 +115,7 @@ def _loaded(
     from service.processes.prefork import beat, own_number
     from service.processes.server import Ending, Server
     from service.settings import list_of, threads_of
+    from service.tracing import tracer_of
 
     with pool:
         access = access_of(settings)
@@ -143,6 +145,7 @@ def _loaded(
         app = inherited or create_app(settings, catalogue.models, access=access, catalogue=catalogue)
         follower = Follower(catalogue, chores.read, chores.send, app.state.service.note_models)
         app.state.service.repository.ask = follower.ask
+        app.state.service.traces.tracer = tracer = tracer_of(__version__)
         # A process may have started with other models than its application.
         app.state.service.note_models()
         # A predecessor may have ended with some.
@@ -157,7 +160,11 @@ def _loaded(
             trusted_proxies=list_of(settings.trusted_proxies),
             follow=chores.followed_by(follower),
         )
-        return server.serve_on(listener)
+        try:
+            return server.serve_on(listener)
+        finally:
+            if tracer is not None:
+                tracer.close()
 
     return serve, chores
 
