@@ -123,7 +123,7 @@ class Metrics:
             registry=registry,
         )
         self.refusals_of: Callable[[str], Counter] = functools.lru_cache(_CACHED)(refusals.labels)
-        """Refused requests by type; reasons are a fixed set, none of a client."""
+        """Refused requests by type; clients cannot add reasons."""
         batch_images = Histogram(
             "lipcert_batch_images",
             "Images that shared one pass (prediction) or one search (counterfactual).",

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace import TracerProvider  # pyright: ignore[reportMissingImports]
     from opentelemetry.trace import Span
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -43,7 +43,7 @@ def is_wanted() -> bool:
 
 
 def tracer_of(version: str) -> Tracer | None:
-    """Return a tracer; null where the environment asks for none, or, with a warning, where libraries are missing.
+    """Return a tracer; null where the environment does not ask for it, or, with a warning, where libraries are missing.
 
     Called after a fork: it starts a thread, which sends spans.
     """
@@ -56,10 +56,10 @@ def tracer_of(version: str) -> Tracer | None:
             " and ".join(missing),
         )
         return None
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # pyright: ignore[reportMissingImports]
+    from opentelemetry.sdk.resources import Resource  # pyright: ignore[reportMissingImports]
+    from opentelemetry.sdk.trace import TracerProvider  # pyright: ignore[reportMissingImports]
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # pyright: ignore[reportMissingImports]
 
     resource = Resource.create(
         {"service.name": os.environ.get("OTEL_SERVICE_NAME") or "lipcert", "service.version": version}

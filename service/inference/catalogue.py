@@ -11,7 +11,7 @@ computed it. A model that is replaced or removed goes when the last request that
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -180,13 +180,8 @@ def planned(
             continue
         try:
             found, entry = _checked(folder, findings, signers)
-            if found != name and (found in entries or (name == default)):
-                kind = (
-                    f"the name {found!r} is taken by another artefact"
-                    if found in entries
-                    else (f"the default model {default!r} cannot have another name while the server runs")
-                )
-                raise ArtefactError(folder / CARD_FILE, f"{kind}; change one.")
+            if found != name:
+                _check_name(folder, found, entries, is_default=name == default)
         except ArtefactError as error:
             if name is None:
                 called = name_of(folder)
@@ -210,6 +205,24 @@ def planned(
             faults.pop(folder.name, None)
         _log.warning("model %s: %s is served", found, findings.digest)
     return replace(before, entries=entries, broken=broken, rejected=rejected)
+
+
+def _check_name(folder: Path, name: str, taken: Container[str], *, is_default: bool) -> None:
+    """Refuse a new name of an artefact.
+
+    Args:
+        folder: of the artefact.
+        name: in its card.
+        taken: names of other artefacts.
+        is_default: whether it is the default model.
+
+    Raises:
+        ArtefactError: the name is taken, or that of the default model changes.
+    """
+    if name in taken:
+        raise ArtefactError(folder / CARD_FILE, f"the name {name!r} is taken by another artefact; change one.")
+    if is_default:
+        raise ArtefactError(folder / CARD_FILE, "the default model cannot have another name while the server runs.")
 
 
 def _checked(folder: Path, findings: Findings, signers: Signers | None) -> tuple[str, Entry]:

@@ -74,7 +74,7 @@ class Health:
         """Start the self-check of the default model if it is due and nothing is in progress."""
         default = self._catalogue.models.get(self._default_model)
         if self._check is None or self._check.classifier is not default:
-            # Of another version, or of none.
+            # Of another version.
             self._check = None if default is None else SelfCheck(default, self._batcher.beats)
             self._check_due_s = 0.0
         if self._check is not None and self._check_due_s <= 0.0 and not self._batcher.beats:

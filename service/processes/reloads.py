@@ -43,7 +43,7 @@ _LARGEST_ORDER = 4096
 
 
 class Leader:
-    """Carries out orders. It belongs to one thread, starts none, and no call waits."""
+    """Carries out orders. It belongs to one thread and starts no other, and no call waits."""
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -53,7 +54,9 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 def test_a_request_is_a_span_with_its_stages_below_the_span_of_the_caller(
     collector: list[bytes], classifiers: Mapping[str, Classifier], runner: Any
 ) -> None:
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+    from opentelemetry.proto.collector.trace.v1 import (  # pyright: ignore[reportMissingImports]
+        trace_service_pb2,  # pyright: ignore[reportUnknownVariableType]
+    )
 
     app = create_app(Settings(default_model="grey"), classifiers)
     tracer = app.state.service.traces.tracer = tracer_of("1.2.3")
@@ -69,7 +72,7 @@ def test_a_request_is_a_span_with_its_stages_below_the_span_of_the_caller(
     spans = [
         span
         for body in collector
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans
+        for resource in trace_service_pb2.ExportTraceServiceRequest.FromString(body).resource_spans
         for scope in resource.scope_spans
         for span in scope.spans
     ]
@@ -86,7 +89,7 @@ def test_a_request_is_a_span_with_its_stages_below_the_span_of_the_caller(
             (span for span in spans if span.parent_span_id == root.span_id), key=lambda span: span.start_time_unix_nano
         )
         assert [stage.name for stage in stages] == names
-        for stage, following in zip(stages, stages[1:], strict=False):
+        for stage, following in itertools.pairwise(stages):
             assert stage.start_time_unix_nano <= stage.end_time_unix_nano == following.start_time_unix_nano
         assert root.start_time_unix_nano - 1e7 <= stages[0].start_time_unix_nano
         assert stages[-1].end_time_unix_nano <= root.end_time_unix_nano + 1e7

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def start(models: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @contextlib.contextmanager
-def load_on(server: Server) -> Iterator[Counter[tuple[int, str, str]]]:
+def load_on(server: Server) -> Generator[Counter[tuple[int, str, str]]]:
     """Ask from two threads; give the answers by status, digest and logits."""
     answers: Counter[tuple[int, str, str]] = Counter()
     is_over = threading.Event()
