@@ -186,12 +186,13 @@ class Disturbances:
         """Send SIGHUP, and wait until the folder has been read."""
         _signal(self._target.parent, signal.SIGHUP)
         until_s = time.monotonic() + _READ_S
-        await asyncio.sleep(_PAUSE_S)
-        while _is_reading(self._target.parent):
-            assert time.monotonic() < until_s, "the folder of models is not read to its end"
+        quiet_s = time.monotonic() + _PAUSE_S
+        # A second reading follows the first, and then every process.
+        while time.monotonic() < quiet_s:
+            if _is_reading(self._target.parent):
+                assert time.monotonic() < until_s, "the folder of models is not read to its end"
+                quiet_s = time.monotonic() + _PAUSE_S
             await asyncio.sleep(0.1)
-        # Every process follows.
-        await asyncio.sleep(_PAUSE_S)
 
     async def rotate_keys(self, meanwhile: Callable[[], Awaitable[None]] | None = None) -> None:
         """Revoke a key for a while."""
