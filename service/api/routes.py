@@ -121,9 +121,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     async def show_model(name: str) -> Response:
         """One model: its proved bounds, its execution provider and its card."""
         models = service.models
-        answer = describe_in_full(models[name], default_model, models.rejected.get(name))
-        content = answer.model_dump_json(exclude=None if answer.rejected else {"rejected"})
-        return Response(content, media_type="application/json")
+        return _json(describe_in_full(models[name], default_model, models.rejected.get(name)))
 
 
 def _add_operations(router: APIRouter, service: Service) -> None:

@@ -288,8 +288,8 @@ class ModelAnswer(ModelSummary):
     """K x K: `K_ij` bounds the L2 Lipschitz constant of `f_i - f_j`; null above 256 classes."""
     card: dict[str, Any]
     """`card.json` of the artefact: data, loss, seed, accuracy, attacks, licence."""
-    rejected: str | None = None
-    """Why the newer version in the folder of models is not served; absent where there is none."""
+    rejected: str | None
+    """Why the newer version in the folder of models is not served; null where there is none."""
 
 
 class LiveAnswer(_Answer):

@@ -189,7 +189,7 @@ def test_the_old_version_stays_where_the_new_one_has_no_proof_and_the_reason_can
         (models / "grey" / "model.onnx").write_bytes(b"garbage")
         server.hang_up()
         wait_until(lambda: "the new version is not served" in server.log)
-        wait_until(lambda: all("rejected" in server.ask("GET", "/models/grey")[1] for _ in range(5)))
+        wait_until(lambda: all(server.ask("GET", "/models/grey")[1]["rejected"] for _ in range(5)))
         # Longer than the server looks at its files.
         time.sleep(2.5)
         found = server.ask("GET", "/models/grey")[1]
@@ -203,7 +203,7 @@ def test_the_old_version_stays_where_the_new_one_has_no_proof_and_the_reason_can
         server.hang_up()
         wait_until(lambda: server.digests("grey") == {newest})
     assert {status for status, *_ in answers} == {200}, answers
-    assert "rejected" not in server.ask("GET", "/models/grey")[1]
+    assert server.ask("GET", "/models/grey")[1]["rejected"] is None
 
 
 def metrics(server: Server) -> str:
@@ -311,5 +311,5 @@ def test_the_default_model_stays_though_its_folder_is_gone(start: Callable[..., 
     (models / "grey").rename(models / ".gone")
     server.hang_up()
     wait_until(lambda: "its folder is gone" in server.log)
-    wait_until(lambda: "rejected" in server.ask("GET", "/models/grey")[1])
+    wait_until(lambda: server.ask("GET", "/models/grey")[1]["rejected"] is not None)
     assert server.ask("POST", "/predict", _IMAGE)[0] == 200
