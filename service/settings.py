@@ -213,6 +213,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
 
+    log_format: Literal["text", "json"] = "text"
+    """Lines of the log: `text`, or `json`, one object a line."""
+
     @field_validator("trusted_proxies")
     @classmethod
     def _are_networks(cls, value: str) -> str:

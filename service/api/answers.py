@@ -88,7 +88,7 @@ def in_words(outcome: Outcome[ImageOptions]) -> list[Json]:
             "set": label_set,
             "max_error": outcome.options.max_error,
             "decision": decision,
-            **_novelty_in_words(classifier.guard, prediction.novelty),
+            **_novelty_in_words(prediction.novelty),
         }
         for image_CHW, prediction, label_set, decision in zip(
             outcome.image_NCHW, outcome.predictions, sets, decisions, strict=True
@@ -155,9 +155,10 @@ def _npy(array: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _novelty_in_words(guard: Classifier | None, found: Prediction | None) -> Json:
-    if guard is None or found is None:
+def _novelty_in_words(novelty: tuple[Classifier, Prediction] | None) -> Json:
+    if novelty is None:
         return {}
+    guard, found = novelty
     answer = {
         "model": guard.name,
         "digest": guard.digest,
@@ -239,7 +240,7 @@ def in_columns(outcome: Outcome[Any]) -> dict[str, np.ndarray]:
     member_NK = _members(outcome)
     if member_NK is not None:
         columns["set"] = member_NK
-    guarded = [prediction.novelty for prediction in predictions if prediction.novelty is not None]
+    guarded = [prediction.novelty[1] for prediction in predictions if prediction.novelty is not None]
     if guarded:
         columns |= {
             "novel": np.array([novelty.class_id == NOVEL for novelty in guarded], "?"),
@@ -304,8 +305,14 @@ def describe(classifier: Classifier, default_model: str) -> ModelSummary:
     )
 
 
-def describe_in_full(classifier: Classifier, default_model: str) -> ModelAnswer:
-    """Return the description of one model in `GET /models/{name}`: with the pairwise bounds and the card."""
+def describe_in_full(classifier: Classifier, default_model: str, rejected: str | None = None) -> ModelAnswer:
+    """Return the description of one model in `GET /models/{name}`: with the pairwise bounds and the card.
+
+    Args:
+        classifier: the model.
+        default_model: name of the default model.
+        rejected: why a newer version is not served.
+    """
     return ModelAnswer(
         **dict(describe(classifier, default_model)),
         precision=classifier.certificate.precision,
@@ -315,4 +322,5 @@ def describe_in_full(classifier: Classifier, default_model: str) -> ModelAnswer:
             ClassLabel(class_id=sample.class_id, label=classifier.labels[sample.class_id])
             for sample in classifier.samples
         ],
+        rejected=rejected,
     )

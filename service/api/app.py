@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
+import onnxruntime
 from fastapi import APIRouter, FastAPI
 from fastapi.params import Depends
 from fastapi.routing import APIRoute
@@ -14,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.api import kserve, open_inference
+from service.api import kserve, model_control, open_inference
 from service.api.access import KEY_HEADERS, Access, AccessMiddleware, access_of, describe_access
 from service.api.body import JSON_LENGTH
 from service.api.errors import add_error_handlers
@@ -30,6 +31,7 @@ from service.artefact.verified_files import watched
 from service.errors import ArtefactChangedError
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
+from service.inference.catalogue import Catalogue
 from service.inference.classifier import Classifier
 from service.inference.loading import Models, load_classifiers
 from service.metrics import Metrics
@@ -67,6 +69,7 @@ def create_app(
     classifiers: Mapping[str, Classifier] | None = None,
     dependencies: Sequence[Depends] = (),
     access: Access | None = None,
+    catalogue: Catalogue | None = None,
 ) -> FastAPI:
     """Return the application, ready to answer.
 
@@ -75,6 +78,7 @@ def create_app(
         classifiers: by name, for example of `load_classifiers`; default: those in `settings.models`.
         dependencies: FastAPI dependencies of every route.
         access: keys and limits that several processes share; default: those of the settings.
+        catalogue: of `classifiers`; default: one that nobody changes.
 
     Raises:
         ArtefactError, ProviderError, SettingsError: see `load_classifiers` and `access_of`.
@@ -90,11 +94,12 @@ def create_app(
             examples = make_examples(default)
     threads = threads_of(settings, usable_cpus())
     metrics = Metrics(shared=threads.processes > 1)
-    for classifier in classifiers.values():
-        metrics.note_model(classifier.name, classifier.provider, classifier.digest)
     batcher = Batcher(limits_of(settings, threads, classifiers), metrics)
-    models = classifiers if isinstance(classifiers, Models) else Models(classifiers)
-    service = Service(settings, models, examples, metrics, batcher)
+    if catalogue is None:
+        catalogue = Catalogue(classifiers if isinstance(classifiers, Models) else Models(classifiers), settings)
+    service = Service(settings, catalogue, examples, metrics, batcher)
+    service.note_models()
+    metrics.note_build(__version__, onnxruntime.__version__)
 
     app = FastAPI(
         title="lipcert",
@@ -105,7 +110,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         dependencies=dependencies,
-        lifespan=_running(batcher, models),
+        lifespan=_running(batcher, catalogue),
         # FastAPI would look for a provider of traces in each request, for 5 us; a tracer can be added as a middleware.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         generate_unique_id_function=lambda route: route.name,
@@ -122,7 +127,8 @@ def create_app(
     )
     # At the head of the router, which tries its routes in order.
     add_predictions(app.router, service)
-    for router in (build_router(service), open_inference.build_router(service), kserve.build_router(service)):
+    protocols = (open_inference, kserve, model_control)
+    for router in (build_router(service), *(protocol.build_router(service) for protocol in protocols)):
         app.include_router(router)
         app.include_router(_heads(router))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
@@ -134,10 +140,13 @@ def create_app(
             CORSMiddleware,
             allow_origins=list_of(settings.cors_origins),
             allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["Accept", "Content-Encoding", "Content-Type", JSON_LENGTH, "Prefer", *KEY_HEADERS],
-            expose_headers=[JSON_LENGTH, "Retry-After"],
+            allow_headers=[
+                *("Accept", "Content-Encoding", "Content-Type", JSON_LENGTH, "Prefer", "Traceparent", "X-Request-ID"),
+                *KEY_HEADERS,
+            ],
+            expose_headers=[JSON_LENGTH, "Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(MetricsMiddleware, metrics=metrics)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, traces=service.traces)
     add_error_handlers(app)
     app.state.service = service
 
@@ -149,7 +158,8 @@ def create_app(
         return app.openapi_schema
 
     app.openapi = openapi
-    app.state.refuse = Refusals(service).refuse
+    refusals = Refusals(service)
+    app.state.refuse, app.state.refused = refusals.refuse, refusals.refused
     return app
 
 
@@ -199,10 +209,12 @@ def _burst(forward_batch: int, threads: Threads) -> int:
     return max(_LEAST_BURST, max(_BURST, 5 * forward_batch // 2) // threads.processes)
 
 
-def _running(batcher: Batcher, models: Models) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+def _running(
+    batcher: Batcher, catalogue: Catalogue
+) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        with watched(classifier.files for classifier in models.values()):
+        with watched(lambda: [classifier.files for classifier in catalogue.models.values()]):
             yield
         if not batcher.is_closed:
             # Called on the event loop, which hands the last answers over afterwards.

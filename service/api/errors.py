@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from service.api.metrics import REQUEST_ID
 from service.api.problem import problem, problem_of
 from service.errors import LipcertError
 from service.errors.quotations import shortened
@@ -62,4 +63,8 @@ def add_error_handlers(app: FastAPI) -> None:
         # Starlette raises it again after this answer, and the server logs it with its traceback.
         del error
         detail = "the server failed on this request; see its log"
-        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, instance=request.scope["path"])
+        # This answer passes no middleware.
+        number = request.scope.get(REQUEST_ID, "")
+        answer = problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, instance=request.scope["path"], request_id=number)
+        answer.headers["X-Request-ID"] = number
+        return answer

@@ -26,6 +26,7 @@ from service.api.parsing import read_query, refuse_query
 from service.api.predict import Service
 from service.api.schema import BatchAnswer, CounterfactualAnswer, ImageOptions
 from service.inference.classifier import Classifier
+from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
 
 PREFIX = "/v1"
@@ -83,7 +84,8 @@ def build_router(service: Service) -> APIRouter:
 def _endpoint(service: Service, *, explains: bool) -> Callable[..., Any]:
     async def respond(name: str, request: Request) -> Response:
         refuse_query(read_query(request.scope["query_string"]), "`parameters`")
-        question_of = partial(_InstancesQuestion, service, service.models[name], explains)
+        models = service.models
+        question_of = partial(_InstancesQuestion, service, models, models[name], explains)
         reply = await service.ask(request, PROTOCOL_TYPES, question_of)
         return Response(reply.content, media_type=reply.media_type)
 
@@ -95,13 +97,14 @@ class _InstancesQuestion:
     """One request of the protocol, for the workers."""
 
     service: Service
+    models: Models
     classifier: Classifier
     explains: bool
     head: Head
     content: bytes
 
     def order(self) -> Order:
-        return self.service.order("instances", self.head, (), self.classifier.name)
+        return self.service.order(self.models, "instances", self.head, (), self.classifier.name)
 
     def take(self, body: DecodedBody) -> None:
         assert isinstance(body.options, InstanceOptions)

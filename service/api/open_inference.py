@@ -33,6 +33,7 @@ from service.api.schema import ImageOptions
 from service.api.tensors import InferOptions, InferRequest, Protocol
 from service.errors import EmptyBodyError, NotImplementedByServerError, UnknownVersionError
 from service.inference.classifier import Classifier
+from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
 
 PREFIX = "/v2"
@@ -48,16 +49,10 @@ _INFER = """JSON; or, with the header `Inference-Header-Content-Length`, a JSON 
 """
 _EXPLAIN = "As `/infer` with the parameter `counterfactual`."
 _NO_STATISTICS = "this server has no statistics of the protocol; GET /metrics has requests, latency and predictions"
-_NO_LOADING = (
-    "models are verified when the server starts, and are not loaded or unloaded while it runs; change the folder "
-    "LIPCERT_MODELS and start the server again"
-)
 _ABSENT = (
     ("GET", "/models/stats", _NO_STATISTICS),
     ("GET", _MODEL + "/stats", _NO_STATISTICS),
     ("GET", _VERSION + "/stats", _NO_STATISTICS),
-    ("POST", "/repository/models/{name}/load", _NO_LOADING),
-    ("POST", "/repository/models/{name}/unload", _NO_LOADING),
 )
 """Operations of Triton that clients know and this server does not have: method, path and what to do instead."""
 
@@ -94,7 +89,7 @@ def _add_server(router: APIRouter, service: Service) -> None:
         return {
             "name": "lipcert",
             "version": __version__,
-            "extensions": ["binary_tensor_data", "model_configuration", "parameters"],
+            "extensions": ["binary_tensor_data", "model_configuration", "model_repository", "parameters"],
         }
 
     @router.get("/health/live", summary="Liveness of the server")
@@ -123,21 +118,21 @@ def _add_server(router: APIRouter, service: Service) -> None:
         with service.place(request, head) as place, contextlib.suppress(EmptyBodyError):
             content = await read_body(request, head, _MOST_INDEX_BYTES, place)
         asked = parse_json(IndexRequest, content)
-        return [model for model in _index(service) if model["state"] == "READY" or not asked.ready]
+        return [model for model in _index(service.models) if model["state"] == "READY" or not asked.ready]
 
 
 def _add_models(router: APIRouter, service: Service) -> None:
     async def model_metadata(name: str, request: Request) -> dict[str, Any]:
-        return _metadata(_served(service, name, request))
+        return _metadata(_served(service.models, name, request))
 
     async def model_ready(name: str, request: Request) -> Response:
-        classifier = _served(service, name, request)
+        classifier = _served(service.models, name, request)
         is_ready = classifier.is_ready
         return JSONResponse({"name": name, "ready": is_ready}, status_code=200 if is_ready else 503)
 
     async def model_config(name: str, request: Request) -> dict[str, Any]:
         """The model as Triton describes it: shapes are those of one image."""
-        return _config(_served(service, name, request), service.settings.max_batch)
+        return _config(_served(service.models, name, request), service.settings.max_batch)
 
     for end, endpoint, summary in (
         ("", model_metadata, "Metadata of a model"),
@@ -159,7 +154,8 @@ def _add_inference(router: APIRouter, service: Service) -> None:
     def endpoint(explains: bool) -> Callable[..., Any]:
         async def infer(name: str, request: Request) -> Response:
             refuse_query(read_query(request.scope["query_string"]), "`parameters`")
-            question_of = partial(_InferQuestion, service, _served(service, name, request), explains)
+            models = service.models
+            question_of = partial(_InferQuestion, service, models, _served(models, name, request), explains)
             reply = await service.ask(request, PROTOCOL_TYPES, question_of)
             return Response(reply.content, media_type=reply.media_type, headers=reply.headers)
 
@@ -187,14 +183,14 @@ def _add_inference(router: APIRouter, service: Service) -> None:
             )
 
 
-def _served(service: Service, name: str, request: Request) -> Classifier:
+def _served(models: Models, name: str, request: Request) -> Classifier:
     """Return the model in the path of a request.
 
     Raises:
         UnknownModelError, ModelNotAvailableError: there is no such model.
         UnknownVersionError: the path names another version than the digest of the served bytes.
     """
-    classifier = service.models[name]
+    classifier = models[name]
     version = request.path_params.get("version", classifier.digest)
     if version != classifier.digest:
         raise UnknownVersionError(classifier.name, version, classifier.digest)
@@ -206,6 +202,7 @@ class _InferQuestion:
     """One request of the protocol, for the workers."""
 
     service: Service
+    models: Models
     classifier: Classifier
     explains: bool
     head: Head
@@ -244,10 +241,10 @@ class _InferQuestion:
         return infer_reply(outcome, self.asked, self.head.answer_coding)
 
     def _order(self) -> Order:
-        return self.service.order("infer", self.head, (), self.classifier.name)
+        return self.service.order(self.models, "infer", self.head, (), self.classifier.name)
 
 
-def _index(service: Service) -> list[dict[str, str]]:
+def _index(models: Models) -> list[dict[str, str]]:
     served = [
         {
             "name": classifier.name,
@@ -255,11 +252,11 @@ def _index(service: Service) -> list[dict[str, str]]:
             "state": "READY" if classifier.is_ready else "UNAVAILABLE",
             "reason": "" if classifier.is_ready else "its files have changed, or the GPU is lost",
         }
-        for classifier in service.models.values()
+        for classifier in models.values()
     ]
     broken = [
         {"name": name, "version": "", "state": "UNAVAILABLE", "reason": error.line}
-        for name, error in service.models.broken.items()
+        for name, error in models.broken.items()
     ]
     return served + broken
 

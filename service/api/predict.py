@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -21,10 +22,13 @@ from service.api.body import BATCH_TYPES, FORM, JSON, NPY, PREDICT_TYPES, Head, 
 from service.api.decoding import Decoders, Kind, Order, decode, decode_plain
 from service.api.decoding import Request as DecodedBody
 from service.api.examples import Examples
+from service.api.metrics import STAGES, Traces
 from service.api.parsing import Query, read_query
 from service.api.schema import NO_OPTIONS, Options
 from service.inference.admission import Place
 from service.inference.batching import Batcher
+from service.inference.catalogue import Catalogue
+from service.inference.catalogue import Order as ModelOrder
 from service.inference.health import LEAST_STUCK_S, Health
 from service.inference.jobs import Answer_co, Question
 from service.inference.loading import Models
@@ -33,6 +37,7 @@ from service.metrics import Metrics
 from service.pixels.images import decode_plain as plain_pixels
 from service.pixels.images import is_plain
 from service.settings import Settings
+from service.tracing import Stage
 
 Result = TypeVar("Result")
 
@@ -42,23 +47,59 @@ ABANDON = "lipcert.abandon"
 """Key of a function in the scope of a request, for the server to call when the client is gone."""
 
 
+class Repository:
+    """Changes of the served models; the server of the application says how."""
+
+    ask: Callable[[ModelOrder], Coroutine[Any, Any, str | None]] | None = None
+    """Return why an order was refused, null once it is done; no order is possible without."""
+
+
+@dataclass
+class _Stages:
+    """The stages of a request, read when its answer has been sent."""
+
+    place: Place
+    entered_s: float
+
+    def __iter__(self) -> Iterator[Stage]:
+        place, now_s = self.place, time.monotonic()
+        marks = (self.entered_s, place.queued_s, place.taken_s, place.computed_s, now_s)
+        for name, start_s, end_s in zip(("decode", "wait", "compute", "answer"), marks, marks[1:], strict=False):
+            # A request that was refused on its way has no later marks.
+            if start_s and end_s:
+                yield Stage(name, start_s, end_s)
+
+
 @dataclass(frozen=True)
 class Service:
     """The state that the routes share."""
 
     settings: Settings
-    models: Models
+    catalogue: Catalogue
     examples: Examples | None
     metrics: Metrics
     batcher: Batcher
     decoders: Decoders = field(default_factory=Decoders)
+    traces: Traces = field(default_factory=Traces)
+    repository: Repository = field(default_factory=lambda: Repository())
+
+    def note_models(self) -> None:
+        """Show the served models in the metrics."""
+        models = self.models
+        served = {(name, model.provider, model.digest) for name, model in models.items()}
+        self.metrics.note_models(served, models.rejected, len(models.broken))
+
+    @property
+    def models(self) -> Models:
+        """The models that are served now; a request reads it once."""
+        return self.catalogue.models
 
     @functools.cached_property
     def health(self) -> Health:
         """Faults of this process."""
         settings = self.settings
         stuck_s = settings.stuck_s or max(LEAST_STUCK_S, settings.deadline_s / 3.0)
-        return Health(self.models, settings.default_model, self.batcher, stuck_s)
+        return Health(self.catalogue, settings.default_model, self.batcher, stuck_s)
 
     async def ask(
         self, request: Request, accepted: Sequence[str], question_of: Callable[[Head, bytes], BodyQuestion[Result]]
@@ -79,6 +120,8 @@ class Service:
         head = read_head(request, accepted)
         limit = self.settings.max_body_bytes
         with self.place(request, head) as place:
+            if self.traces.tracer is not None:
+                request.scope[STAGES] = _Stages(place, time.monotonic())
             request.scope[ABANDON] = functools.partial(place.stop, ClientDisconnect)
             content = await read_body(request, head, limit, place)
             question = question_of(head, content)
@@ -86,7 +129,9 @@ class Service:
             if order is None:
                 return await self.batcher.ask(question, len(content), place)
             place.begin(len(content))
+            started_s = time.monotonic()
             async with self.decoders.decoded(order, content) as body:
+                self.metrics.stage_s["decode"].append(time.monotonic() - started_s)
                 question.take(body)
                 return await self.batcher.ask(question, len(content), place)
 
@@ -95,23 +140,23 @@ class Service:
         client = request.scope.get("client") or ("", 0)
         return self.batcher.place(min(self.settings.deadline_s, head.wait_s), client[0])
 
-    def order(self, kind: Kind, head: Head, query: Query, model: str) -> Order:
+    def order(self, models: Models, kind: Kind, head: Head, query: Query, model: str) -> Order:
         """Return how to decode a body.
 
         Args:
+            models: that the request can name.
             kind: route of the request.
             head: its headers.
             query: names and values, in order.
             model: name of the model, unless the options name another.
         """
         settings = self.settings
-        shapes = {name: classifier.input_shape for name, classifier in self.models.items()}
-        broken = {name: error.line for name, error in self.models.broken.items()}
-        return Order(kind, head, query, model, shapes, broken, settings.max_pixels, settings.max_batch)
+        return Order(kind, head, query, model, models.shapes, models.reasons, settings.max_pixels, settings.max_batch)
 
     def count(self, outcome: Outcome[Any]) -> None:
         """Count the images of an answer, and the abstentions among them."""
-        predictions, abstentions = self.metrics.predictions_of(outcome.classifier.name)
+        predictions, abstentions, radii = self.metrics.predictions_of(outcome.classifier.name)
+        radii.extend([prediction.radius for prediction in outcome.predictions])
         certified = [prediction.certified for prediction in outcome.predictions]
         predictions.inc(len(certified))
         if False in certified:
@@ -140,6 +185,11 @@ class ImageQuestion:
     head: Head
     content: bytes
     decoded: Decoded[Options] | None = None
+    models: Models = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take the models of this request."""
+        self.models = self.service.models
 
     def order(self) -> Order | None:
         """Return how a child process has to decode the body; null if this process decodes it."""
@@ -152,7 +202,7 @@ class ImageQuestion:
         if self.decoded is not None or self.is_batch or len(self.content) > AT_ONCE_BYTES:
             return self.decoded
         settings = self.service.settings
-        classifier = self.service.models.get(settings.default_model)
+        classifier = self.models.get(settings.default_model)
         if classifier is None or self.query or self.head.media_type in (JSON, FORM, NPY):
             body = decode_plain(self._order(), self.content)
             if body is not None:
@@ -173,11 +223,11 @@ class ImageQuestion:
     def take(self, body: DecodedBody) -> None:
         """Receive the decoded body."""
         assert isinstance(body.options, Options)
-        self.decoded = Decoded(self.service.models[body.model], body.pixels_NCHW, body.options)
+        self.decoded = Decoded(self.models[body.model], body.pixels_NCHW, body.options)
 
     def _order(self) -> Order:
         kind = "batch" if self.is_batch else "predict"
-        return self.service.order(kind, self.head, self.query, self.service.settings.default_model)
+        return self.service.order(self.models, kind, self.head, self.query, self.service.settings.default_model)
 
     def answer(self, outcome: Outcome[Options]) -> Reply:
         """Return the answer as JSON, or as an npy array of records; see `service.api.answers`."""

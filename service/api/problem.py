@@ -18,7 +18,8 @@ from service import errors
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:problem-type:lipcert:"
-_MOST_BYTES = 4096
+_MOST_BYTES = 4096 - 256
+"""Room for an identifier of the request is left of the 4 KiB."""
 _MOST_INSTANCE = 200
 
 STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
@@ -68,6 +69,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.ArtefactChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.ModelNotAvailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.ModelControlError: HTTPStatus.CONFLICT,
         errors.NotImplementedByServerError: HTTPStatus.NOT_IMPLEMENTED,
         errors.HttpVersionError: HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
         # These stop the server at start. In an answer, a check is missing.
@@ -141,6 +143,7 @@ def problem(
     instance: str | None = None,
     headers: Mapping[str, str] | None = None,
     error_member: bool = False,
+    request_id: str | None = None,
 ) -> Response:
     """Return an RFC 9457 response.
 
@@ -155,6 +158,7 @@ def problem(
         headers: further headers of the response.
         error_member: whether to repeat the detail in the extension member `error` (section 3.2), also where the
             instance is not one of `has_error_member`.
+        request_id: identifier of the request, for an answer that passes no middleware, which adds it to others.
     """
     body: dict[str, str | int] = {
         "type": type_uri,
@@ -166,6 +170,8 @@ def problem(
         error_member = error_member or has_error_member(instance)
         if len(instance) <= _MOST_INSTANCE:
             body["instance"] = instance
+    if request_id is not None:
+        body["request_id"] = request_id
     while True:
         if error_member:
             body["error"] = detail

@@ -8,6 +8,7 @@ from collections.abc import MutableMapping
 from http import HTTPStatus
 from typing import Any
 
+from service.api.metrics import reason_of, request_id_of
 from service.api.predict import Service
 from service.api.problem import last_bytes, problem_of
 from service.errors import OverloadedError
@@ -50,7 +51,12 @@ class Refusals:
         requests, duration_s = self._metrics.requests_of("POST", route, HTTPStatus.SERVICE_UNAVAILABLE)
         requests.inc()
         duration_s.observe(0.0)
-        return _answer(path, *refusal)
+        number = request_id_of(scope["headers"])
+        return _answer(path, *refusal).replace(b"\r\n", b"\r\nx-request-id: %s\r\n" % number.encode("ascii"), 1)
+
+    def refused(self, answer: bytes) -> None:
+        """Count a complete response that the application does not see."""
+        self._metrics.refusals_of(reason_of(answer, int(answer[9:12]))).inc()
 
 
 def _route_of(path: str) -> str | None:

@@ -121,7 +121,8 @@ def _add_models(router: APIRouter, service: Service) -> None:
     )
     async def show_model(name: str) -> Response:
         """One model: its proved bounds, its execution provider and its card."""
-        return _json(describe_in_full(service.models[name], default_model))
+        models = service.models
+        return _json(describe_in_full(models[name], default_model, models.rejected.get(name)))
 
     @router.get(
         "/models/{name}/samples/{n}",

@@ -372,7 +372,7 @@ class BrokenModel(_Answer):
 
     name: str
     reason: str
-    """Why its artefact could not be verified when the server started."""
+    """Why its artefact could not be verified."""
 
 
 class ModelsAnswer(_Answer):
@@ -394,6 +394,8 @@ class ModelAnswer(ModelSummary):
     """`card.json` of the artefact: data, loss, seed, accuracy, attacks, licence."""
     samples: list[ClassLabel]
     """True class of each image `GET /models/{name}/samples/{n}`, n from 0; empty where the artefact has no samples."""
+    rejected: str | None
+    """Why the newer version in the folder of models is not served; null where there is none."""
 
 
 class LiveAnswer(_Answer):
@@ -425,5 +427,7 @@ class Problem(BaseModel):
     detail: str
     instance: str | None = None
     """Path of the request."""
+    request_id: str | None = None
+    """`X-Request-ID` of the request, or the identifier that the server gave it."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)

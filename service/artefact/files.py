@@ -95,8 +95,8 @@ def check_digest(path: Path, found: str, verified: str) -> None:
     if found != verified:
         raise ArtefactError(
             path,
-            f"the file has the digest {found}; when the server started, it was {verified}, and only that was "
-            "proved. Put the file back, or start the server again.",
+            f"the file has the digest {found}; when it was verified, it was {verified}, and only that was "
+            "proved. Put the file back, or send SIGHUP to the server, which verifies and serves the new one.",
         )
 
 

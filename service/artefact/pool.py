@@ -8,12 +8,12 @@ server, even if it is killed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,8 @@ from service.errors import ArtefactError
 if TYPE_CHECKING:
     # At run time this module comes with the first findings: the pool starts before anything large is loaded.
     from service.artefact.findings import Findings
+
+_log = logging.getLogger(__name__)
 
 _MOST_PROCESSES = 4
 _ENVIRONMENT = {
@@ -187,7 +189,9 @@ def main(results: Sequence[int]) -> None:
     """
     from service.artefact.verification import verify
     from service.certificate.proof_limits import ProofLimits
+    from service.logs import start_logs
 
+    start_logs()
     others: list[int] = []
     status = 1
     try:
@@ -214,7 +218,7 @@ def main(results: Sequence[int]) -> None:
         # The server has ended already.
         pass
     except Exception:
-        traceback.print_exc()
+        _log.exception("a verifier failed")
     finally:
         _end(others, status)
 

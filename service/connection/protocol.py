@@ -62,6 +62,7 @@ class Connection(RequestReader):
     registry = Registry(RequestReader.limits)
     pacer = Pacer()
     refuse: Refuse = staticmethod(never)
+    refused: Callable[[bytes], None] = staticmethod(never)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -187,6 +188,7 @@ class Connection(RequestReader):
 
     def _write(self, answer: bytes) -> None:
         if not self.transport.is_closing():
+            self.refused(answer)
             if self.phase is not Phase.IDLE and self.scope.get("method") == "HEAD":
                 answer = answer[: answer.index(b"\r\n\r\n") + 4]
             status, _, rest = answer.partition(b"\r\n")
@@ -271,12 +273,15 @@ class Connection(RequestReader):
         self._unread_ticks = 0
 
 
-def connection_class(limits: ConnectionLimits, refuse: Refuse = never) -> type[Connection]:
+def connection_class(
+    limits: ConnectionLimits, refuse: Refuse = never, refused: Callable[[bytes], None] = never
+) -> type[Connection]:
     """Return the protocol class of the connections of one process.
 
     Args:
         limits: see `ConnectionLimits`.
         refuse: called with the ASGI scope of each request before a task is made for it.
+        refused: called with each complete response that the application does not see.
     """
     members = {
         "limits": limits,
@@ -284,5 +289,6 @@ def connection_class(limits: ConnectionLimits, refuse: Refuse = never) -> type[C
         "registry": Registry(limits),
         "pacer": Pacer(),
         "refuse": staticmethod(refuse),
+        "refused": staticmethod(refused),
     }
     return type("ServedConnection", (Connection,), members)

@@ -35,7 +35,8 @@
       │   ├─ UnknownLabelError
       │   ├─ TargetIsPredictedClassError
       │   ├─ CalibrationError            the model has no calibration for the wanted coverage or error
-      │   └─ NoveltyError                the model has no novelty model here
+      │   ├─ NoveltyError                the model has no novelty model here
+      │   └─ ModelControlError           a model cannot be loaded or unloaded as it is
       ├─ BusyError                       the request is valid, and the server has no capacity for it now
       │   ├─ OverloadedError
       │   ├─ TooManyConnectionsError
@@ -47,7 +48,7 @@
       │   └─ RateLimitError              more requests than the rate of a key or an address
       ├─ UnavailableError                the request is valid, and its model cannot answer before the operator acts
       │   ├─ ArtefactChangedError        its files are not those that were verified
-      │   └─ ModelNotAvailableError      it could not be verified when the server started
+      │   └─ ModelNotAvailableError      it could not be verified
       ├─ NotImplementedByServerError     a method, transfer coding or operation that this server does not have
       ├─ HttpVersionError                HTTP/2 or HTTP/3
       ├─ ArtefactError                   a file of an artefact is missing, damaged or cannot be proved
@@ -412,23 +413,27 @@ class UnavailableError(LipcertError):
 
 
 class ArtefactChangedError(UnavailableError):
-    """The files of a model are not those that were verified when the server started."""
+    """The files of a model are not those that were verified."""
 
     def __init__(self, name: str) -> None:
         super().__init__(
             f"the files of model {name!r} have changed since this server verified them, so it does not answer; the "
-            "operator can put them back, or start the server again"
+            "operator can put them back, or send SIGHUP to the server, which verifies and serves the new ones"
         )
 
 
 class ModelNotAvailableError(UnavailableError):
-    """A model in the folder of models could not be verified when the server started."""
+    """A model in the folder of models could not be verified."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"model {name!r} is not available: {reason} The operator can repair it and start the server again; GET "
+            f"model {name!r} is not available: {reason} The operator can repair it and send SIGHUP to the server; GET "
             "/models lists the models that answer"
         )
+
+
+class ModelControlError(InputError):
+    """A model cannot be loaded or unloaded, because of its artefact or of its role in this server."""
 
 
 class NotImplementedByServerError(LipcertError):

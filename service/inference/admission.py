@@ -322,6 +322,12 @@ class Place:
     """Which work is in progress; null while the body is read."""
     work_s: float = 0.0
     """Estimate of its work."""
+    queued_s: float = 0.0
+    """Clock `time.monotonic`; 0 before that."""
+    taken_s: float = 0.0
+    """The same, when a worker took it."""
+    computed_s: float = 0.0
+    """The same, when its results were complete."""
     _is_first: bool = False
     _began_s: float = 0.0
     _number: int = 0

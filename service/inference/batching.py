@@ -25,6 +25,7 @@ summation.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from service.inference.admission import Admission, Limits, Place
@@ -58,6 +59,7 @@ class Batcher:
         self.beats = self._workers.beats
         self.max_delay_s = limits.max_delay_s
         self._is_started = False
+        self._decode_s = metrics.stage_s["decode"]
 
     def ask(self, question: Question[Answer, Any], n_bytes: int, place: Place) -> asyncio.Future[Answer]:
         """Return the answer to a question, to be awaited within the place of its request.
@@ -73,12 +75,16 @@ class Batcher:
         """
         place.begin(n_bytes)
         loop = place.loop
-        request = Request(question, place, n_bytes, loop, loop.create_future(), loop.time(), question.decode_at_once())
-        self._queues.put(request)
+        started_s = time.monotonic()
+        decoded = question.decode_at_once()
+        place.queued_s = time.monotonic()
+        if decoded is not None:
+            self._decode_s.append(place.queued_s - started_s)
+        self._queues.put(Request(question, place, n_bytes, loop, future := loop.create_future(), loop.time(), decoded))
         if not self._is_started:
             self._is_started = True
             self._workers.start()
-        return request.future
+        return future
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Let the workers finish the batches in progress, and end them; requests that wait get `BusyError`.

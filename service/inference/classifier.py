@@ -74,8 +74,8 @@ class Prediction(NamedTuple):
     """Images from the one that was sent to the counterfactual; empty unless a request asks for it."""
     saliency: Saliency | None = None
     """The gradient of the margin; absent unless a request asks for it."""
-    novelty: Prediction | None = None
-    """Of the guard: class 0 is known, class 1 novel; absent unless a request asks for it."""
+    novelty: tuple[Classifier, Prediction] | None = None
+    """The guard and its prediction, class 0 known and class 1 novel; absent unless a request asks for it."""
 
 
 class Classifier:
@@ -109,8 +109,7 @@ class Classifier:
         self.card, self.name, self.files = card, card.name, files
         self.digest, self.card_digest = files.digests[MODEL_FILE], files.digests[CARD_FILE]
         self.labels, self.certificate, self.provider = tuple(card.labels), certificate, model.provider
-        self.input_shape = card.input.shape
-        self.samples = read_samples(files.folder, len(self.labels))
+        self.input_shape, self.samples = card.input.shape, read_samples(files.folder, len(self.labels))
         self._model, self._transport = model, transport
         self._views: dict[tuple[int, int, int], View] = {}
         served = self.name, self.digest, self.provider, len(self.labels), self.input_shape, certificate.logit_error
@@ -150,6 +149,7 @@ class Classifier:
         threads: int,
         limits: GpuLimits | None = None,
         signers: Signers | None = None,
+        content: bytes | None = None,
     ) -> Classifier:
         """Return the classifier of a verified artefact.
 
@@ -163,13 +163,12 @@ class Classifier:
             threads: as in `load`.
             limits: of each graph on a GPU.
             signers: keys of which one must have signed the card; default: no signature is read.
+            content: of `card.json`; default: it is read.
 
         Raises:
             ArtefactError: the findings report a fault, or the card is not signed or not about these graphs.
         """
-        content = read_file(folder / CARD_FILE)
-        if signers is not None:
-            signers.check(folder / CARD_FILE, content)
+        content = _signed(folder / CARD_FILE, content, signers)
         card = parse_card(folder / CARD_FILE, content)
         check_card(folder, card, findings)
         files = VerifiedFiles(folder, card.name, {MODEL_FILE: findings.digest, CARD_FILE: digest(content)})
@@ -362,6 +361,13 @@ class View:
             logits_NK = two_class_logits(logits_NK)
         gradient = gradient_NDAB.astype(np.float64)
         return logits_NK, gradient if self.preprocessing is None else self.preprocessing.adjoint(gradient)
+
+
+def _signed(path: Path, content: bytes | None, signers: Signers | None) -> bytes:
+    content = read_file(path) if content is None else content
+    if signers is not None:
+        signers.check(path, content)
+    return content
 
 
 def with_references(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from service.errors import BusyError, InputError
 from service.inference.classifier import Prediction
 from service.inference.jobs import Chunk, Request
 from service.inference.outcome import Outcome
+from service.metrics import Metrics
 from service.pixels.images import unit_images
 
 _SMALL_PIXELS = 256 * 1024
@@ -53,25 +55,30 @@ class Deliveries:
         expected = isinstance(error, InputError | BusyError)
         self._settled.append((request, None, error.with_traceback(None) if expected else error))
 
-    def send(self, python: threading.Lock) -> None:
+    def send(self, python: threading.Lock, metrics: Metrics) -> None:
         """Encode the answers of computed requests and hand all to the event loop.
 
         Args:
             python: held while answers are encoded, unless they are large: hashing and encoding large images mostly run
                 without the GIL.
+            metrics: told how long encoding takes.
         """
+        computed_s = time.monotonic()
         size = 0
         for request in self.computed:
             assert request.decoded is not None
             size += request.decoded.pixels_NCHW.size * (request.decoded.options.path or 1)
         with python if size <= _SMALL_PIXELS else contextlib.nullcontext():
             for request in self.computed:
+                request.place.computed_s = computed_s
                 try:
                     answer = request.question.answer(_outcome(request))
                 except Exception as error:
                     self.fail(request, error)
                 else:
                     self._settled.append((request, answer, None))
+        if self.computed:
+            metrics.stage_s["encode"].append(time.monotonic() - computed_s)
         by_loop: dict[asyncio.AbstractEventLoop, list[_Settled]] = {}
         for settled in self._settled:
             by_loop.setdefault(settled[0].loop, []).append(settled)

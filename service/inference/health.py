@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from service.inference.batching import Batcher
+from service.inference.catalogue import Catalogue
 from service.inference.classifier import Classifier
 from service.inference.heartbeats import LOAD_S, Beats, Pulse
 
@@ -33,7 +34,7 @@ class Health:
 
     def __init__(
         self,
-        models: Mapping[str, Classifier],
+        catalogue: Catalogue,
         default_model: str,
         batcher: Batcher,
         stuck_s: float,
@@ -42,22 +43,21 @@ class Health:
         """Find no fault yet.
 
         Args:
-            models: served models, by name.
+            catalogue: served models.
             default_model: name of the model whose self-check runs.
             batcher: whose workers are observed.
             stuck_s: seconds of silence after which a worker is stuck; it has faults after two fifths of them.
             clock: in seconds.
         """
         self.is_stopping = False
-        self._models = models
+        self._catalogue = catalogue
         self._default_model = default_model
         self._batcher = batcher
         self._stuck_s = stuck_s
         self._pulse = Pulse(batcher.beats, clock)
         self._untaken_s = 0.0
         """Seconds for which images have waited beside idle workers."""
-        default = models.get(default_model)
-        self._check = None if default is None else SelfCheck(default, batcher.beats)
+        self._check: SelfCheck | None = None
         self._check_due_s = 0.0
         """Seconds until the next self-check."""
 
@@ -72,22 +72,28 @@ class Health:
 
     def check(self) -> None:
         """Start the self-check of the default model if it is due and nothing is in progress."""
+        default = self._catalogue.models.get(self._default_model)
+        if self._check is None or self._check.classifier is not default:
+            # Of another version.
+            self._check = None if default is None else SelfCheck(default, self._batcher.beats)
+            self._check_due_s = 0.0
         if self._check is not None and self._check_due_s <= 0.0 and not self._batcher.beats:
             self._check_due_s = _CHECK_EVERY_S
             self._check.start()
 
     def faults(self) -> list[str]:
         """Return why the process is not ready, one sentence each; empty if it is."""
-        faults = self.fatal_faults()
+        faults, models = self.fatal_faults(), self._catalogue.models
         if self.is_stopping:
             faults.append("the server is stopping")
-        if self._default_model not in self._models:
+        if self._default_model not in models:
             faults.append(f"the default model {self._default_model} is not loaded; see the log of the start")
-        if any(classifier.is_lost for classifier in self._models.values()):
+        if any(classifier.is_lost for classifier in models.values()):
             faults.append("the GPU is lost; the server ends and has to be started again")
         faults += [
-            f"the files of model {name} have changed since they were verified; put them back, or start the server again"
-            for name, classifier in self._models.items()
+            f"the files of model {name} have changed since they were verified; put them back, or send "
+            "SIGHUP to serve the new ones"
+            for name, classifier in models.items()
             if classifier.files.have_changed
         ]
         slow_s = _NOT_READY * self._stuck_s
@@ -120,7 +126,7 @@ class SelfCheck:
             classifier: model to check.
             beats: receives the step of the check that can get stuck as a worker can.
         """
-        self._classifier = classifier
+        self.classifier = classifier
         self._beats = beats
         size = int(np.prod(classifier.input_shape))
         self._image_NCHW = np.linspace(0.0, 1.0, size).reshape(1, *classifier.input_shape)
@@ -143,7 +149,7 @@ class SelfCheck:
             _log.warning("self-check: passed again")
 
     def _find_fault(self) -> str | None:
-        classifier = self._classifier
+        classifier = self.classifier
         try:
             answer = self._answer()
             self._kept = self._kept or answer
@@ -159,9 +165,9 @@ class SelfCheck:
     def _answer(self) -> tuple[object, ...]:
         """Return all that is certified about one image, with the bits of the logits."""
         thread = threading.get_ident()
-        self._beats[thread] = time.monotonic(), "the self-check", 0.0 if self._classifier.is_warm else LOAD_S
+        self._beats[thread] = time.monotonic(), "the self-check", 0.0 if self.classifier.is_warm else LOAD_S
         try:
-            (prediction,) = self._classifier.predict(self._image_NCHW)
+            (prediction,) = self.classifier.predict(self._image_NCHW)
         finally:
             self._beats.pop(thread, None)
         return prediction.logits_K.tobytes(), *(value for value in prediction if not isinstance(value, np.ndarray))

@@ -29,11 +29,25 @@ class Models(dict[str, Classifier]):
 
     broken: dict[str, ArtefactError]
     """Models that could not be verified, by name."""
+    rejected: dict[str, str]
+    """Why a newer version of a served model is not served, by name."""
+    shapes: dict[str, tuple[int, int, int]]
+    """Channels, height and width of the images of each model."""
+    reasons: dict[str, str]
+    """Why models are broken, in one line, by name."""
 
-    def __init__(self, served: Mapping[str, Classifier], broken: Mapping[str, ArtefactError] | None = None) -> None:
-        """Store both by name."""
+    def __init__(
+        self,
+        served: Mapping[str, Classifier],
+        broken: Mapping[str, ArtefactError] | None = None,
+        rejected: Mapping[str, str] | None = None,
+    ) -> None:
+        """Store all by name."""
         super().__init__(sorted(served.items()))
         self.broken = dict(sorted((broken or {}).items()))
+        self.rejected = dict(rejected or {})
+        self.shapes = {name: classifier.input_shape for name, classifier in self.items()}
+        self.reasons = {name: error.line for name, error in self.broken.items()}
 
     def __missing__(self, name: str) -> Classifier:
         """Raise `ModelNotAvailableError` for a broken model, and `UnknownModelError` for another."""
@@ -90,7 +104,7 @@ def _load_all(
     settings: Settings, folders: Sequence[Path], pool: VerifierPool, provider: Resolved, signers: Signers | None
 ) -> Models:
     threads = threads_of(settings, usable_cpus())
-    limits = GpuLimits(settings.forward_batch or GpuLimits().batch, settings.gpu_memory_bytes)
+    limits = gpu_limits(settings)
     served: dict[str, Classifier] = {}
     broken: dict[str, ArtefactError] = {}
     # The default model first: it warms up while others are still being verified.
@@ -103,7 +117,7 @@ def _load_all(
                     folder / CARD_FILE, f"the name {classifier.name!r} is taken by another artefact; change one."
                 )
         except ArtefactError as error:
-            name = _name_of(folder)
+            name = name_of(folder)
             if settings.strict or name == settings.default_model:
                 raise
             broken[folder.name if name in served or name in broken else name] = error
@@ -114,7 +128,12 @@ def _load_all(
     return Models(served, broken)
 
 
-def _name_of(folder: Path) -> str:
+def gpu_limits(settings: Settings) -> GpuLimits:
+    """Return the limits of each graph on a GPU."""
+    return GpuLimits(settings.forward_batch or GpuLimits().batch, settings.gpu_memory_bytes)
+
+
+def name_of(folder: Path) -> str:
     """Return the name in the card, or that of the folder where the card is the fault."""
     try:
         return read_card(folder).name

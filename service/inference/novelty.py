@@ -41,17 +41,15 @@ def attach_guards(models: Mapping[str, Classifier], broken: Mapping[str, Artefac
             raise SettingsError(f"LIPCERT_NOVELTY_MODELS names {name!r}, which is no model of the folder")
     for name, classifier in models.items():
         wanted = asked.get(name, classifier.card.novelty_model)
-        if not wanted:
-            continue
-        fault = _fault(models, broken, wanted)
+        fault = _fault(models, broken, wanted) if wanted else None
+        classifier.guard = models[wanted] if wanted and fault is None else None
         if fault is None:
-            classifier.guard = models[wanted]
-        elif name in asked:
+            continue
+        if name in asked:
             raise SettingsError(f"LIPCERT_NOVELTY_MODELS: {name}={wanted}, and {fault}")
-        else:
-            # A copy of one model, as in a wheel, is no fault.
-            level = logging.WARNING if wanted in models or wanted in broken else logging.INFO
-            _log.log(level, "model %s is served without its novelty model: %s", name, fault)
+        # A copy of one model, as in a wheel, is no fault.
+        level = logging.WARNING if wanted in models or wanted in broken else logging.INFO
+        _log.log(level, "model %s is served without its novelty model: %s", name, fault)
 
 
 def _fault(models: Mapping[str, Classifier], broken: Mapping[str, ArtefactError], name: str) -> str | None:
@@ -97,5 +95,6 @@ def with_novelty(
     """
     if not predictions:
         return []
-    found = guard_of(classifier, image_NCHW.shape[1:]).predict(image_NCHW, resize=True)
-    return [one._replace(novelty=novelty) for one, novelty in zip(predictions, found, strict=True)]
+    guard = guard_of(classifier, image_NCHW.shape[1:])
+    found = guard.predict(image_NCHW, resize=True)
+    return [one._replace(novelty=(guard, novelty)) for one, novelty in zip(predictions, found, strict=True)]

@@ -123,7 +123,9 @@ class Passes:
             image_NCHW = unit_images([chunk.pixels_NCHW for chunk in chunks])
             expected_s = pace.fixed_s + pace.image_s * len(image_NCHW)
             self._beats[threading.get_ident()] = time.monotonic(), "a forward pass", expected_s
+            started_s = time.monotonic()
             predictions = first.view.predict(image_NCHW)
+            self._metrics.stage_s["forward"].append(time.monotonic() - started_s)
         except Exception as error:
             self._alone_or_fail(chunks, error, deliveries, self._predict)
             return
@@ -178,7 +180,9 @@ class Passes:
         beat()
         try:
             view = _PreemptibleView(chunks[0].view, self._predict_waiting, lambda: self._is_abandoned(chunks), beat)
+            started_s = time.monotonic()
             predictions = explain(view, [_predicted(chunk) for chunk in chunks])
+            self._metrics.stage_s["counterfactual"].append(time.monotonic() - started_s)
         except _AbandonedError:
             return
         except Exception as error:

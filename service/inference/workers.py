@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 from service.inference.admission import Limits
 from service.inference.deliveries import Deliveries
 from service.inference.heartbeats import Beats
-from service.inference.jobs import Batch, Chunk
+from service.inference.jobs import Batch, Chunk, Request
+from service.inference.outcome import Decoded
 from service.inference.passes import Passes
 from service.inference.queues import Queues
 from service.metrics import Metrics
@@ -32,6 +34,7 @@ class Workers:
         """
         self._limits = limits
         self._queues = queues
+        self._metrics = metrics
         self.beats: Beats = {}
         """The steps of the threads."""
         self._passes = Passes(limits, queues, metrics, self._compute_predictions, self.beats)
@@ -80,6 +83,7 @@ class Workers:
             batch = self._queues.take(searches)
             if batch is None:
                 return
+            self._note_taken(batch)
             is_small = batch.n_bytes <= _SMALL_BYTES
             chunks = self._decode(batch, deliveries) if is_small else []
         if not is_small:
@@ -96,7 +100,21 @@ class Workers:
             for request in {*batch.requests, *(chunk.request for chunk in [*chunks, *batch.searches])}:
                 deliveries.fail(request, error)
         self.beats[threading.get_ident()] = time.monotonic(), "answering", 0.0
-        deliveries.send(self._python)
+        deliveries.send(self._python, self._metrics)
+
+    def _note_taken(self, batch: Batch) -> None:
+        now_s, queue_s = time.monotonic(), self._metrics.stage_s["queue"]
+        for request in batch.requests:
+            # Once: a request can go back to the queue.
+            if not request.place.taken_s:
+                request.place.taken_s = now_s
+                queue_s.append(now_s - request.place.queued_s)
+
+    def _decoded(self, request: Request[Any]) -> Decoded[Any]:
+        started_s = time.monotonic()
+        decoded = request.question.decode()
+        self._metrics.stage_s["decode"].append(time.monotonic() - started_s)
+        return decoded
 
     def _decode(self, batch: Batch, deliveries: Deliveries) -> list[Chunk]:
         """Return the chunks to predict; requests beyond the limit of pixels go back to the queue."""
@@ -110,7 +128,7 @@ class Workers:
             if request.future.done():  # its deadline has passed, or its client is gone
                 continue
             try:
-                decoded = request.decoded or request.question.decode()
+                decoded = request.decoded or self._decoded(request)
                 decoded.check_path(self._limits.max_pixels)
                 first, *others = self._passes.split(request, decoded, decoded.view())
             except Exception as error:

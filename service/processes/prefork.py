@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 # A process that ended sooner is not replaced at once: its replacement would most likely end, too.
 _SHORT_S = 1.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
+_HANDLED = (*_STOPS, signal.SIGHUP)
 _LOOK_EVERY_S = 1.0
 _HANG_S = 10.0
 """Seconds without a beat after which a process is killed; later than its own watchdog."""
@@ -126,6 +127,8 @@ def serve_in_processes(
     grace_s: float,
     drain_s: float = 0.0,
     look: Callable[[], None] = lambda: None,
+    hang_up: Callable[[], None] = lambda: None,
+    descriptors: Callable[[], Sequence[int]] = list,
 ) -> None:
     """Run `serve` in a process for each socket and replace those that end, until SIGTERM or SIGINT; then end them all.
 
@@ -136,7 +139,9 @@ def serve_in_processes(
         serve: serves on one socket until SIGTERM and returns the exit status.
         grace_s: seconds from SIGTERM to SIGKILL of a process, beyond those of the drain.
         drain_s: seconds from SIGTERM until new connections are kept out; not after SIGINT.
-        look: called every second, and before a process starts; it may start no thread.
+        look: called every second, when a descriptor can be read, and before a process starts; it may start no thread.
+        hang_up: called after SIGHUP.
+        descriptors: wake this process when they can be read.
     """
     global _beats
     # Imported here: a server of one process needs `bind`, and not this.
@@ -161,7 +166,7 @@ def serve_in_processes(
         signal.set_wakeup_fd(-1)
         for stop_signal in _STOPS:
             signal.signal(stop_signal, _end_once)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         for descriptor in (held, stopping, stop):
             os.close(descriptor)
         for other in range(len(listeners)):
@@ -177,7 +182,7 @@ def serve_in_processes(
         process = context.Process(target=run, args=(number,), name=f"server-{number}")
         started_s[number] = time.monotonic()
         # Before the new process has its own handlers, a signal to it would reach the pipe of this process.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         try:
             process.start()
         except OSError as error:
@@ -187,7 +192,7 @@ def serve_in_processes(
             running[number] = process
             watch.add(number)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
     def replace(number: int) -> None:
         process = running.pop(number)
@@ -198,8 +203,8 @@ def serve_in_processes(
 
     signal.set_wakeup_fd(stop, warn_on_full_buffer=False)
     try:
-        for stop_signal in _STOPS:
-            signal.signal(stop_signal, _do_nothing)
+        for handled in _HANDLED:
+            signal.signal(handled, _do_nothing)
         while True:
             look()
             now_s = time.monotonic()
@@ -208,11 +213,15 @@ def serve_in_processes(
                 start(number)
             left_s = max(0.0, min(due_s.values()) - time.monotonic()) if due_s else _LOOK_EVERY_S
             left_s = min(left_s, _LOOK_EVERY_S)
-            ready = wait([stopping, *(process.sentinel for process in running.values())], left_s)
+            sentinels = [process.sentinel for process in running.values()]
+            ready = wait([stopping, *descriptors(), *sentinels], left_s)
             if stopping in ready:
-                if signal.SIGTERM not in os.read(stopping, 1024):
-                    drain_s = 0.0
-                return
+                signals = os.read(stopping, 1024)
+                if any(stop_signal in signals for stop_signal in _STOPS):
+                    if signal.SIGTERM not in signals:
+                        drain_s = 0.0
+                    return
+                hang_up()
             for number in watch.hung(running):
                 _log.error("server process %s hangs and is killed", running[number].pid)
                 running[number].kill()

@@ -76,6 +76,7 @@ class Server(uvicorn.Server):
         connections: type[Connection] | None = None,
         tls: ssl.SSLContext | None = None,
         trusted_proxies: Sequence[str] = (),
+        follow: Callable[[], None] = lambda: None,
     ) -> None:
         """Configure uvicorn.
 
@@ -87,6 +88,7 @@ class Server(uvicorn.Server):
             connections: class of the connections, see `connection_class`; default: with its default limits.
             tls: serves HTTPS.
             trusted_proxies: addresses and networks whose X-Forwarded-For names the client.
+            follow: called ten times a second, on the event loop; changes the models.
         """
         super().__init__(
             uvicorn.Config(
@@ -107,6 +109,7 @@ class Server(uvicorn.Server):
         )
         self._service: Service | None = getattr(getattr(app, "state", None), "service", None)
         self._is_lost = is_lost
+        self._follow = follow
         self._ending = ending or Ending()
         self._watchdog = Watchdog(_HANG_S, STUCK_STATUS)
         self._end_at_s: float | None = None
@@ -122,6 +125,12 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return whether the server has to end; uvicorn calls this ten times a second."""
         self._beat()
+        self._follow()
+        if self._service is not None:
+            metrics, state = self._service.metrics, self.server_state
+            metrics.flush()
+            metrics.connections.set(len(state.connections))
+            metrics.in_progress.set(len(state.tasks))
         if self._end_at_s is None and self._is_lost():
             _log.error("a GPU was lost: /health/ready is 503, and the server ends with status %d", DEVICE_LOST_STATUS)
             # A worker may wait for the device forever, and the application for that worker.

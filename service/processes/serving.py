@@ -18,6 +18,7 @@ import gc
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -25,12 +26,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service import __version__
 from service.artefact.pool import VerifierPool
 from service.errors import ArtefactChangedError, SettingsError
+from service.logs import use_format
 from service.runtime.cpus import usable_cpus
 
 if TYPE_CHECKING:
     from service.access.certificate import Certificate
+    from service.access.keys import KeyRing
+    from service.inference.catalogue import Catalogue, Order, State
+    from service.processes.following import Follower
     from service.settings import Settings
 
 _log = logging.getLogger("service")
@@ -50,6 +56,7 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
     """
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
+    use_format(settings.log_format)
     from service.processes.prefork import bind, listen, serve_in_processes
     from service.processes.stopping import refuse_waiting
 
@@ -60,7 +67,8 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
         first = stack.enter_context(bind(settings.host, settings.port))
         if settings.processes > 1:
             _share_counters(stack, settings.processes)
-        serve, look = _loaded(settings, pool, certificate)
+        serve, chores = _loaded(settings, pool, certificate)
+        stack.callback(chores.close)
         listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
         host, port = first.getsockname()[:2]
         scheme = "http" if certificate is None else "https"
@@ -82,7 +90,7 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
 
         # Beside the open requests: the end of the listeners, the last answers, and the end of the process.
         grace_s = settings.grace_s + 2 * LAST_S
-        serve_in_processes(listeners, serve, grace_s, settings.drain_s, look)
+        serve_in_processes(listeners, serve, grace_s, settings.drain_s, chores.look, chores.hang_up, chores.descriptors)
     # Signals do nothing here. The interpreter would restore them before it ends, and one more would end the process
     # with another status.
     logging.shutdown()
@@ -91,12 +99,9 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
 
 def _loaded(
     settings: Settings, pool: VerifierPool, certificate: Certificate | None
-) -> tuple[Callable[[socket.socket], int], Callable[[], None]]:
-    """Load the models and return two functions.
-
-    The first serves on a socket, in this process or in one forked from it. The second reads files again that may have
-    changed, so that a fork inherits their content.
-    """
+) -> tuple[Callable[[socket.socket], int], Chores]:
+    """Load the models; return a function that serves on a socket, in this process or in one forked from it, and what
+    this process does besides."""
     from service.artefact.card import artefact_folders
 
     folders = artefact_folders(settings.models, settings.default_model)
@@ -105,10 +110,13 @@ def _loaded(
     from service.api.app import create_app
     from service.connection.limits import limits_of
     from service.connection.protocol import connection_class
+    from service.inference.catalogue import Catalogue
     from service.inference.loading import load_classifiers
+    from service.processes.following import Follower
     from service.processes.prefork import beat, own_number
     from service.processes.server import Ending, Server
     from service.settings import list_of, threads_of
+    from service.tracing import tracer_of
 
     with pool:
         access = access_of(settings)
@@ -118,22 +126,29 @@ def _loaded(
             # A replacement goes on counting in the files of its predecessor.
             values.ValueClass = values.MultiProcessValue(own_number)  # type: ignore[assignment]
         classifiers = load_classifiers(settings, pool, folders)
+    catalogue = Catalogue(classifiers, settings)
+    chores = Chores(catalogue, settings, None if access is None else access.keys)
     # The application runs the default model for its examples.
     inherited = (
-        create_app(settings, classifiers, access=access)
+        create_app(settings, classifiers, access=access, catalogue=catalogue)
         if threads_of(settings, usable_cpus()).run_before_fork
         else None
     )
 
     def is_lost() -> bool:
-        return any(classifier.is_lost for classifier in classifiers.values())
+        return any(classifier.is_lost for classifier in catalogue.models.values())
 
     def serve(listener: socket.socket) -> int:
         if settings.processes > 1:
             # Not inherited: threads, and pages that are written to. Requests are told of files that have changed since.
             with contextlib.suppress(ArtefactChangedError):
-                classifiers[settings.default_model].warm_up()
-        app = inherited or create_app(settings, classifiers, access=access)
+                catalogue.models[settings.default_model].warm_up()
+        app = inherited or create_app(settings, catalogue.models, access=access, catalogue=catalogue)
+        follower = Follower(catalogue, chores.read, chores.send, app.state.service.note_models)
+        app.state.service.repository.ask = follower.ask
+        app.state.service.traces.tracer = tracer = tracer_of(__version__)
+        # A process may have started with other models than its application.
+        app.state.service.note_models()
         # A predecessor may have ended with some.
         app.state.service.metrics.waiting.set(0)
         server = Server(
@@ -141,17 +156,100 @@ def _loaded(
             settings.log_level,
             is_lost,
             Ending(settings.drain_s, settings.grace_s, settings.processes == 1, beat),
-            connections=connection_class(limits_of(settings), app.state.refuse),
+            connections=connection_class(limits_of(settings), app.state.refuse, app.state.refused),
             tls=None if certificate is None else certificate.context(),
             trusted_proxies=list_of(settings.trusted_proxies),
+            follow=chores.followed_by(follower),
         )
-        return server.serve_on(listener)
+        try:
+            return server.serve_on(listener)
+        finally:
+            if tracer is not None:
+                tracer.close()
 
-    def look() -> None:
-        if access is not None and access.keys is not None:
-            access.keys.refresh()
+    return serve, chores
 
-    return serve, look
+
+class Chores:
+    """What the leading process does besides serving: it reads keys and models again, so that a fork inherits them.
+
+    Several processes have a parent, which leads them; a server of one process leads itself.
+    """
+
+    def __init__(self, catalogue: Catalogue, settings: Settings, keys: KeyRing | None) -> None:
+        """Start nothing."""
+        from service.processes.reloads import Board, Leader, Orders
+
+        self._keys = keys
+        self._catalogue = catalogue
+        self._state: State | None = None
+        self._board = Board() if settings.processes > 1 else None
+        self._orders = Orders() if settings.processes > 1 else None
+        self._follower: Follower | None = None
+        self._leader = Leader(
+            catalogue, settings, self._publish, lambda: self._follower is None or not self._follower.is_busy
+        )
+
+    def followed_by(self, follower: Follower) -> Callable[[], None]:
+        """Return what a serving process calls several times a second; one that serves alone also leads."""
+        if self._board is not None:
+            return follower.look
+        self._follower = follower
+        signal.signal(signal.SIGHUP, lambda *_: self.hang_up())
+
+        def lead_and_follow() -> None:
+            follower.look()
+            self._leader.step()
+
+        return lead_and_follow
+
+    def look(self) -> None:
+        """Read keys again, and go on with orders; starts no thread."""
+        if self._keys is not None:
+            self._keys.refresh()
+        if self._orders is not None:
+            for order in self._orders.received():
+                self._leader.ask(order)
+        self._leader.step()
+
+    def descriptors(self) -> list[int]:
+        """Return what can be read when there is something to look at."""
+        return [*self._leader.descriptors, *([] if self._orders is None else [self._orders.descriptor])]
+
+    def hang_up(self) -> None:
+        """Read the folder of models again."""
+        from service.inference.catalogue import Order
+
+        self._leader.ask(Order("reload"))
+
+    def send(self, order: Order) -> bool:
+        """Hand an order to the leader, from any process; return whether there is room for it."""
+        if self._orders is not None:
+            return self._orders.send(order)
+        self._leader.ask(order)
+        return True
+
+    def read(self) -> State | None:
+        """Return the state if it is a new one for this process."""
+        if self._board is not None:
+            return self._board.read()
+        state, self._state = self._state, None
+        return state
+
+    def close(self) -> None:
+        """End what runs beside the server."""
+        self._leader.close()
+
+    def _publish(self, state: State) -> None:
+        if self._board is None:
+            self._state = state
+            return
+        # A fork inherits both, or neither.
+        if state.is_reading:
+            self._catalogue.retain()
+        else:
+            self._catalogue.follow(state, warms=False)
+        self._board.write(state)
 
 
 def _certificate_of(settings: Settings) -> Certificate | None:

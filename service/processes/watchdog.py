@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 
+from service.logs import line_of
+
 _LOOK_EVERY_S = 1.0
 
 
@@ -44,7 +46,7 @@ class Watchdog(threading.Thread):
             silent_s, before = 0.0 if self._beats != before else silent_s + _LOOK_EVERY_S, self._beats
             if silent_s >= self._limit_s:
                 # Not the log: the event loop may hang with its lock.
-                text = f"ERROR {__name__}: the event loop hangs; the process ends with status {self._status}\n"
-                os.write(sys.stderr.fileno(), text.encode())
+                text = line_of("ERROR", __name__, f"the event loop hangs; the process ends with status {self._status}")
+                os.write(sys.stderr.fileno(), f"{text}\n".encode())
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(self._status)

@@ -20,6 +20,7 @@ from process_table import children_of, is_running
 ARTEFACT_SLACK_S = 6.0
 """The server looks at the files every second; a busy machine, later."""
 _PAUSE_S = 2.0
+_READ_S = 60.0
 _HANGS_S = 10.0
 """Silence after which the parent kills a process."""
 
@@ -40,7 +41,7 @@ class Target:
     @property
     def processes(self) -> list[int]:
         """Server processes that run."""
-        return [pid for pid in children_of(self.parent) if is_running(pid)]
+        return [pid for pid in children_of(self.parent) if is_running(pid) and not _reads(pid)]
 
 
 class Disturbances:
@@ -78,6 +79,8 @@ class Disturbances:
             "SIGSTOP and SIGCONT of a decoder": self.pause_decoder,
             "artefact changed": self.change_artefact,
             "artefact changed, process killed": self.change_artefact_and_kill,
+            "SIGHUP": self.hang_up,
+            "SIGHUP, artefact damaged": self.hang_up_damaged,
             "keys rotated": self.rotate_keys,
             "keys rotated, damaged, process killed": self.damage_keys,
             "flood": self.flood,
@@ -146,6 +149,8 @@ class Disturbances:
                         file.write_bytes(damaged)
                     else:
                         _replace(file, damaged)
+                    # A change counts when it is met again, a second later.
+                    await _pause()
                     await (meanwhile or _pause)()
                 finally:
                     _replace(file, whole)
@@ -153,6 +158,41 @@ class Disturbances:
     async def change_artefact_and_kill(self) -> None:
         """Kill a process while a file differs: its replacement must not serve the file."""
         await self.change_artefact(self.kill)
+
+    async def hang_up(self) -> None:
+        """Have the folder of models read again and again, though nothing has changed."""
+        async with self._files:
+            for _ in range(3):
+                _signal(self._target.parent, signal.SIGHUP)
+                await asyncio.sleep(0.3)
+            await self._read_again()
+
+    async def hang_up_damaged(self) -> None:
+        """Have a damaged artefact read: the verified version goes on, also in a replacement of its process."""
+        async with self._files:
+            folder = self._random.choice(sorted(path for path in self._target.models.iterdir() if path.is_dir()))
+            file = folder / self._random.choice(("model.onnx", "card.json"))
+            whole = file.read_bytes()
+            _replace(file, whole[: len(whole) // 2])
+            try:
+                await self._read_again()
+                await self.kill()
+                await asyncio.sleep(_PAUSE_S)
+            finally:
+                _replace(file, whole)
+                await self._read_again()
+
+    async def _read_again(self) -> None:
+        """Send SIGHUP, and wait until the folder has been read."""
+        _signal(self._target.parent, signal.SIGHUP)
+        until_s = time.monotonic() + _READ_S
+        quiet_s = time.monotonic() + _PAUSE_S
+        # A second reading follows the first, and then every process.
+        while time.monotonic() < quiet_s:
+            if _is_reading(self._target.parent):
+                assert time.monotonic() < until_s, "the folder of models is not read to its end"
+                quiet_s = time.monotonic() + _PAUSE_S
+            await asyncio.sleep(0.1)
 
     async def rotate_keys(self, meanwhile: Callable[[], Awaitable[None]] | None = None) -> None:
         """Revoke a key for a while."""
@@ -273,6 +313,18 @@ def _replace(file: Path, content: bytes) -> None:
     new = file.with_name(f".{file.name}.new")
     new.write_bytes(content)
     new.replace(file)
+
+
+def _is_reading(parent: int) -> bool:
+    """Return whether the process that reads the folder of models runs."""
+    return any(map(_reads, children_of(parent)))
+
+
+def _reads(pid: int) -> bool:
+    """Return whether this process reads the folder of models, and is no server process."""
+    with contextlib.suppress(OSError):
+        return b"service.artefact.rereading" in (Path("/proc") / str(pid) / "cmdline").read_bytes()
+    return False
 
 
 def _client_ports(pid: int, port: int) -> frozenset[int]:

@@ -151,7 +151,8 @@ def _post(
     has_rotating_key: bool = False,
 ) -> Exchange:
     head = (
-        f"POST {target} HTTP/1.1\r\nHost: a\r\nX-API-Key: {key}\r\nContent-Type: {content_type}\r\n{more}"
+        f"POST {target} HTTP/1.1\r\nHost: a\r\nX-Request-ID: 1\r\nX-API-Key: {key}\r\n"
+        f"Content-Type: {content_type}\r\n{more}"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return Exchange(name, head.encode(), body, weight, has_rotating_key)
@@ -159,7 +160,9 @@ def _post(
 
 def _get(name: str, target: str, key: str | None, weight: float, method: str = "GET") -> Exchange:
     of_key = "" if key is None else f"X-API-Key: {key}\r\n"
-    return Exchange(name, f"{method} {target} HTTP/1.1\r\nHost: a\r\n{of_key}\r\n".encode(), b"", weight)
+    return Exchange(
+        name, f"{method} {target} HTTP/1.1\r\nHost: a\r\nX-Request-ID: 1\r\n{of_key}\r\n".encode(), b"", weight
+    )
 
 
 def _form(file: bytes, n: int) -> bytes:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
 
-from service.logs import FORMAT, BoundedFormatter, RateFilter, limit_logs
+from service.logs import FORMAT, BoundedFormatter, JsonFormatter, RateFilter, limit_logs, request_id
 
 
 class Clock:
@@ -92,3 +94,45 @@ def test_every_handler_of_the_root_is_limited(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(100):
         logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
     assert 0 < len(handler.stream.getvalue().splitlines()) <= 61
+
+
+@pytest.fixture
+def objects() -> Iterator[tuple[logging.Logger, io.StringIO]]:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logger = logging.Logger("some")
+    logger.addHandler(handler)
+    yield logger, stream
+    handler.close()
+
+
+def test_a_json_line_is_one_object_whatever_is_in_the_message(objects: tuple[logging.Logger, io.StringIO]) -> None:
+    logger, stream = objects
+    token = request_id.set('a"b')
+    try:
+        raise ValueError("\n{}" * 10_000)
+    except ValueError:
+        logger.exception("GET %s", '/x\r\n{"level": "forged"}\x1b[31m\u2028' + "y" * 100_000)
+    finally:
+        request_id.reset(token)
+    logger.info("done")
+    text = stream.getvalue()
+    assert text.isascii()
+    failure, done = map(json.loads, text.splitlines())
+    assert failure["level"] == "ERROR"
+    assert failure["logger"] == "some"
+    assert failure["message"].startswith('GET /x\r\n{"level": "forged"}\x1b[31m')
+    assert failure["request_id"] == 'a"b'
+    assert "ValueError" in failure["exception"] or len(failure["exception"]) <= 4003
+    assert len(text) < 40_000
+    assert set(done) == {"time", "level", "logger", "message", "process"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", done["time"])
+
+
+def test_a_text_line_about_a_request_names_it(logged: tuple[logging.Logger, io.StringIO, Clock]) -> None:
+    logger, stream, _ = logged
+    token = request_id.set("abc")
+    logger.error("failed")
+    request_id.reset(token)
+    assert stream.getvalue() == "ERROR some: failed (request abc)\n"

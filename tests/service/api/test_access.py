@@ -54,13 +54,13 @@ SCOPES = {
         for end in ("", "/ready", "/config", "/stats", "/infer", "/explain")
     },
     "/v2/models/stats": PREDICT,
-    "/v2/repository/models/{name}/load": ADMIN,
-    "/v2/repository/models/{name}/unload": ADMIN,
     "/v1/models": PREDICT,
     "/v1/models/{name}": PREDICT,
     "/v1/models/{name}:predict": PREDICT,
     "/v1/models/{name}:explain": PREDICT,
     "/metrics": METRICS,
+    "/v2/repository/models/{name}/load": ADMIN,
+    "/v2/repository/models/{name}/unload": ADMIN,
 }
 """Scope of every route. A new route belongs here and into `service.api.access`."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")

@@ -23,13 +23,15 @@ from PIL import Image
 from service.api.answers import in_records, in_words, radius_in_grey_levels
 from service.api.app import create_app
 from service.api.body import Head, prefers_npy
-from service.api.predict import ImageQuestion, Models, Service
+from service.api.predict import ImageQuestion, Service
 from service.api.schema import BatchAnswer, Options, PredictAnswer
 from service.errors import Base64Error
 from service.inference.admission import Limits
 from service.inference.batching import Batcher
+from service.inference.catalogue import Catalogue
 from service.inference.classifier import Classifier, Prediction
 from service.inference.counterfactual import Counterfactual
+from service.inference.loading import Models
 from service.inference.outcome import Outcome
 from service.metrics import Metrics
 from service.pixels.images import decode_image
@@ -37,6 +39,7 @@ from service.settings import Settings
 
 NPY = {"Accept": "application/x-npy"}
 IMAGE = {"Content-Type": "image/png"}
+SETTINGS = Settings(default_model="grey")
 
 
 def text(data: bytes) -> str:
@@ -164,7 +167,7 @@ def outcome(classifier: Classifier, predictions: Sequence[Prediction], epsilon: 
 @pytest.fixture(scope="module")
 def service(classifiers: Mapping[str, Classifier]) -> Service:
     metrics = Metrics()
-    return Service(Settings(default_model="grey"), Models(classifiers), None, metrics, Batcher(Limits(), metrics))
+    return Service(SETTINGS, Catalogue(Models(classifiers), SETTINGS), None, metrics, Batcher(Limits(), metrics))
 
 
 def question(

@@ -54,7 +54,7 @@ def test_a_file_that_has_changed_since_it_was_verified_is_not_read(tmp_path: Pat
     verified = digest(b"graph")
     assert read_verified(path, verified) == b"graph"
     path.write_bytes(b"other")
-    with pytest.raises(ArtefactError, match=f"digest {digest(b'other')}; when the server started, it was {verified}"):
+    with pytest.raises(ArtefactError, match=f"digest {digest(b'other')}; when it was verified, it was {verified}"):
         read_verified(path, verified)
     path.unlink()
     with pytest.raises(ArtefactError, match="missing"):

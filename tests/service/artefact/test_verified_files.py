@@ -128,7 +128,7 @@ def test_a_model_that_is_read_again_is_the_verified_one_or_none(
 
 def test_a_thread_looks_at_the_files(files: VerifiedFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verified_files, "_EVERY_S", 0.001)
-    with watched([files]):
+    with watched(lambda: [files]):
         (files.folder / CARD_FILE).unlink()
         end = time.monotonic() + 30.0
         while not files.have_changed and time.monotonic() < end:

@@ -206,8 +206,15 @@ def loop() -> Iterator[Loop]:
     loop.close()
 
 
+@dataclass
+class Served:
+    """A catalogue."""
+
+    models: dict[str, Model]
+
+
 def health_of(model: Model, batcher: Batcher, clock: Clock) -> Health:
-    return Health({"model": model}, "model", batcher, _STUCK_S, clock)
+    return Health(Served({"model": model}), "model", batcher, _STUCK_S, clock)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +305,7 @@ def test_a_server_that_is_stopping_or_lost_or_without_its_model_is_not_ready_and
     health = health_of(model, batcher, Clock())
     health.is_stopping = True
     assert health.faults() == ["the server is stopping"]
-    (fault,) = Health({}, "model", batcher, _STUCK_S).faults()
+    (fault,) = Health(Served({}), "model", batcher, _STUCK_S).faults()
     assert fault.startswith("the default model model is not loaded")
 
     class Lost(Model):
