@@ -243,8 +243,6 @@ def test_the_index_lists_all_models(client: Client) -> None:
     [
         ("GET", "/v2/models/stats", 501),
         ("GET", "/v2/models/grey/stats", 501),
-        ("POST", "/v2/repository/models/grey/load", 501),
-        ("POST", "/v2/repository/models/grey/unload", 501),
         ("GET", "/v2/trace/setting", 404),
         ("GET", "/v2/logging", 404),
         ("GET", "/v2/systemsharedmemory/status", 404),

@@ -130,8 +130,10 @@ class Options:
     epsilon: float | None = None
     coverage: float | None = None
     max_error: float | None = None
-    min_radius: float | None = None
+    strength: float = 1.0
+    path: int | None = None
     saliency: bool = False
+    novelty: bool = False
 
 
 @dataclass

@@ -54,7 +54,9 @@ def test_the_decision_is_the_guard_s_own_about_the_image_as_sent(models: Models,
     for found, without, expected in zip(outcome.predictions, plain.predictions, guard, strict=True):
         assert without.novelty is None
         assert found.novelty is not None
-        assert (found.novelty.class_id, found.novelty.radius) == (expected.class_id, expected.radius)
+        guard, novelty = found.novelty
+        assert guard is models["guard"]
+        assert (novelty.class_id, novelty.radius) == (expected.class_id, expected.radius)
         assert found._replace(novelty=None)[:1] == without[:1]
         assert found.radius == without.radius
 
@@ -66,12 +68,13 @@ def test_nothing_within_the_radius_changes_the_decision(models: Models) -> None:
     tried = 0
     for image_CHW, prediction in zip(image_NCHW, predictions, strict=True):
         assert prediction.novelty is not None
+        _, novelty = prediction.novelty
         for _ in range(20):
             step_CHW = random.normal(size=image_CHW.shape)
-            moved = np.clip(image_CHW + 0.999 * prediction.novelty.radius * step_CHW / np.linalg.norm(step_CHW), 0, 1)
+            moved = np.clip(image_CHW + 0.999 * novelty.radius * step_CHW / np.linalg.norm(step_CHW), 0, 1)
             (found,) = models["guard"].predict(moved[None], resize=True)
-            assert found.class_id == prediction.novelty.class_id
-            tried += prediction.novelty.certified
+            assert found.class_id == novelty.class_id
+            tried += novelty.certified
     assert tried > 100
 
 
