@@ -50,6 +50,9 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--saliency", action="store_true", help="gradient of the deciding margin, in the answers of --jsonl"
     )
+    parser.add_argument(
+        "--novelty", action="store_true", help="ask the novelty model whether an image is unlike those of the training"
+    )
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the counterfactuals there, as PNG files")
     parser.add_argument(
         "--proof", choices=["fast", "best"], help="best: prove a larger radius at reference images; default: fast"

@@ -122,10 +122,14 @@ def _output(chosen: argparse.Namespace) -> tuple[str, Path | None]:
     return given[0] if given else ("", None)
 
 
+_EXTRAS = ("saliency", "novelty")
+"""Options that are sent where they are asked for: an older server does not know them."""
+
+
 def _options(chosen: argparse.Namespace) -> dict[str, Any]:
-    named = ("counterfactual", "resize", "proof", "epsilon", "strength", "path", "saliency", "background")
+    named = ("counterfactual", "resize", "proof", "epsilon", "strength", "path", "saliency", "novelty", "background")
     given = {name: getattr(chosen, name) for name in named}
-    return {name: value for name, value in given.items() if value is not None and (name != "saliency" or value)}
+    return {name: value for name, value in given.items() if value is not None and (name not in _EXTRAS or value)}
 
 
 @contextlib.contextmanager
@@ -163,8 +167,11 @@ def _run(chosen: argparse.Namespace, files: Sequence[Path], source: Source) -> i
     if out is not None:
         write_atomically(out, lambda file: WRITERS[kind](file, rows()))
     else:
-        names = [str(file) for file in files]
-        table = Table(sys.stdout, names, source.about.labels, chosen.epsilon is not None, chosen.counterfactual)
+        names, shown = (
+            [str(file) for file in files],
+            (chosen.epsilon is not None, chosen.counterfactual, chosen.novelty),
+        )
+        table = Table(sys.stdout, names, source.about.labels, *shown)
         for row in rows():
             table.add(row)
     sys.stdout.write(f"{_summary(count, chosen.min_radius)}\n{_caution(source.about)}\n")

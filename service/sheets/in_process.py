@@ -42,9 +42,12 @@ class InProcess:
         try:
             settings = read_settings()
             folder = artefact_folders(settings.models, settings.default_model)[0] if model is None else model
-            name = read_card(folder).name
+            card = read_card(folder)
+            name, folders = card.name, [folder]
+            if options.novelty and card.novelty_model:
+                folders.append(folder.parent / card.novelty_model)
             settings = settings.model_copy(update={"models": folder.parent, "default_model": name})
-            self._classifier = load_classifiers(settings, folders=[folder])[name]
+            self._classifier = load_classifiers(settings, folders=folders)[name]
         except LipcertError as error:
             raise SourceError(str(error)) from error
         self._settings, self._options = settings, options

@@ -47,6 +47,8 @@ COLUMNS: dict[str, str] = {
     "counterfactual_distance": "float64",
     "counterfactual_reached": "bool",
     "counterfactual_file": "string",
+    "novel": "bool",
+    "novelty_radius": "float64",
 }
 """Names and types of the columns of a flat file; every value but `file` may be absent."""
 
@@ -67,6 +69,8 @@ def flat(row: Row) -> dict[str, Any]:
     values |= {"image_digest": answer.image.digest, "resized": answer.image.resized}
     if counterfactual is not None:
         values |= {f"counterfactual_{name}": getattr(counterfactual, name) for name in ("label", "distance", "reached")}
+    if answer.novelty is not None:
+        values |= {"novel": answer.novelty.novel, "novelty_radius": answer.novelty.radius}
     if row.counterfactual_file is not None:
         values["counterfactual_file"] = text_of(row.counterfactual_file)
     return values

@@ -25,7 +25,15 @@ _WIDEST = 60
 class Table:
     """Aligned columns on a terminal."""
 
-    def __init__(self, out: TextIO, files: Sequence[str], labels: Sequence[str], with_epsilon: bool, with_other: bool):
+    def __init__(
+        self,
+        out: TextIO,
+        files: Sequence[str],
+        labels: Sequence[str],
+        with_epsilon: bool,
+        with_other: bool,
+        with_novelty: bool,
+    ):
         """Write the head.
 
         Args:
@@ -34,6 +42,7 @@ class Table:
             labels: those of the model, likewise.
             with_epsilon: whether there is a column `robust`.
             with_other: whether there are columns about counterfactuals.
+            with_novelty: whether there is a column `novel`.
         """
         file = min(_WIDEST, max([len("file"), *map(_width, files)]))
         label = max(len("runner-up"), *map(_width, labels))
@@ -43,6 +52,8 @@ class Table:
             self._columns["robust"] = -6
         if with_other:
             self._columns |= {"other": -label, "distance": 10}
+        if with_novelty:
+            self._columns["novel"] = -5
         self._line(dict(zip(self._columns, self._columns, strict=True)))
 
     def add(self, row: Row) -> None:
@@ -64,6 +75,8 @@ class Table:
                 "other": counterfactual.label if counterfactual.reached else "not found",
                 "distance": f"{counterfactual.distance:.4f}" if counterfactual.reached else "",
             }
+        if row.answer.novelty is not None:
+            cells["novel"] = "yes" if row.answer.novelty.novel else "no"
         self._line(cells)
 
     def _line(self, cells: dict[str, str]) -> None:

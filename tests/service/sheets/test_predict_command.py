@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from client import HEIGHT, WIDTH
 from commands import Result, run_command
+from guards import write_guarded
 from live_server import LiveServer
 from PIL import Image
 from process_table import wait_until
@@ -78,6 +79,20 @@ def predict(*words: object) -> Result:
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_novelty_is_asked_of_the_model_beside_the_one_that_answers(pictures: Path, tmp_path: Path) -> None:
+    models, out = tmp_path / "models", tmp_path / "out.jsonl"
+    write_guarded(models)
+    table = predict(pictures / "a.png", "--model", models / "guarded", "--novelty").output.splitlines()
+    assert table[0].split()[-1] == "novel"
+    assert predict(pictures / "a.png", "--model", models / "guarded", "--novelty", "--jsonl", out).exit_code in (0, 1)
+    novelty = lines(out)[0]["answer"]["novelty"]
+    assert novelty["model"] == "guard"
+    assert table[1].split()[-1] == ("yes" if novelty["novel"] else "no")
+    refused = predict(pictures / "a.png", "--model", models / "guard", "--novelty", "--resize")
+    assert refused.exit_code == 2
+    assert "guard has no novelty model" in refused.output
 
 
 @pytest.mark.parametrize(
