@@ -21,8 +21,8 @@ from models.nets.networks import LipschitzNetwork, both_logits
 
 # The part of the way, as in the server's search: the margin of a network falls behind its linearisation.
 _PART = 0.7
-# Steps of the fixed point t.
-_STEPS = 4
+# Steps of the fixed point t, from tau.
+_STEPS = 3
 
 
 class Outputs(nn.Module):
@@ -88,12 +88,16 @@ def _radii(network: LipschitzNetwork, logits: Tensor, labels_N: Tensor) -> Float
 
 def _best_step(images_NCHW: Tensor, gradient_NCHW: Tensor, radius: float) -> Float[Tensor, "N C H W"]:
     """Return the step to the best image of the linear margin: what the box clips off, put back at its start."""
-    t_N = torch.full_like(images_NCHW[:, 0, 0, 0], radius)
+    step_NCHW = _put_back(images_NCHW, radius * gradient_NCHW)
     for _ in range(_STEPS):
-        way_NCHW = t_N[:, None, None, None] * gradient_NCHW
-        step_NCHW = ((images_NCHW - way_NCHW).clamp(0, 1) + way_NCHW).clamp(0, 1) - images_NCHW
         t_N = (radius**2 + _cost(images_NCHW, step_NCHW)).sqrt()
+        step_NCHW = _put_back(images_NCHW, t_N[:, None, None, None] * gradient_NCHW)
     return step_NCHW
+
+
+def _put_back(images_NCHW: Tensor, way_NCHW: Tensor) -> Float[Tensor, "N C H W"]:
+    """Return `clip(x - way, 0, 1) + way - x`, inside the box."""
+    return ((images_NCHW - way_NCHW).clamp(0, 1) + way_NCHW).clamp(0, 1) - images_NCHW
 
 
 def _cost(images_NCHW: Tensor, step_NCHW: Tensor) -> Float[Tensor, " N"]:
