@@ -66,9 +66,10 @@ def test_tries_are_bounded_and_the_last_problem_is_raised(ask: Callable[..., Any
     assert str(pickle.loads(pickle.dumps(raised.value))) == "503 T: D"
 
 
-@pytest.mark.parametrize("pause", ["3600", "99999999999999999999999", formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("pause", ["3600", "99999999999999999999999", "a date"])
 def test_a_server_that_asks_for_a_long_pause_is_not_asked_again(pause: str) -> None:
     started = time.monotonic()
+    pause = formatdate(time.time() + 3600, usegmt=True) if pause == "a date" else pause
     with (
         ScriptedServer(problem("503 Service Unavailable", "overloaded", f"Retry-After: {pause}")) as server,
         pytest.raises(ServiceError) as raised,
