@@ -69,12 +69,12 @@ class ImageSet:
         """Return the description for a report.
 
         Args:
-            folder: that the user named.
+            folder: that the user named; a report has its last name alone, since artefacts are passed on.
         """
         return {
             "of_the_card": self.of_the_card,
             "name": self.name,
-            "folder": str(folder),
+            "folder": folder.resolve().name,
             "n": len(self.images),
             "digest": self.digest,
             "n_trained_on": self.trained_on,
