@@ -31,6 +31,7 @@ from service.pixels.images import decode_image, to_unit
 
 SMALL = [
     'network.stem=[{"channels":8}]',
+    "network.pool=none",
     "network.widths=[16]",
     "schedule.epochs=6",
     "schedule.batch_size=16",

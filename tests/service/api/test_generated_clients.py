@@ -66,7 +66,7 @@ def test_no_field_has_a_default_which_openapi_typescript_takes_for_required(docu
 
 def test_fields_that_every_answer_has_are_required_and_no_others(document: dict[str, Any], client: Client) -> None:
     schemas = document["components"]["schemas"]
-    asked_for = {"PredictAnswer": {"saliency"}, "CounterfactualAnswer": {"nearest_distance", "path"}}
+    asked_for = {"PredictAnswer": {"saliency", "novelty"}, "CounterfactualAnswer": {"nearest_distance", "path"}}
     for name in ("PredictAnswer", "CertificateAnswer", "CounterfactualAnswer", "ReferenceAnswer", "ModelAnswer"):
         assert set(schemas[name]["required"]) == set(schemas[name]["properties"]) - asked_for.get(name, set()), name
     assert "reasons" not in client.get("/health/live").json()

@@ -223,7 +223,13 @@ def test_a_refusal_before_a_task_is_the_one_of_the_application(held: Held) -> No
     }
 
     def scope(path: str, method: str = "POST") -> dict[str, Any]:
-        return {"type": "http", "method": method, "path": path, "client": ("test", 1)}
+        return {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "client": ("test", 1),
+            "headers": [(b"x-request-id", b"1")],
+        }
 
     async def test(http: httpx.AsyncClient) -> None:
         refuse = app.state.refuse
@@ -232,10 +238,12 @@ def test_a_refusal_before_a_task_is_the_one_of_the_application(held: Held) -> No
         for path in routes:
             answer = refuse(scope(path))
             head, _, body = answer.partition(b"\r\n\r\n")
-            expected = await http.post(path, content=PNG, headers={"Content-Type": "application/json"})
+            expected = await http.post(
+                path, content=PNG, headers={"Content-Type": "application/json", "X-Request-ID": "1"}
+            )
             assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
             assert b"connection: close" in head
-            assert json.loads(body) == expected.json()
+            assert json.loads(body) | {"request_id": "1"} == expected.json()
             for name, value in expected.headers.items():
                 assert f"\r\n{name}: {value}".encode() in head
         for path in ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/models", "/v2/models/grey"):

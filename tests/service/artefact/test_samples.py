@@ -13,7 +13,8 @@ from service.artefact.samples import LARGEST_SAMPLE, MOST_SAMPLES, SAMPLES_FOLDE
 from service.pixels.images import decode_image, encode_png
 
 ROOT = Path(__file__).resolve().parents[3]
-ZOO = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/card.json"))
+# A novelty model has none: no image is one of its own.
+ZOO = sorted(path.parent for path in (ROOT / "models/zoo").glob("*/card.json") if "-novelty" not in path.parent.name)
 PNG = encode_png(np.zeros((1, 2, 2), np.uint8))
 
 

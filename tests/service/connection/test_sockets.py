@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import resource
 import socket
 import struct
@@ -324,7 +325,8 @@ def test_settings_reach_the_connections(zoo: Path) -> None:
         [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        port = next(int(line.split(":")[-1].split()[0]) for line in process.stderr if "serving on" in line)
+        started = next(line for line in process.stderr if "serving on" in line)
+        (port,) = map(int, re.findall(r":(\d+)/docs", started))
         try:
             with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
                 [slow] = parse_answers(read_all(client))

@@ -314,7 +314,8 @@ def test_sighup_ends_no_process(start: Start, processes: int) -> None:
     before = server.children
     os.killpg(server.process.pid, signal.SIGHUP)
     assert server.get("/health/ready")[0] == 200
-    assert server.children == before
+    # A process beside them reads the folder of models again.
+    assert set(before) <= set(server.children)
     assert server.stop() == 0
     assert "ended with" not in server.log
 
