@@ -244,8 +244,9 @@ def test_a_refusal_before_a_task_is_the_one_of_the_application(held: Held) -> No
             assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
             assert b"connection: close" in head
             assert json.loads(body) | {"request_id": "1"} == expected.json()
+            # The identifier stands in the header alone, so that the body is made once.
             for name, value in expected.headers.items():
-                assert f"\r\n{name}: {value}".encode() in head
+                assert name == "content-length" or f"\r\n{name}: {value}".encode() in head
         for path in ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/models", "/v2/models/grey"):
             assert refuse(scope(path, "GET")) is None
             assert refuse(scope(path)) is None
