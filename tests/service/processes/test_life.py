@@ -298,10 +298,10 @@ def test_a_process_that_hangs_or_is_stopped_is_replaced(start: Start, how: str) 
 
 
 def test_a_pause_of_all_processes_kills_none(start: Start) -> None:
-    server = start(hang_s=1, processes=2)
+    server = start(hang_s=2, processes=2)
     before = server.children
     os.killpg(server.process.pid, signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(6)
     os.killpg(server.process.pid, signal.SIGCONT)
     time.sleep(1)
     assert server.children == before

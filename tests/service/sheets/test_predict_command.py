@@ -451,6 +451,8 @@ def test_progress_is_shown_on_a_terminal_alone(
             return True
 
     monkeypatch.setattr(command, "_PROGRESS_S", 0.001)
+    # The server, in this process, has started its threads afterwards.
+    assert "\r" not in predict(pictures, "--server", url, "--csv", tmp_path / "out.csv").output
     started = threading.active_count()
     error = Terminal()
     monkeypatch.setattr(sys, "stderr", error)
@@ -458,7 +460,6 @@ def test_progress_is_shown_on_a_terminal_alone(
     assert " of 7 files, " in error.getvalue()
     assert error.getvalue().endswith("\r\x1b[K")
     assert threading.active_count() == started
-    assert "\r" not in predict(pictures, "--server", url, "--csv", tmp_path / "out.csv").output
 
 
 def test_the_shown_radius_is_never_larger_than_the_radius() -> None:
