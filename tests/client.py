@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -36,3 +37,20 @@ class Client:
     def post(self, path: str, **arguments: Any) -> httpx.Response:
         """POST."""
         return self.request("POST", path, **arguments)
+
+
+def predict_scope(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return the ASGI scope of a POST /predict, for tests that send and receive its messages themselves."""
+    return {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/predict",
+        "raw_path": b"/predict",
+        "query_string": b"",
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+        "client": ("test", 1),
+        "server": ("test", 80),
+        "scheme": "http",
+        "root_path": "",
+    }

@@ -96,7 +96,7 @@ def hkr_margin_loss(
     """
     difference_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
     if margin_bounds_KK is not None:
-        difference_NK = difference_NK / _with_unit_diagonal(margin_bounds_KK)[labels_N]
+        difference_NK = difference_NK / with_unit_diagonal(margin_bounds_KK)[labels_N]
     margin_N = difference_NK.scatter(1, labels_N[:, None], torch.inf).amin(1)
     hinges_N = alpha * F.relu(min_margin - margin_N) + accuracy_alpha * F.relu(accuracy_margin - margin_N)
     return (hinges_N - margin_N).mean()
@@ -179,12 +179,12 @@ def margin_cross_entropy_loss(
     """
     deficit_NK = logits_NK - logits_NK.gather(1, labels_N[:, None])
     if margin_bounds_KK is not None:
-        deficit_NK = deficit_NK / _with_unit_diagonal(margin_bounds_KK)[labels_N]
+        deficit_NK = deficit_NK / with_unit_diagonal(margin_bounds_KK)[labels_N]
     deficit_NK = deficit_NK + min_margin * (1 - F.one_hot(labels_N, logits_NK.shape[1]).to(logits_NK))
     return temperature * torch.logsumexp(deficit_NK / temperature, dim=1).mean()
 
 
-def _with_unit_diagonal(margin_bounds_KK: Tensor) -> Tensor:
+def with_unit_diagonal(margin_bounds_KK: Tensor) -> Tensor:
     """Put 1 on the diagonal, which never counts: it keeps 0 / 0 out of the gradient."""
     return margin_bounds_KK + torch.eye(len(margin_bounds_KK)).to(margin_bounds_KK)
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.nets.networks import LipschitzNetwork, both_logits
+from models.training.losses import with_unit_diagonal
 
 # The part of the way, as in the server's search: the margin of a network falls behind its linearisation.
 _PART = 0.7
@@ -81,8 +82,7 @@ def larger_radii(
 def _radii(network: LipschitzNetwork, logits: Tensor, labels_N: Tensor) -> Float[Tensor, "N K"]:
     """Return `(f_y - f_j) / K_yj` of all classes j, 0 for y itself; a single output f counts as two logits."""
     logits_NK = both_logits(logits)
-    bounds_KK = network.declared_margin_bounds_KK()
-    bounds_KK = bounds_KK + torch.eye(len(bounds_KK)).to(bounds_KK)
+    bounds_KK = with_unit_diagonal(network.declared_margin_bounds_KK())
     return (logits_NK.gather(1, labels_N[:, None]) - logits_NK) / bounds_KK[labels_N]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from client import HEIGHT, LIMITS, WIDTH, Client
+from client import HEIGHT, LIMITS, WIDTH, Client, predict_scope
 from encoding import encode, npy
 from fastapi import FastAPI
 from hypothesis import given
@@ -162,20 +162,7 @@ async def exchange(app: FastAPI, messages: list[Any], fields: Mapping[str, str])
         nonlocal status
         status = message.get("status", status)
 
-    scope = {
-        "type": "http",
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/predict",
-        "raw_path": b"/predict",
-        "query_string": b"",
-        "headers": [(name.lower().encode(), value.encode()) for name, value in fields.items()],
-        "client": ("test", 1),
-        "server": ("test", 80),
-        "scheme": "http",
-        "root_path": "",
-    }
-    await app(scope, receive, send)
+    await app(predict_scope(fields), receive, send)
     return status
 
 

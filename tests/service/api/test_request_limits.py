@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from client import HEIGHT, WIDTH
+from client import HEIGHT, WIDTH, predict_scope
 from encoding import encode, npy
 from fastapi import FastAPI
 
@@ -290,20 +290,7 @@ async def call(app: FastAPI, messages: list[Any], headers: Mapping[str, str] = I
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/predict",
-        "raw_path": b"/predict",
-        "query_string": b"",
-        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
-        "client": ("test", 1),
-        "server": ("test", 80),
-        "scheme": "http",
-        "root_path": "",
-    }
-    await app(scope, receive, send)
+    await app(predict_scope(headers), receive, send)
     return sent
 
 
