@@ -65,18 +65,22 @@ an HTTP status.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
+from service.errors.access import AccessError as AccessError
+from service.errors.access import ForbiddenError as ForbiddenError
+from service.errors.access import RateLimitError as RateLimitError
+from service.errors.access import UnauthorizedError as UnauthorizedError
+from service.errors.base import LipcertError as LipcertError
+from service.errors.operator import ArtefactError as ArtefactError
+from service.errors.operator import ImportRefusedError as ImportRefusedError
+from service.errors.operator import KeptError as KeptError
+from service.errors.operator import PortError as PortError
+from service.errors.operator import ProviderError as ProviderError
+from service.errors.operator import SettingsError as SettingsError
 from service.errors.quotations import listed, quoted
 
 # Of an 8-bit RGB file that is resized: 41 in the server, and 18 in the process that decodes.
 _BYTES_OF_A_PIXEL = 60
-_LINE = 500
-"""Characters of the reason why a model is not served."""
-
-
-class LipcertError(Exception):
-    """Base of all errors that this package raises deliberately; the message is one or two sentences for a person."""
 
 
 class InputError(LipcertError):
@@ -372,42 +376,6 @@ class DeviceLostError(BusyError):
         super().__init__("the GPU of this server was lost and the server is about to restart; send the request again")
 
 
-class AccessError(LipcertError):
-    """The client may not ask this, or not now; no part of the request but its key and its address matters."""
-
-
-class UnauthorizedError(AccessError):
-    """The path needs an API key, and the request has no valid one; the message says no more than that."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "this path needs a valid API key; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY` (the operator "
-            "makes one with `lipcert keys new NAME --scope SCOPE`)"
-        )
-
-
-class ForbiddenError(AccessError):
-    """The API key is valid and has not the scope that the path needs."""
-
-    def __init__(self, scope: str) -> None:
-        self.scope = scope
-        super().__init__(
-            f"this path needs an API key with the scope {scope}; use another key, or ask the operator to add the scope "
-            "to this one (/docs lists all paths)"
-        )
-
-
-class RateLimitError(AccessError):
-    """More requests of a key or an address than the limit of the server."""
-
-    def __init__(self, retry_after_s: int) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(
-            "too many requests; wait for the seconds in Retry-After (the operator can raise LIPCERT_RATE_PER_KEY, "
-            "LIPCERT_RATE_PER_ADDRESS or LIPCERT_RATE_BURST)"
-        )
-
-
 class UnavailableError(LipcertError):
     """The request is valid, and its model cannot answer before the operator acts."""
 
@@ -445,52 +413,3 @@ class HttpVersionError(LipcertError):
 
     def __init__(self) -> None:
         super().__init__("this server speaks HTTP/1.1; send the request in that version, or put a proxy in front")
-
-
-class ArtefactError(LipcertError):
-    """A file of an artefact is missing, damaged or cannot be proved."""
-
-    def __init__(self, file: Path, reason: str) -> None:
-        self.file = file
-        self.reason = reason
-        super().__init__(f"{file}: {reason}")
-
-    @property
-    def line(self) -> str:
-        """The reason in one line of bounded length."""
-        words = " ".join(self.reason.split())
-        return words if len(words) <= _LINE else f"{words[: _LINE - 3]}..."
-
-
-class ProviderError(LipcertError):
-    """The requested execution provider is not available on this machine."""
-
-
-class SettingsError(LipcertError):
-    """A `LIPCERT_*` variable is unknown or has an invalid value."""
-
-
-class PortError(LipcertError):
-    """The address to listen on is in use, not of this machine, or not permitted."""
-
-    def __init__(self, host: str, port: int, cause: OSError) -> None:
-        super().__init__(
-            f"port {port} of {host} is not available ({cause.strerror or cause}); stop the process that uses it, or "
-            "set LIPCERT_PORT or LIPCERT_HOST"
-        )
-
-
-class KeptError(LipcertError):
-    """A file of an audit, or a path of an evidence folder, is missing or of another kind than expected."""
-
-
-class ImportRefusedError(LipcertError):
-    """An ONNX file cannot become an artefact; nothing was written.
-
-    Attributes:
-        reasons: all that stands in the way, one line each.
-    """
-
-    def __init__(self, reasons: Iterable[str]) -> None:
-        self.reasons = tuple(" ".join(reason.split()) for reason in reasons)
-        super().__init__("\n".join(self.reasons))
