@@ -326,7 +326,7 @@ RECIPES: dict[str, AnyRecipe] = {
                 parametrisation="stiefel",
             ),
             loss=_cross_entropy(min_margin=0.5, temperature=0.2, per_pair_bound=False),
-            schedule=_LARGE_BATCHES.model_copy(update={"rotation_rate": 0.07}),
+            schedule=Schedule(epochs=30, batch_size=512, learning_rate=6e-3, rotation_rate=0.05),
             epsilons=_CIFAR_EPSILONS,
             augment=_COLOUR,
         ),
