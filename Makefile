@@ -96,7 +96,7 @@ libraries: $(OTHERS)/installed $(VENV)/test $(VENV)/project  ## export models of
 	$(RUN) -m benchmarks.libraries.certify build/libraries --write
 
 soundness: DATA ?= data
-soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they are served (MNIST in DATA=DIR; an hour), write the sections of benchmarks/SOUNDNESS.md
+soundness: $(VENV)/test $(VENV)/project  ## attack the shipped models as they are served (data sets in DATA=DIR; hours), write the sections of benchmarks/SOUNDNESS.md
 	$(RUN) -m benchmarks.soundness --data $(DATA) --write
 
 random-graphs: $(VENV)/test $(VENV)/project  ## certify 25,000 random graphs and look for a contradiction of a proof (half an hour), write its section of benchmarks/SOUNDNESS.md

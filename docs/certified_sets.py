@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.soundness.data import classifiers, data_folder
 from benchmarks.soundness.document import write_measured
-from models.data.datasets import options_of
 from models.evaluation.calibration import REPORTED, Scored, score
 from models.evaluation.measure import labelled_images
 from models.export import code_version, environment
@@ -40,7 +40,6 @@ SPLITS = 5
 STEPS = 12
 INSIDE = 1 - 1e-9
 """Share of epsilon up to which images are changed."""
-_FOLDERS = {"cifar10": "cifar-10-batches-py"}
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ def attack_rows(
 def main() -> None:
     """Measure, print, and on request write."""
     arguments = _arguments()
-    names = arguments.model or sorted(folder.parent.name for folder in arguments.models.glob("*/card.json"))
+    names = arguments.model or classifiers(arguments.models)
     splits: list[str] = []
     attacks: list[str] = []
     for name in names:
@@ -255,13 +254,6 @@ def main() -> None:
     )
     if arguments.write:
         write_measured(DOCUMENT, text)
-
-
-def data_folder(classifier: Classifier, data: Path) -> Path:
-    """Return the folder of the data set of a model, below a folder of data sets or that itself."""
-    dataset = options_of(classifier.card.data, list(classifier.labels)).dataset
-    names = (classifier.name, str(classifier.card.data["name"]), dataset, _FOLDERS.get(dataset, dataset))
-    return next((data / name for name in names if (data / name).is_dir()), data)
 
 
 def _arguments() -> argparse.Namespace:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.soundness.data import data_folder
 from benchmarks.soundness.document import table, write_measured
-from docs.certified_sets import data_folder
 from models.evaluation.figures import DPI, pyplot
 from models.evaluation.measure import labelled_images
 from service.inference.classifier import Classifier, counterfactuals

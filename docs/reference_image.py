@@ -16,11 +16,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
+from benchmarks.soundness.data import classifiers, test_images  # noqa: E402
 from benchmarks.soundness.document import write_measured  # noqa: E402
-from docs.certified_sets import data_folder  # noqa: E402
-from models.evaluation.measure import labelled_images  # noqa: E402
 from models.export import code_version, environment  # noqa: E402
 from service.inference.classifier import Classifier, Prediction, View, counterfactuals, with_references  # noqa: E402
 from service.inference.references import find_references  # noqa: E402
@@ -39,8 +36,8 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=100, help="images that are timed alone")
     arguments = parser.parse_args()
     shares, costs = [], []
-    for folder in sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/card.json")):
-        classifier = Classifier.load(folder, "cpu", threads=1)
+    for name in classifiers(ROOT / "models" / "zoo"):
+        classifier = Classifier.load(ROOT / "models" / "zoo" / name, "cpu", threads=1)
         image_NCHW, label_N = test_images(classifier, arguments.data, arguments.images)
         view = classifier.view(classifier.input_shape)
         rows, cost = measure(classifier, view, image_NCHW, label_N, arguments.single)
@@ -57,14 +54,6 @@ def main() -> None:
         ]
     )
     write_measured(PAGE, text)
-
-
-def test_images(classifier: Classifier, data: Path, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and labels of the test set, evenly spaced where there are more."""
-    found = labelled_images(classifier, data_folder(classifier, data), "test")
-    count = min(most, len(found))
-    chosen = found.at(torch.arange(count) * len(found) // count)
-    return chosen.pixels(torch.float64).numpy(), chosen.labels_N.numpy()
 
 
 def measure(

@@ -19,8 +19,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from docs.certified_sets import data_folder  # noqa: E402
-from docs.reference_image import test_images  # noqa: E402
+from benchmarks.soundness.data import data_folder, test_images  # noqa: E402
 from models.data.datasets import load_dataset, options_of  # noqa: E402
 from models.export import code_version, environment  # noqa: E402
 from service.inference.classifier import Classifier  # noqa: E402

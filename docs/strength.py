@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from docs.reference_image import test_images  # noqa: E402
+from benchmarks.soundness.data import test_images  # noqa: E402
 from models.export import code_version, environment  # noqa: E402
 from service.inference.classifier import Classifier, View, counterfactuals  # noqa: E402
 from service.inference.closest import LEVELS, lowest_levels  # noqa: E402

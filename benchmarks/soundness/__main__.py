@@ -1,6 +1,7 @@
 """`python -m benchmarks.soundness [SECTION ...] --data DIR [--write]`: attack the shipped models as they are served.
 
-Sections: `boundary` (the nearest points of another class that can be found from MNIST test images), `planted` (the same
+Sections: `boundary` (the nearest points of another class that can be found from test images of each
+shipped classifier), `planted` (the same
 with huge biases planted in the hidden layers), `known` (networks whose distance to the boundary is known exactly),
 `invariance` (batches, threads, graph optimisation), `times` (of the analysis) and `loss` (of radius to `logit_error`).
 Without a section all of them run. `--write` puts each into `benchmarks/SOUNDNESS.md`; the command fails where a
@@ -35,7 +36,8 @@ def main() -> None:
     """Run the sections, print them, and on request write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)}")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the MNIST idx files")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="of the section boundary; default: all")
     parser.add_argument("--zoo", type=Path, default=ROOT / "models" / "zoo", help="folder of the artefacts")
     parser.add_argument("--images", type=int, default=500, help="test images of each model that are searched from")
     parser.add_argument("--seed", type=int, default=0)

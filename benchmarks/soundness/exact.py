@@ -24,6 +24,8 @@ def ratio(image: np.ndarray, other: np.ndarray, radius: float) -> float:
 def just_inside(image: np.ndarray, other: np.ndarray, radius: float) -> np.ndarray:
     """Return the last valid image inside the radius on the segment from `image` to `other`; `other` if that is inside.
 
+    The image itself where a radius is too small for another one on the segment.
+
     Args:
         image: centre of the ball.
         other: end of the segment.
@@ -34,8 +36,9 @@ def just_inside(image: np.ndarray, other: np.ndarray, radius: float) -> np.ndarr
     length = math.sqrt(squared_distance(image, other))
     # Pixels are rounded to multiples of 2^-53 or finer.
     spare = 2.0**-50 + 2.0**-56 / radius
-    while True:
+    while spare < 1.0:
         found = np.clip(image + (radius * (1.0 - spare) / length) * (other - image), 0.0, 1.0)
         if is_inside(image, found, radius):
             return found
         spare *= 4.0
+    return image

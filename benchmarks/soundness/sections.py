@@ -15,7 +15,7 @@ from builders import Graphs, load
 from benchmarks.soundness import wire
 from benchmarks.soundness.attacks import foolbox_starts
 from benchmarks.soundness.boundary import BATCH_SIZES, QUICK, RETRACE, THOROUGH, Search, View, own_starts, search
-from benchmarks.soundness.data import in_another_shape, test_images
+from benchmarks.soundness.data import classifiers, in_another_shape, test_images
 from benchmarks.soundness.document import floor, table
 from benchmarks.soundness.graphs import in_float32, residual, shipped, with_planted_biases
 from benchmarks.soundness.invariance import BATCHES, THREADS, lost_radius, vary
@@ -25,7 +25,9 @@ from service.certificate import certify
 from service.inference.classifier import Classifier
 
 MODELS = ("mnist", "mnist-0-8")
-OTHER_SHAPES = ((1, 20, 20), (1, 40, 33), (3, 28, 28), (3, 36, 24))
+"""Of the sections that say nothing about all shipped models."""
+OTHER_SIZES = ((5, 5), (10, 8))
+"""Height and width in sevenths of those of the model."""
 OTHER_SHAPE_IMAGES = 40
 PLANTED = tuple((constant, half) for constant in (1e6, 1e8, 1e10, 1e12) for half in (False, True))
 NEAR_IMAGES = 100
@@ -46,13 +48,13 @@ class Section:
 def boundary_search(arguments: argparse.Namespace) -> Section:
     """From images of each model, and from images in other shapes, the nearest point of another class."""
     rows, near_rows, wire_rows, broken = [], [], [], 0
-    for name in MODELS:
-        classifier = Classifier.load(arguments.zoo / name, "cpu", threads=1)
-        image_N1HW = test_images(arguments.zoo / name, arguments.data, arguments.images)
-        cases = [("1 x 28 x 28", View(classifier), image_N1HW)]
-        for channels, height, width in OTHER_SHAPES:
-            shaped = in_another_shape(image_N1HW[:OTHER_SHAPE_IMAGES], channels, height, width, arguments.seed)
-            cases.append((f"{channels} x {height} x {width}", View(classifier, resize=True), shaped))
+    for name in arguments.models or classifiers(arguments.zoo):
+        classifier = _load(arguments, name)
+        image_NCHW, _ = test_images(classifier, arguments.data, arguments.images)
+        cases = [(_shape(image_NCHW), View(classifier), image_NCHW)]
+        for other in _other_shapes(*classifier.input_shape):
+            shaped = in_another_shape(image_NCHW[:OTHER_SHAPE_IMAGES], *other, arguments.seed)
+            cases.append((_shape(shaped), View(classifier, resize=True), shaped))
         for shape, view, image_NCHW in cases:
             rng = np.random.default_rng(arguments.seed)
             started = time.monotonic()
@@ -72,13 +74,13 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
     text = "\n\n".join(
         [
             "## The nearest points of another class",
-            "From each test image (the first ones), the nearest image of another class that could be found through "
-            "`service.inference.classifier.Classifier`: the service's counterfactual, a descent to each of the two "
-            "nearest classes, foolbox's DeepFool and Carlini-Wagner; each then walked along the boundary towards the "
-            "image, bisected down to adjacent floats, and improved by neighbouring floats. Other shapes are the same "
-            "digits "
-            "resampled (and tinted), sent with `resize=true`, and searched in the pixels that are sent. Distances "
-            "and radii are compared as exact rationals; a point counts if it gets another class in a batch of any of "
+            "From test images of each shipped classifier, evenly spaced, the nearest image of another class that "
+            "could be found through `service.inference.classifier.Classifier`: the service's counterfactual, a "
+            "descent to each of the two nearest classes, foolbox's DeepFool and Carlini-Wagner; each then walked "
+            "along the boundary towards the image, bisected down to adjacent floats, and improved by neighbouring "
+            "floats. Other shapes are the same images resampled (grey ones also tinted), sent with `resize=true`, "
+            "and searched in the pixels that are sent. Distances and radii are compared as exact rationals, radii "
+            "with reference images (`proof=best`); a point counts if it gets another class in a batch of any of "
             f'{sizes} images. "Pulled" are the points moved along the segment to the last floats inside of the '
             "radius.",
             f"**Points strictly inside of the radius: {broken}.**",
@@ -100,13 +102,27 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
     return Section(text, broken)
 
 
+def _load(arguments: argparse.Namespace, name: str) -> Classifier:
+    return Classifier.load(arguments.zoo / name, "cpu", threads=1)
+
+
+def _other_shapes(channels: int, height: int, width: int) -> list[tuple[int, int, int]]:
+    sizes = [(height * tall // 7, width * wide // 7) for tall, wide in OTHER_SIZES]
+    colour = [] if channels == 3 else [(3, height, width), (3, *sizes[-1])]
+    return [*((channels, *size) for size in sizes), *colour]
+
+
+def _shape(image_NCHW: np.ndarray) -> str:
+    return " x ".join(map(str, image_NCHW.shape[1:]))
+
+
 def planted_biases(arguments: argparse.Namespace) -> Section:
     """Huge biases in hidden layers, compensated in the next: shipped models in both precisions, and isometric ones."""
     rows, broken = [], 0
     for name in MODELS:
         own = shipped(arguments.zoo / name)
-        classifier = load(own)
-        image_NCHW = test_images(arguments.zoo / name, arguments.data, arguments.images)
+        classifier = _load(arguments, name)
+        image_NCHW, _ = test_images(classifier, arguments.data, arguments.images)
         reference = search(View(classifier), image_NCHW, np.random.default_rng(arguments.seed), QUICK)
         for graphs, precision in ((own, "float64"), (in_float32(own), "float32")):
             for constant, half in PLANTED:
@@ -261,7 +277,7 @@ def invariance(arguments: argparse.Namespace) -> Section:
     cases: list[tuple[str, bytes, np.ndarray]] = []
     for name in MODELS:
         own = shipped(arguments.zoo / name)
-        images = test_images(arguments.zoo / name, arguments.data, INVARIANCE_IMAGES)
+        images, _ = test_images(_load(arguments, name), arguments.data, INVARIANCE_IMAGES)
         cases.append((f"`{name}`", own.model, images))
         cases.append((f"`{name}` in float32", in_float32(own).model, images))
     rng = np.random.default_rng(arguments.seed)
@@ -356,8 +372,8 @@ def radius_lost(arguments: argparse.Namespace) -> Section:
     """The radius that the shipped models lose to the rounding error, over the whole test set."""
     rows, broken = [], 0
     for name in MODELS:
-        classifier = Classifier.load(arguments.zoo / name, "cpu", threads=1)
-        image_NCHW = test_images(arguments.zoo / name, arguments.data, 0)
+        classifier = _load(arguments, name)
+        image_NCHW, _ = test_images(classifier, arguments.data, None)
         logits_NK = np.concatenate(
             [classifier.classify(image_NCHW[k : k + 500])[0] for k in range(0, len(image_NCHW), 500)]
         )

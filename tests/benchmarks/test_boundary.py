@@ -58,6 +58,11 @@ def assert_kept(found: Search, near: Sampled | None = None) -> None:
     assert near is None or near.flips == 0
 
 
+def test_the_last_image_inside_of_a_radius_below_the_spacing_of_pixels_is_the_image_itself() -> None:
+    image, other = np.full((1, 2, 2), 0.5), np.full((1, 2, 2), 0.75)
+    assert np.array_equal(just_inside(image, other, 1e-18), image)
+
+
 @pytest.mark.parametrize("radius", [1.0, 1e-3, 1e-9, 1e-14])
 def test_pulled_points_are_inside_and_close_to_the_radius(radius: float) -> None:
     image, other = np.random.default_rng(1).uniform(0.3, 0.7, (2, 1, 4, 4))
