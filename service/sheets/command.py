@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,29 +158,32 @@ def _run(chosen: argparse.Namespace, files: Sequence[Path], source: Source) -> i
     min_radius = chosen.min_radius or 0.0
     kind, out = _output(chosen)
 
-    def rows() -> Iterator[Row]:
-        with _progress(len(files), count, shown=sys.stderr.isatty() and (out is not None or not sys.stdout.isatty())):
-            for row in _rows(files, source, chosen.save):
+    def rows() -> Generator[Row]:
+        shown = sys.stderr.isatty() and (out is not None or not sys.stdout.isatty())
+        with _progress(len(files), count, shown=shown), contextlib.closing(_rows(files, source, chosen.save)) as found:
+            for row in found:
                 count.add(row, min_radius)
                 yield row
 
-    if out is not None:
-        write_atomically(out, lambda file: WRITERS[kind](file, rows()))
-    else:
-        names, shown = (
-            [str(file) for file in files],
-            (chosen.epsilon is not None, chosen.counterfactual, chosen.novelty),
-        )
-        table = Table(sys.stdout, names, source.about.labels, *shown)
-        for row in rows():
-            table.add(row)
+    # Closed where writing fails: no request may be under way when the client is closed.
+    with contextlib.closing(rows()) as answered:
+        if out is not None:
+            write_atomically(out, lambda file: WRITERS[kind](file, answered))
+        else:
+            names, shown = (
+                [str(file) for file in files],
+                (chosen.epsilon is not None, chosen.counterfactual, chosen.novelty),
+            )
+            table = Table(sys.stdout, names, source.about.labels, *shown)
+            for row in answered:
+                table.add(row)
     sys.stdout.write(f"{_summary(count, chosen.min_radius)}\n{_caution(source.about)}\n")
     return count.status
 
 
-def _rows(files: Sequence[Path], source: Source, save: Path | None) -> Iterator[Row]:
+def _rows(files: Sequence[Path], source: Source, save: Path | None) -> Generator[Row]:
     """Yield a row for each file, in order; some files ahead are worked on at the same time."""
-    pool = ThreadPoolExecutor(source.workers)
+    pool, interrupted = ThreadPoolExecutor(source.workers), False
     pending: deque[Future[Row]] = deque()
     try:
         for number, path in enumerate(files):
@@ -189,8 +192,12 @@ def _rows(files: Sequence[Path], source: Source, save: Path | None) -> Iterator[
                 yield _reported(pending.popleft().result())
         while pending:
             yield _reported(pending.popleft().result())
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # A thread that reads from a connection does not notice that it is closed, and waits until its timeout.
+        pool.shutdown(wait=not interrupted, cancel_futures=True)
 
 
 def _row(number: int, path: Path, source: Source, save: Path | None) -> Row:
