@@ -65,7 +65,7 @@ def boundary_search(arguments: argparse.Namespace) -> Section:
             near_rows.append(_near_row([f"`{name}`", shape], near))
             broken += _broken(found, near)
             if view.classifier.input_shape[0] == image_NCHW.shape[1]:
-                answers = wire.ask(arguments.zoo, name, found, view.resize)
+                answers = wire.ask(classifier, found, view.resize)
                 counts = [answers.other_answer, answers.inside, answers.pulled_flips]
                 wire_rows.append([f"`{name}`", shape, answers.n, *counts])
                 broken += sum(counts)

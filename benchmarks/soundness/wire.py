@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from benchmarks.soundness.boundary import Search
 from benchmarks.soundness.exact import just_inside
 from service.api.app import create_app
+from service.inference.classifier import Classifier
 from service.pixels.distances import is_inside
 from service.settings import Settings
 
@@ -29,9 +29,9 @@ class Answers:
     pulled_flips: int
 
 
-def ask(models: Path, model: str, found: Search, resize: bool = False) -> Answers:
-    """Post everything that was found to an application with the artefacts in `models`, one image a request."""
-    app = create_app(Settings(models=models, provider="cpu"))
+def ask(classifier: Classifier, found: Search, resize: bool = False) -> Answers:
+    """Post everything that was found to an application with this model, one image a request."""
+    app = create_app(Settings(default_model=classifier.name, provider="cpu"), {classifier.name: classifier})
 
     async def post_all() -> Answers:
         transport = httpx.ASGITransport(app)
@@ -42,7 +42,7 @@ def ask(models: Path, model: str, found: Search, resize: bool = False) -> Answer
                 np.save(file, image_CHW)
                 answer = await client.post(
                     "/predict",
-                    params={"model": model, "resize": resize, "proof": proof},
+                    params={"resize": resize, "proof": proof},
                     content=file.getvalue(),
                     headers={"Content-Type": "application/x-npy"},
                 )

@@ -35,9 +35,14 @@ def artefact(name: str) -> Graphs:
 
 
 @cache
+def classifier_of(name: str) -> Classifier:
+    return Classifier.load(ZOO / name, "cpu", threads=1)
+
+
+@cache
 def shipped_search(name: str) -> Search:
     """From smooth random images: what the boundaries of a model look like does not depend on what it was trained on."""
-    classifier = Classifier.load(ZOO / name, "cpu", threads=1)
+    classifier = classifier_of(name)
     shape = classifier.card.input
     random = np.random.default_rng(0)
     coarse = random.random((4, shape.channels, -(-shape.height // 4), -(-shape.width // 4)))
@@ -85,7 +90,7 @@ def test_bisection_ends_at_adjacent_images() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_no_point_of_another_class_is_found_inside_the_radius_of_a_shipped_model(name: str) -> None:
     found = shipped_search(name)
-    near = near_boundary(View(load(artefact(name))), found.first(3), np.random.default_rng(1), samples=12)
+    near = near_boundary(View(classifier_of(name)), found.first(3), np.random.default_rng(1), samples=12)
     assert_kept(found, near)
     # The search is worth something: it comes close, and rounding decides in front of the boundary.
     assert found.found_N.all()
@@ -95,13 +100,13 @@ def test_no_point_of_another_class_is_found_inside_the_radius_of_a_shipped_model
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_application_answers_what_the_search_met(name: str) -> None:
-    answers = ask(ZOO, name, shipped_search(name))
+    answers = ask(classifier_of(name), shipped_search(name))
     assert (answers.n, answers.other_answer, answers.inside, answers.pulled_flips) == (4, 0, 0, 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 20, 24), (3, 28, 28), (3, 33, 30)])
 def test_no_point_is_found_inside_the_radius_of_images_in_another_shape(shape: tuple[int, int, int]) -> None:
-    view = View(Classifier.load(ZOO / "mnist-0-8", "cpu", threads=1), resize=True)
+    view = View(classifier_of("mnist-0-8"), resize=True)
     random = np.random.default_rng(3)
     found = search(view, random.integers(0, 256, (4, *shape)) / 255, random, QUICK)
     assert_kept(found, near_boundary(view, found, random, samples=12))
