@@ -20,7 +20,7 @@ from process_table import wait_until
 from service.settings import Settings
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "proxy"
-FILES = {"nginx": FOLDER / "nginx.conf", "caddy": FOLDER / "Caddyfile"}
+FILES = {"nginx": FOLDER / "nginx.conf", "caddy": FOLDER / "Caddyfile", "haproxy": FOLDER / "haproxy.cfg"}
 PREFIX = "/ai/lipcert"
 
 
@@ -28,9 +28,12 @@ PREFIX = "/ai/lipcert"
 def test_sizes_and_times_are_above_those_of_the_server(name: str) -> None:
     text = FILES[name].read_text(encoding="utf-8")
     settings = Settings()
-    (body_mib,) = re.findall(r"(?:client_max_body_size|max_size) (\d+)(?:m|MiB)\b", text)
-    assert settings.max_body_bytes < int(body_mib) * 2**20 <= 2 * settings.max_body_bytes
-    times_s = re.findall(r"(?:proxy_read_timeout|proxy_send_timeout|response_header_timeout) (\d+)s", text)
+    ((size, unit),) = re.findall(r"(?:client_max_body_size|max_size|content-length\) gt) (\d+)(m|MiB)?\b", text)
+    body_bytes = int(size) * (2**20 if unit else 1)
+    assert settings.max_body_bytes < body_bytes <= 2 * settings.max_body_bytes
+    times_s = re.findall(
+        r"(?:proxy_read_timeout|proxy_send_timeout|response_header_timeout|timeout client|timeout server) (\d+)s", text
+    )
     assert times_s
     assert all(settings.deadline_s < int(time_s) <= 2 * settings.deadline_s for time_s in times_s)
     assert f"127.0.0.1:{settings.port}" in text
@@ -54,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         headers = {key.lower(): value for key, value in self.headers.items()}
-        self.server.seen.append((self.command, self.path, headers, len(body)))
+        if self.path != "/health/ready":  # checks of HAProxy
+            self.server.seen.append((self.command, self.path, headers, len(body)))
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -73,10 +77,13 @@ def free_port() -> int:
 
 def command_of(name: str, port: int, backend: int, folder: Path) -> list[str]:
     """Command that runs the shipped configuration on other ports, as any user, without a file outside of `folder`."""
-    text = FILES[name].read_text(encoding="utf-8").replace("127.0.0.1:8000", f"127.0.0.1:{backend}")
+    text = re.sub(r"127\.0\.0\.1:800[01]", f"127.0.0.1:{backend}", FILES[name].read_text(encoding="utf-8"))
     if name == "caddy":
         (folder / "Caddyfile").write_text("{\n\tadmin off\n}\n" + text.replace(":80 {", f"http://127.0.0.1:{port} {{"))
         return ["caddy", "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
+    if name == "haproxy":
+        (folder / "haproxy.cfg").write_text(text.replace("bind :80\n", f"bind 127.0.0.1:{port}\n"))
+        return ["haproxy", "-db", "-f", str(folder / "haproxy.cfg")]
     (folder / "site.conf").write_text(text.replace("listen 80;", f"listen 127.0.0.1:{port};"))
     temporary = "".join(
         f"{kind}_temp_path {folder / kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
