@@ -35,12 +35,14 @@ OTHERS := .venv-libraries
 PEERS := .venv-peers
 # Fuzzers: their libraries need other versions than the tests.
 FUZZ := .venv-fuzz
+# Helm, schemas and a linter for deploy/helm and deploy/kserve.
+MANIFESTS := .venv-manifests
 
 # ONNX Runtime otherwise sends usage reports to its vendor.
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos bench lock sbom advisories image clean
+.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos rolling manifests bench lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -118,6 +120,13 @@ chaos: SECONDS ?= 600
 chaos: $(VENV)/test $(VENV)/project  ## kill, stop, flood and damage a server under load, and check every answer (SECONDS=600)
 	$(RUN) tests/chaos/chaos.py --seconds $(SECONDS)
 
+rolling: SECONDS ?= 300
+rolling: $(VENV)/test $(VENV)/project  ## restart two replicas in turn behind HAProxy under load, and count failed requests (SECONDS=300)
+	$(RUN) tests/chaos/rolling.py --seconds $(SECONDS)
+
+manifests: $(MANIFESTS)/installed  ## render the chart of Kubernetes with several values, check schemas and findings of a linter
+	$(MANIFESTS)/bin/python tests/manifests/check.py
+
 bench: DATA ?= data
 bench: $(PEERS)/installed $(PEERS)-mlserver/installed $(PEERS)-triton/installed $(VENV)/test $(VENV)/project  ## measure the service beside ONNX Runtime alone and other servers (wrk; MNIST in DATA=DIR; half an hour), write benchmarks/RESULTS.md and its plots
 	$(RUN) -m benchmarks.serving --data $(DATA) --write
@@ -150,8 +159,8 @@ advisories: $(SUPPLY)/installed  ## look up the locked libraries among the known
 image:  ## build the container image lipcert:cpu (or lipcert:gpu with ACCELERATOR=gpu)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target $(ACCELERATOR) --tag lipcert:$(ACCELERATOR) .
 
-clean:  ## remove .venv, .venv-libraries, .venv-fuzz, .venv-peers*, .venv-supply and caches
-	rm -rf $(VENV) $(OTHERS) $(FUZZ) $(PEERS) $(PEERS)-* $(SUPPLY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, .venv-libraries, .venv-fuzz, .venv-manifests, .venv-peers*, .venv-supply and caches
+	rm -rf $(VENV) $(OTHERS) $(FUZZ) $(MANIFESTS) $(PEERS) $(PEERS)-* $(SUPPLY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find benchmarks lipcert models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:
@@ -193,6 +202,12 @@ $(FUZZ)/installed: tests/fuzz/requirements.txt requirements/serve-cpu.txt
 	$(PYTHON) -m venv --clear $(FUZZ)
 	$(FUZZ)/bin/python -m pip --disable-pip-version-check --no-input install --require-hashes --only-binary :all: -r requirements/serve-cpu.txt
 	$(FUZZ)/bin/python -m pip --disable-pip-version-check --no-input install -r $<
+	@touch $@
+
+$(MANIFESTS)/installed: tests/manifests/requirements.txt tests/manifests/requirements-alone.txt
+	$(PYTHON) -m venv --clear $(MANIFESTS)
+	$(MANIFESTS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet -r $<
+	$(MANIFESTS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps -r $(word 2,$^)
 	@touch $@
 
 # A server that cannot be installed here is left out of the tables, which say so; the next call tries again.
