@@ -18,8 +18,9 @@
 - {name: LIPCERT_TLS_CERTIFICATE, value: /etc/lipcert/tls/tls.crt}
 - {name: LIPCERT_TLS_KEY, value: /etc/lipcert/tls/tls.key}
 {{- end }}
+{{- /* JSON, because a template writes a large number with an exponent. */ -}}
 {{- range $name, $value := .Values.settings }}
-- {name: {{ $name }}, value: {{ $value | quote }}}
+- {name: {{ $name }}, value: {{ ternary $value (toJson $value) (kindIs "string" $value) | quote }}}
 {{- end }}
 {{- with .Values.extraEnv }}
 {{ toYaml . }}
@@ -35,7 +36,7 @@
   command: [cp, -r, {{ printf "%s/." (trimSuffix "/" .Values.models.copyFrom.path) | quote }}, /fetched/]
   {{- else }}
   image: {{ .Values.models.objectStore.image }}
-  args: [copy, --no-update-modtime, {{ .Values.models.objectStore.source | quote }}, /fetched]
+  args: [copy, {{ .Values.models.objectStore.source | quote }}, /fetched]
   env:
     - {name: HOME, value: /tmp}
     {{- if .Values.models.objectStore.secret }}
