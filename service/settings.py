@@ -20,6 +20,8 @@ PREFIX = "LIPCERT_"
 _MOST_WORKERS = 8
 PILLOW_PIXEL_LIMIT = 89_478_485
 """Pixels above which Pillow itself warns or refuses, so that no higher limit would be honoured."""
+_ALIAS = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+"""Form of an alias, that of a name in a card."""
 _SERVICE_LINK = re.compile(
     r"LIPCERT_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
@@ -50,8 +52,11 @@ class Settings(BaseSettings):
     """Folder whose sub-folders are the artefacts to serve."""
 
     default_model: Annotated[str, Field(min_length=1)] = "mnist"
-    """Name of the model that answers a request without a model name; unless it is set, the only model where there is
-    one."""
+    """Name of the model that answers a request without a model name, or a version (`NAME:VERSION`) or an alias; unless
+    it is set, the only model where there is one."""
+
+    aliases: str = ""
+    """Further names of models, `ALIAS=MODEL` or `ALIAS=MODEL:VERSION`, separated by commas."""
 
     novelty_models: str = ""
     """Novelty models of models, `MODEL=NOVELTY` separated by commas, in place of those that cards name; `MODEL=` takes
@@ -224,6 +229,13 @@ class Settings(BaseSettings):
             ipaddress.ip_network(network)
         return value
 
+    @field_validator("aliases")
+    @classmethod
+    def _are_aliases(cls, value: str) -> str:
+        """Return the value; raise `ValueError` for one that `aliases_of` cannot read."""
+        aliases_of(value)
+        return value
+
     @field_validator("novelty_models")
     @classmethod
     def _are_pairs(cls, value: str) -> str:
@@ -280,12 +292,39 @@ def novelty_models_of(value: str) -> dict[str, str]:
     Raises:
         ValueError: a part is not `MODEL=NOVELTY`, or names a model twice.
     """
+    return _pairs_of(value, "write MODEL=NOVELTY once for each model, separated by commas")
+
+
+def aliases_of(value: str) -> dict[str, str]:
+    """Return the name that each alias of the setting stands for.
+
+    Raises:
+        ValueError: a part is not `ALIAS=MODEL`, repeats an alias, or names nothing or another alias; or the alias has
+            not the form of a name.
+    """
+    found = _pairs_of(value, "write ALIAS=MODEL once for each alias, separated by commas")
+    for alias, name in found.items():
+        if not re.fullmatch(_ALIAS, alias):
+            raise ValueError(f"{alias!r} is no name; take letters, digits, `.`, `_` and `-`, 100 at most")
+        if not name:
+            raise ValueError(f"{alias!r} stands for nothing; write {alias}=MODEL or {alias}=MODEL:VERSION")
+        if name in found:
+            raise ValueError(f"{alias}={name}, and {name!r} is an alias itself; name a model or a version")
+    return found
+
+
+def default_of(settings: Settings) -> str:
+    """Return the default model, or its version, without an alias."""
+    return aliases_of(settings.aliases).get(settings.default_model, settings.default_model)
+
+
+def _pairs_of(value: str, advice: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in list_of(value):
-        name, equals, novelty = (piece.strip() for piece in part.partition("="))
+        name, equals, other = (piece.strip() for piece in part.partition("="))
         if not (name and equals) or name in found:
-            raise ValueError(f"{part!r}: write MODEL=NOVELTY once for each model, separated by commas")
-        found[name] = novelty
+            raise ValueError(f"{part!r}: {advice}")
+        found[name] = other
     return found
 
 
@@ -330,8 +369,9 @@ def _with_only_model(settings: Settings) -> Settings:
     """Return the settings with the only model as the default one, where no default was asked for."""
     if "default_model" in settings.model_fields_set:
         return settings
-    names = [card.parent.name for card in settings.models.glob("[!._]*/card.json")]
-    return settings.model_copy(update={"default_model": names[0]}) if len(names) == 1 else settings
+    cards = (card for form in ("", "[1-9]*/") for card in settings.models.glob(f"[!._]*/{form}card.json"))
+    names = {card.relative_to(settings.models).parts[0] for card in cards}
+    return settings.model_copy(update={"default_model": names.pop()}) if len(names) == 1 else settings
 
 
 def _is_service_link(name: str, value: str) -> bool:

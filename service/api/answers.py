@@ -12,6 +12,7 @@ import numpy as np
 
 from service.api.body import NPY
 from service.api.schema import ClassLabel, ImageOptions, InputAnswer, ModelAnswer, ModelSummary
+from service.artefact.folders import version_in
 from service.inference.classifier import Classifier, Prediction
 from service.inference.novelty import NOVEL
 from service.inference.outcome import Outcome
@@ -289,12 +290,20 @@ def radius_in_grey_levels(radius: float) -> float:
     return math.nextafter(product, 0.0) if above * bottom > 255 * top * below else product
 
 
-def describe(classifier: Classifier, default_model: str) -> ModelSummary:
-    """Return the description of one model in `GET /models`."""
+def describe(classifier: Classifier, is_default: bool, aliases: list[str]) -> ModelSummary:
+    """Return the description of one model in `GET /models`.
+
+    Args:
+        classifier: the model.
+        is_default: whether it is the default model.
+        aliases: its further names.
+    """
     channels, height, width = classifier.input_shape
     return ModelSummary(
         name=classifier.name,
-        default=classifier.name == default_model,
+        version=version_in(classifier.name),
+        aliases=aliases,
+        default=is_default,
         digest=classifier.digest,
         card_digest=classifier.card_digest,
         labels=list(classifier.labels),
@@ -305,16 +314,19 @@ def describe(classifier: Classifier, default_model: str) -> ModelSummary:
     )
 
 
-def describe_in_full(classifier: Classifier, default_model: str, rejected: str | None = None) -> ModelAnswer:
+def describe_in_full(
+    classifier: Classifier, is_default: bool, aliases: list[str], rejected: str | None = None
+) -> ModelAnswer:
     """Return the description of one model in `GET /models/{name}`: with the pairwise bounds and the card.
 
     Args:
         classifier: the model.
-        default_model: name of the default model.
+        is_default: whether it is the default model.
+        aliases: its further names.
         rejected: why a newer version is not served.
     """
     return ModelAnswer(
-        **dict(describe(classifier, default_model)),
+        **dict(describe(classifier, is_default, aliases)),
         precision=classifier.certificate.precision,
         margin_bounds=classifier.certificate.margin_table(),
         card=classifier.card.model_dump(mode="json"),

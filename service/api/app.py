@@ -33,7 +33,8 @@ from service.inference.admission import Limits
 from service.inference.batching import Batcher
 from service.inference.catalogue import Catalogue
 from service.inference.classifier import Classifier
-from service.inference.loading import Models, load_classifiers
+from service.inference.loading import load_classifiers
+from service.inference.served import Models
 from service.metrics import Metrics
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
@@ -86,7 +87,8 @@ def create_app(
     access = access or access_of(settings)
     if classifiers is None:
         classifiers = load_classifiers(settings)
-    default = classifiers.get(settings.default_model)
+    models = classifiers if isinstance(classifiers, Models) else Models(classifiers)
+    default = models.find(settings.default_model)
     examples = None
     if default is not None:
         # A process that takes the place of another may find changed files; its requests are told.
@@ -96,7 +98,7 @@ def create_app(
     metrics = Metrics(shared=threads.processes > 1)
     batcher = Batcher(limits_of(settings, threads, classifiers), metrics)
     if catalogue is None:
-        catalogue = Catalogue(classifiers if isinstance(classifiers, Models) else Models(classifiers), settings)
+        catalogue = Catalogue(models, settings)
     service = Service(settings, catalogue, examples, metrics, batcher)
     service.note_models()
     metrics.note_build(__version__, onnxruntime.__version__)

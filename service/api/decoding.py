@@ -27,8 +27,7 @@ from service.api.parsing import Query, parse_batch, parse_json, parse_predict
 from service.api.schema import Options
 from service.api.tensors import InferOptions, InferRequest, read_tensor, split_body
 from service.children import Children, Limits
-from service.errors import InputError, ModelNotAvailableError, OptionError, TooCostlyError, UnknownModelError
-from service.errors.quotations import quoted
+from service.errors import InputError, ModelNotAvailableError, TooCostlyError, UnknownModelError
 from service.runtime.cpus import usable_cpus
 
 Shape = tuple[int, int, int]
@@ -82,10 +81,6 @@ def decode(order: Order, content: bytes) -> Request:
         shape = _shape(order, order.model)
         text, binary = split_body(content, order.head.json_length)
         asked = parse_json(InferRequest, text, numbers=order.max_pixels * shape[0])
-        if asked.model_name not in (None, order.model):
-            raise OptionError(
-                f"model_name is {quoted(asked.model_name)} and the path names {quoted(order.model)}; name the same"
-            )
         limits = order.max_pixels, order.max_batch, asked.parameters.resize
         return Request(order.model, asked, read_tensor(asked.inputs[0], binary, shape, *limits))
     if order.kind == "instances":

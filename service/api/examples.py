@@ -89,8 +89,8 @@ def make_examples(classifier: Classifier) -> Examples:
         epsilon_answer=words(epsilon),
         counterfactual_answer=words(counterfactual),
         explained_answer=words(explained),
-        models=json.loads(ModelsAnswer(models=[describe(classifier, classifier.name)], broken=[]).model_dump_json()),
-        model=json.loads(describe_in_full(classifier, classifier.name).model_dump_json()),
+        models=json.loads(ModelsAnswer(models=[describe(classifier, True, [])], broken=[]).model_dump_json()),
+        model=json.loads(describe_in_full(classifier, True, []).model_dump_json()),
         infer=None
         if pixels_CHW.size > _MOST_NUMBERS
         else {

@@ -26,8 +26,8 @@ from service.api.parsing import read_query, refuse_query
 from service.api.predict import Service
 from service.api.schema import BatchAnswer, CounterfactualAnswer, ImageOptions
 from service.inference.classifier import Classifier
-from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
+from service.inference.served import Models
 
 PREFIX = "/v1"
 _DESCRIPTION = """An instance is an image: nested numbers in [0, 1], or `{"b64": "<base64 of an image file>"}`.
@@ -49,7 +49,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("/models", summary="Names of the models")
     async def v1_models() -> dict[str, list[str]]:
-        return {"models": list(service.models)}
+        return {"models": service.models.names}
 
     # Before the next path, which matches these.
     for verb, summary, answer in (

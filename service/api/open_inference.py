@@ -26,15 +26,17 @@ from service.api.body import JSON, OCTETS, PROTOCOL_TYPES, Head, read_body, read
 from service.api.decoding import Order, decode
 from service.api.decoding import Request as DecodedBody
 from service.api.openapi import problem_responses
-from service.api.outputs import InferAnswer, infer_reply, outputs_of
+from service.api.outputs import InferAnswer, infer_reply, outputs_of, protocol_version
 from service.api.parsing import parse_json, read_query, refuse_query
 from service.api.predict import AT_ONCE_BYTES, Service
 from service.api.schema import ImageOptions
 from service.api.tensors import InferOptions, InferRequest, Protocol
-from service.errors import EmptyBodyError, NotImplementedByServerError, UnknownVersionError
+from service.artefact.folders import split_name
+from service.errors import EmptyBodyError, NotImplementedByServerError, OptionError, UnknownVersionError
+from service.errors.quotations import quoted
 from service.inference.classifier import Classifier
-from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
+from service.inference.served import Models
 
 PREFIX = "/v2"
 _MODEL = "/models/{name}"
@@ -45,7 +47,7 @@ _BODY_PROBLEMS = problem_responses(400, 404, 413, 415, 422, 503)
 _INFER = """JSON; or, with the header `Inference-Header-Content-Length`, a JSON object of that length and the
 `binary_data_size` bytes of its tensor. Outputs come as bytes where `binary_data` or `binary_data_output` is set.
 
-`/v2/models/{name}/versions/{version}/infer` is the same for a version, the digest in `versions` of the metadata.
+`/v2/models/{name}/versions/{version}/infer` is the same for a version in `versions` of the metadata.
 """
 _EXPLAIN = "As `/infer` with the parameter `counterfactual`."
 _NO_STATISTICS = "this server has no statistics of the protocol; GET /metrics has requests, latency and predictions"
@@ -104,7 +106,7 @@ def _add_server(router: APIRouter, service: Service) -> None:
 
     @router.get("/models", summary="Names of the models")
     async def model_names() -> dict[str, list[str]]:
-        return {"models": list(service.models)}
+        return {"models": service.models.names}
 
     @router.post(
         "/repository/index",
@@ -123,7 +125,8 @@ def _add_server(router: APIRouter, service: Service) -> None:
 
 def _add_models(router: APIRouter, service: Service) -> None:
     async def model_metadata(name: str, request: Request) -> dict[str, Any]:
-        return _metadata(_served(service.models, name, request))
+        models = service.models
+        return _metadata(_served(models, name, request), models)
 
     async def model_ready(name: str, request: Request) -> Response:
         classifier = _served(service.models, name, request)
@@ -155,7 +158,7 @@ def _add_inference(router: APIRouter, service: Service) -> None:
         async def infer(name: str, request: Request) -> Response:
             refuse_query(read_query(request.scope["query_string"]), "`parameters`")
             models = service.models
-            question_of = partial(_InferQuestion, service, models, _served(models, name, request), explains)
+            question_of = partial(_InferQuestion, service, models, _served(models, name, request), name, explains)
             reply = await service.ask(request, PROTOCOL_TYPES, question_of)
             return Response(reply.content, media_type=reply.media_type, headers=reply.headers)
 
@@ -187,14 +190,19 @@ def _served(models: Models, name: str, request: Request) -> Classifier:
     """Return the model in the path of a request.
 
     Raises:
-        UnknownModelError, ModelNotAvailableError: there is no such model.
-        UnknownVersionError: the path names another version than the digest of the served bytes.
+        UnknownModelError, ModelNotAvailableError: there is no such model, or its version is broken.
+        UnknownVersionError: the path names neither the number nor the digest of a version.
     """
-    classifier = models[name]
-    version = request.path_params.get("version", classifier.digest)
-    if version != classifier.digest:
-        raise UnknownVersionError(classifier.name, version, classifier.digest)
-    return classifier
+    version = request.path_params.get("version")
+    if version is None:
+        return models[name]
+    if f"{name}:{version}" in models.broken:
+        return models[f"{name}:{version}"]
+    versions = models.versions(name)
+    for classifier in versions:
+        if version in (protocol_version(classifier), classifier.digest):
+            return classifier
+    raise UnknownVersionError(name, version, [protocol_version(classifier) for classifier in versions])
 
 
 @dataclass
@@ -204,6 +212,8 @@ class _InferQuestion:
     service: Service
     models: Models
     classifier: Classifier
+    name: str
+    """In the path."""
     explains: bool
     head: Head
     content: bytes
@@ -230,6 +240,10 @@ class _InferQuestion:
         """Receive the decoded body."""
         assert isinstance(body.options, InferOptions)
         self.asked = body.options
+        if self.asked.model_name not in (None, self.name, self.classifier.name, self.classifier.card.name):
+            raise OptionError(
+                f"model_name is {quoted(self.asked.model_name)} and the path names {quoted(self.name)}; name the same"
+            )
         options = self.asked.parameters
         if self.explains:
             options = options.model_copy(update={"counterfactual": True})
@@ -247,24 +261,24 @@ class _InferQuestion:
 def _index(models: Models) -> list[dict[str, str]]:
     served = [
         {
-            "name": classifier.name,
-            "version": classifier.digest,
+            "name": classifier.card.name,
+            "version": protocol_version(classifier),
             "state": "READY" if classifier.is_ready else "UNAVAILABLE",
             "reason": "" if classifier.is_ready else "its files have changed, or the GPU is lost",
         }
         for classifier in models.values()
     ]
     broken = [
-        {"name": name, "version": "", "state": "UNAVAILABLE", "reason": error.line}
-        for name, error in models.broken.items()
+        {"name": name, "version": str(version or ""), "state": "UNAVAILABLE", "reason": error.line}
+        for (name, version), error in ((split_name(name), error) for name, error in models.broken.items())
     ]
     return served + broken
 
 
-def _metadata(classifier: Classifier) -> dict[str, Any]:
+def _metadata(classifier: Classifier, models: Models) -> dict[str, Any]:
     return {
-        "name": classifier.name,
-        "versions": [classifier.digest],
+        "name": classifier.card.name,
+        "versions": [protocol_version(one) for one in models.values() if one.card.name == classifier.card.name],
         "platform": _PLATFORM,
         "inputs": [{"name": "image", "datatype": "FP64", "shape": [-1, *classifier.input_shape]}],
         "outputs": [
@@ -281,7 +295,7 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
 
 def _config(classifier: Classifier, max_batch: int) -> dict[str, Any]:
     return {
-        "name": classifier.name,
+        "name": classifier.card.name,
         "platform": _PLATFORM,
         "max_batch_size": max_batch,
         "input": [{"name": "image", "data_type": "TYPE_FP64", "dims": list(classifier.input_shape)}],

@@ -14,6 +14,7 @@ from service.api.body import JSON, JSON_LENGTH, OCTETS
 from service.api.compression import compressed
 from service.api.schema import ImageOptions
 from service.api.tensors import InferOptions, OutputRequest
+from service.artefact.folders import version_in
 from service.errors import OptionError
 from service.errors.quotations import listed, quoted
 from service.inference.classifier import Classifier
@@ -92,6 +93,11 @@ def outputs_of(classifier: Classifier) -> dict[str, tuple[OutputDatatype, list[i
     }
 
 
+def protocol_version(classifier: Classifier) -> str:
+    """Return the version of a model in the protocol; of a model without versions its digest."""
+    return version_in(classifier.name) or classifier.digest
+
+
 def infer_reply(outcome: Outcome[ImageOptions], asked: InferOptions, coding: str = "") -> Reply:
     """Return the answer to a request: JSON, and after it the bytes of the outputs that are requested as binary data.
 
@@ -116,8 +122,8 @@ def infer_reply(outcome: Outcome[ImageOptions], asked: InferOptions, coding: str
             output["data"] = column.ravel().tolist()
         outputs.append(output)
     answer = {
-        "model_name": outcome.classifier.name,
-        "model_version": outcome.classifier.digest,
+        "model_name": outcome.classifier.card.name,
+        "model_version": protocol_version(outcome.classifier),
         "id": asked.id,
         "outputs": outputs,
     }

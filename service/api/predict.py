@@ -31,8 +31,8 @@ from service.inference.catalogue import Catalogue
 from service.inference.catalogue import Order as ModelOrder
 from service.inference.health import LEAST_STUCK_S, Health
 from service.inference.jobs import Answer_co, Question
-from service.inference.loading import Models
 from service.inference.outcome import Decoded, Outcome
+from service.inference.served import Models
 from service.metrics import Metrics
 from service.pixels.images import decode_plain as plain_pixels
 from service.pixels.images import is_plain
@@ -202,7 +202,7 @@ class ImageQuestion:
         if self.decoded is not None or self.is_batch or len(self.content) > AT_ONCE_BYTES:
             return self.decoded
         settings = self.service.settings
-        classifier = self.models.get(settings.default_model)
+        classifier = self.models.find(settings.default_model)
         if classifier is None or self.query or self.head.media_type in (JSON, FORM, NPY):
             body = decode_plain(self._order(), self.content)
             if body is not None:

@@ -103,14 +103,14 @@ def add_predictions(router: APIRouter, service: Service) -> None:
 
 
 def _add_models(router: APIRouter, service: Service) -> None:
-    default_model = service.settings.default_model
-
     @router.get("/models", tags=["models"], summary="All models", response_model=ModelsAnswer)
     async def list_models() -> Response:
         """The served models: labels, input, proved bound, digests, execution provider; and those that are broken."""
-        models = [describe(classifier, default_model) for classifier in service.models.values()]
-        broken = [BrokenModel(name=name, reason=error.line) for name, error in service.models.broken.items()]
-        return _json(ModelsAnswer(models=models, broken=broken))
+        models = service.models
+        broken = [BrokenModel(name=name, reason=error.line) for name, error in models.broken.items()]
+        default = models.find(service.settings.default_model)
+        served = [describe(one, one is default, models.aliases_of(one)) for one in models.values()]
+        return _json(ModelsAnswer(models=served, broken=broken))
 
     @router.get(
         "/models/{name}",
@@ -122,7 +122,9 @@ def _add_models(router: APIRouter, service: Service) -> None:
     async def show_model(name: str) -> Response:
         """One model: its proved bounds, its execution provider and its card."""
         models = service.models
-        return _json(describe_in_full(models[name], default_model, models.rejected.get(name)))
+        found = models[name]
+        is_default = found is models.find(service.settings.default_model)
+        return _json(describe_in_full(found, is_default, models.aliases_of(found), models.rejected.get(found.name)))
 
     @router.get(
         "/models/{name}/samples/{n}",
@@ -166,7 +168,7 @@ def _add_operations(router: APIRouter, service: Service) -> None:
     async def ready() -> Response:
         """Whether the default model is loaded and answers, the workers and the queue move, and the server is not
         stopping."""
-        default = service.models.get(service.settings.default_model)
+        default = service.models.find(service.settings.default_model)
         faults = service.health.faults()
         status = "not ready" if faults else "ready"
         provider = None if default is None else default.provider

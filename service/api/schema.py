@@ -351,6 +351,12 @@ class ModelSummary(_Answer):
     """One served model."""
 
     name: str
+    """Of a version, `NAME:VERSION`."""
+    version: str | None = None
+    """Null for a model without versions."""
+    aliases: list[str] = []
+    """Further names that requests may use: of the highest version, the name without a number; and those of
+    `LIPCERT_ALIASES`."""
     default: bool
     """Whether it answers requests that name no model."""
     digest: str

@@ -10,7 +10,6 @@ compared with the digest that was verified.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +20,6 @@ from service.artefact.findings import Findings
 from service.certificate.proof_limits import NO_LIMITS, ProofLimits
 from service.certificate.sets import order_statistic
 from service.errors import ArtefactError
-
-_log = logging.getLogger(__name__)
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -131,7 +128,7 @@ class Card(_Contract):
     format: Literal[1] = 1
     """Version of this contract."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Name of the model in requests and URLs."""
+    """Name of the model in requests and URLs; a version is `NAME:VERSION`, one segment of a path."""
     labels: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2)
     """Label of each class, in class order."""
     input: InputShape
@@ -174,51 +171,6 @@ class Card(_Contract):
         if self.calibration is not None and self.calibration.model != self.graphs.get(MODEL_FILE):
             raise ValueError("calibration is about another model.onnx than graphs; calibrate the artefact again")
         return self
-
-
-def artefact_folders(models: Path, first: str) -> list[Path]:
-    """Return the folders of artefacts in a folder of models, by name.
-
-    A folder without `card.json`, except `first`, is passed over with a warning; `lost+found` and names that start with
-    `.` or `_`, which systems and archives leave behind, without one.
-
-    Args:
-        models: the folder of models.
-        first: name of the folder that comes before all others.
-
-    Raises:
-        ArtefactError: there is no such folder, or no artefact is in it.
-    """
-    try:
-        folders = [
-            path
-            for path in sorted(models.iterdir(), key=lambda path: (path.name != first, path.name))
-            if path.is_dir() and not path.name.startswith((".", "_")) and path.name != "lost+found"
-        ]
-    except OSError as error:
-        raise ArtefactError(
-            models, f"the folder of models cannot be read ({error.strerror}); set LIPCERT_MODELS"
-        ) from None
-    artefacts = [folder for folder in folders if _has_card(folder) or folder.name == first]
-    if without := [folder.name for folder in folders if folder not in artefacts]:
-        _log.warning("passed over in %s, without %s: %s", models, CARD_FILE, ", ".join(without))
-    if not artefacts:
-        itself = "; it is an artefact itself: name the folder around it" if _has_card(models) else ""
-        raise ArtefactError(
-            models, f"the folder holds no artefact; set LIPCERT_MODELS to a folder of folders that do{itself}"
-        )
-    return artefacts
-
-
-def _has_card(folder: Path) -> bool:
-    try:
-        # Not followed: a link that leads nowhere is a fault of an artefact.
-        (folder / CARD_FILE).lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        pass  # What cannot be looked into is reported when it is read.
-    return True
 
 
 def read_card(folder: Path) -> Card:
@@ -280,6 +232,28 @@ def write_card(folder: Path, card: Card) -> None:
     """Replace `card.json` in `folder` atomically, for example to add results of an evaluation."""
     content = (card.model_dump_json(indent=2) + "\n").encode()
     write_atomically(folder / CARD_FILE, lambda file: file.write(content))
+
+
+def served_name(folder: Path, card: Card, version: str | None) -> str:
+    """Return the name under which an artefact is served: that in its card, and `NAME:VERSION` for a version.
+
+    Args:
+        folder: of the artefact.
+        card: in it.
+        version: see `service.artefact.folders.version_of`.
+
+    Raises:
+        ArtefactError: the card of a version names another model than the folder around it.
+    """
+    if version is None:
+        return card.name
+    if card.name != folder.parent.name:
+        raise ArtefactError(
+            folder / CARD_FILE,
+            f"it names the model {card.name!r}, and the folder is a version of {folder.parent.name!r}. Correct `name` "
+            "in the card, or move the folder.",
+        )
+    return f"{card.name}:{version}"
 
 
 def check_card(folder: Path, card: Card, findings: Findings) -> None:

@@ -108,7 +108,7 @@ class Rereading:
 
 def survey(job: Job) -> Survey:
     """Read the folder of models, and verify what is new or has changed."""
-    from service.artefact.card import artefact_folders
+    from service.artefact.folders import artefact_folders
     from service.artefact.pool import VerifierPool
     from service.runtime.cpus import usable_cpus
 

@@ -42,6 +42,7 @@ class VerifiedFiles:
     """The verified files of one artefact. All methods may be called from several threads at once."""
 
     folder: Path
+    name: str
     digests: Mapping[FileName, str]
     """As verified."""
     have_changed: bool
@@ -58,7 +59,7 @@ class VerifiedFiles:
         self.folder = folder
         self.digests = digests
         self.have_changed = False
-        self._name = name
+        self.name = name
         self._seen: dict[FileName, _Seen] = {}
         self._lock = threading.Lock()
         self._is_retained = self._is_suspect = False
@@ -102,7 +103,7 @@ class VerifiedFiles:
         """
         self.check()
         if self.have_changed:
-            raise ArtefactChangedError(self._name)
+            raise ArtefactChangedError(self.name)
 
     def read_model(self) -> bytes:
         """Return the verified bytes of `model.onnx`.
@@ -119,7 +120,7 @@ class VerifiedFiles:
                         return content
                 else:
                     self._note(str(error))
-            raise ArtefactChangedError(self._name) from error
+            raise ArtefactChangedError(self.name) from error
 
     def _replaced_model(self) -> bytes | None:
         """Return the verified bytes of the file that had the name `model.onnx`, if it still has them."""
@@ -149,11 +150,11 @@ class VerifiedFiles:
         if fault is not None and not self.have_changed:
             _log.error(
                 "model %s: %s Until then its requests get 503 artefact-changed, and /health/ready is 503.",
-                self._name,
+                self.name,
                 fault,
             )
         if fault is None and self.have_changed:
-            _log.warning("model %s: its files are again those that were verified", self._name)
+            _log.warning("model %s: its files are again those that were verified", self.name)
         self.have_changed = fault is not None
 
 

@@ -195,6 +195,11 @@ class Artefact:
     model_bytes: bytes
     calibration: Calibration | None = None
 
+    def is_named(self, model: str) -> bool:
+        """Return whether the model of an answer has the name in the card; a served version is `NAME:VERSION`."""
+        name, _, version = model.partition(":")
+        return name == self.name and (model == name or version.isdecimal())
+
 
 def sha256(content: bytes) -> str:
     """Return `sha256:<hex>`."""

@@ -123,7 +123,7 @@ def against_card(answer: Answer, artefact: Artefact, sent: SentImage) -> Iterato
             f"card_digest: the answer is of {answer.card_digest}, card.json has {artefact.card_digest}; name the "
             "artefact that answered, with its card as it was"
         )
-    if answer.model != artefact.name:
+    if not artefact.is_named(answer.model):
         yield failed(f"model: {answer.model!r}, the artefact is {artefact.name!r}")
     if len(answer.logits) != len(artefact.labels):
         yield failed(f"logits: the answer has {len(answer.logits)}, the card has {len(artefact.labels)} labels")

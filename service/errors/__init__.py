@@ -286,12 +286,12 @@ class UnknownModelError(InputError):
 
 
 class UnknownVersionError(InputError):
-    """The served version of a model is another one."""
+    """The served versions of a model are others."""
 
-    def __init__(self, name: str, version: str, served: str) -> None:
+    def __init__(self, name: str, version: str, served: Iterable[str]) -> None:
         super().__init__(
-            f"model {quoted(name)} has no version {quoted(version)}; it has {served}, the digest of its bytes: name "
-            "that one, or leave the version out"
+            f"model {quoted(name)} has no version {quoted(version)}; it has {listed(served)}: name one of them, or "
+            "leave the version out"
         )
 
 

@@ -11,22 +11,24 @@ computed it. A model that is replaced or removed goes when the last request that
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from service.artefact.card import check_card, parse_card
+from service.artefact.card import check_card, parse_card, served_name
 from service.artefact.files import CARD_FILE, digest, read_file
 from service.artefact.findings import Findings
+from service.artefact.folders import split_name, version_of
 from service.artefact.rereading import Survey
 from service.errors import ArtefactError, LipcertError, SettingsError
 from service.inference.classifier import Classifier
-from service.inference.loading import Models, gpu_limits, name_of
+from service.inference.loading import check_name, gpu_limits, name_of
 from service.inference.novelty import attach_guards
+from service.inference.served import Models, resolved
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import CUDA
-from service.settings import Settings, threads_of
+from service.settings import Settings, aliases_of, default_of, threads_of
 
 if TYPE_CHECKING:
     from service.artefact.signature import Signers
@@ -97,9 +99,10 @@ class Catalogue:
 
         Args:
             state: of `planned`.
-            warms: whether to run the default model, and models that replace others, before they are served.
+            warms: whether to run models that replace others, or older versions, before they are served.
         """
         served: dict[str, Classifier] = {}
+        aliases = aliases_of(self._settings.aliases)
         rejected = dict(state.rejected)
         for name, entry in state.entries.items():
             current = self.models.get(name)
@@ -107,11 +110,7 @@ class Catalogue:
                 classifier = self._classifier(entry, current)
                 if classifier is None:
                     continue
-                if (
-                    warms
-                    and classifier is not current
-                    and (current is not None or name == self._settings.default_model)
-                ):
+                if warms and classifier is not current and self.models.find(split_name(name)[0]) is not None:
                     classifier.warm_up()
             except LipcertError as error:
                 _log.error("model %s: the new version cannot be loaded: %s", name, error)
@@ -125,12 +124,16 @@ class Catalogue:
             else:
                 classifier.files.release()
         broken = {name: ArtefactError(*fault) for name, fault in state.broken.items()}
+        models = Models(served, broken, rejected, aliases)
+        for alias in aliases:
+            if alias not in models.further:
+                _log.error("LIPCERT_ALIASES: %s stands for %s, which is not served", alias, aliases[alias])
         try:
-            attach_guards(served, broken, self._settings.novelty_models)
+            attach_guards(models, self._settings.novelty_models)
         except SettingsError as error:
             # Models that the setting names answer without a guard, and requests for it are told so.
             _log.error("%s", error)
-        self.models = Models(served, broken, rejected)
+        self.models = models
 
     def _classifier(self, entry: Entry | None, current: Classifier | None) -> Classifier | None:
         if entry is None or (
@@ -148,11 +151,12 @@ class Catalogue:
             threads_of(self._settings, usable_cpus()).inference,
             gpu_limits(self._settings),
             content=entry.card,
+            version=version_of(entry.folder, self._settings.models),
         )
 
 
 def planned(
-    before: State, survey: Survey, models: Models, default: str, signers: Signers | None, *, only: Path | None
+    before: State, survey: Survey, models: Models, settings: Settings, signers: Signers | None, *, only: Path | None
 ) -> State:
     """Return the state after a survey; a line of the log for each fault.
 
@@ -160,22 +164,19 @@ def planned(
         before: the state until now.
         survey: of the folder.
         models: that are served.
-        default: name of the default model, which stays.
+        settings: folder of models, aliases, and the default model, which stays.
         signers: see `Classifier.from_findings`.
         only: the folder that was verified; null for all.
     """
     name_of_folder = {classifier.files.folder: name for name, classifier in models.items()}
     entries, broken, rejected = dict(before.entries), dict(before.broken), dict(before.rejected)
+    default, aliases = default_of(settings), aliases_of(settings.aliases)
+    gone: list[str] = []
     if only is None:
         broken, rejected = {}, {}
-        for name, classifier in models.items():
-            if classifier.files.folder not in survey.folders:
-                if name == default:
-                    rejected[name] = "its folder is gone; a default model cannot be removed while the server runs."
-                    _log.error("model %s: %s", name, rejected[name])
-                else:
-                    del entries[name]
-                    _log.warning("model %s is removed", name)
+        gone = [name for name, classifier in models.items() if classifier.files.folder not in survey.folders]
+        for name in gone:
+            del entries[name]
     for folder in survey.folders if only is None else (only,):
         name = name_of_folder.get(folder)
         findings = survey.findings.get(folder)
@@ -185,12 +186,12 @@ def planned(
                 rejected.pop(name, None)
             continue
         try:
-            found, entry = _checked(folder, findings, signers)
+            found, entry = _checked(folder, findings, version_of(folder, settings.models), signers)
             if found != name:
-                _check_name(folder, found, entries, is_default=name == default)
+                check_name(folder, found, entries, aliases, is_default=name == default)
         except ArtefactError as error:
             if name is None:
-                called = name_of(folder)
+                called = name_of(folder, settings.models)
                 broken[folder.name if called in entries or called in broken else called] = error.file, error.reason
                 _log.error("model %s is not served: %s: %s", called, error.file, error.line)
             else:
@@ -210,33 +211,22 @@ def planned(
             faults.pop(found, None)
             faults.pop(folder.name, None)
         _log.warning("model %s: %s is served", found, findings.digest)
+    if resolved(default, entries) is None and (kept := models.find(default)):
+        entries[kept.name] = before.entries[kept.name]
+        rejected[kept.name] = "its folder is gone; a default model cannot be removed while the server runs."
+        _log.error("model %s: %s", kept.name, rejected[kept.name])
+    for name in gone:
+        if name not in entries:
+            _log.warning("model %s is removed", name)
     return replace(before, entries=entries, broken=broken, rejected=rejected)
 
 
-def _check_name(folder: Path, name: str, taken: Container[str], *, is_default: bool) -> None:
-    """Refuse a new name of an artefact.
-
-    Args:
-        folder: of the artefact.
-        name: in its card.
-        taken: names of other artefacts.
-        is_default: whether it is the default model.
-
-    Raises:
-        ArtefactError: the name is taken, or that of the default model changes.
-    """
-    if name in taken:
-        raise ArtefactError(folder / CARD_FILE, f"the name {name!r} is taken by another artefact; change one.")
-    if is_default:
-        raise ArtefactError(folder / CARD_FILE, "the default model cannot have another name while the server runs.")
-
-
-def _checked(folder: Path, findings: Findings, signers: Signers | None) -> tuple[str, Entry]:
-    """Return name and entry of a verified artefact; raises `ArtefactError` as `Classifier.from_findings`."""
+def _checked(folder: Path, findings: Findings, version: str | None, signers: Signers | None) -> tuple[str, Entry]:
+    """Return name and entry of a verified artefact; see `Classifier.from_findings`, also for what it raises."""
     findings.facts()
     content = read_file(folder / CARD_FILE)
     if signers is not None:
         signers.check(folder / CARD_FILE, content)
     card = parse_card(folder / CARD_FILE, content)
     check_card(folder, card, findings)
-    return card.name, Entry(folder, findings, content)
+    return served_name(folder, card, version), Entry(folder, findings, content)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from service.artefact.card import Card, check_card, parse_card
+from service.artefact.card import Card, check_card, parse_card, served_name
 from service.artefact.engines import lazy_engines
 from service.artefact.files import CARD_FILE, MODEL_FILE, digest, read_file
 from service.artefact.findings import Findings
@@ -106,7 +106,7 @@ class Classifier:
         self, card: Card, files: VerifiedFiles, certificate: Certificate, model: Runs, transport: Runs
     ) -> None:
         """Use `load` or `from_findings`, which check the arguments against each other."""
-        self.card, self.name, self.files = card, card.name, files
+        self.card, self.name, self.files = card, files.name, files
         self.digest, self.card_digest = files.digests[MODEL_FILE], files.digests[CARD_FILE]
         self.labels, self.certificate, self.provider = tuple(card.labels), certificate, model.provider
         self.input_shape, self.samples = card.input.shape, read_samples(files.folder, len(self.labels))
@@ -150,6 +150,7 @@ class Classifier:
         limits: GpuLimits | None = None,
         signers: Signers | None = None,
         content: bytes | None = None,
+        version: str | None = None,
     ) -> Classifier:
         """Return the classifier of a verified artefact.
 
@@ -164,16 +165,16 @@ class Classifier:
             limits: of each graph on a GPU.
             signers: keys of which one must have signed the card; default: no signature is read.
             content: of `card.json`; default: it is read.
+            version: of the model, where it has several.
 
         Raises:
             ArtefactError: the findings report a fault, or the card is not signed or not about these graphs.
         """
-        content = _signed(folder / CARD_FILE, content, signers)
-        card = parse_card(folder / CARD_FILE, content)
+        card = parse_card(folder / CARD_FILE, content := _signed(folder / CARD_FILE, content, signers))
         check_card(folder, card, findings)
-        files = VerifiedFiles(folder, card.name, {MODEL_FILE: findings.digest, CARD_FILE: digest(content)})
-        model, transport = lazy_engines(files, findings, provider, threads, limits)
-        return cls(card, files, findings.facts().certificate, model, transport)
+        name = served_name(folder, card, version)
+        files = VerifiedFiles(folder, name, {MODEL_FILE: findings.digest, CARD_FILE: digest(content)})
+        return cls(card, files, findings.facts().certificate, *lazy_engines(files, findings, provider, threads, limits))
 
     @property
     def is_lost(self) -> bool:

@@ -72,7 +72,7 @@ class Health:
 
     def check(self) -> None:
         """Start the self-check of the default model if it is due and nothing is in progress."""
-        default = self._catalogue.models.get(self._default_model)
+        default = self._catalogue.models.find(self._default_model)
         if self._check is None or self._check.classifier is not default:
             # Of another version.
             self._check = None if default is None else SelfCheck(default, self._batcher.beats)
@@ -86,7 +86,7 @@ class Health:
         faults, models = self.fatal_faults(), self._catalogue.models
         if self.is_stopping:
             faults.append("the server is stopping")
-        if self._default_model not in models:
+        if models.find(self._default_model) is None:
             faults.append(f"the default model {self._default_model} is not loaded; see the log of the start")
         if any(classifier.is_lost for classifier in models.values()):
             faults.append("the GPU is lost; the server ends and has to be started again")

@@ -3,57 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.artefact.card import artefact_folders, read_card
+from service.artefact.card import read_card
 from service.artefact.files import CARD_FILE
+from service.artefact.folders import artefact_folders, names_of, split_name, version_of
 from service.artefact.pool import VerifierPool
-from service.errors import ArtefactError, ModelNotAvailableError, SettingsError, UnknownModelError
+from service.errors import ArtefactError, SettingsError
 from service.inference.classifier import Classifier
 from service.inference.novelty import attach_guards
+from service.inference.served import Models, resolved
 from service.runtime.cpus import usable_cpus
 from service.runtime.provider import Resolved, load_on
 from service.runtime.session import GpuLimits
-from service.settings import Settings, threads_of
+from service.settings import Settings, aliases_of, default_of, threads_of
 
 if TYPE_CHECKING:
     from service.artefact.signature import Signers
 
 _log = logging.getLogger(__name__)
-
-
-class Models(dict[str, Classifier]):
-    """The served models by name."""
-
-    broken: dict[str, ArtefactError]
-    """Models that could not be verified, by name."""
-    rejected: dict[str, str]
-    """Why a newer version of a served model is not served, by name."""
-    shapes: dict[str, tuple[int, int, int]]
-    """Channels, height and width of the images of each model."""
-    reasons: dict[str, str]
-    """Why models are broken, in one line, by name."""
-
-    def __init__(
-        self,
-        served: Mapping[str, Classifier],
-        broken: Mapping[str, ArtefactError] | None = None,
-        rejected: Mapping[str, str] | None = None,
-    ) -> None:
-        """Store all by name."""
-        super().__init__(sorted(served.items()))
-        self.broken = dict(sorted((broken or {}).items()))
-        self.rejected = dict(rejected or {})
-        self.shapes = {name: classifier.input_shape for name, classifier in self.items()}
-        self.reasons = {name: error.line for name, error in self.broken.items()}
-
-    def __missing__(self, name: str) -> Classifier:
-        """Raise `ModelNotAvailableError` for a broken model, and `UnknownModelError` for another."""
-        if name in self.broken:
-            raise ModelNotAvailableError(name, self.broken[name].line)
-        raise UnknownModelError(name, self)
 
 
 def load_classifiers(
@@ -74,10 +44,10 @@ def load_classifiers(
             if `settings.strict`, is missing, damaged or without proof.
         ProviderError: the provider is not available, or the GPU does not run the default model.
         SettingsError: there is no model of the default name, `settings.require_signature` names no keys, or
-            `settings.novelty_models` a model that is not served.
+            `settings.novelty_models` or `settings.aliases` a model that is not there.
     """
     if folders is None:
-        folders = artefact_folders(settings.models, settings.default_model)
+        folders = artefact_folders(settings.models, default_of(settings))
     if pool is None:
         with VerifierPool(usable_cpus()) as new:
             new.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
@@ -91,12 +61,18 @@ def load_classifiers(
     models = load_on(settings.provider, lambda provider: _load_all(settings, folders, pool, provider, signers))
     for name, error in models.broken.items():
         _log.error("model %s is not served: %s: %s", name, error.file, error.line)
-    if settings.default_model not in models:
+    has = f"it has {', '.join(sorted(models.shapes)) or 'none without a fault'}"
+    for alias, name in aliases_of(settings.aliases).items():
+        if alias not in models.further:
+            raise SettingsError(f"LIPCERT_ALIASES: {alias}={name}, and {settings.models} has no such model; {has}")
+    if models.find(settings.default_model) is None:
+        if (name := models.further.get(settings.default_model)) is not None:
+            # No version of it is without a fault.
+            raise models.broken[name]
         raise SettingsError(
-            f"LIPCERT_DEFAULT_MODEL={settings.default_model!r}: {settings.models} serves no such model; it has "
-            f"{', '.join(models) or 'none without a fault'}"
+            f"LIPCERT_DEFAULT_MODEL={settings.default_model!r}: {settings.models} serves no such model; {has}"
         )
-    attach_guards(models, models.broken, settings.novelty_models)
+    attach_guards(models, settings.novelty_models)
     return models
 
 
@@ -107,25 +83,55 @@ def _load_all(
     limits = gpu_limits(settings)
     served: dict[str, Classifier] = {}
     broken: dict[str, ArtefactError] = {}
+    aliases, default = aliases_of(settings.aliases), default_of(settings)
     # The default model first: it warms up while others are still being verified.
     for folder in folders:
         try:
             findings = pool.findings(folder)
-            classifier = Classifier.from_findings(folder, findings, provider, threads.inference, limits, signers)
-            if classifier.name in served:
-                raise ArtefactError(
-                    folder / CARD_FILE, f"the name {classifier.name!r} is taken by another artefact; change one."
-                )
+            version = version_of(folder, settings.models)
+            classifier = Classifier.from_findings(
+                folder, findings, provider, threads.inference, limits, signers, version=version
+            )
+            check_name(folder, classifier.name, served, aliases)
         except ArtefactError as error:
-            name = name_of(folder)
-            if settings.strict or name == settings.default_model:
+            name = name_of(folder, settings.models)
+            # An older version of the default model can answer.
+            if settings.strict or name == default:
                 raise
             broken[folder.name if name in served or name in broken else name] = error
             continue
+        # Of several versions the highest, which comes first.
+        is_default = resolved(default, served) is None and resolved(default, [classifier.name]) is not None
         served[classifier.name] = classifier
-        if classifier.name == settings.default_model and threads.run_before_fork:
+        if is_default and threads.run_before_fork:
             classifier.warm_up()
-    return Models(served, broken)
+    return Models(served, broken, aliases=aliases)
+
+
+def check_name(
+    folder: Path, name: str, taken: Iterable[str], aliases: Container[str], *, is_default: bool = False
+) -> None:
+    """Refuse the name of an artefact that means another one.
+
+    Args:
+        folder: of the artefact.
+        name: under which it would be served.
+        taken: names of other artefacts.
+        aliases: of the settings.
+        is_default: whether the default model is served under another name.
+
+    Raises:
+        ArtefactError: the name is taken, by an artefact, by versions of a model or by an alias; or that of the default
+            model changes.
+    """
+    model, version = split_name(name)
+    # A model has versions or none.
+    if any(other in (name, model) or (not version and split_name(other)[0] == model) for other in taken):
+        raise ArtefactError(folder / CARD_FILE, f"the name {model!r} is taken by another artefact; change one.")
+    if model in aliases:
+        raise ArtefactError(folder / CARD_FILE, f"the name {model!r} is an alias in LIPCERT_ALIASES; change one.")
+    if is_default:
+        raise ArtefactError(folder / CARD_FILE, "the default model cannot have another name while the server runs.")
 
 
 def gpu_limits(settings: Settings) -> GpuLimits:
@@ -133,8 +139,11 @@ def gpu_limits(settings: Settings) -> GpuLimits:
     return GpuLimits(settings.forward_batch or GpuLimits().batch, settings.gpu_memory_bytes)
 
 
-def name_of(folder: Path) -> str:
-    """Return the name in the card, or that of the folder where the card is the fault."""
+def name_of(folder: Path, models: Path) -> str:
+    """Return the name of an artefact in a folder of models: that in the card, or of the folder where the card is the
+    fault; of a version that of the folders."""
+    if version_of(folder, models) is not None:
+        return names_of(folder, models)[0]
     try:
         return read_card(folder).name
     except ArtefactError:

@@ -7,13 +7,14 @@ whatever the guarded model takes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from service.artefact.card import NOVELTY_LABELS
-from service.errors import ArtefactError, NoveltyError, SettingsError
+from service.errors import NoveltyError, SettingsError
 from service.inference.classifier import Classifier, Prediction
+from service.inference.served import Models
 from service.settings import novelty_models_of
 from service.shapes import Float64
 
@@ -22,40 +23,38 @@ NOVEL = 1
 """Class of a novel image."""
 
 
-def attach_guards(models: Mapping[str, Classifier], broken: Mapping[str, ArtefactError], setting: str) -> None:
+def attach_guards(models: Models, setting: str) -> None:
     """Give each model the guard that the setting, or else its card, names.
 
     A card may name a novelty model that cannot be used here: the model is served without it, as the log says.
 
-    Args:
-        models: the served models by name.
-        broken: faults of the others by name.
-        setting: `LIPCERT_NOVELTY_MODELS`.
-
     Raises:
-        SettingsError: the setting names a model that is not served, or one that is no novelty model.
+        SettingsError: `setting`, `LIPCERT_NOVELTY_MODELS`, names a model that is not served, or one that is no novelty
+            model.
     """
     asked = novelty_models_of(setting)
     for name in asked:
-        if name not in models and name not in broken:
+        if name not in models.shapes and name not in models.reasons:
             raise SettingsError(f"LIPCERT_NOVELTY_MODELS names {name!r}, which is no model of the folder")
     for name, classifier in models.items():
-        wanted = asked.get(name, classifier.card.novelty_model)
-        fault = _fault(models, broken, wanted) if wanted else None
+        # For a version or for all versions of a model.
+        asked_for = next((one for one in (name, classifier.card.name) if one in asked), None)
+        wanted = classifier.card.novelty_model if asked_for is None else asked[asked_for]
+        fault = _fault(models, wanted) if wanted else None
         classifier.guard = models[wanted] if wanted and fault is None else None
         if fault is None:
             continue
-        if name in asked:
-            raise SettingsError(f"LIPCERT_NOVELTY_MODELS: {name}={wanted}, and {fault}")
+        if asked_for is not None:
+            raise SettingsError(f"LIPCERT_NOVELTY_MODELS: {asked_for}={wanted}, and {fault}")
         # A copy of one model, as in a wheel, is no fault.
-        level = logging.WARNING if wanted in models or wanted in broken else logging.INFO
+        level = logging.WARNING if wanted in models.shapes or wanted in models.reasons else logging.INFO
         _log.log(level, "model %s is served without its novelty model: %s", name, fault)
 
 
-def _fault(models: Mapping[str, Classifier], broken: Mapping[str, ArtefactError], name: str) -> str | None:
-    if name in broken:
-        return f"{name} is not available: {broken[name].line}"
-    if name not in models:
+def _fault(models: Models, name: str) -> str | None:
+    if name in models.reasons:
+        return f"{name} is not available: {models.reasons[name]}"
+    if name not in models.shapes:
         return f"{name} is not in the folder of models"
     if models[name].labels != NOVELTY_LABELS:
         return f"{name} has the labels {', '.join(models[name].labels[:5])} instead of {', '.join(NOVELTY_LABELS)}"

@@ -24,11 +24,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.artefact.card import artefact_folders
+from service.artefact.folders import artefact_folders, names_of, split_name, version_of
 from service.artefact.rereading import Job, Rereading, Survey
 from service.errors import ArtefactError
 from service.inference.catalogue import UNKNOWN, Catalogue, Order, State, planned
-from service.settings import Settings
+from service.inference.served import resolved
+from service.settings import Settings, aliases_of, default_of
 
 if TYPE_CHECKING:
     from service.artefact.signature import Signers
@@ -127,7 +128,7 @@ class Leader:
         settings, models = self._settings, self._catalogue.models
         job = Job(
             settings.models,
-            settings.default_model,
+            default_of(settings),
             {found.files.folder: (found.digest, found.card_digest) for found in models.values()},
             (settings.proof_seconds, settings.proof_bytes, settings.proof_work),
             only,
@@ -148,12 +149,12 @@ class Leader:
             self._end(order, survey.fault)
             return
         settings = self._settings
-        state = planned(
-            self.state, survey, self._catalogue.models, settings.default_model, _signers_of(settings), only=only
-        )
+        state = planned(self.state, survey, self._catalogue.models, settings, _signers_of(settings), only=only)
         fault = None
         if only is not None:
             name = next((name for name, entry in state.entries.items() if entry and entry.folder == only), order.name)
+            if version_of(only, settings.models) is not None:
+                name = names_of(only, settings.models)[0]
             fault = state.rejected.get(name)
             if name in state.broken:
                 fault = " ".join(state.broken[name][1].split())[:500]
@@ -161,21 +162,27 @@ class Leader:
         self._end(order, fault)
 
     def _unload(self, order: Order) -> None:
-        name = order.name
-        classifier = self._catalogue.models.get(name)
-        if name == self._settings.default_model:
-            self._end(order, f"{name!r} is the default model, which is served as long as the server runs")
-        elif classifier is None:
-            self._end(order, None if name in self._unloaded else UNKNOWN)
+        models, name = self._catalogue.models, self._meant(order.name)
+        leaving = [one for one in models.values() if name in (one.name, one.card.name)]
+        entries = {other: entry for other, entry in self.state.entries.items() if models.get(other) not in leaving}
+        if not leaving:
+            self._end(order, None if any(name in (one, split_name(one)[0]) for one in self._unloaded) else UNKNOWN)
+        elif resolved(default_of(self._settings), entries) is None:
+            self._end(order, f"{order.name!r} is the default model, which is served as long as the server runs")
         else:
-            self._unloaded[name] = classifier.files.folder
-            entries = {other: entry for other, entry in self.state.entries.items() if other != name}
-            rejected = {other: reason for other, reason in self.state.rejected.items() if other != name}
+            self._unloaded |= {one.name: one.files.folder for one in leaving}
+            rejected = {other: reason for other, reason in self.state.rejected.items() if other in entries}
             self.state = replace(self.state, entries=entries, rejected=rejected)
-            _log.warning("model %s is unloaded", name)
+            _log.warning("unloaded: %s", ", ".join(one.name for one in leaving))
             self._end(order, None)
 
+    def _meant(self, name: str) -> str:
+        """Return the name of a model or of a version, also for an alias."""
+        return aliases_of(self._settings.aliases).get(name, name)
+
     def _folder_of(self, name: str) -> Path | None:
+        """Return the folder of an artefact that is or can be served; of several versions that of the highest."""
+        name = self._meant(name)
         classifier = self._catalogue.models.get(name)
         if classifier is not None:
             return classifier.files.folder
@@ -183,8 +190,9 @@ class Leader:
             return self._unloaded[name]
         # One of the folder, not a path that leads elsewhere.
         with contextlib.suppress(ArtefactError):
-            folders = artefact_folders(self._settings.models, self._settings.default_model)
-            return next((folder for folder in folders if folder.name == name), None)
+            models = self._settings.models
+            folders = artefact_folders(models, default_of(self._settings))
+            return next((folder for folder in folders if name in names_of(folder, models)), None)
         return None
 
     def _end(self, order: Order, fault: str | None) -> None:

@@ -102,9 +102,10 @@ def _loaded(
 ) -> tuple[Callable[[socket.socket], int], Chores]:
     """Load the models; return a function that serves on a socket, in this process or in one forked from it, and what
     this process does besides."""
-    from service.artefact.card import artefact_folders
+    from service.artefact.folders import artefact_folders
+    from service.settings import default_of
 
-    folders = artefact_folders(settings.models, settings.default_model)
+    folders = artefact_folders(settings.models, default_of(settings))
     pool.start(folders, (settings.proof_seconds, settings.proof_bytes, settings.proof_work))
     from service.api.access import access_of
     from service.api.app import create_app

@@ -14,13 +14,14 @@ from pydantic_core import to_json
 from service.api.answers import in_words
 from service.api.encoded import ArrayImage, EncodedImage
 from service.api.schema import Options, PredictAnswer
-from service.artefact.card import artefact_folders, read_card
+from service.artefact.card import read_card, served_name
+from service.artefact.folders import artefact_folders, newest, root_of, version_of
 from service.errors import BodyTooLargeError, EmptyBodyError, LipcertError
 from service.inference.loading import load_classifiers
 from service.inference.outcome import compute
 from service.pixels.images import unit
 from service.runtime.cpus import usable_cpus
-from service.settings import read_settings, threads_of
+from service.settings import default_of, read_settings, threads_of
 from service.sheets.sources import About, RefusedError, SourceError
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -33,7 +34,7 @@ class InProcess:
         """Verify and load the artefact; the settings are those of the server.
 
         Args:
-            model: folder of the artefact; default: that of the default model.
+            model: folder of the artefact, or of a model with versions; default: that of the default model.
             options: of every request.
 
         Raises:
@@ -41,12 +42,14 @@ class InProcess:
         """
         try:
             settings = read_settings()
-            folder = artefact_folders(settings.models, settings.default_model)[0] if model is None else model
+            default = default_of(settings)
+            folder = artefact_folders(settings.models, default)[0] if model is None else newest(model.absolute())
             card = read_card(folder)
-            name, folders = card.name, [folder]
+            models, folders = root_of(folder, card.name), [folder]
             if options.novelty and card.novelty_model:
-                folders.append(folder.parent / card.novelty_model)
-            settings = settings.model_copy(update={"models": folder.parent, "default_model": name})
+                folders.append(newest(models / card.novelty_model))
+            name = served_name(folder, card, version_of(folder, models))
+            settings = settings.model_copy(update={"models": models, "default_model": name, "aliases": ""})
             self._classifier = load_classifiers(settings, folders=folders)[name]
         except LipcertError as error:
             raise SourceError(str(error)) from error

@@ -286,7 +286,7 @@ async function start() {
   models = answer.models;
   $("model").replaceChildren(...models.map(one => new Option(one.name, one.name)));
   $("broken").textContent = answer.broken.length ? `Not served: ${answer.broken.map(one => one.name).join(", ")}.` : "";
-  const name = models.some(one => one.name === wanted.model) ? wanted.model : models.find(one => one.default)?.name ?? models[0].name;
+  const name = (models.find(one => one.name === wanted.model || one.aliases.includes(wanted.model)) ?? models.find(one => one.default) ?? models[0]).name;
   if (!await chooseModel(name)) return;
   for (const option of OPTIONS) {
     const control = $(option), value = wanted[option];

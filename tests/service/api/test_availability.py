@@ -15,7 +15,8 @@ from encoding import npy
 
 from service.api.app import create_app
 from service.artefact import verified_files
-from service.inference.loading import Models, load_classifiers
+from service.inference.loading import load_classifiers
+from service.inference.served import Models
 from service.settings import Settings
 
 NPY = {"Content-Type": "application/x-npy"}

@@ -14,7 +14,8 @@ from encoding import encode, npy
 from guards import write_guarded
 
 from service.api.app import create_app
-from service.inference.loading import Models, load_classifiers
+from service.inference.loading import load_classifiers
+from service.inference.served import Models
 from service.settings import Settings
 
 NPY = {"Content-Type": "application/x-npy"}

@@ -31,8 +31,8 @@ from service.inference.batching import Batcher
 from service.inference.catalogue import Catalogue
 from service.inference.classifier import Classifier, Prediction
 from service.inference.counterfactual import Counterfactual
-from service.inference.loading import Models
 from service.inference.outcome import Outcome
+from service.inference.served import Models
 from service.metrics import Metrics
 from service.pixels.images import decode_image
 from service.settings import Settings

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from service.artefact.card import artefact_folders
 from service.artefact.files import digest
 from service.artefact.findings import Findings
+from service.artefact.folders import artefact_folders
 from service.artefact.pool import VerifierPool
 from service.artefact.verification import verify
 from service.errors import ArtefactError, ModelNotAvailableError, SettingsError, UnknownModelError
-from service.inference.loading import Models, load_classifiers
+from service.inference.loading import load_classifiers
+from service.inference.served import Models
 from service.settings import Settings
 
 

@@ -21,6 +21,7 @@ from service.inference.classifier import Classifier, Prediction, View
 from service.inference.health import Health, SelfCheck
 from service.inference.heartbeats import LOAD_S, Beats, Pulse
 from service.inference.outcome import Decoded, Outcome
+from service.inference.served import Models
 from service.metrics import Metrics
 
 _STUCK_S = 10.0
@@ -212,11 +213,11 @@ def loop() -> Iterator[Loop]:
 class Served:
     """A catalogue."""
 
-    models: dict[str, Model]
+    models: Models
 
 
 def health_of(model: Model, batcher: Batcher, clock: Clock) -> Health:
-    return Health(Served({"model": model}), "model", batcher, _STUCK_S, clock)  # type: ignore[arg-type]
+    return Health(Served(Models({"model": model})), "model", batcher, _STUCK_S, clock)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,7 @@ def test_a_server_that_is_stopping_or_lost_or_without_its_model_is_not_ready_and
     health = health_of(model, batcher, Clock())
     health.is_stopping = True
     assert health.faults() == ["the server is stopping"]
-    (fault,) = Health(Served({}), "model", batcher, _STUCK_S).faults()
+    (fault,) = Health(Served(Models({})), "model", batcher, _STUCK_S).faults()
     assert fault.startswith("the default model model is not loaded")
 
     class Lost(Model):

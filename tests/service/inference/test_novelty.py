@@ -14,8 +14,9 @@ from service.api.schema import ImageOptions
 from service.artefact.card import read_card
 from service.errors import ArtefactChangedError, ChannelsError, NoveltyError, SettingsError
 from service.inference.classifier import Classifier
-from service.inference.loading import Models, load_classifiers
+from service.inference.loading import load_classifiers
 from service.inference.outcome import compute
+from service.inference.served import Models
 from service.settings import Settings, novelty_models_of
 
 

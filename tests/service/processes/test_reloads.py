@@ -91,6 +91,7 @@ class Server(ServerProcess):
 
 def write(folder: Path, seed: int, name: str) -> str:
     """Write an artefact beside its place, move it there, and return its digest."""
+    folder.parent.mkdir(exist_ok=True)
     new = folder.parent / f".{folder.name}-new"
     random = np.random.default_rng(seed)
     builders.write(new, builders.linear(random.normal(size=(3, 20)), random.normal(size=3), SHAPE), name)
@@ -122,7 +123,7 @@ def start(models: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @contextlib.contextmanager
-def load_on(server: Server) -> Generator[Counter[tuple[int, str, str]]]:
+def load_on(server: Server, other: str = "other") -> Generator[Counter[tuple[int, str, str]]]:
     """Ask from two threads; give the answers by status, digest and logits."""
     answers: Counter[tuple[int, str, str]] = Counter()
     is_over = threading.Event()
@@ -138,7 +139,7 @@ def load_on(server: Server) -> Generator[Counter[tuple[int, str, str]]]:
             time.sleep(0.01)
         connection.close()
 
-    threads = [threading.Thread(target=ask, args=(path,)) for path in ("/predict", "/predict?model=other")]
+    threads = [threading.Thread(target=ask, args=(path,)) for path in ("/predict", f"/predict?model={other}")]
     for thread in threads:
         thread.start()
     try:
@@ -313,3 +314,66 @@ def test_the_default_model_stays_though_its_folder_is_gone(start: Callable[..., 
     wait_until(lambda: "its folder is gone" in server.log)
     wait_until(lambda: server.ask("GET", "/models/grey")[1]["rejected"] is not None)
     assert server.ask("POST", "/predict", _IMAGE)[0] == 200
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_new_version_takes_the_name_and_the_old_one_goes_on(
+    start: Callable[..., Server], models: Path, processes: int
+) -> None:
+    shutil.rmtree(models / "grey")
+    old = write(models / "grey" / "1", 0, "grey")
+    server = start(processes, default_model="stable", aliases="stable=grey")
+    assert server.names() == {frozenset({"grey:1", "other"})}
+    with load_on(server, "grey:1") as answers:
+        new = write(models / "grey" / "2", 1, "grey")
+        server.hang_up()
+        wait_until(lambda: server.digests("grey") == {new})
+        assert server.digests("stable") == {new}
+        assert server.digests("grey:1") == {old}
+        # With a fault it is no version, and the name stays where it is.
+        write(models / "grey" / "3", 2, "stranger")
+        server.hang_up()
+        wait_until(lambda: {server.ask("GET", "/models/grey:3")[0] for _ in range(5)} == {503})
+        assert server.digests("grey") == {new}
+        shutil.rmtree(models / "grey" / "3")
+        # Back to the old version.
+        shutil.rmtree(models / "grey" / "2")
+        server.hang_up()
+        wait_until(lambda: server.names() == {frozenset({"grey:1", "other"})})
+        # The last version of the default model stays.
+        shutil.rmtree(models / "grey")
+        server.hang_up()
+        wait_until(lambda: all(server.ask("GET", "/models/stable")[1]["rejected"] for _ in range(5)))
+        assert server.digests("stable") == {old}
+    assert {status for status, *_ in answers} == {200}, answers
+    assert {found for _, found, _ in answers} == {old, new}
+    assert "Traceback" not in server.log
+
+
+def test_versions_are_loaded_and_unloaded_one_by_one_or_all_at_once(start: Callable[..., Server], models: Path) -> None:
+    for version in (1, 2):
+        write(models / "digits" / str(version), version, "digits")
+    admin, line = new_key("admin", ["admin", "predict"])
+    server = start(api_keys=line, aliases="best=digits:2")
+
+    def control(name: str, action: str) -> int:
+        return server.ask("POST", f"/v2/repository/models/{name}/{action}", Authorization=f"Bearer {admin}")[0]
+
+    def served() -> list[str]:
+        listed = server.ask("GET", "/models", Authorization=f"Bearer {admin}")[1]["models"]
+        return [model["name"] for model in listed if model["name"].startswith("digits")]
+
+    assert control("best", "unload") == 200
+    assert served() == ["digits:1"]
+    assert control("digits", "load") == 200
+    assert served() == ["digits:1", "digits:2"]
+    write(models / "digits" / "3", 3, "digits")
+    assert control("digits:3", "load") == 200
+    assert control("digits:4", "load") == 404
+    assert control("digits", "unload") == 200
+    assert served() == []
+    assert server.ask("GET", "/models/best", Authorization=f"Bearer {admin}")[0] == 404
+    assert control("digits:1", "load") == 200
+    assert served() == ["digits:1"]
+    assert "LIPCERT_ALIASES: best stands for digits:2, which is not served" in server.log
+    assert "Traceback" not in server.log
