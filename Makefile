@@ -37,12 +37,14 @@ PEERS := .venv-peers
 FUZZ := .venv-fuzz
 # Helm, schemas and a linter for deploy/helm and deploy/kserve.
 MANIFESTS := .venv-manifests
+# Builder of the documentation's site, and its venv.
+SITE := .venv-site
 
 # ONNX Runtime otherwise sends usage reports to its vendor.
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos rolling manifests bench lock sbom advisories image clean
+.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos rolling manifests bench site lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -131,19 +133,25 @@ bench: DATA ?= data
 bench: $(PEERS)/installed $(PEERS)-mlserver/installed $(PEERS)-triton/installed $(VENV)/test $(VENV)/project  ## measure the service beside ONNX Runtime alone and other servers (wrk; MNIST in DATA=DIR; half an hour), write benchmarks/RESULTS.md and its plots
 	$(RUN) -m benchmarks.serving --data $(DATA) --write
 
+site: $(SITE)/installed  ## build the documentation as a site, build/site, which loads nothing from other hosts
+	@# Not --quiet, which would not count warnings. The variable leaves out news of the theme.
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build
+	@echo build/site/index.html
+
 lock:  ## resolve the dependencies of pyproject.toml again and write requirements/*.txt
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
 	$(PYTHON) -m venv "$$folder/uv" && "$$folder/uv/bin/python" -m pip install --quiet $(UV); \
 	resolve() { "$$folder/uv/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-header \
 	  --no-annotate "$$@"; }; \
 	: 'One resolution for everything, torch and its CUDA libraries too, so that all locks fit in one venv.'; \
-	resolve pyproject.toml --extra gpu --extra train --extra evaluate --extra client --extra test --group build >"$$folder/all.txt"; \
+	resolve pyproject.toml --extra gpu --extra train --extra evaluate --extra client --extra test --group build --group site >"$$folder/all.txt"; \
 	echo torch >"$$folder/unlocked.txt"; \
 	lock() { target=$$1; shift; resolve --generate-hashes --constraints "$$folder/all.txt" "$$@" >"$$folder/$$target"; \
 	  { echo '# Written by `make lock`.'; cat "$$folder/$$target"; } >"requirements/$$target"; }; \
 	lock serve-cpu.txt pyproject.toml --extra cpu; \
 	lock serve-gpu.txt pyproject.toml --extra gpu; \
 	lock build.txt --group build; \
+	lock site.txt --group site; \
 	lock test.txt pyproject.toml --extra train --extra evaluate --extra client --extra test --excludes "$$folder/unlocked.txt"
 
 sbom: $(SUPPLY)/installed  ## write the bill of materials of both images, build/sbom-cpu.json and build/sbom-gpu.json (CycloneDX), from the locks
@@ -159,8 +167,8 @@ advisories: $(SUPPLY)/installed  ## look up the locked libraries among the known
 image:  ## build the container image lipcert:cpu (or lipcert:gpu with ACCELERATOR=gpu)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target $(ACCELERATOR) --tag lipcert:$(ACCELERATOR) .
 
-clean:  ## remove .venv, .venv-libraries, .venv-fuzz, .venv-manifests, .venv-peers*, .venv-supply and caches
-	rm -rf $(VENV) $(OTHERS) $(FUZZ) $(MANIFESTS) $(PEERS) $(PEERS)-* $(SUPPLY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, .venv-libraries, .venv-fuzz, .venv-manifests, .venv-peers*, .venv-site, .venv-supply and caches
+	rm -rf $(VENV) $(OTHERS) $(FUZZ) $(MANIFESTS) $(PEERS) $(PEERS)-* $(SITE) $(SUPPLY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find benchmarks lipcert models service tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:
@@ -196,6 +204,11 @@ $(OTHERS)/installed: benchmarks/libraries/requirements.txt
 $(SUPPLY)/installed: Makefile
 	$(PYTHON) -m venv --clear $(SUPPLY)
 	$(SUPPLY)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(AUDITORS)
+	@touch $@
+
+$(SITE)/installed: requirements/site.txt
+	$(PYTHON) -m venv --clear $(SITE)
+	$(SITE)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --require-hashes --only-binary :all: -r $<
 	@touch $@
 
 $(FUZZ)/installed: tests/fuzz/requirements.txt requirements/serve-cpu.txt

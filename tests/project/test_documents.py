@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from service import __version__
 
@@ -66,6 +67,20 @@ def test_every_command_exists(page: str) -> None:
     assert targets <= MAKE_TARGETS
     modules = {found[1] for command in commands if (found := re.match(r"(?:\S*/)?python -m ([a-z_.]+)", command))}
     assert {name for name in modules if find_spec(name) is None} == set()
+
+
+def test_every_page_has_a_place_in_the_site_and_the_readme_is_its_first() -> None:
+    def pages(part: object) -> list[str]:
+        if isinstance(part, str):
+            return [part]
+        values = part.values() if isinstance(part, dict) else part
+        return [page for value in values for page in pages(value)]  # type: ignore[attr-defined]
+
+    placed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert placed[0] == "index.md"
+    assert len(placed) == len(set(placed))
+    documents = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.ipynb")]
+    assert set(placed[1:]) - {"repository/CHANGELOG.md"} == {f"{document.stem}.md" for document in documents}
 
 
 def test_contributing_is_one_page_and_names_the_checks() -> None:
