@@ -127,7 +127,11 @@ def check_name(
     model, version = split_name(name)
     # A model has versions or none.
     if any(other in (name, model) or (not version and split_name(other)[0] == model) for other in taken):
-        raise ArtefactError(folder / CARD_FILE, f"the name {model!r} is taken by another artefact; change one.")
+        raise ArtefactError(
+            folder / CARD_FILE,
+            f"the name {model!r} is taken by another artefact; change one, or make them versions, the folders {model}/1 "
+            f"and {model}/2.",
+        )
     if model in aliases:
         raise ArtefactError(folder / CARD_FILE, f"the name {model!r} is an alias in LIPCERT_ALIASES; change one.")
     if is_default:

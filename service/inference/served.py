@@ -57,11 +57,13 @@ class Models(dict[str, Classifier]):
             name: resolved(one, self) or resolved(one, self.broken)
             for name, one in (names | dict(aliases or {})).items()
         }
-        self.further = {name: one for name, one in meant.items() if one is not None}
+        self.further = {name: one for name, one in meant.items() if one is not None and name not in self}
         self.shapes = {name: self[name].input_shape for name in self}
-        self.reasons = {name: error.line for name, error in self.broken.items()}
         self.shapes |= {name: self.shapes[one] for name, one in self.further.items() if one in self}
-        self.reasons |= {name: self.reasons[one] for name, one in self.further.items() if one in self.broken}
+        # A broken artefact takes its name from no other.
+        reasons = {name: error.line for name, error in self.broken.items() if name not in self.shapes}
+        meant_by_broken = {name: one for name, one in self.further.items() if one in reasons}
+        self.reasons = reasons | {name: reasons[one] for name, one in meant_by_broken.items()}
 
     def __missing__(self, name: str) -> Classifier:
         """Return the model of a further name.

@@ -220,7 +220,7 @@ def test_a_version_with_a_fault_leaves_the_name_to_the_older_one(tmp_path: Path,
         load(tmp_path)
 
 
-def test_names_that_collide_are_faults_of_the_later_artefact(tmp_path: Path) -> None:
+def test_names_that_collide_are_faults_of_the_later_artefact(tmp_path: Path, runner: asyncio.Runner) -> None:
     write(tmp_path / "grey" / "1", 1, "grey")
     write(tmp_path / "grey" / "2", 2, "stranger")
     write(tmp_path / "a", 3, "grey")
@@ -231,6 +231,11 @@ def test_names_that_collide_are_faults_of_the_later_artefact(tmp_path: Path) -> 
     assert "it names the model 'stranger', and the folder is a version of 'grey'" in reasons["grey:2"]
     assert "'grey' is taken by another artefact" in reasons["grey"]
     assert "'champion' is an alias" in reasons["champion"]
+    # The names stand for what they stood for.
+    client = Client(create_app(settings_of(tmp_path, default_model="grey:1", aliases="champion=grey"), models), runner)
+    for name in ("grey", "champion"):
+        answer = client.post(f"/predict?model={name}", content=npy(IMAGE_HW), headers=NPY).json()
+        assert answer["model"] == "grey:1"
     for strict in ("grey:1", "champion"):
         with pytest.raises(ArtefactError):
             load(tmp_path, default_model=strict, aliases="champion=grey", strict=True)
