@@ -129,8 +129,8 @@ def check_name(
     if any(other in (name, model) or (not version and split_name(other)[0] == model) for other in taken):
         raise ArtefactError(
             folder / CARD_FILE,
-            f"the name {model!r} is taken by another artefact; change one, or make them versions, the folders {model}/1 "
-            f"and {model}/2.",
+            f"the name {model!r} is taken by another artefact; change one, or make them versions, the folders "
+            f"{model}/1 and {model}/2.",
         )
     if model in aliases:
         raise ArtefactError(folder / CARD_FILE, f"the name {model!r} is an alias in LIPCERT_ALIASES; change one.")
