@@ -44,7 +44,7 @@ SITE := .venv-site
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos rolling manifests bench site lock sbom advisories image clean
+.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling manifests bench site lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -121,6 +121,9 @@ schemathesis: $(FUZZ)/installed  ## compare the running server with its OpenAPI 
 chaos: SECONDS ?= 600
 chaos: $(VENV)/test $(VENV)/project  ## kill, stop, flood and damage a server under load, and check every answer (SECONDS=600)
 	$(RUN) tests/chaos/chaos.py --seconds $(SECONDS)
+
+memory: $(VENV)/test $(VENV)/project  ## send a million mixed requests, check every answer, and compare the memory of the server with that after 10,000
+	$(RUN) tests/chaos/memory.py
 
 rolling: SECONDS ?= 300
 rolling: $(VENV)/test $(VENV)/project  ## restart two replicas in turn behind HAProxy under load, and count failed requests (SECONDS=300)
