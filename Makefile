@@ -147,7 +147,7 @@ lock:  ## resolve the dependencies of pyproject.toml again and write requirement
 	resolve() { "$$folder/uv/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-header \
 	  --no-annotate "$$@"; }; \
 	: 'One resolution for everything, torch and its CUDA libraries too, so that all locks fit in one venv.'; \
-	resolve pyproject.toml --extra gpu --extra train --extra evaluate --extra client --extra test --group build --group site >"$$folder/all.txt"; \
+	resolve pyproject.toml --extra gpu --extra train --extra evaluate --extra client --extra bulk --extra test --group build --group site >"$$folder/all.txt"; \
 	echo torch >"$$folder/unlocked.txt"; \
 	lock() { target=$$1; shift; resolve --generate-hashes --constraints "$$folder/all.txt" "$$@" >"$$folder/$$target"; \
 	  { echo '# Written by `make lock`.'; cat "$$folder/$$target"; } >"requirements/$$target"; }; \
@@ -155,7 +155,7 @@ lock:  ## resolve the dependencies of pyproject.toml again and write requirement
 	lock serve-gpu.txt pyproject.toml --extra gpu; \
 	lock build.txt --group build; \
 	lock site.txt --group site; \
-	lock test.txt pyproject.toml --extra train --extra evaluate --extra client --extra test --excludes "$$folder/unlocked.txt"
+	lock test.txt pyproject.toml --extra train --extra evaluate --extra client --extra bulk --extra test --excludes "$$folder/unlocked.txt"
 
 sbom: $(SUPPLY)/installed  ## write the bill of materials of both images, build/sbom-cpu.json and build/sbom-gpu.json (CycloneDX), from the locks
 	@mkdir -p build

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "serve": "serve models over HTTP, as `python -m service`",
     "predict": "classify image files and folders, as `python -m service predict`",
+    "certify-images": "certify image collections of any size, as `python -m service certify-images`",
     "audit": "audit an archived answer, as `python -m service audit`",
     "evidence": "write the evidence folder of an artefact, as `python -m service evidence`",
     "certify": "prove bounds of an ONNX file, as `python -m service.certificate`",

@@ -7,6 +7,7 @@
 `python -m service evidence ARTEFACT --out DIR`: write the evidence folder of an artefact, see docs/evidence.md.
 `python -m service keys new NAME --scope predict`: make an API key, see docs/access.md.
 `python -m service predict FILE ...`: classify image files, see docs/client.md; its help has its exit statuses.
+`python -m service certify-images SOURCE ... --out DIR`: certify image collections, see docs/bulk.md.
 
 Exit status: 0 stopped on request, the answer holds, the file is imported, or the second program accepts the folder; 1 a
 model, the provider or the port is not available, or the answer does not hold; 2 a setting, the command, a file to be
@@ -31,6 +32,7 @@ from types import FrameType
 
 from service.access.scopes import PREDICT, SCOPES
 from service.artefact.pool import VerifierPool
+from service.bulk import arguments as bulk_arguments
 from service.errors import ImportRefusedError, KeptError, LipcertError, SettingsError
 from service.logs import FORMAT, limit_logs
 from service.processes.serving import run_server
@@ -111,6 +113,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     arguments.describe(predict)
     predict.set_defaults(run=_predict)
+    bulk = commands.add_parser(
+        "certify-images", help="Certify image collections of any size.", description=bulk_arguments.DESCRIPTION
+    )
+    bulk_arguments.describe(bulk)
+    bulk.set_defaults(run=_certify_images)
     _describe_keys(
         commands.add_parser(
             "keys",
@@ -242,6 +249,12 @@ def _predict(chosen: argparse.Namespace) -> int:
         sys.stdout.flush()
         os._exit(status)
     return status
+
+
+def _certify_images(chosen: argparse.Namespace) -> int:
+    from service.bulk.command import certify_images
+
+    return certify_images(chosen)
 
 
 def _new_key(chosen: argparse.Namespace) -> int:

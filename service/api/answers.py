@@ -132,7 +132,7 @@ def _saliency_in_words(prediction: Prediction, image_CHW: np.ndarray, labels: Se
     answer = {
         "class_id": found.class_id,
         "label": labels[found.class_id],
-        "array": _npy(found.gradient_CHW),
+        "array": base64.b64encode(_npy(found.gradient_CHW)).decode("ascii"),
         "media_type": NPY,
         "overlay": _png(draw_over(image_CHW, found.gradient_CHW)),
     }
@@ -140,20 +140,25 @@ def _saliency_in_words(prediction: Prediction, image_CHW: np.ndarray, labels: Se
 
 
 def _image_in_words(pixels_CHW: np.ndarray) -> Json:
-    """Return a PNG file of an 8-bit grey or RGB image, an npy array of any other."""
+    content, media_type = image_bytes(pixels_CHW)
+    return {"image": base64.b64encode(content).decode("ascii"), "media_type": media_type}
+
+
+def image_bytes(pixels_CHW: np.ndarray) -> tuple[bytes, str]:
+    """Return a PNG file of an 8-bit grey or RGB image, an npy file of any other, and its media type."""
     if pixels_CHW.dtype == np.uint8 and len(pixels_CHW) in (1, 3):
-        return {"image": _png(pixels_CHW), "media_type": "image/png"}
-    return {"image": _npy(pixels_CHW), "media_type": NPY}
+        return encode_png(pixels_CHW), "image/png"
+    return _npy(pixels_CHW), NPY
 
 
 def _png(pixels_CHW: np.ndarray) -> str:
     return base64.b64encode(encode_png(pixels_CHW)).decode("ascii")
 
 
-def _npy(array: np.ndarray) -> str:
+def _npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return file.getvalue()
 
 
 def _novelty_in_words(novelty: tuple[Classifier, Prediction] | None) -> Json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from math import prod
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +21,15 @@ from service.shapes import Float64, Num
 
 # A header is parsed as a Python literal; numpy.save writes 128 bytes.
 _MOST_HEADER = 1024
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A file that is read from its start."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return the next bytes."""
+        ...
 
 
 def decode_array(data: bytes, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> Float64[np.ndarray, "C H W"]:
@@ -99,13 +109,32 @@ def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, 
     if not data:
         raise EmptyBodyError("the body is empty; send a file of numpy.save")
     file = io.BytesIO(data)
+    shape, fortran_order, dtype = read_header(file)
+    declared, sent = prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if declared != sent:
+        raise ArrayError(
+            f"the header declares shape {shape} of {dtype.name}, {declared} bytes, and {sent} bytes follow "
+            "it; send the whole file and nothing after it"
+        )
+    if prod(shape) // channels > max_pixels:
+        raise ImageTooLargeError(f"it has {prod(shape) // channels} pixels", max_pixels)
+    flat = np.frombuffer(data, dtype, offset=file.tell())
+    return (flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)), shape
+
+
+def read_header(file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, whether the order is Fortran's, and type of an npy file; its values follow.
+
+    Raises:
+        ArrayError: the file is no npy file, or has values that are no pixels.
+    """
     try:
         version = np.lib.format.read_magic(file)
-        read_header = {
+        read = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran_order, dtype = read_header(file, max_header_size=_MOST_HEADER)
+        shape, fortran_order, dtype = read(file, max_header_size=_MOST_HEADER)
     except Exception:
         # The header is parsed as a Python literal: hostile ones raise ValueError, SyntaxError, MemoryError...
         raise ArrayError(
@@ -122,16 +151,7 @@ def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, 
         )
     if not shape or any(type(length) is not int or length < 1 for length in shape):
         raise ArrayError(f"the array has shape {shape}; expected at least one value along every axis")
-    declared, sent = prod(shape) * dtype.itemsize, len(data) - file.tell()
-    if declared != sent:
-        raise ArrayError(
-            f"the header declares shape {shape} of {dtype.name}, {declared} bytes, and {sent} bytes follow "
-            "it; send the whole file and nothing after it"
-        )
-    if prod(shape) // channels > max_pixels:
-        raise ImageTooLargeError(f"it has {prod(shape) // channels} pixels", max_pixels)
-    flat = np.frombuffer(data, dtype, offset=file.tell())
-    return (flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)), shape
+    return shape, fortran_order, dtype
 
 
 def _channels_first(array: np.ndarray, axis: int, input_shape_CHW: tuple[int, int, int]) -> np.ndarray:

@@ -118,6 +118,17 @@ def image_digest(image_CHW: Float64[np.ndarray, "C H W"]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def image_digests(image_NCHW: Float64[np.ndarray, "N C H W"]) -> list[str]:
+    """Return `image_digest` of each image, in less time where no other thread waits for the GIL."""
+    begun = hashlib.sha256("{}x{}x{}\n".format(*image_NCHW.shape[1:]).encode("ascii"))
+    digests: list[str] = []
+    for image_CHW in np.ascontiguousarray(image_NCHW, dtype="<f8"):
+        digest = begun.copy()
+        digest.update(image_CHW)
+        digests.append(f"sha256:{digest.hexdigest()}")
+    return digests
+
+
 def encode_png(pixels_CHW: UInt8[np.ndarray, "C H W"]) -> bytes:
     """Return the PNG file of a grey (C = 1) or RGB (C = 3) image; decoding it returns the same values."""
     picture = pixels_CHW[0] if pixels_CHW.shape[0] == 1 else np.moveaxis(pixels_CHW, 0, -1)

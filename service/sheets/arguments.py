@@ -34,7 +34,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ca-file", type=Path, metavar="FILE", help="PEM authorities that sign the server's certificate"
     )
-    parser.add_argument("--counterfactual", action="store_true", help="find the nearest image of another class")
+    describe_options(parser)
     parser.add_argument(
         "--strength",
         type=float,
@@ -50,23 +50,28 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--saliency", action="store_true", help="gradient of the deciding margin, in the answers of --jsonl"
     )
-    parser.add_argument(
-        "--novelty", action="store_true", help="ask the novelty model whether an image is unlike those of the training"
-    )
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the counterfactuals there, as PNG files")
-    parser.add_argument(
-        "--proof", choices=["fast", "best"], help="best: prove a larger radius at reference images; default: fast"
-    )
-    parser.add_argument("--epsilon", type=_radius, metavar="R", help="required L2 radius, pixels in [0, 1]")
     parser.add_argument("--min-radius", type=_radius, metavar="R", help="exit with status 1 if a radius is smaller")
-    parser.add_argument("--resize", action="store_true", help="accept images of another size than the model's")
-    parser.add_argument(
-        "--background", type=_colour, metavar="#RRGGBB", help="composite transparent images onto this colour"
-    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--csv", type=Path, metavar="OUT", help="write a CSV file")
     output.add_argument("--jsonl", type=Path, metavar="OUT", help="write one JSON object on each line, with the answer")
     output.add_argument("--parquet", type=Path, metavar="OUT", help="write a Parquet file; needs pyarrow")
+
+
+def describe_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of requests that every table of answers has columns for."""
+    parser.add_argument("--counterfactual", action="store_true", help="find the nearest image of another class")
+    parser.add_argument(
+        "--novelty", action="store_true", help="ask the novelty model whether an image is unlike those of the training"
+    )
+    parser.add_argument(
+        "--proof", choices=["fast", "best"], help="best: prove a larger radius at reference images; default: fast"
+    )
+    parser.add_argument("--epsilon", type=_radius, metavar="R", help="required L2 radius, pixels in [0, 1]")
+    parser.add_argument("--resize", action="store_true", help="accept images of another size than the model's")
+    parser.add_argument(
+        "--background", type=_colour, metavar="#RRGGBB", help="composite transparent images onto this colour"
+    )
 
 
 def _colour(text: str) -> str:

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,26 +95,40 @@ def _check(chosen: argparse.Namespace) -> None:
     """Refuse options that contradict each other, and libraries that are missing; raises `UsageError`."""
     if chosen.save is not None and not chosen.counterfactual:
         raise UsageError("--save writes counterfactuals: add --counterfactual")
-    try:
-        Options(**_options(chosen))
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = f"--{fault['loc'][0]}: " if fault["loc"] else ""
-        raise UsageError(f"{place}{fault['msg'].removeprefix('Value error, ')}") from None
+    checked_options(_options(chosen))
     if chosen.server is None and (chosen.api_key_file is not None or chosen.ca_file is not None):
         raise UsageError("--api-key-file and --ca-file are for --server: add it, or leave them out")
     needed = [("httpx", "--server", "client")] if chosen.server is not None else [("onnxruntime", "this", "cpu")]
     if chosen.parquet is not None:
         needed.append(("pyarrow", "--parquet", ""))
-    for library, purpose, extra in needed:
-        if importlib.util.find_spec(library) is None:
-            advice = f"lipcert[{extra}]" if extra else library
-            raise UsageError(f"{purpose} needs {library}, which is not installed: `pip install '{advice}'`")
+    check_libraries(needed)
     out = _output(chosen)[1]
     if out is not None and (out.is_dir() or (out.exists() and not out.is_file())):
         raise UsageError(f"{out} is not a regular file: name another one")
     if chosen.save is not None:
         chosen.save.mkdir(parents=True, exist_ok=True)
+
+
+def checked_options(values: dict[str, Any]) -> Options:
+    """Return the options of requests; raises `UsageError` where they are not valid or contradict each other."""
+    try:
+        return Options(**values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = f"--{str(fault['loc'][0]).replace('_', '-')}: " if fault["loc"] else ""
+        raise UsageError(f"{place}{fault['msg'].removeprefix('Value error, ')}") from None
+
+
+def check_libraries(needed: Iterable[tuple[str, str, str]]) -> None:
+    """Refuse a library that is missing, with what installs it; raises `UsageError`.
+
+    Args:
+        needed: library, what needs it, and the extra that brings it or an empty text.
+    """
+    for library, purpose, extra in needed:
+        if importlib.util.find_spec(library) is None:
+            advice = f"lipcert[{extra}]" if extra else library
+            raise UsageError(f"{purpose} needs {library}, which is not installed: `pip install '{advice}'`")
 
 
 def _output(chosen: argparse.Namespace) -> tuple[str, Path | None]:

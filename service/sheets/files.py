@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import heapq
+import itertools
+import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from service.pixels.folders import is_clutter
+
+_SORTED_AT_ONCE = 50_000
 
 
 class UnusableFileError(Exception):
@@ -24,7 +31,7 @@ def named_files(words: Iterable[str]) -> list[Path]:
     for word in words:
         path = Path(word)
         if path.is_dir():
-            found += list(_below(path)) or [path]
+            found += list(files_below(path)) or [path]
         elif glob.has_magic(word) and not os.path.lexists(word):
             found += _matching(word) or [path]
         else:
@@ -32,13 +39,43 @@ def named_files(words: Iterable[str]) -> list[Path]:
     return found
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder, and folders that cannot be listed; links to folders are left alone."""
-    unlisted: list[Path] = []
-    for directory, folders, names in os.walk(folder, onerror=lambda error: unlisted.append(Path(error.filename))):
-        folders[:] = sorted(name for name in folders if not is_clutter(name))
-        yield from (Path(directory, name) for name in sorted(names) if not is_clutter(name))
-    yield from unlisted
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, sorted, and folders that cannot be listed; links to folders are left alone."""
+    folders: list[str] = []
+
+    def names() -> Iterator[str]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_clutter(entry.name):
+                    continue
+                if not entry.is_dir():
+                    yield entry.name
+                elif not entry.is_symlink():
+                    folders.append(entry.name)
+
+    try:
+        yield from (folder / name for name in _in_order(names()))
+    except OSError:
+        yield folder
+    for name in sorted(folders):
+        yield from files_below(folder / name)
+
+
+def _in_order(names: Iterable[str]) -> Iterator[str]:
+    """Yield names sorted; of a large folder, most of them wait in temporary files and not in memory."""
+    with contextlib.ExitStack() as stack:
+        runs: list[Iterable[str]] = []
+        remaining = iter(names)
+        while run := sorted(itertools.islice(remaining, _SORTED_AT_ONCE)):
+            if len(run) == _SORTED_AT_ONCE:
+                file = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))
+                # JSON, because a name may hold a newline and bytes that are not UTF-8.
+                file.writelines(f"{json.dumps(name)}\n" for name in run)
+                file.seek(0)
+                runs.append(map(json.loads, file))
+            else:
+                runs.append(run)
+        yield from heapq.merge(*runs)
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -47,7 +84,7 @@ def _matching(pattern: str) -> list[Path]:
     for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207
         path = Path(match)
         if not any(is_clutter(part) for part in path.parts if part not in own):
-            found |= dict.fromkeys(_below(path) if path.is_dir() else [path])
+            found |= dict.fromkeys(files_below(path) if path.is_dir() else [path])
     return list(found)
 
 

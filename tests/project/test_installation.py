@@ -44,7 +44,11 @@ def test_every_locked_requirement_has_a_hash_and_no_address(lock: str) -> None:
 
 @pytest.mark.parametrize(
     ("lock", "extras"),
-    [("serve-cpu.txt", ["cpu"]), ("serve-gpu.txt", ["gpu"]), ("test.txt", ["train", "evaluate", "client", "test"])],
+    [
+        ("serve-cpu.txt", ["cpu"]),
+        ("serve-gpu.txt", ["gpu"]),
+        ("test.txt", ["train", "evaluate", "client", "bulk", "test"]),
+    ],
 )
 def test_lock_holds_what_pyproject_pins(lock: str, extras: list[str]) -> None:
     project = PROJECT["project"]
