@@ -8,6 +8,7 @@
 `python -m service keys new NAME --scope predict`: make an API key, see docs/access.md.
 `python -m service predict FILE ...`: classify image files, see docs/client.md; its help has its exit statuses.
 `python -m service certify-images SOURCE ... --out DIR`: certify image collections, see docs/bulk.md.
+`python -m service ray up`: serve in replicas of Ray Serve on this machine, see docs/ray.md.
 
 Exit status: 0 stopped on request, the answer holds, the file is imported, or the second program accepts the folder; 1 a
 model, the provider or the port is not available, or the answer does not hold; 2 a setting, the command, a file to be
@@ -33,6 +34,7 @@ from types import FrameType
 from service.access.scopes import PREDICT, SCOPES
 from service.artefact.pool import VerifierPool
 from service.bulk import arguments as bulk_arguments
+from service.cluster import arguments as ray_arguments
 from service.errors import ImportRefusedError, KeptError, LipcertError, SettingsError
 from service.logs import FORMAT, limit_logs
 from service.processes.serving import run_server
@@ -118,6 +120,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     bulk_arguments.describe(bulk)
     bulk.set_defaults(run=_certify_images)
+    ray = commands.add_parser(
+        "ray", help="Serve in replicas of Ray Serve on this machine.", description=ray_arguments.DESCRIPTION
+    )
+    ray_arguments.describe(ray)
+    ray.set_defaults(run=_ray)
     _describe_keys(
         commands.add_parser(
             "keys",
@@ -255,6 +262,12 @@ def _certify_images(chosen: argparse.Namespace) -> int:
     from service.bulk.command import certify_images
 
     return certify_images(chosen)
+
+
+def _ray(chosen: argparse.Namespace) -> int:
+    from service.cluster.command import up
+
+    return up(chosen)
 
 
 def _new_key(chosen: argparse.Namespace) -> int:

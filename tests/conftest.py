@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import hypothesis
 import numpy as np
 import pytest
 from client import HEIGHT, LIMITS, WIDTH, Client
+from ray_client import RayServer, RemoteClient
 
 from service.api.app import create_app
 from service.inference.classifier import Classifier
@@ -56,9 +58,16 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(scope="session")
-def client(classifiers: Mapping[str, Classifier], runner: asyncio.Runner) -> Client:
-    """A client of the application; the default model is `grey`, the limits are `LIMITS`."""
-    return Client(create_app(Settings(default_model="grey", **LIMITS), classifiers), runner)
+def client(classifiers: Mapping[str, Classifier], runner: asyncio.Runner, zoo: Path) -> Iterator[Client | RemoteClient]:
+    """A client of the application; the default model is `grey`, the limits are `LIMITS`.
+
+    With the variable `TESTS_ON_RAY`, the application runs in a replica of Ray Serve.
+    """
+    if os.environ.get("TESTS_ON_RAY"):
+        with RayServer({"models": zoo, "default_model": "grey", "provider": "cpu", **LIMITS}) as server:
+            yield RemoteClient(server.url)
+        return
+    yield Client(create_app(Settings(default_model="grey", **LIMITS), classifiers), runner)
 
 
 @pytest.fixture(scope="session")

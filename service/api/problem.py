@@ -77,6 +77,7 @@ STATUS: Mapping[type[errors.LipcertError], HTTPStatus] = MappingProxyType(
         errors.ProviderError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.SettingsError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.PortError: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.ClusterError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.KeptError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ImportRefusedError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.LipcertError: HTTPStatus.INTERNAL_SERVER_ERROR,

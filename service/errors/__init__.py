@@ -55,6 +55,7 @@
       ├─ ProviderError                   the requested execution provider is not available
       ├─ SettingsError                   a LIPCERT_* variable is unknown or invalid
       ├─ PortError                       the address to listen on is not available
+      ├─ ClusterError                    Ray does not serve, or a replica of it is not healthy
       ├─ KeptError                       a file of an audit or of evidence is missing or of another kind
       └─ ImportRefusedError              an ONNX file cannot become an artefact
 
@@ -72,6 +73,7 @@ from service.errors.access import RateLimitError as RateLimitError
 from service.errors.access import UnauthorizedError as UnauthorizedError
 from service.errors.base import LipcertError as LipcertError
 from service.errors.operator import ArtefactError as ArtefactError
+from service.errors.operator import ClusterError as ClusterError
 from service.errors.operator import ImportRefusedError as ImportRefusedError
 from service.errors.operator import KeptError as KeptError
 from service.errors.operator import PortError as PortError

@@ -44,6 +44,10 @@ class PortError(LipcertError):
         )
 
 
+class ClusterError(LipcertError):
+    """Ray does not serve, or one of its replicas is not healthy."""
+
+
 class KeptError(LipcertError):
     """A file of an audit, or a path of an evidence folder, is missing or of another kind than expected."""
 

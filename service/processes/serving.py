@@ -74,7 +74,7 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
         scheme = "http" if certificate is None else "https"
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         _log.info("serving on %s - the playground is at %s/, the API at %s/docs", url, url, url)
-        _warn_if_open(settings, host)
+        warn_if_open(settings, host)
         # All objects of the start stay: no collection has to look at them again.
         gc.freeze()
         gc.enable()
@@ -264,7 +264,8 @@ def _certificate_of(settings: Settings) -> Certificate | None:
     return Certificate(settings.tls_certificate, settings.tls_key)
 
 
-def _warn_if_open(settings: Settings, address: str) -> None:
+def warn_if_open(settings: Settings, address: str) -> None:
+    """Warn where everybody beyond this machine is served without a key."""
     has_keys = settings.api_keys_file is not None or settings.api_keys
     if (
         not has_keys

@@ -160,7 +160,7 @@ def test_a_certificate_is_renewed_in_all_processes_without_a_restart(server: Ser
 def test_serving_everybody_without_keys_is_one_loud_line(
     caplog: pytest.LogCaptureFixture, address: str, settings: dict[str, object], warns: bool
 ) -> None:
-    serving._warn_if_open(Settings(**settings), address)  # type: ignore[arg-type]
+    serving.warn_if_open(Settings(**settings), address)  # type: ignore[arg-type]
     assert [record.levelno for record in caplog.records if record.name == "service"] == [logging.WARNING] * warns
     if warns:
         assert all(name in caplog.text for name in (address, "LIPCERT_API_KEYS_FILE", "LIPCERT_ALLOW_ANONYMOUS=1"))

@@ -1,0 +1,73 @@
+"""`lipcert ray up` in a process of its own, and a client of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+STOP_S = 120.0
+"""Most time to stop on a busy machine."""
+
+
+class RayServer:
+    """A Ray of this machine with one replica or more; a context manager that stops it as Ctrl-C does."""
+
+    def __init__(self, settings: Mapping[str, object], replicas: int = 1) -> None:
+        """Start it, and wait until it is ready.
+
+        Args:
+            settings: by field of `service.settings.Settings`.
+            replicas: number of replicas.
+        """
+        inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
+        variables = {f"LIPCERT_{name.upper()}": str(value) for name, value in settings.items()}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service", "ray", "up", "--replicas", str(replicas), "--port", "0"],
+            cwd=ROOT,
+            env=inherited | variables,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        assert self.process.stdout is not None
+        self.url = next((line.strip() for line in self.process.stdout if line.startswith("http")), "")
+        assert self.url, f"ended with status {self.process.wait()}"
+
+    def stop(self) -> int:
+        """Return the exit status."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(STOP_S)
+
+    def __enter__(self) -> RayServer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
+
+
+class RemoteClient:
+    """Requests as those of `client.Client`, to a URL; there is no application here to change."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.Client(base_url=url, timeout=60.0)
+
+    def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """As `httpx.request`."""
+        return self._http.request(method, path, **arguments)
+
+    def get(self, path: str, **arguments: Any) -> httpx.Response:
+        """GET."""
+        return self.request("GET", path, **arguments)
+
+    def post(self, path: str, **arguments: Any) -> httpx.Response:
+        """POST."""
+        return self.request("POST", path, **arguments)
