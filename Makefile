@@ -44,7 +44,7 @@ SITE := .venv-site
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling manifests bench site lock sbom advisories image clean
+.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling ray-chaos manifests bench site lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -128,6 +128,10 @@ memory: $(VENV)/test $(VENV)/project  ## send a million mixed requests, check ev
 rolling: SECONDS ?= 300
 rolling: $(VENV)/test $(VENV)/project  ## restart two replicas in turn behind HAProxy under load, and count failed requests (SECONDS=300)
 	$(RUN) tests/chaos/rolling.py --seconds $(SECONDS)
+
+ray-chaos: SECONDS ?= 30
+ray-chaos: $(VENV)/test $(VENV)/project  ## kill one of three nodes of a local Ray cluster under load, and check every answer (extra `ray`; SECONDS=30)
+	$(RUN) tests/chaos/ray_node.py --seconds $(SECONDS)
 
 manifests: $(MANIFESTS)/installed  ## render the chart of Kubernetes with several values, check schemas and findings of a linter
 	$(MANIFESTS)/bin/python tests/manifests/check.py

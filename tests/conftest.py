@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import builders
+import httpx
 import hypothesis
 import numpy as np
 import pytest
@@ -64,8 +65,9 @@ def client(classifiers: Mapping[str, Classifier], runner: asyncio.Runner, zoo: P
     With the variable `TESTS_ON_RAY`, the application runs in a replica of Ray Serve.
     """
     if os.environ.get("TESTS_ON_RAY"):
-        with RayServer({"models": zoo, "default_model": "grey", "provider": "cpu", **LIMITS}) as server:
-            yield RemoteClient(server.url)
+        settings = {"models": zoo, "default_model": "grey", "provider": "cpu", **LIMITS}
+        with RayServer(settings) as server, httpx.Client(base_url=server.url, timeout=60.0) as http:
+            yield RemoteClient(http)
         return
     yield Client(create_app(Settings(default_model="grey", **LIMITS), classifiers), runner)
 

@@ -44,6 +44,8 @@ class RayServer:
     def stop(self) -> int:
         """Return the exit status."""
         self.process.send_signal(signal.SIGINT)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return self.process.wait(STOP_S)
 
     def __enter__(self) -> RayServer:
@@ -57,8 +59,8 @@ class RayServer:
 class RemoteClient:
     """Requests as those of `client.Client`, to a URL; there is no application here to change."""
 
-    def __init__(self, url: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=60.0)
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
 
     def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """As `httpx.request`."""

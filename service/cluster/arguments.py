@@ -7,8 +7,8 @@ from pathlib import Path
 
 DESCRIPTION = (
     "`up` starts Ray on this machine, serves the models in replicas of Ray Serve, prints the URL once they are ready, "
-    "and ends all of it on Ctrl-C. Settings are those of `lipcert serve`. Exit status: 0 stopped on request; 1 Ray, the "
-    "port or a model is not available; 2 a setting or the command is not valid."
+    "and ends all of it on Ctrl-C. Settings are those of `lipcert serve`. Exit status: 0 stopped on request; 1 Ray, "
+    "the port or a model is not available; 2 a setting or the command is not valid."
 )
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -29,7 +29,7 @@ _READY_S = 60.0
 """In which the proxy answers once the replicas are ready."""
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """The least that Ray takes: requests do not pass through the store."""
-_DEFAULTS = {
+DEFAULTS = {
     # A replica answers HTTP itself, behind HAProxy: without, one Python process has to pass on every request.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -38,6 +38,8 @@ _DEFAULTS = {
     # A busy machine takes longer than 5 seconds to start a process.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # uvicorn in a replica otherwise believes X-Forwarded-For of HAProxy, which passes on what any client sends.
+    "FORWARDED_ALLOW_IPS": "",
     # Replicas otherwise run at a lower priority.
     "RAY_worker_niceness": "0",
 }
@@ -58,6 +60,8 @@ def up(chosen: argparse.Namespace) -> int:
         os.environ[f"{PREFIX}MODELS"] = str(chosen.models.absolute())
     if chosen.port is not None:
         os.environ[f"{PREFIX}PORT"] = str(chosen.port)
+    # All requests come from the address of HAProxy.
+    os.environ.setdefault(f"{PREFIX}CLIENT_SHARE", "1")
     settings = read_settings()
     # A port in use is reported before Ray starts.
     with bind(settings.host, settings.port) as listener:
@@ -73,9 +77,9 @@ def up(chosen: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _served(settings: Settings, port: int, replicas: int) -> Iterator[str]:
+def _served(settings: Settings, port: int, replicas: int) -> Generator[str]:
     """Start Ray, deploy, and yield the URL once it answers; end all of it afterwards."""
-    for name, value in _DEFAULTS.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     # The variables count when the modules are imported.
     ray: Any = importlib.import_module("ray")
@@ -113,7 +117,7 @@ def _served(settings: Settings, port: int, replicas: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible() -> Generator[None]:
     """Turn SIGTERM and SIGINT into `KeyboardInterrupt`; Ray sets handlers of its own when it starts."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:

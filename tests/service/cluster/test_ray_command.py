@@ -43,6 +43,7 @@ def test_a_port_in_use_or_an_invalid_setting_ends_it_before_ray_starts(
     monkeypatch.setattr(command, "_served", lambda *_: pytest.fail("Ray was started"))
     # Put back afterwards: the command sets it.
     monkeypatch.setenv("LIPCERT_PORT", "0")
+    monkeypatch.setenv("LIPCERT_CLIENT_SHARE", "1")
     monkeypatch.setenv("LIPCERT_HOST", "127.0.0.1")
     if of_setting:
         monkeypatch.setenv("LIPCERT_MAX_BATCH", "none")
