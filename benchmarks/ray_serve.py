@@ -58,10 +58,11 @@ def batched(serve: Any, cpus: int, replicas: int) -> Any:
     """Return the application with `serve.batch`."""
 
     class Replica(Batched):
-        answered = serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)(Batched.answer)
+        # Ray looks it up by its name.
+        answer = serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)(Batched.answer)
 
         async def __call__(self, request: HttpRequest) -> Response:
-            return Response(await self.answered(await request.body()), media_type="application/json")
+            return Response(await self.answer(await request.body()), media_type="application/json")
 
     options = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": cpus}, "max_ongoing_requests": 1024}
     return serve.deployment(**options)(Replica).bind(cpus)
@@ -72,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name has it")
     options = parser.parse_args()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -83,13 +85,13 @@ def main() -> None:
         try:
             del settings["WORKERS"]
             os.environ.update({f"LIPCERT_{name}": value for name, value in settings.items()}, PYTHONPATH=str(ROOT))
-            _measure_ray(options.seconds, options.rounds)
+            _measure_ray(options.seconds, options.rounds, options.only)
         finally:
             plain.terminate()
             plain.wait()
 
 
-def _measure_ray(seconds: int, rounds: int) -> None:
+def _measure_ray(seconds: int, rounds: int, only: str) -> None:
     ray: Any = importlib.import_module("ray")
     serve: Any = importlib.import_module("ray.serve")
     from service.cluster.ray import app
@@ -105,6 +107,8 @@ def _measure_ray(seconds: int, rounds: int) -> None:
         }
         print(f"{'':26}requests/s  of plain  p50 ms  p99 ms")
         for name, application in variants.items():
+            if only not in name:
+                continue
             serve.run(application, name="lipcert", logging_config={"enable_access_log": False})
             found = [(_load(PLAIN_PORT, seconds), _load(RAY_PORT, seconds)) for _ in range(rounds)]
             ratio = statistics.median(ours.requests_per_s / plain.requests_per_s for plain, ours in found)
