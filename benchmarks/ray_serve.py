@@ -1,8 +1,8 @@
 """`python -m benchmarks.ray_serve [--seconds 3] [--rounds 3]`: the service on Ray Serve beside the plain service.
 
 At 64 clients (wrk), on two CPUs: the plain service with two workers; one replica with two CPUs and two with one CPU
-each, with the batcher of the service and with `serve.batch` in its place. All run at the same time and are measured in
-turn. Needs the extra `ray`.
+each, with the batcher of the service and with `serve.batch` in its place, which has no options, limits or metrics. Each
+is measured in turn with the plain service, which runs beside it. Needs the extra `ray`.
 """
 
 from __future__ import annotations
