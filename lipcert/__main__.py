@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "serve": "serve models over HTTP, as `python -m service`",
-    "ray": "serve in replicas of Ray Serve on this machine, as `python -m service ray`",
+    "ray": "serve in replicas of Ray Serve, as `python -m service ray`",
     "predict": "classify image files and folders, as `python -m service predict`",
     "certify-images": "certify image collections of any size, as `python -m service certify-images`",
     "audit": "audit an archived answer, as `python -m service audit`",
