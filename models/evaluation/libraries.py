@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,9 @@ def autoattack_search(classifier: Classifier, parameters: Mapping[str, Any]) -> 
     balls whose radii differ by at most the factor `SIMILAR` are searched together, with the largest of their radii, or
     with the smallest where they are certified.
     """
+    with suppress(NameError):
+        # The first import on a machine writes a file, and fails where two processes begin that together.
+        import art.config  # noqa: F401
     from art.attacks.attack import EvasionAttack
     from art.attacks.evasion import AutoAttack, AutoProjectedGradientDescent, SquareAttack
     from art.estimators.classification import PyTorchClassifier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from builders import linear, load, random_groupsort
 
 pytest.importorskip("foolbox")
-pytest.importorskip("art")
+if find_spec("art") is None:
+    pytest.skip("art is not installed", allow_module_level=True)
 torch = pytest.importorskip("torch")
 
 from models.evaluation import attacks, libraries  # noqa: E402
