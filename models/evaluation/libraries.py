@@ -5,6 +5,7 @@ Axes: N images, C channels, H height, W width, K classes, M images of one group.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -156,7 +157,7 @@ def autoattack_search(classifier: Classifier, parameters: Mapping[str, Any]) -> 
     """
     with suppress(NameError):
         # The first import on a machine writes a file, and fails where two processes begin that together.
-        import art.config  # noqa: F401
+        importlib.import_module("art.config")
     from art.attacks.attack import EvasionAttack
     from art.attacks.evasion import AutoAttack, AutoProjectedGradientDescent, SquareAttack
     from art.estimators.classification import PyTorchClassifier
