@@ -352,9 +352,9 @@ class ModelSummary(_Answer):
 
     name: str
     """Of a version, `NAME:VERSION`."""
-    version: str | None = None
+    version: str | None
     """Null for a model without versions."""
-    aliases: list[str] = []
+    aliases: list[str]
     """Further names that requests may use: of the highest version, the name without a number; and those of
     `LIPCERT_ALIASES`."""
     default: bool
