@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -53,7 +54,9 @@ def start() -> Iterator[Start]:
         command = [sys.executable, "-m", "lipcert", *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(command, text=True, env=environment, **pipes))
+        # A shell ignores the signal for what it runs in the background, and so for all that it starts.
+        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        started.append(subprocess.Popen(command, text=True, env=environment, preexec_fn=heard, **pipes))
         return started[-1]
 
     yield run
