@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,18 @@ from service.settings import Settings
 # No timed unit tests: a busy machine is no defect.
 hypothesis.settings.register_profile("lipcert", deadline=None)
 hypothesis.settings.load_profile("lipcert")
+
+
+@pytest.fixture
+def without_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU, no other setting of the shell, and the level of the log as it was afterwards."""
+    for name in list(os.environ):
+        if name.upper().startswith("LIPCERT_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("LIPCERT_PROVIDER", "cpu")
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")

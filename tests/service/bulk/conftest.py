@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,8 @@ from service.sheets import in_process
 
 
 @pytest.fixture(autouse=True)
-def process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in list(os.environ):
-        if name.upper().startswith("LIPCERT_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("LIPCERT_PROVIDER", "cpu")
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
+def settings_are_those_of_the_test(without_settings: None) -> None:
+    """Commands run in this process."""
 
 
 @pytest.fixture

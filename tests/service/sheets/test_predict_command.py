@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import io
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -39,16 +38,7 @@ from service.sheets.writers import rounded_down
 
 ROOT = Path(__file__).resolve().parents[3]
 
-
-@pytest.fixture(autouse=True)
-def process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in list(os.environ):
-        if name.upper().startswith("LIPCERT_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("LIPCERT_PROVIDER", "cpu")
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
+pytestmark = pytest.mark.usefixtures("without_settings")
 
 
 @pytest.fixture(scope="module")
