@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from server_process import without_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP_S = 120.0
@@ -27,12 +27,11 @@ class RayServer:
             settings: by field of `service.settings.Settings`.
             replicas: number of replicas.
         """
-        inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
         variables = {f"LIPCERT_{name.upper()}": str(value) for name, value in settings.items()}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service", "ray", "up", "--replicas", str(replicas), "--port", "0"],
             cwd=ROOT,
-            env=inherited | variables,
+            env=without_settings() | variables,
             stdout=subprocess.PIPE,
             text=True,
             process_group=0,

@@ -12,16 +12,20 @@ from collections.abc import Mapping, Sequence
 from process_table import children_of, is_running, wait_until
 
 
+def without_settings() -> dict[str, str]:
+    """Return the environment of this process without the settings of a server."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
+
+
 class ServerProcess:
     """A server in a new process group, as a terminal starts it, without settings of this process; its log is read."""
 
     def __init__(self, command: Sequence[str], settings: Mapping[str, object], **environment: str) -> None:
-        inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
         chosen = {"port": 0, "provider": "cpu", "default_model": "grey"} | settings
         variables = {f"LIPCERT_{name.upper()}": str(value) for name, value in chosen.items()}
         self.process = subprocess.Popen(
             command,
-            env={**inherited, **environment, **variables},
+            env={**without_settings(), **environment, **variables},
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,

@@ -37,6 +37,7 @@ from clients import Clients, ask  # noqa: E402
 from disturbances import Disturbances, Target  # noqa: E402
 from exchanges import Answer, Exchange, Keys, mixed, posted_back  # noqa: E402
 from judging import Judge  # noqa: E402
+from server_process import without_settings  # noqa: E402
 
 from service.access.keys import new_key  # noqa: E402
 
@@ -107,7 +108,7 @@ async def served() -> AsyncIterator[Server]:
         rotating, line = new_key("rotating", ["predict"])
         without = "\n".join(stored for _, stored in made.values()) + "\n"
         (folder / "keys").write_text(without + line + "\n")
-        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
+        environment = without_settings()
         environment |= {
             "LIPCERT_PORT": "0",
             "LIPCERT_PROVIDER": "cpu",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import random
 import re
 import signal
@@ -32,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from encoding import npy  # noqa: E402
 from exchanges import Answer, Exchange, read_answer  # noqa: E402
+from server_process import without_settings  # noqa: E402
 
 CONFIGURATION = ROOT / "deploy" / "proxy" / "haproxy.cfg"
 IMAGES = sorted((ROOT / "service" / "static" / "samples").glob("mnist-*.png"))
@@ -81,7 +81,7 @@ class Replica:
 
     async def start(self) -> None:
         """Start the server and wait until it is ready; raise `AssertionError` if it ends."""
-        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
+        environment = without_settings()
         environment |= {
             "LIPCERT_PORT": str(self.port),
             "LIPCERT_PROVIDER": "cpu",

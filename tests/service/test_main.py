@@ -29,12 +29,8 @@ from service.artefact.card import digest
 
 
 @pytest.fixture(autouse=True)
-def process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in list(os.environ):
-        if name.upper().startswith("LIPCERT_"):
-            monkeypatch.delenv(name)
+def process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, without_settings: None) -> Iterator[None]:
     monkeypatch.setenv("LIPCERT_PORT", "0")
-    monkeypatch.setenv("LIPCERT_PROVIDER", "cpu")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     yield
     for number, handler in handlers.items():

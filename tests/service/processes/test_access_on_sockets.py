@@ -18,6 +18,7 @@ from pathlib import Path
 import certificates
 import pytest
 from process_table import children_of, wait_until
+from server_process import without_settings
 
 from service.access.keys import new_key
 from service.errors import SettingsError
@@ -70,7 +71,7 @@ def server(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         "tls_certificate": folder / "certificate.pem",
         "tls_key": folder / "key.pem",
     }
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIPCERT_")}
+    environment = without_settings()
     environment |= {f"LIPCERT_{name.upper()}": str(value) for name, value in chosen.items()}
     log = folder / "log"
     with log.open("wb") as stream:
