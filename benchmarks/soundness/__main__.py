@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.soundness import document, sections
+from benchmarks.soundness import document, nearest, sections
 from models.export import code_version
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECTIONS: dict[str, Callable[[argparse.Namespace], sections.Section]] = {
-    "boundary": sections.boundary_search,
+    "boundary": nearest.boundary_search,
     "planted": sections.planted_biases,
     "known": sections.known_distances,
     "invariance": sections.invariance,

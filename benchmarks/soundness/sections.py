@@ -12,10 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from builders import Graphs, load
 
-from benchmarks.soundness import wire
-from benchmarks.soundness.attacks import foolbox_starts
-from benchmarks.soundness.boundary import BATCH_SIZES, QUICK, RETRACE, THOROUGH, Search, View, own_starts, search
-from benchmarks.soundness.data import classifiers, in_another_shape, test_images
+from benchmarks.soundness.boundary import (
+    QUICK,
+    RETRACE,
+    Search,
+    View,
+    search,
+)
+from benchmarks.soundness.data import test_images
 from benchmarks.soundness.document import floor, table
 from benchmarks.soundness.graphs import in_float32, residual, shipped, with_planted_biases
 from benchmarks.soundness.invariance import BATCHES, THREADS, lost_radius, vary
@@ -26,9 +30,6 @@ from service.inference.classifier import Classifier
 
 MODELS = ("mnist", "mnist-0-8")
 """Of the sections that say nothing about all shipped models."""
-OTHER_SIZES = ((5, 5), (10, 8))
-"""Height and width in sevenths of those of the model."""
-OTHER_SHAPE_IMAGES = 40
 PLANTED = tuple((constant, half) for constant in (1e6, 1e8, 1e10, 1e12) for half in (False, True))
 NEAR_IMAGES = 100
 NUDGED_MARGINS = (1e-5, 1e-4, 3e-4, 1e-2, 1.0, 3.99, 4.01, 6.0)
@@ -45,75 +46,9 @@ class Section:
     violations: int
 
 
-def boundary_search(arguments: argparse.Namespace) -> Section:
-    """From images of each model, and from images in other shapes, the nearest point of another class."""
-    rows, near_rows, wire_rows, broken = [], [], [], 0
-    for name in arguments.models or classifiers(arguments.zoo):
-        classifier = _load(arguments, name)
-        image_NCHW, _ = test_images(classifier, arguments.data, arguments.images)
-        cases = [(_shape(image_NCHW), View(classifier), image_NCHW)]
-        for other in _other_shapes(*classifier.input_shape):
-            shaped = in_another_shape(image_NCHW[:OTHER_SHAPE_IMAGES], *other, arguments.seed)
-            cases.append((_shape(shaped), View(classifier, resize=True), shaped))
-        for shape, view, image_NCHW in cases:
-            rng = np.random.default_rng(arguments.seed)
-            started = time.monotonic()
-            starts = [*own_starts(view, image_NCHW, THOROUGH), *foolbox_starts(view, image_NCHW)]
-            found = search(view, image_NCHW, rng, THOROUGH, starts)
-            near = near_boundary(view, found, rng)
-            rows.append(_search_row([f"`{name}`", shape], found))
-            near_rows.append(_near_row([f"`{name}`", shape], near))
-            broken += _broken(found, near)
-            if view.classifier.input_shape[0] == image_NCHW.shape[1]:
-                answers = wire.ask(classifier, found, view.resize)
-                counts = [answers.other_answer, answers.inside, answers.pulled_flips]
-                wire_rows.append([f"`{name}`", shape, answers.n, *counts])
-                broken += sum(counts)
-            _say(f"boundary {name} {shape}: {rows[-1]} {near_rows[-1]} {time.monotonic() - started:.0f} s")
-    sizes = ", ".join(map(str, BATCH_SIZES))
-    text = "\n\n".join(
-        [
-            "## The nearest points of another class",
-            "From test images of each shipped classifier, evenly spaced, the nearest image of another class that "
-            "could be found through `service.inference.classifier.Classifier`: the service's counterfactual, a "
-            "descent to each of the two nearest classes, foolbox's DeepFool and Carlini-Wagner; each then walked "
-            "along the boundary towards the image, bisected down to adjacent floats, and improved by neighbouring "
-            "floats. Other shapes are the same images resampled (grey ones also tinted), sent with `resize=true`, "
-            "and searched in the pixels that are sent. Distances and radii are compared as exact rationals, radii "
-            "with reference images (`proof=best`); a point counts if it gets another class in a batch of any of "
-            f'{sizes} images. "Pulled" are the points moved along the segment to the last floats inside of the '
-            "radius.",
-            f"**Points strictly inside of the radius: {broken}.**",
-            table(_SEARCH_HEADER, rows),
-            "Rounding decides in front of the boundary. So images were placed there, with computed margins of "
-            "4.0000001, 4.001, 4.1, 6 and 100 times `logit_error`, and 49 points inside of each radius classified: "
-            "along the gradient, its signs, and random directions. The last two columns show that this attack is "
-            "real: images with margins of 0.0001 to 0.1 times `logit_error`, and how many have another class inside "
-            "of the radius that a certificate without rounding errors, `min (f_i - f_j) / K_ij`, would give them. "
-            "The service certifies none of those.",
-            table(_NEAR_HEADER, near_rows),
-            "The same points through the whole application (HTTP in this process, `application/x-npy`, float64, one "
-            "image a request; RGB arrays are not converted there, only files are): answers that differ from the "
-            "search's in class or by more than 1e-9 in radius, points inside of the answered radius, and pulled "
-            "points that get another class:",
-            table(["model", "image", "n", "other answers", "inside", "pulled, other class"], wire_rows),
-        ]
-    )
-    return Section(text, broken)
-
-
-def _load(arguments: argparse.Namespace, name: str) -> Classifier:
+def load_shipped(arguments: argparse.Namespace, name: str) -> Classifier:
+    """Return a shipped model on one thread."""
     return Classifier.load(arguments.zoo / name, "cpu", threads=1)
-
-
-def _other_shapes(channels: int, height: int, width: int) -> list[tuple[int, int, int]]:
-    sizes = [(height * tall // 7, width * wide // 7) for tall, wide in OTHER_SIZES]
-    colour = [] if channels == 3 else [(3, height, width), (3, *sizes[-1])]
-    return [*((channels, *size) for size in sizes), *colour]
-
-
-def _shape(image_NCHW: np.ndarray) -> str:
-    return " x ".join(map(str, image_NCHW.shape[1:]))
 
 
 def planted_biases(arguments: argparse.Namespace) -> Section:
@@ -121,7 +56,7 @@ def planted_biases(arguments: argparse.Namespace) -> Section:
     rows, broken = [], 0
     for name in MODELS:
         own = shipped(arguments.zoo / name)
-        classifier = _load(arguments, name)
+        classifier = load_shipped(arguments, name)
         image_NCHW, _ = test_images(classifier, arguments.data, arguments.images)
         reference = search(View(classifier), image_NCHW, np.random.default_rng(arguments.seed), QUICK)
         for graphs, precision in ((own, "float64"), (in_float32(own), "float32")):
@@ -182,8 +117,8 @@ def _planted_row(
         f"{found.naive_broken} / {int((found.naive_N > 0).sum())}",
         f"{near.naive_broken} / {near.naive_images}",
     ]
-    _say(f"planted {row} {time.monotonic() - started:.0f} s")
-    return row, _broken(found, near)
+    say(f"planted {row} {time.monotonic() - started:.0f} s")
+    return row, broken_promises(found, near)
 
 
 _PLANTED_HEADER = (
@@ -211,7 +146,7 @@ def known_distances(arguments: argparse.Namespace) -> Section:
                 ]
             )
             broken += known.beyond + inside + (known.worst_error > 1)
-            _say(f"known {rows[-1]}")
+            say(f"known {rows[-1]}")
     for depth in (0, 1, 2):
         for naive in (False, True):
             total = Exhausted()
@@ -221,7 +156,7 @@ def known_distances(arguments: argparse.Namespace) -> Section:
                 [depth, "without E" if naive else "certified", total.images, total.points, total.flips, total.broken]
             )
             broken += 0 if naive else total.flips
-            _say(f"exhaust {ball_rows[-1]}")
+            say(f"exhaust {ball_rows[-1]}")
     for share in NUDGED_MARGINS:
         nudged = [nudge_midpoints(rng, share) for _ in range(networks)]
         nudge_rows.append(
@@ -277,7 +212,7 @@ def invariance(arguments: argparse.Namespace) -> Section:
     cases: list[tuple[str, bytes, np.ndarray]] = []
     for name in MODELS:
         own = shipped(arguments.zoo / name)
-        images, _ = test_images(_load(arguments, name), arguments.data, INVARIANCE_IMAGES)
+        images, _ = test_images(load_shipped(arguments, name), arguments.data, INVARIANCE_IMAGES)
         cases.append((f"`{name}`", own.model, images))
         cases.append((f"`{name}` in float32", in_float32(own).model, images))
     rng = np.random.default_rng(arguments.seed)
@@ -296,7 +231,7 @@ def invariance(arguments: argparse.Namespace) -> Section:
                 ]
             )
             broken += (seen.logits_over_2e > 1) + (seen.radii_over_2e > 1) + seen.classes_changed
-            _say(f"invariance {rows[-1]}")
+            say(f"invariance {rows[-1]}")
     text = "\n\n".join(
         [
             "## Invariance",
@@ -349,7 +284,7 @@ def analysis_times(arguments: argparse.Namespace) -> Section:
                 *(f"{certificate.lipschitz_bound:.4g}", f"{certificate.logit_error:.1e}"),
             ]
         )
-        _say(f"times {rows[-1]}")
+        say(f"times {rows[-1]}")
     text = "\n\n".join(
         [
             "## Time of the analysis",
@@ -372,7 +307,7 @@ def radius_lost(arguments: argparse.Namespace) -> Section:
     """The radius that the shipped models lose to the rounding error, over the whole test set."""
     rows, broken = [], 0
     for name in MODELS:
-        classifier = _load(arguments, name)
+        classifier = load_shipped(arguments, name)
         image_NCHW, _ = test_images(classifier, arguments.data, None)
         logits_NK = np.concatenate(
             [classifier.classify(image_NCHW[k : k + 500])[0] for k in range(0, len(image_NCHW), 500)]
@@ -396,37 +331,11 @@ def radius_lost(arguments: argparse.Namespace) -> Section:
     return Section(text, broken)
 
 
-_SEARCH_HEADER = (
-    *("model", "image", "n", "certified", "found", "median radius", "with reference images"),
-    *("smallest distance / radius", "median distance / radius", "inside", "pulled, other class"),
-)
-_NEAR_HEADER = ("model", "image", "images", "points inside", "other class", "images without E", "broken without E")
-
-
-def _search_row(title: Sequence[str], found: Search) -> list[object]:
-    certified_N = found.radius_N > 0
-    ratios = found.ratios
-    return [
-        *title,
-        len(certified_N),
-        int(certified_N.sum()),
-        int(found.found_N.sum()),
-        f"{np.median(found.radius_N):.4f}",
-        f"{np.median(found.largest_N):.4f}",
-        floor(float(ratios.min()), 6) if len(ratios) else "-",
-        floor(float(np.median(ratios)), 4) if len(ratios) else "-",
-        len(found.violations),
-        found.pulled_flips,
-    ]
-
-
-def _near_row(title: Sequence[str], near: Sampled) -> list[object]:
-    return [*title, near.images, near.points, near.flips, near.naive_images, near.naive_broken]
-
-
-def _broken(found: Search, near: Sampled) -> int:
+def broken_promises(found: Search, near: Sampled) -> int:
+    """Return how many points are inside of a radius."""
     return len(found.violations) + found.pulled_flips + near.flips
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Show progress."""
     sys.stderr.write(f"{line}\n")
