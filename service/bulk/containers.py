@@ -43,6 +43,25 @@ class Item(NamedTuple):
     """An image or npy file, pixels C x H x W, or the reason why it cannot be read."""
 
 
+class Rows(NamedTuple):
+    """Inputs of an array or a table that follow each other and are all images."""
+
+    prefix: str
+    """In front of the number in `Item.item`."""
+    first: int
+    """Number of the first one."""
+    pixels_NCHW: np.ndarray
+    """As the service decodes them: 0..255, or float64 in [0, 1]."""
+
+    def split(self, count: int) -> tuple[Rows, Rows | None]:
+        """Return at most so many of them, and the others."""
+        if len(self.pixels_NCHW) <= count:
+            return self, None
+        return self._replace(pixels_NCHW=self.pixels_NCHW[:count]), Rows(
+            self.prefix, self.first + count, self.pixels_NCHW[count:]
+        )
+
+
 class Reading(NamedTuple):
     """How containers are read."""
 
@@ -89,8 +108,8 @@ def count_inputs(kind: Kind, name: str, reading: Reading) -> int | None:
         return _count_members(file)
 
 
-def read_inputs(kind: Kind, name: str, start: int, reading: Reading) -> Generator[Item]:
-    """Yield the inputs of a container from number `start` on.
+def read_inputs(kind: Kind, name: str, start: int, reading: Reading) -> Generator[Item | Rows]:
+    """Yield the inputs of a container from number `start` on, one by one or many together.
 
     Args:
         kind: neither `file` nor an npy file of one image.
@@ -129,7 +148,7 @@ def _batch_header(file: IO[bytes], shape: Shape) -> tuple[tuple[int, ...], np.dt
     return array_shape, dtype, math.prod(array_shape[1:]) * dtype.itemsize
 
 
-def _rows(file: IO[bytes], shape: Shape, start: int, prefix: str) -> Iterator[Item]:
+def _rows(file: IO[bytes], shape: Shape, start: int, prefix: str) -> Iterator[Item | Rows]:
     array_shape, dtype, row_bytes = _batch_header(file, shape)
     file.seek(start * row_bytes, 1)
     step = max(1, _READ_BYTES // row_bytes)
@@ -139,18 +158,20 @@ def _rows(file: IO[bytes], shape: Shape, start: int, prefix: str) -> Iterator[It
         if len(content) < count * row_bytes:
             raise ArrayError("the file ends before the array that its header declares")
         array = np.frombuffer(content, dtype).reshape(count, *array_shape[1:])
-        for number, pixels in enumerate(_pixels(batch_of(array, shape)), first):
-            yield Item(f"{prefix}{number}", None, pixels)
+        yield from _decoded(Rows(prefix, first, batch_of(array, shape)))
 
 
-def _pixels(batch_NCHW: np.ndarray) -> Iterable[np.ndarray | Exception]:
-    """Return the images as the service decodes them: 0..255, or float64 in [0, 1]."""
+def _decoded(rows: Rows) -> Iterator[Item | Rows]:
+    """Yield the images as the service decodes them; one by one where some are refused."""
+    prefix, first, batch_NCHW = rows
     if batch_NCHW.dtype == np.uint8:
-        return batch_NCHW
+        yield rows
+        return
     try:
-        return unit_range(batch_NCHW)
+        yield Rows(prefix, first, unit_range(batch_NCHW))
     except InputError:
-        return map(_unit_or_error, batch_NCHW)
+        for number, pixels_CHW in enumerate(batch_NCHW, first):
+            yield Item(f"{prefix}{number}", None, _unit_or_error(pixels_CHW))
 
 
 def _unit_or_error(pixels_CHW: np.ndarray) -> np.ndarray | Exception:
@@ -168,7 +189,7 @@ def _rows_of_member(archive: zipfile.ZipFile, member: str, shape: Shape) -> int:
     return array_shape[0]
 
 
-def _rows_of_archive(file: IO[bytes], shape: Shape, start: int) -> Iterator[Item]:
+def _rows_of_archive(file: IO[bytes], shape: Shape, start: int) -> Iterator[Item | Rows]:
     with zipfile.ZipFile(file) as archive:
         for member in archive.namelist():
             rows = _rows_of_member(archive, member, shape)
@@ -201,7 +222,7 @@ def _column(schema: Any, name: str | None) -> Any:
     raise ValueError(f"{len(found)} columns hold images; name one with --column; the columns are: {columns}")
 
 
-def _rows_of_table(file: IO[bytes], start: int, reading: Reading) -> Iterator[Item]:
+def _rows_of_table(file: IO[bytes], start: int, reading: Reading) -> Iterator[Item | Rows]:
     # A buffer of its own for each column chunk: a row group would otherwise be read as a whole.
     table = _parquet().ParquetFile(file, buffer_size=1024 * 1024, pre_buffer=False)
     name = _column(table.schema_arrow, reading.column).name
@@ -217,29 +238,40 @@ def _rows_of_table(file: IO[bytes], start: int, reading: Reading) -> Iterator[It
             first += rows
 
 
-def _items(column: Any, first: int, shape: Shape) -> Iterator[Item]:
+def _items(column: Any, first: int, shape: Shape) -> Iterator[Item | Rows]:
     arrow: Any = importlib.import_module("pyarrow")
-    keys: Iterable[str | None] = itertools.repeat(None)
     if arrow.types.is_fixed_size_list(column.type):
-        contents: Iterable[Any] = _lists(column, shape)
-    elif arrow.types.is_struct(column.type):
+        yield from _lists(column, first, shape)
+        return
+    keys: Iterable[str | None] = itertools.repeat(None)
+    if arrow.types.is_struct(column.type):
         contents = column.field("bytes").to_pylist()
         if column.type.get_field_index("path") >= 0:
             keys = (None if path is None else str(path) for path in column.field("path").to_pylist())
     else:
         contents = column.to_pylist()
     for number, (content, key) in enumerate(zip(contents, keys, strict=False), first):
-        yield Item(str(number), key, ArrayError("the row holds no image") if content is None else content)
+        yield _missing(number) if content is None else Item(str(number), key, content)
 
 
-def _lists(column: Any, shape: Shape) -> Iterator[np.ndarray | Exception | None]:
+def _lists(column: Any, first: int, shape: Shape) -> Iterator[Item | Rows]:
     size = column.type.list_size
     if size != math.prod(shape):
         raise ArrayError(f"the lists have {size} values, and an image of the model has {math.prod(shape)}: {shape}")
-    values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
-    pixels = iter(_pixels(values))
-    for is_valid in column.is_valid().to_pylist():
-        yield next(pixels) if is_valid else None
+    pixels_NCHW = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+    start = 0
+    for is_valid, group in itertools.groupby(column.is_valid().to_pylist()):
+        count = len(list(group))
+        if is_valid:
+            yield from _decoded(Rows("", first, pixels_NCHW[start : start + count]))
+            start += count
+        else:
+            yield from map(_missing, range(first, first + count))
+        first += count
+
+
+def _missing(number: int) -> Item:
+    return Item(str(number), None, ArrayError("the row holds no image"))
 
 
 def _count_members(file: IO[bytes]) -> int:

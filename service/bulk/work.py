@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from service.api.schema import Options
-from service.bulk.containers import Item, Reading, read_inputs
+from service.bulk.containers import Item, Reading, Rows, read_inputs
 from service.bulk.listing import Part, Piece
 from service.bulk.locations import UnreachableError, content_of, is_url, stamp
 from service.bulk.tables import Origin, Record, answer_schema, answers, write_part
@@ -83,33 +83,45 @@ class Certifier:
         except LipcertError as error:
             raise SourceError(str(error)) from error
         self._schema = answer_schema(job.options)
-        self._name, self._next, self._inputs = "", 0, iter(())
+        self._name, self._next = "", 0
+        self._inputs: Iterator[Item | Rows] = iter(())
+        self._rest: Rows | None = None
 
     def certify(self, part: Part) -> Record:
         """Certify the inputs of a part and write its files; raises as `certify_part`."""
         batches = _Batches(self._source, self._schema)
-        for number, (name, item) in enumerate(self._items(part), part.first):
-            origin = Origin(number, name, item.item or None, item.key)
-            content = item.content
+        number = part.first
+        for name, item in self._items(part):
+            if isinstance(item, Rows):
+                origins = [
+                    Origin(number + n, name, f"{item.prefix}{item.first + n}", None)
+                    for n in range(len(item.pixels_NCHW))
+                ]
+            else:
+                origins = [Origin(number, name, item.item or None, item.key)]
+            number += len(origins)
             try:
-                if isinstance(content, Exception):
-                    raise RefusedError(str(content)) from content
-                batches.add(origin, self._decoded(content))
+                batches.add(origins, self._decoded(item))
             except RefusedError as error:
-                batches.refuse(origin, error)
+                for origin in origins:
+                    batches.refuse(origin, error)
         batches.flush()
         return write_part(self._job.out, (self._job.run, part.number), batches.tables, batches.failures, self._schema)
 
-    def _decoded(self, content: bytes | np.ndarray) -> np.ndarray:
+    def _decoded(self, item: Item | Rows) -> np.ndarray:
+        content = item.pixels_NCHW if isinstance(item, Rows) else item.content
+        if isinstance(content, Exception):
+            raise RefusedError(str(content)) from content
         if isinstance(content, bytes):
-            return self._source.decode(content)
+            return self._source.decode(content)[np.newaxis]
+        pixels_NCHW = content if isinstance(item, Rows) else content[np.newaxis]
         most = self._source.most_pixels
-        if content[0].size > most:
-            error = ImageTooLargeError(f"it has {content[0].size} pixels", most)
+        if pixels_NCHW[0, 0].size > most:
+            error = ImageTooLargeError(f"it has {pixels_NCHW[0, 0].size} pixels", most)
             raise RefusedError(str(error)) from error
-        return content
+        return pixels_NCHW
 
-    def _items(self, part: Part) -> Iterator[tuple[str, Item]]:
+    def _items(self, part: Part) -> Iterator[tuple[str, Item | Rows]]:
         for is_remote, pieces in itertools.groupby(part.pieces, lambda one: one.kind == "file" and is_url(one.name)):
             if is_remote:
                 yield from _fetched(list(pieces), self._read)
@@ -129,16 +141,15 @@ class Certifier:
             _check_unchanged(piece)
         return Item("", None, content)
 
-    def _inputs_of(self, piece: Piece) -> Iterator[Item]:
-        """Yield one item for each input of a range of a container, errors where it can no longer be read."""
+    def _inputs_of(self, piece: Piece) -> Iterator[Item | Rows]:
+        """Yield the inputs of a range of a container, errors where it can no longer be read."""
         position, tries = piece.start, _TRIES if is_url(piece.name) else 1
         reason: Exception = SourceError("the file holds fewer inputs than when it was listed")
         while position < piece.stop and tries:
             try:
-                inputs = self._opened(piece, position)
-                for item in itertools.islice(inputs, piece.stop - position):
-                    position += 1
-                    self._next = position
+                self._open(piece, position)
+                while position < piece.stop and (item := self._take(piece.stop - position)):
+                    position = self._next
                     yield item
                 tries = 0
             except SourceError:
@@ -152,20 +163,31 @@ class Certifier:
         for number in range(position, piece.stop):
             yield Item(str(number), None, SourceError(f"it cannot be read ({reason or type(reason).__name__})"))
 
-    def _opened(self, piece: Piece, position: int) -> Iterator[Item]:
-        """Return the inputs of a container from a position on; most often it is open, and its next part follows."""
+    def _open(self, piece: Piece, position: int) -> None:
+        """Open a container at a position; most often it is open, and its next part follows."""
         if self._name != piece.name or self._next > position:
             self._close()
             _check_unchanged(piece)
             assert piece.kind not in ("file", "fault")
             self._inputs = read_inputs(piece.kind, piece.name, position, self._job.reading)
             self._name, self._next = piece.name, position
-        return itertools.islice(self._inputs, position - self._next, None)
+        while self._next < position and self._take(position - self._next):
+            pass
+
+    def _take(self, most: int) -> Item | Rows | None:
+        """Return what follows in the open container, at most so many inputs; null at its end."""
+        item, self._rest = self._rest or next(self._inputs, None), None
+        if isinstance(item, Rows):
+            item, self._rest = item.split(most)
+            self._next += len(item.pixels_NCHW)
+        elif item:
+            self._next += 1
+        return item
 
     def _close(self) -> None:
         if isinstance(self._inputs, Generator):
             self._inputs.close()
-        self._name, self._inputs = "", iter(())
+        self._name, self._inputs, self._rest = "", iter(()), None
 
 
 class _Batches:
@@ -175,25 +197,31 @@ class _Batches:
         self.tables: list[Any] = []
         self.failures: list[tuple[Origin, str]] = []
         self._source, self._schema = source, schema
-        self._waiting: dict[tuple[int, ...], list[tuple[Origin, np.ndarray]]] = {}
+        self._waiting: dict[tuple[int, ...], tuple[list[Origin], list[np.ndarray]]] = {}
         self._pixels = 0
 
-    def add(self, origin: Origin, pixels_CHW: np.ndarray) -> None:
-        """Take an image; compute a batch that is complete."""
-        pixels = pixels_CHW[0].size
-        batch = self._waiting.setdefault(pixels_CHW.shape, [])
-        batch.append((origin, pixels_CHW))
-        self._pixels += pixels
-        if len(batch) >= min(self._source.most_images, max(1, self._source.most_pixels // pixels)):
-            self._pixels -= pixels * len(batch)
-            self._compute(self._waiting.pop(pixels_CHW.shape))
-        elif self._pixels > _WAITING * self._source.most_pixels:
+    def add(self, origins: list[Origin], pixels_NCHW: np.ndarray) -> None:
+        """Take images; compute batches that are complete."""
+        shape, pixels = pixels_NCHW.shape[1:], pixels_NCHW[0, 0].size
+        most = min(self._source.most_images, max(1, self._source.most_pixels // pixels))
+        while origins:
+            waiting, arrays = self._waiting.setdefault(shape, ([], []))
+            room = most - len(waiting)
+            taken = origins[:room]
+            waiting += taken
+            arrays.append(pixels_NCHW[:room])
+            self._pixels += pixels * len(taken)
+            origins, pixels_NCHW = origins[room:], pixels_NCHW[room:]
+            if len(waiting) == most:
+                self._pixels -= pixels * most
+                self._compute(*self._waiting.pop(shape))
+        if self._pixels > _WAITING * self._source.most_pixels:
             self.flush()
 
     def flush(self) -> None:
         """Compute all batches."""
-        for batch in self._waiting.values():
-            self._compute(batch)
+        for origins, arrays in self._waiting.values():
+            self._compute(origins, arrays)
         self._waiting.clear()
         self._pixels = 0
 
@@ -203,17 +231,17 @@ class _Batches:
             raise SourceError(str(error)) from error
         self.failures.append((origin, str(error)))
 
-    def _compute(self, batch: list[tuple[Origin, np.ndarray]]) -> None:
-        origins = [origin for origin, _ in batch]
+    def _compute(self, origins: list[Origin], arrays: list[np.ndarray]) -> None:
         try:
-            outcome = self._source.compute([pixels_CHW for _, pixels_CHW in batch])
+            outcome = self._source.compute(arrays)
         except RefusedError as error:
-            if len(batch) == 1:
+            if len(origins) == 1:
                 self.refuse(origins[0], error)
                 return
             # One of them is refused, and answers must not depend on the batch.
-            for one in batch:
-                self._compute([one])
+            images = (array_NCHW[n : n + 1] for array_NCHW in arrays for n in range(len(array_NCHW)))
+            for origin, image_1CHW in zip(origins, images, strict=True):
+                self._compute([origin], [image_1CHW])
             return
         self.tables.append(answers(outcome, origins, self._schema))
 

@@ -66,7 +66,7 @@ class InProcess:
 
     def answer(self, content: bytes) -> PredictAnswer:
         """Return the answer about an image file or an npy file; raises `RefusedError`."""
-        outcome = self.compute([self.decode(content)])
+        outcome = self.compute([self.decode(content)[np.newaxis]])
         return PredictAnswer.model_validate_json(to_json(in_words(outcome)[0], inf_nan_mode="null"))
 
     def decode(self, content: bytes) -> Pixels:
@@ -80,14 +80,14 @@ class InProcess:
             image = ArrayImage(content) if content.startswith(_NPY_MAGIC) else EncodedImage(content)
             return image.decode(shape, self.most_pixels, self._options.resize, self._options.background)
 
-    def compute(self, images: Sequence[Pixels]) -> Outcome[Options]:
-        """Return the outcome for images of one shape, each as in a request alone; raises `RefusedError`.
+    def compute(self, images: Sequence[np.ndarray]) -> Outcome[Options]:
+        """Return the outcome for arrays of images of one shape, each as in a request alone; raises `RefusedError`.
 
         They share the forward pass. A search for counterfactuals or reference images is one for each image: steps that
         images take together would depend on the others.
         """
         with _refusals():
-            image_NCHW = unit_images([pixels_CHW[np.newaxis] for pixels_CHW in images])
+            image_NCHW = unit_images(images)
             view = Decoded(self.classifier, image_NCHW, self._options).view()
             predictions = view.predict(image_NCHW)
             for n, prediction in enumerate(predictions):
