@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,11 +55,15 @@ def served(model: str, port: int, **settings: str) -> Iterator[Server]:
         os.sched_setaffinity(0, usable)
 
 
-def counters(port: int) -> Mapping[str, float]:
-    """Return the samples of `/metrics`."""
+def batches(port: int) -> tuple[float, float]:
+    """Return the batches that a server has computed, and the images in them."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10.0) as answer:
         text = answer.read().decode()
-    return {name: float(value) for name, value in re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE)}
+    count, images = (
+        sum(map(float, re.findall(rf"^lipcert_batch_images_{kind}(?:{{.*}})? (\S+)$", text, re.MULTILINE)))
+        for kind in ("count", "sum")
+    )
+    return count, images
 
 
 def calibrate(port: int, requests: list[bytes], seconds: float) -> tuple[Service, list[tuple[float, float]]]:
@@ -72,12 +76,11 @@ def calibrate(port: int, requests: list[bytes], seconds: float) -> tuple[Service
     points: list[tuple[float, float]] = []
     closed_loop(port, requests, CLIENTS[-1], WARM_S)
     for clients in CLIENTS:
-        before, started = counters(port), time.perf_counter()
+        before, started = batches(port), time.perf_counter()
         taken = closed_loop(port, requests, clients, seconds)
-        elapsed, after = time.perf_counter() - started, counters(port)
-        batches = after["lipcert_batch_images_count"] - before["lipcert_batch_images_count"]
-        images = after["lipcert_batch_images_sum"] - before["lipcert_batch_images_sum"]
-        points.append((images / batches, elapsed / batches))
+        elapsed_s = time.perf_counter() - started
+        count, images = (after - earlier for after, earlier in zip(batches(port), before, strict=True))
+        points.append((images / count, elapsed_s / count))
         if clients == 1:
             alone = taken
     sizes, durations = np.array(points).T
