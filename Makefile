@@ -44,7 +44,7 @@ SITE := .venv-site
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling ray-chaos manifests bench site lock sbom advisories image clean
+.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling ray-chaos two-nodes manifests bench site lock sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -132,6 +132,9 @@ rolling: $(VENV)/test $(VENV)/project  ## restart two replicas in turn behind HA
 ray-chaos: SECONDS ?= 30
 ray-chaos: $(VENV)/test $(VENV)/project  ## kill one of three nodes of a local Ray cluster under load, and check every answer (extra `ray`; SECONDS=30)
 	$(RUN) tests/chaos/ray_node.py --seconds $(SECONDS)
+
+two-nodes: $(VENV)/test $(VENV)/project  ## train on two nodes in two network namespaces (root, iproute2); kill, stop and cut off one, resume
+	$(RUN) tests/chaos/two_nodes.py
 
 manifests: $(MANIFESTS)/installed  ## render the chart of Kubernetes with several values, check schemas and findings of a linter
 	$(MANIFESTS)/bin/python tests/manifests/check.py

@@ -117,7 +117,22 @@ def _describe_train(train: argparse.ArgumentParser) -> None:
         type=_positive,
         default=1,
         metavar="N",
-        help="GPUs, or processes on the CPU, that share each batch (default: %(default)s)",
+        help="GPUs, or processes on the CPU, of each machine that share each batch (default: %(default)s)",
+    )
+    train.add_argument(
+        "--nodes",
+        type=_positive,
+        default=1,
+        metavar="M",
+        help="machines that train together, each with this command and MASTER_ADDR, MASTER_PORT and NODE_RANK in its "
+        "environment (default: %(default)s)",
+    )
+    train.add_argument(
+        "--node-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="end when another machine is silent for S seconds (default: %(default)g)",
     )
     train.add_argument(
         "--tensorboard",
@@ -270,6 +285,8 @@ def _train(chosen: argparse.Namespace) -> int:
         named = None if of_folder else recipe_by_name(chosen.recipe, overrides)
         if named is not None and chosen.budget is not None:
             raise RecipeError("--budget is for a folder of images; for a recipe choose --epochs")
+        if chosen.nodes > 1 and chosen.budget is not None:
+            raise RecipeError("--budget is timed on one machine: with --nodes choose --set schedule.steps=N")
     except RecipeError as error:
         return _failed(error)
     if chosen.recipe == FOLDER and (fault := missing_images(chosen.data, FOLDER)):
@@ -282,10 +299,12 @@ def _train(chosen: argparse.Namespace) -> int:
     from models.precision import PrecisionError
     from models.runs import run_recipe
     from models.training.errors import Interrupted, TrainingError
+    from models.training.nodes import read_nodes
     from service.artefact.card import ArtefactError
     from service.certificate import UnsupportedModelError
 
     try:
+        nodes = read_nodes(chosen.nodes, chosen.node_timeout)
         recipe, folder = _planned(chosen, overrides) if named is None else (named, None)
         summary = run_recipe(
             recipe,
@@ -297,6 +316,7 @@ def _train(chosen: argparse.Namespace) -> int:
             threads=chosen.threads,
             device_name=chosen.device,
             devices=chosen.devices,
+            nodes=nodes,
             tensorboard=chosen.tensorboard,
             block=(chosen.blocks or DEFAULT_BLOCK) if chosen.precision == "float32" else None,
         )
@@ -314,7 +334,7 @@ def _train(chosen: argparse.Namespace) -> int:
     ) as error:
         return _failed(error)
     sys.stdout.write(f"{summary}\n")
-    if isinstance(recipe, ImageRecipe) and recipe.calibration_images:
+    if nodes.is_first and isinstance(recipe, ImageRecipe) and recipe.calibration_images:
         return _write_calibration(chosen.out / recipe.name, chosen.data, "auto", chosen.threads or 1)
     return 0
 

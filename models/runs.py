@@ -40,6 +40,7 @@ from models.training.batches import (
 from models.training.errors import TrainingError
 from models.training.loop import Run, Trained
 from models.training.negatives import NegativeImages
+from models.training.nodes import ALONE, Nodes
 from models.training.objective import objective_of
 from models.training.processes import fit_on
 
@@ -64,6 +65,7 @@ class _Options:
     threads: int | None
     device: torch.device
     devices: int
+    nodes: Nodes
     tensorboard: bool
     block: int | None
     folder: Folder | None
@@ -79,6 +81,7 @@ def run_recipe(
     threads: int | None,
     device_name: str,
     devices: int = 1,
+    nodes: Nodes = ALONE,
     tensorboard: bool = True,
     block: int | None = None,
     folder: Folder | None = None,
@@ -93,7 +96,8 @@ def run_recipe(
         seed: of initial weights, order and augmentation.
         threads: CPU threads of each process; default: all.
         device_name: `auto`, `cpu` or `cuda`.
-        devices: number of processes, each with its share of every batch.
+        devices: number of processes on each node, each with its share of every batch.
+        nodes: that train together; the first alone writes results.
         tensorboard: write curves beside the checkpoints.
         block: export in float32, with blocks of this many columns; default: in float64.
         folder: what `models.data.folders.scan_folder` found in `data`, so that it is not read again.
@@ -107,7 +111,7 @@ def run_recipe(
     torch.manual_seed(seed)
     device = device_named(device_name)
     _warn_without_bfloat16(recipe, device)
-    options = _Options(data, out, resume, seed, threads, device, devices, tensorboard, block, folder)
+    options = _Options(data, out, resume, seed, threads, device, devices, nodes, tensorboard, block, folder)
     _refuse_unwritable(out)
     if block is not None and not isinstance(recipe, ImageRecipe):
         raise TrainingError(f"{recipe.name} is a toy problem, whose network is not exported: leave --precision out")
@@ -146,6 +150,8 @@ def _train_images(recipe: ImageRecipe, options: _Options) -> str:
     # A network that the server cannot certify is refused before the training, not hours later.
     prove(network, emit_graph(network), recipe.lipschitz_constant)
     trained = _fit(network, run, options)
+    if not options.nodes.is_first:
+        return _trained_for_first(options)
     folder = options.out / recipe.name
     card = {
         **data.card,
@@ -266,6 +272,8 @@ def _train_moons(recipe: TwoMoonsRecipe, options: _Options) -> str:
     batches = SampledBatches(sample, recipe.schedule.batch_size, recipe.steps_per_epoch, options.seed)
     network = build_network(recipe.network, MOONS_SHAPE, 1)
     trained = _fit(network, _run(recipe, options, batches), options)
+    if not options.nodes.is_first:
+        return _trained_for_first(options)
     network = trained.network.cpu()
     points, labels = sample(MOONS_TEST_POINTS, generator_for(options.seed, 3))
     plots = plot_moons(network, (points, labels), options.out / recipe.name)
@@ -282,6 +290,8 @@ def _train_squares(recipe: SquaresRecipe, options: _Options) -> str:
     )
     run = replace(_run(recipe, options, batches), classifies=False)
     trained = _fit(build_network(recipe.network, (1, size, size), 1), run, options)
+    if not options.nodes.is_first:
+        return _trained_for_first(options)
     true, learned = true_squares_distance(size, side), learned_squares_distance(trained.network, size, side)
     error = abs(learned - true) / true
     metrics = {"true_distance": true, "learned_distance": learned, "relative_error": error}
@@ -304,7 +314,13 @@ def _sample_squares(image_size: int, square_size: int, size: int, generator: tor
 
 
 def _fit(network: LipschitzNetwork, run: Run, options: _Options) -> Trained:
-    return fit_on(network, run, devices=options.devices, threads=options.threads, resume=options.resume)
+    return fit_on(
+        network, run, devices=options.devices, nodes=options.nodes, threads=options.threads, resume=options.resume
+    )
+
+
+def _trained_for_first(options: _Options) -> str:
+    return f"node {options.nodes.rank} of {options.nodes.count}: trained; node 0 writes the results"
 
 
 def _identity(recipe: AnyRecipe, options: _Options) -> dict[str, Any]:
@@ -325,6 +341,7 @@ def _run(recipe: AnyRecipe, options: _Options, batches: BatchSource) -> Run:
         identity=_identity(recipe, options),
         device=options.device,
         curves=checkpoints / "tensorboard" if options.tensorboard else None,
+        version=code_version(),
     )
 
 
@@ -369,7 +386,8 @@ def _warn_without_bfloat16(recipe: AnyRecipe, device: torch.device) -> None:
 
 
 def _devices(options: _Options) -> str:
-    return f"{options.devices} x {options.device.type}"
+    nodes = f"{options.nodes.count} nodes x " if options.nodes.count > 1 else ""
+    return f"{nodes}{options.devices} x {options.device.type}"
 
 
 def _write_metrics(recipe: AnyRecipe, options: _Options, metrics: dict[str, Any], wall_time_s: float) -> None:

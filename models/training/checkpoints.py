@@ -102,7 +102,8 @@ class Checkpoints:
         if not path.is_file():
             raise TrainingError(f"nothing to resume: {path} does not exist; run without --resume to start")
         state = _read(path, device)
-        changes = _changes(json.loads(state["identity"]), json.loads(json.dumps(self.identity)))
+        changed = differences(json.loads(state["identity"]), json.loads(json.dumps(self.identity)))
+        changes = [f"{field} was {old!r}, now {new!r}" for field, old, new in changed]
         if changes:
             raise TrainingError(
                 f"{path} belongs to another run ({'; '.join(changes)}): "
@@ -131,13 +132,19 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
         raise TrainingError(f"{path} cannot be read ({error}): delete it and start again") from error
 
 
-def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List every field that differs, nested fields with dots, with both values."""
-    found: list[str] = []
-    for key in sorted({*saved, *wanted}):
-        old, new = saved.get(key), wanted.get(key)
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return every field that differs, nested fields with dots, with both values.
+
+    Args:
+        one: JSON-like fields.
+        other: likewise.
+        prefix: of the names of the fields.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted({*one, *other}):
+        old, new = one.get(key), other.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _changes(old, new, f"{prefix}{key}.")
+            found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key} was {old!r}, now {new!r}")
+            found.append((f"{prefix}{key}", old, new))
     return found

@@ -7,7 +7,8 @@ bit for bit the network of an uninterrupted one on the same machine with the sam
 Lightning Fabric places the network, averages gradients over the processes and rounds to bfloat16 where the schedule
 asks for it. Each process computes the logits of its share of a batch; the loss is computed in each from those of
 the whole batch, since the class means of the KR term are not a mean over shares. So the number of processes changes a
-result by rounding alone.
+result by rounding alone. The same holds on several nodes: only the first process reads and writes checkpoints, and the
+others get from it what they need.
 
 Axes: N batch, K classes.
 """
@@ -20,8 +21,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -41,6 +43,7 @@ from models.training.choice import BestEpoch
 from models.training.errors import CheckpointError, Interrupted, NonFiniteError, TrainingError
 from models.training.history import EpochFigures
 from models.training.negatives import NegativeImages
+from models.training.nodes import ALONE, Nodes
 from models.training.objective import Objective
 from models.training.optimisers import optimisers_of
 from models.training.outputs import Outputs, logits_at_images
@@ -49,6 +52,7 @@ from models.training.scores import RunningScores, count_correct_within, score
 from models.training.signals import deferred_stop_signals
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 # Fabric logs the settings it was given, which the card states.
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
@@ -76,6 +80,8 @@ class Run:
     """Images that each step adds to its batch, as the class 1; default: the images of the batch alone."""
     curves: Path | None = None
     """Folder of the curves for TensorBoard; default: no curves."""
+    version: str = ""
+    """Of the code; nodes with another one are refused."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +95,41 @@ class Trained:
     """Figures of each epoch, those of resumed parts too."""
 
 
-def fabric_for(run: Run, devices: int = 1) -> Fabric:
-    """Return the Fabric of a run: its device and precision, and one process for each of `devices`."""
+def fabric_for(run: Run, devices: int = 1, nodes: Nodes = ALONE) -> Fabric:
+    """Return the Fabric of a run: its device and precision, and its processes.
+
+    Args:
+        run: the run.
+        devices: number of processes on each node.
+        nodes: that train together.
+    """
+    alone = devices == nodes.count == 1
     return Fabric(
         accelerator=run.device.type,
         devices=devices,
-        strategy="auto" if devices == 1 else DDPStrategy(start_method="spawn"),
+        num_nodes=nodes.count,
+        strategy="auto" if alone else DDPStrategy(start_method="spawn", timeout=timedelta(seconds=nodes.timeout_s)),
         precision=run.schedule.precision,
         # Otherwise the variables of a batch system would decide the number of processes.
-        plugins=[LightningEnvironment()],
+        plugins=[_Place(nodes)],
     )
+
+
+class _Place(LightningEnvironment):
+    def __init__(self, nodes: Nodes) -> None:
+        super().__init__()
+        self._nodes = nodes
+
+    @property
+    def main_address(self) -> str:
+        return self._nodes.address
+
+    @property
+    def main_port(self) -> int:
+        return self._nodes.port or super().main_port
+
+    def node_rank(self) -> int:
+        return self._nodes.rank
 
 
 def fit(
@@ -183,11 +214,18 @@ class _Session:
 
     def start(self, *, resume: bool) -> None:
         """Begin, or continue from `last.pt`."""
-        self._checkpoints.refuse_too_full_a_disk(self._network)
-        if not resume:
+
+        def earlier() -> dict[str, Any] | None:
+            self._checkpoints.refuse_too_full_a_disk(self._network)
+            if resume:
+                return self._checkpoints.load(torch.device("cpu"))
             self._checkpoints.refuse_earlier_run()
+            return None
+
+        state = _by_first(self._fabric, earlier)
+        if state is None:
             return
-        self._load_state_dict(self._checkpoints.load(self._fabric.device))
+        self._load_state_dict(state)
         if self._fabric.is_global_zero:
             log.info("resumed at epoch %d, step %d", self.progress.epoch + 1, self.progress.step)
 
@@ -221,11 +259,16 @@ class _Session:
         """
         if not all(bool(torch.isfinite(p).all()) for p in self._network.parameters()):
             raise self._non_finite("a weight is not finite")
+        if self._fabric.world_size > 1:
+            # Processors of other kinds round otherwise: all go on with the weights and the loss of the first.
+            for parameter in self._network.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
+        loss = self._fabric.broadcast(self.progress.running.loss)
         run, held_out = self._run, None
         if run.validation is not None:
             held_out = score(self.network_to_evaluate(), run.validation, run.epsilons, fabric=self._fabric)
         scores = self.progress.running.scores() if held_out is None else held_out
-        is_best = self._best.is_best(self.progress.epoch, scores, self.progress.running.loss)
+        is_best = self._best.is_best(self.progress.epoch, scores, loss)
         self.progress.finish_epoch(held_out)
         if self._keeps_best and run.schedule.patience is not None:
             self._skip_if_stale(run.schedule.patience)
@@ -243,10 +286,11 @@ class _Session:
         Raises:
             Interrupted: always, once the checkpoint is written.
         """
-        self._save(self._checkpoints.last)
+        _by_first(self._fabric, lambda: self._save(self._checkpoints.last))
+        where = self._checkpoints.last if self._fabric.node_rank == 0 else f"{self._checkpoints.last.name} of node 0"
         raise Interrupted(
-            f"stopped in epoch {self.progress.epoch + 1} after step {self.progress.step}; the state is in "
-            f"{self._checkpoints.last}: run the same command with --resume to continue"
+            f"stopped in epoch {self.progress.epoch + 1} after step {self.progress.step}; the state is in {where}: "
+            "run the same command with --resume to continue"
         )
 
     def _skip_if_stale(self, patience: int) -> None:
@@ -263,8 +307,13 @@ class _Session:
 
     def kept_network(self) -> LipschitzNetwork:
         """Return the network of the best epoch where the schedule keeps it, else that of the last one."""
-        if self._keeps_best and self._checkpoints.best.exists():
-            state = self._checkpoints.load(self._fabric.device, self._checkpoints.best)
+        best = self._checkpoints.best
+
+        def saved() -> dict[str, Any] | None:
+            return self._checkpoints.load(torch.device("cpu"), best) if best.exists() else None
+
+        state = _by_first(self._fabric, saved) if self._keeps_best else None
+        if state is not None:
             self._network.load_state_dict(state["network"])
             if self._average is not None:
                 self._average.module.load_state_dict(state["average"])
@@ -339,3 +388,21 @@ class _Session:
             f"{fault} in epoch {self.progress.epoch + 1}, step {self.progress.step + 1}; {saved}. "
             "Lower schedule.learning_rate or check the data"
         )
+
+
+def _by_first(fabric: Fabric, action: Callable[[], T]) -> T:
+    """Return in all processes the result of an action that the first one takes.
+
+    Raises:
+        TrainingError: of the action, in all processes.
+    """
+    outcome: T | TrainingError | None = None
+    if fabric.is_global_zero:
+        try:
+            outcome = action()
+        except TrainingError as error:
+            outcome = error
+    outcome = fabric.broadcast(outcome)
+    if isinstance(outcome, TrainingError):
+        raise outcome
+    return cast(T, outcome)

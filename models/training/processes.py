@@ -1,13 +1,15 @@
 """Training in several processes, one for each device; the calling process waits for them and listens to signals.
 
-Each process gets its job as bytes; the first leaves the result or the error in a file. So the caller sees the same
-errors as from a training in one process, and nothing goes through shared memory, of which containers have little.
+Each process gets its job as bytes; the first of each node leaves the result or the error in a file. So the caller sees
+the same errors as from a training in one process, and nothing goes through shared memory, of which containers have
+little.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -29,6 +31,7 @@ from models.logs import log_to_stderr
 from models.nets.networks import LipschitzNetwork
 from models.training.errors import Interrupted, TrainingError
 from models.training.loop import Run, Trained, fabric_for, fit
+from models.training.nodes import ALONE, Nodes, interface_towards, refuse_disagreement, weights_digest
 from models.training.signals import STOP_SIGNALS, on_stop_signals
 
 log = logging.getLogger(__name__)
@@ -42,52 +45,90 @@ class _Job:
     run: Run
     resume: bool
     threads: int | None
+    nodes: Nodes
     log_level: int
     caller: int
     """Process id."""
 
 
-def fit_on(network: LipschitzNetwork, run: Run, *, devices: int, threads: int | None, resume: bool) -> Trained:
+def fit_on(
+    network: LipschitzNetwork,
+    run: Run,
+    *,
+    devices: int,
+    threads: int | None,
+    resume: bool,
+    nodes: Nodes = ALONE,
+) -> Trained:
     """Train as `models.training.loop.fit` does, in several processes; the network is returned on the CPU.
 
     Args:
         network: with its initial weights.
         run: can be pickled.
-        devices: number of processes, and of GPUs if `run.device` is one.
+        devices: number of processes on each node, and of GPUs if `run.device` is one.
         threads: CPU threads of each process; default: the processors are shared out.
         resume: continue from `last.pt`, written by any number of processes.
+        nodes: that train together; each calls this function.
 
     Raises:
         TrainingError, NonFiniteError, Interrupted: as `fit`.
-        TrainingError: there are fewer GPUs, or a process ended; the checkpoints are complete.
-        KeyboardInterrupt: a second signal came before the first was obeyed.
+        TrainingError: there are fewer GPUs, the nodes do not agree or do not meet, or a process ended; the checkpoints
+            are complete.
+        KeyboardInterrupt: a signal came before the training began, or a second one before the first was obeyed.
     """
     if run.device.type == "cuda" and devices > torch.cuda.device_count():
         raise TrainingError(f"--devices {devices}: torch sees {torch.cuda.device_count()} CUDA devices")
-    if devices == 1:
+    if devices == nodes.count == 1:
         return fit(network, run, resume=resume)
-    job = _Job(network.cpu(), run, resume, threads, logging.getLogger().level, os.getpid())
-    if sys.platform == "linux":
-        # All processes are on this machine, whatever its name resolves to.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    job = _Job(network.cpu(), run, resume, threads, nodes, logging.getLogger().level, os.getpid())
+    # On one machine the loopback, whatever its name resolves to.
+    interface = "lo" if nodes.count == 1 else interface_towards(nodes.address)
+    if sys.platform == "linux" and interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if nodes.count > 1:
+        log.info(
+            "node %d of %d meets the others at %s:%d, within %g s",
+            nodes.rank,
+            nodes.count,
+            nodes.address,
+            nodes.port,
+            nodes.timeout_s,
+        )
     with tempfile.TemporaryDirectory() as folder, _signals_left_in(Path(folder)) as received:
-        failure = _launch(fabric_for(run, devices), pickle.dumps(job), Path(folder))
+        failure = _launch(fabric_for(run, devices, nodes), pickle.dumps(job), Path(folder))
+        has_begun = (Path(folder) / "begun").exists()
         outcome_file = Path(folder) / "outcome"
         if outcome_file.exists():
             outcome = pickle.loads(outcome_file.read_bytes())
             if isinstance(outcome, Exception):
                 raise outcome
             assert isinstance(outcome, Trained)
+            if nodes.count > 1:
+                log.info("node %d: weights %s", nodes.rank, weights_digest(outcome.network))
             return outcome
-    if len(received) > 1:
+    if len(received) > 1 or (received and not has_begun):
         raise KeyboardInterrupt
-    last = run.checkpoints / "last.pt"
-    saved = f"{last} is complete: run the same command with --resume to continue"
     log.error("%s", failure)
     reason = str(failure).strip().splitlines()[-1]
+    if not has_begun and nodes.count > 1:
+        raise TrainingError(
+            f"the {nodes.count} nodes did not meet at {nodes.address}:{nodes.port} within {nodes.timeout_s:g} s "
+            f"({reason}): start all of them with the same MASTER_ADDR, MASTER_PORT, --nodes and --devices, each with "
+            "its own NODE_RANK, and let them reach each other on all ports"
+        ) from failure
     raise TrainingError(
-        f"a process of the training ended ({reason}); {saved if last.exists() else 'nothing was saved yet'}"
+        f"a process of the training ended ({reason}); {_saved(run.checkpoints / 'last.pt', nodes)}"
     ) from failure
+
+
+def _saved(last: Path, nodes: Nodes) -> str:
+    """Return where the training continues from."""
+    if not nodes.is_first:
+        return f"if {last.name} is on node 0, the same command on all nodes with --resume continues from it"
+    if not last.exists():
+        return "nothing was saved yet"
+    where = " on all nodes" if nodes.count > 1 else ""
+    return f"{last} is complete: run the same command{where} with --resume to continue"
 
 
 def _launch(fabric: Fabric, job: bytes, folder: Path) -> ProcessException | None:
@@ -115,7 +156,7 @@ def _train_in_process(fabric: Fabric, job: bytes, folder: Path) -> None:
     _take_no_signals()
     given = pickle.loads(job)
     assert isinstance(given, _Job)
-    (folder / f"{os.getpid()}.pid").touch()
+    (folder / "begun").touch()
     log_to_stderr(given.log_level)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
@@ -125,11 +166,14 @@ def _train_in_process(fabric: Fabric, job: bytes, folder: Path) -> None:
 
     outcome: Trained | Exception
     try:
+        if given.nodes.count > 1:
+            described = {"version": given.run.version, "torch": torch.__version__, "resume": given.resume}
+            refuse_disagreement(fabric, {**given.run.identity, **described})
         trained = fit(given.network, given.run, resume=given.resume, fabric=fabric, stop_requested=stop_requested)
         outcome = replace(trained, network=trained.network.cpu())
     except (TrainingError, Interrupted) as error:
         outcome = error
-    if fabric.is_global_zero:
+    if fabric.local_rank == 0:
         unfinished = folder / "outcome.tmp"
         unfinished.write_bytes(pickle.dumps(outcome))
         unfinished.rename(folder / "outcome")
@@ -140,18 +184,20 @@ def _train_in_process(fabric: Fabric, job: bytes, folder: Path) -> None:
 def _signals_left_in(folder: Path) -> Generator[list[int]]:
     """Ask all processes to stop on the first SIGINT or SIGTERM, by a file in `folder`; end them on the second.
 
+    Before the training has begun, in particular while a node waits for others, the first one ends them.
+
     Yields:
         Numbers of the signals received.
     """
     received: list[int] = []
+    others = set(multiprocessing.active_children())
 
     def pass_on(number: int, _previous: Any) -> None:
         received.append(number)
         (folder / "stop").touch()
-        if len(received) > 1:
-            for file in folder.glob("*.pid"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(file.stem), signal.SIGKILL)
+        if len(received) > 1 or not (folder / "begun").exists():
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
 
     with on_stop_signals(pass_on):
         yield received

@@ -25,6 +25,7 @@ from models.recipes import RECIPES, ImageRecipe
 from models.runs import class_weights
 from models.training.errors import TrainingError
 from models.training.loop import Run, Trained
+from models.training.nodes import ALONE, Nodes
 from service.artefact.card import read_card
 from service.inference.classifier import Classifier
 from service.pixels.images import decode_image, to_unit
@@ -170,7 +171,10 @@ def test_every_recipe_can_be_given_to_other_processes(tmp_path: Path, monkeypatc
     class Enough(Exception):
         """Ends the command where `models.training.processes` would start."""
 
-    def fit_on(network: LipschitzNetwork, run: Run, *, devices: int, threads: int | None, resume: bool) -> Trained:
+    def fit_on(
+        network: LipschitzNetwork, run: Run, *, devices: int, nodes: Nodes, threads: int | None, resume: bool
+    ) -> Trained:
+        assert nodes == ALONE
         given.append((pickle.loads(pickle.dumps(run)), devices, threads))
         raise Enough
 
@@ -186,6 +190,24 @@ def test_every_recipe_can_be_given_to_other_processes(tmp_path: Path, monkeypatc
     for run, _, _ in given:
         images, labels = run.batches.batch(0, 0)
         assert len(images) == len(labels) > 0
+
+
+def test_only_the_first_node_exports(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit_on(network: LipschitzNetwork, run: Run, *, nodes: Nodes, **_: object) -> Trained:
+        assert nodes == Nodes(2, 1, "10.0.0.1", 29500, 7.0)
+        return Trained(network, 1.0)
+
+    monkeypatch.setattr(runs, "fit_on", fit_on)
+    for name, value in {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "NODE_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    options = ("--nodes", "2", "--node-timeout", "7")
+    code, text = train(folder, tmp_path, "calibration_images=10", options=options)
+    assert (code, text) == (0, "node 1 of 2: trained; node 0 writes the results\n")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("NODE_RANK")
+    assert train(folder, tmp_path, options=options)[0] == 1
+    code, text = train(folder, tmp_path, options=(*options, "--budget", "1m"))
+    assert (code, "--budget is timed on one machine" in text) == (1, True)
 
 
 def test_artefact_of_a_folder_is_evaluated_on_the_held_out_images(
