@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m model
         if error.name is None or error.name.partition(".")[0] in ("models", "service"):
             raise
         extras = "cpu,train,evaluate" if chosen.command == "evaluate" else "cpu,train"
+        extras += ",ray" if error.name == "ray" else ""
         return _failed(
             f"`{chosen.command}` needs {error.name}, which is not installed: `pip install 'lipcert[{extras}]'` "
             "(in a checkout: `make train`) installs it"
@@ -223,6 +224,12 @@ def _describe_evaluate(evaluate: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a novelty model: measure the novelty alone, in seconds, and write it to the card",
     )
+    evaluate.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="measure and attack on a Ray cluster, with the artefact at one path on all nodes; local: on all CPUs of "
+        "this machine (extra `ray`)",
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -364,6 +371,8 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     from models.evaluation.measure import evaluate as evaluate_artefact
     from service.artefact.card import ArtefactError
 
+    if chosen.novelty_only and chosen.ray is not None:
+        return _failed("--novelty-only takes seconds in one process: leave --ray out")
     try:
         if chosen.novelty_only:
             sys.stdout.write(
@@ -383,6 +392,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
             threads=chosen.threads,
             out=chosen.out,
             novel=chosen.novel,
+            ray=chosen.ray,
         )
     except EvaluationInterrupted as interruption:
         sys.stderr.write(f"{interruption}\n")

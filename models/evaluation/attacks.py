@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,11 @@ from models.evaluation.libraries import (
     autoattack_search,
     foolbox_adversarials,
     gradient_search,
+    on_one_thread,
     silenced_libraries,
 )
 from models.evaluation.partial import Arrays, PartialResults, digest_of
+from models.evaluation.tasks import InProcess, Runner, Task, measured
 from service.inference.classifier import Classifier
 from service.pixels.distances import distance, is_inside
 
@@ -69,6 +70,10 @@ class CertificateRefutedError(Exception):
         )
         self.image_CHW = image_CHW
         self.found_CHW = found_CHW
+        self._given = (attack, image_CHW, found_CHW, class_id, found_class, radius)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,8 @@ def run_attacks(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
+    runner: Runner | None = None,
+    groups: Sequence[np.ndarray] | None = None,
 ) -> list[AttackResult]:
     """Return the result of each of `ATTACKS` on every image.
 
@@ -202,6 +209,8 @@ def run_attacks(
         settings: everything that the parts depend on besides model, images and attack.
         seed: of random starts and directions, the same for each part.
         progress: show a progress bar.
+        runner: of the parts; default: this process.
+        groups: numbers of images that are attacked apart from others; default: one group of all.
 
     Raises:
         AttacksMissingError: a library is missing.
@@ -210,39 +219,52 @@ def run_attacks(
     require_libraries()
     _, radii = classifier.classify(image_NCHW)
     class_id_N, radius_N = radii.class_id_N, radii.radius_N
-    # Images of similar radii attack together: ART takes one epsilon for a batch.
-    order_N = np.argsort(best_N, kind="stable")
-    parts = [order_N[start : start + BATCH] for start in range(0, len(order_N), BATCH)]
+    parts: list[np.ndarray] = []
+    for group_M in [np.arange(len(image_NCHW))] if groups is None else groups:
+        # Images of similar radii attack together: ART takes one epsilon for a batch.
+        order_M = group_M[np.argsort(best_N[group_M], kind="stable")]
+        parts += [order_M[start : start + BATCH] for start in range(0, len(order_M), BATCH)]
     attacks = [
         AttackResult(name, _library(name), parameters, np.full(len(image_NCHW), np.inf), radius_N, best_N)
         for name, parameters in ATTACKS.items()
     ]
-    with tqdm(total=len(parts) * len(attacks), desc="attacks", unit="part", disable=not progress) as bar:
-        # All attacks on one part before the next part, so that the bar can estimate the remaining time.
-        for part_M in parts:
-            for attack in attacks:
-                bar.set_description(attack.name)
-                batch = AttackedBatch(classifier, attack.name, image_NCHW[part_M], class_id_N[part_M], best_N[part_M])
-                key = {
-                    **(settings or {}),
-                    "format": FORMAT,
-                    "model": classifier.digest,
-                    "images": digest_of(batch.image_NCHW),
-                    "radii": digest_of(batch.radius_N),
-                    "attack": attack.name,
-                    "library": attack.library,
-                    "parameters": dict(attack.parameters),
-                    "multiples": MULTIPLES,
-                    "seed": seed,
-                }
-                found = (
-                    batch.attack(attack.parameters, seed)
-                    if cache is None
-                    else cache.part(key, partial(batch.attack, attack.parameters, seed))
-                )
-                attack.distance_N[part_M] = found["distance"]
-                bar.update()
+    # All attacks on one part before the next part, so that the bar can estimate the remaining time.
+    places = [(part_M, attack) for part_M in parts for attack in attacks]
+    tasks: list[Task] = []
+    for part_M, attack in places:
+        arguments = (attack.name, image_NCHW[part_M], class_id_N[part_M], best_N[part_M], attack.parameters, seed)
+        key = {
+            **(settings or {}),
+            "format": FORMAT,
+            "model": classifier.digest,
+            "images": digest_of(image_NCHW[part_M]),
+            "radii": digest_of(best_N[part_M]),
+            "attack": attack.name,
+            "library": attack.library,
+            "parameters": dict(attack.parameters),
+            "multiples": MULTIPLES,
+            "seed": seed,
+        }
+        tasks.append(Task(key, _attack, arguments))
+    found = measured(tasks, runner or InProcess(classifier), cache)
+    with tqdm(total=len(tasks), desc="attacks", unit="part", disable=not progress) as bar:
+        for part_M, attack in places:
+            bar.set_description(attack.name)
+            attack.distance_N[part_M] = next(found)["distance"]
+            bar.update()
     return attacks
+
+
+def _attack(
+    classifier: Classifier,
+    name: str,
+    image_NCHW: np.ndarray,
+    class_id_N: np.ndarray,
+    radius_N: np.ndarray,
+    parameters: Mapping[str, Any],
+    seed: int,
+) -> Arrays:
+    return AttackedBatch(classifier, name, image_NCHW, class_id_N, radius_N).attack(parameters, seed)
 
 
 def _library(name: str) -> str:
@@ -265,7 +287,7 @@ class AttackedBatch:
         """Return the distances of the nearest adversarial images, as the array `distance`."""
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - ART draws from numpy's global generator
-        with silenced_libraries():
+        with silenced_libraries(), on_one_thread():
             return {"distance": self.judge(self._search(parameters))}
 
     def _search(self, parameters: Mapping[str, Any]) -> Adversarials:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtyping import Float64, Int64
 from models.evaluation import attacks as attacking
 from models.evaluation.attacks import AttackResult
 from models.evaluation.partial import PartialResults
+from models.evaluation.tasks import InProcess, Runner
 from service.inference.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -49,11 +51,12 @@ def attack_within(
     *,
     cache: PartialResults | None = None,
     settings: Mapping[str, Any] | None = None,
+    runner: Runner | None = None,
 ) -> Attacked:
     """Attack all images, or groups of them (`GROUPS`) until the time is used up; log an estimate first.
 
     Every beginning of the order of the groups is spread over the images. A group starts if its time fits into the rest,
-    by the time of an image in the group before it.
+    by the time of an image in the groups before it; after the first group as many start together as the runner is wide.
 
     Args:
         classifier: as it is served.
@@ -62,30 +65,42 @@ def attack_within(
         seconds: the budget; null: no limit.
         cache: of finished parts, see `attacks.run_attacks`.
         settings: see there.
+        runner: see there.
 
     Raises:
         AttacksMissingError, CertificateRefutedError: see `attacks.run_attacks`.
     """
     attacking.require_libraries()
-    expected = estimated_seconds(classifier, image_NCHW)
+    runner = runner or InProcess(classifier)
+    expected = estimated_seconds(classifier, image_NCHW) / runner.width
     _say(expected, len(image_NCHW), seconds)
     started = time.monotonic()
     if seconds is None:
-        results = attacking.run_attacks(classifier, image_NCHW, best_N, cache=cache, settings=settings)
+        results = attacking.run_attacks(classifier, image_NCHW, best_N, cache=cache, settings=settings, runner=runner)
         return Attacked(np.arange(len(image_NCHW)), results, time.monotonic() - started)
-    parts, groups, per_image = list[list[AttackResult]](), groups_of(len(image_NCHW)), 0.0
-    for number, group in enumerate(groups):
-        begun = time.monotonic()
-        if parts and begun - started + len(group) * per_image > seconds:
-            groups = groups[:number]
-            break
-        parts.append(
-            attacking.run_attacks(
-                classifier, image_NCHW[group], best_N[group], cache=cache, settings=settings, progress=False
-            )
+    parts, indices, groups = list[list[AttackResult]](), list[np.ndarray](), groups_of(len(image_NCHW))
+    together = groups[:1]
+    while together:
+        begun, indices_M = time.monotonic(), np.concatenate(together)
+        found = attacking.run_attacks(
+            classifier,
+            image_NCHW[indices_M],
+            best_N[indices_M],
+            cache=cache,
+            settings=settings,
+            progress=False,
+            runner=runner,
+            groups=np.split(np.arange(len(indices_M)), np.cumsum([len(group) for group in together])[:-1]),
         )
-        per_image = (time.monotonic() - begun) / len(group)
-    index_M = np.concatenate(groups)
+        parts.append(found)
+        indices.append(indices_M)
+        groups = groups[len(together) :]
+        # Time of one image in one process, at most: how long each was busy is not known.
+        at_once = min(runner.width, len(found) * len(together))
+        per_image = (time.monotonic() - begun) * at_once / len(indices_M)
+        left = seconds - (time.monotonic() - started)
+        together = _fitting(groups[: runner.width], per_image, left)
+    index_M = np.concatenate(indices)
     rising_M = np.argsort(index_M)
     used = time.monotonic() - started
     log.info("attacked %d of %d images in %.0f s of %.0f s", len(index_M), len(image_NCHW), used, seconds)
@@ -117,6 +132,10 @@ def spread_order(n: int) -> Int64[np.ndarray, " N"]:
     bits = max(1, (n - 1).bit_length())
     reversed_N = [int(f"{number:0{bits}b}"[::-1], 2) for number in range(n)]
     return np.argsort(reversed_N, kind="stable")
+
+
+def _fitting(groups: list[np.ndarray], per_image: float, seconds: float) -> list[np.ndarray]:
+    return list(takewhile(lambda group: len(group) * per_image <= seconds, groups))
 
 
 def _say(expected: float, n: int, seconds: float | None) -> None:

@@ -239,3 +239,14 @@ def silenced_libraries() -> Generator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def on_one_thread() -> Generator[None]:
+    """Let torch compute on one thread: its sums depend on their number, which differs between processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -30,6 +30,7 @@ from models.evaluation import attacks as attacking
 from models.evaluation.attacks import AttackResult, AttacksMissingError, CertificateRefutedError
 from models.evaluation.budget import attack_within
 from models.evaluation.card_results import earlier_attacks, epsilons_of, update_card
+from models.evaluation.cluster import runner_for
 from models.evaluation.details import details
 from models.evaluation.images import (
     EvaluationError,
@@ -52,6 +53,8 @@ from models.evaluation.summary import (
     summarise,
     summarise_attacks,
 )
+from models.evaluation.tasks import Runner, Task, library_versions
+from models.evaluation.tasks import measured as measured_parts
 from models.export import code_version, environment
 from models.paths import FOLDER
 from service.artefact.card import NOVELTY_LABELS
@@ -89,6 +92,7 @@ def evaluate(
     threads: int = 1,
     out: Path | None = None,
     novel: Sequence[str] = (),
+    ray: str | None = None,
 ) -> str:
     """Measure the artefact, write report and card, and return the report.
 
@@ -103,10 +107,11 @@ def evaluate(
         attack_seconds: time after which no further attack starts, see `models.evaluation.budget`; default: no limit.
         limit: number of images to use, evenly spaced; the card is then not changed. Default: all.
         provider: execution provider, as in the server.
-        threads: threads of ONNX Runtime.
+        threads: threads of ONNX Runtime in each process.
         out: folder of the report and of partial results; default: `report` in the artefact, of other images
             `report-NAME` with the name of their folder.
         novel: of a novelty model: further sets of novel images, see `models.evaluation.novelty.novel_images`.
+        ray: address of a Ray cluster that measures and attacks, or `local`; default: this process.
 
     Returns:
         The report as Markdown.
@@ -142,10 +147,10 @@ def evaluate(
         log.info(
             "%d partial results in %s; those of this artefact, data and code are used", cache.count(), cache.folder
         )
-    with _resumable(cache, folder):
-        settings = {"provider": classifier.provider, "code": code_digest(), "environment": _versions()}
+    with _resumable(cache, folder), runner_for(classifier, artefact, threads, ray) as runner:
+        settings = {"provider": classifier.provider, "code": code_digest(), "environment": library_versions()}
         wanted = epsilons_of(classifier.card)
-        measured = _measure(classifier, image_NCHW, label_N, wanted, cache, settings)
+        measured = _measure(classifier, image_NCHW, label_N, wanted, cache, settings, runner)
         _refuse_refuted(measured)
         attacked: list[AttackResult] = []
         epsilons = sorted({*wanted, *CURVE})
@@ -154,7 +159,13 @@ def evaluate(
             asked = len(attacked_M)
             best_M = measured.proved.largest_N[attacked_M]
             done = attack_within(
-                classifier, image_NCHW[attacked_M], best_M, attack_seconds, cache=cache, settings=settings
+                classifier,
+                image_NCHW[attacked_M],
+                best_M,
+                attack_seconds,
+                cache=cache,
+                settings=settings,
+                runner=runner,
             )
             attacked_M = attacked_M[done.index_M]
             attacked = [*done.results, attacking.union(done.results)]
@@ -294,25 +305,24 @@ def _measure(
     epsilons: Sequence[float],
     cache: PartialResults,
     settings: Mapping[str, Any],
+    runner: Runner,
 ) -> Measured:
     predictions: list[Prediction] = []
     counterfactuals: list[Counterfactual] = []
     posted_back: list[np.ndarray] = []
     proofs: list[Arrays] = []
+    parts = [image_NCHW[start : start + BATCH] for start in range(0, len(image_NCHW), BATCH)]
+    tasks: list[Task] = []
+    for part_NCHW in parts:
+        key = {**settings, "model": classifier.digest, "images": digest_of(part_NCHW)}
+        tasks.append(Task({**key, "measured": "counterfactuals"}, search_counterfactuals, (part_NCHW,)))
+        key = {**key, "measured": "references", "epsilons": list(epsilons)}
+        tasks.append(Task(key, prove_with_references, (part_NCHW, epsilons)))
+    found = measured_parts(tasks, runner, cache)
     with tqdm(total=len(image_NCHW), desc="counterfactuals and radii", unit="image") as bar:
-        for start in range(0, len(image_NCHW), BATCH):
-            part_NCHW = image_NCHW[start : start + BATCH]
-            key = {**settings, "model": classifier.digest, "images": digest_of(part_NCHW)}
-            stored = cache.part(
-                {**key, "measured": "counterfactuals"},
-                lambda part_NCHW=part_NCHW: search_counterfactuals(classifier, part_NCHW),
-            )
-            proofs.append(
-                cache.part(
-                    {**key, "measured": "references", "epsilons": list(epsilons)},
-                    lambda part_NCHW=part_NCHW: prove_with_references(classifier, part_NCHW, epsilons),
-                )
-            )
+        for part_NCHW in parts:
+            stored = next(found)
+            proofs.append(next(found))
             # Predictions take no time, so they are repeated rather than stored.
             predictions.extend(classifier.predict(part_NCHW))
             counterfactuals.extend(
@@ -396,11 +406,6 @@ def search_counterfactuals(classifier: Classifier, image_NCHW: np.ndarray) -> Ar
             [classifier.predict(answer.pixels_CHW[None] / 255)[0].class_id for answer in answers], np.int64
         ),
     }
-
-
-def _versions() -> dict[str, Any]:
-    made = environment(0.0)
-    return {name: made[name] for name in ("torch", "onnxruntime", "numpy")}
 
 
 def labelled_images(classifier: Classifier, data: Path, part: Literal["train", "test"]) -> LabelledImages:

@@ -59,6 +59,10 @@ class PartialResults:
             self._write(path, stored)
         return stored
 
+    def holds(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether there is a file of the part, which may be damaged."""
+        return self._path(settings).exists()
+
     def count(self) -> int:
         """Return the number of stored parts."""
         return len(list(self.folder.glob("*.npz")))
