@@ -107,7 +107,7 @@ def thousand(service: Service) -> list[list[object]]:
 
 
 def needed(costs: list[list[object]]) -> list[list[object]]:
-    """Return the processors that so many images a day need."""
+    """Return the processors that each number of images a day needs."""
     rows = []
     for row in costs:
         rates = [float(str(row[1 + 2 * k])) for k in range(len(KINDS))]

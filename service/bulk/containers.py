@@ -54,7 +54,7 @@ class Rows(NamedTuple):
     """As the service decodes them: 0..255, or float64 in [0, 1]."""
 
     def split(self, count: int) -> tuple[Rows, Rows | None]:
-        """Return at most so many of them, and the others."""
+        """Return the first `count` of them at most, and the others."""
         if len(self.pixels_NCHW) <= count:
             return self, None
         return self._replace(pixels_NCHW=self.pixels_NCHW[:count]), Rows(

@@ -175,7 +175,7 @@ class Certifier:
             pass
 
     def _take(self, most: int) -> Item | Rows | None:
-        """Return what follows in the open container, at most so many inputs; null at its end."""
+        """Return what follows in the open container, `most` inputs at most; null at its end."""
         item, self._rest = self._rest or next(self._inputs, None), None
         if isinstance(item, Rows):
             item, self._rest = item.split(most)
