@@ -37,6 +37,8 @@ PEERS := .venv-peers
 FUZZ := .venv-fuzz
 # Helm, schemas and a linter for deploy/helm and deploy/kserve.
 MANIFESTS := .venv-manifests
+# Compiler of service/rpc/open_inference.proto; its libraries must be no newer than the locked protobuf.
+PROTOC := grpcio-tools==1.85.1
 # Builder of the documentation's site, and its venv.
 SITE := .venv-site
 
@@ -44,7 +46,7 @@ SITE := .venv-site
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling ray-chaos two-nodes manifests bench site lock sbom advisories image clean
+.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling ray-chaos two-nodes manifests bench site lock protocol sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -154,7 +156,7 @@ lock:  ## resolve the dependencies of pyproject.toml again and write requirement
 	resolve() { "$$folder/uv/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-header \
 	  --no-annotate "$$@"; }; \
 	: 'One resolution for everything, torch and its CUDA libraries too, so that all locks fit in one venv.'; \
-	resolve pyproject.toml --extra gpu --extra train --extra evaluate --extra client --extra bulk --extra test --group build --group site >"$$folder/all.txt"; \
+	resolve pyproject.toml --extra gpu --extra train --extra evaluate --extra client --extra bulk --extra grpc --extra heic --extra test --group build --group site >"$$folder/all.txt"; \
 	echo torch >"$$folder/unlocked.txt"; \
 	lock() { target=$$1; shift; resolve --generate-hashes --constraints "$$folder/all.txt" "$$@" >"$$folder/$$target"; \
 	  { echo '# Written by `make lock`.'; cat "$$folder/$$target"; } >"requirements/$$target"; }; \
@@ -162,7 +164,12 @@ lock:  ## resolve the dependencies of pyproject.toml again and write requirement
 	lock serve-gpu.txt pyproject.toml --extra gpu; \
 	lock build.txt --group build; \
 	lock site.txt --group site; \
-	lock test.txt pyproject.toml --extra train --extra evaluate --extra client --extra bulk --extra test --excludes "$$folder/unlocked.txt"
+	lock test.txt pyproject.toml --extra train --extra evaluate --extra client --extra bulk --extra grpc --extra heic --extra test --excludes "$$folder/unlocked.txt"
+
+protocol:  ## write the Python of service/rpc/open_inference.proto
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
+	$(PYTHON) -m venv "$$folder/protoc" && "$$folder/protoc/bin/python" -m pip install --quiet $(PROTOC); \
+	"$$folder/protoc/bin/python" -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/rpc/open_inference.proto
 
 sbom: $(SUPPLY)/installed  ## write the bill of materials of both images, build/sbom-cpu.json and build/sbom-gpu.json (CycloneDX), from the locks
 	@mkdir -p build

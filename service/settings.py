@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -47,6 +47,9 @@ class Settings(BaseSettings):
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port to listen on; 0 lets the system choose."""
+
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """TCP port of the Open Inference Protocol over gRPC (extra `grpc`); 0 lets the system choose. Unset: no gRPC."""
 
     models: Path = Path(__file__).resolve().parent.parent / "models" / "zoo"
     """Folder whose sub-folders are the artefacts to serve."""
@@ -229,18 +232,11 @@ class Settings(BaseSettings):
             ipaddress.ip_network(network)
         return value
 
-    @field_validator("aliases")
+    @field_validator("aliases", "novelty_models")
     @classmethod
-    def _are_aliases(cls, value: str) -> str:
-        """Return the value; raise `ValueError` for one that `aliases_of` cannot read."""
-        aliases_of(value)
-        return value
-
-    @field_validator("novelty_models")
-    @classmethod
-    def _are_pairs(cls, value: str) -> str:
-        """Return the value; raise `ValueError` for one that `novelty_models_of` cannot read."""
-        novelty_models_of(value)
+    def _are_pairs(cls, value: str, info: ValidationInfo) -> str:
+        """Return the value; raise `ValueError` for one that `aliases_of` or `novelty_models_of` cannot read."""
+        (aliases_of if info.field_name == "aliases" else novelty_models_of)(value)
         return value
 
     @field_validator("cors_origins")
@@ -338,7 +334,7 @@ def read_settings() -> Settings:
 
     pydantic-settings drops a variable that it does not know, so a misspelt limit would silently leave the default;
     here it is refused. The variables that Kubernetes sets in every pod beside a service whose name starts with
-    `lipcert` are ignored with a warning, also `LIPCERT_PORT` where it is the address of that service.
+    `lipcert` are ignored with a warning, also `LIPCERT_PORT` and `LIPCERT_GRPC_PORT` where they are its address.
 
     Raises:
         SettingsError: a `LIPCERT_*` variable is unknown or has an invalid value; one line names it and the valid
@@ -357,8 +353,8 @@ def read_settings() -> Settings:
             "leaves them out",
             ", ".join(sorted(links)),
         )
-        if any(name.upper() == f"{PREFIX}PORT" for name in links):
-            replaced = {"port": Settings.model_fields["port"].default}
+        fields = {name.upper().removeprefix(PREFIX).lower() for name in links}
+        replaced = {name: Settings.model_fields[name].default for name in fields & Settings.model_fields.keys()}
     try:
         return _with_only_model(Settings(**replaced))
     except ValidationError as error:

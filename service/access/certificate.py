@@ -37,6 +37,12 @@ class Certificate:
         context.sni_callback = self._choose
         return context
 
+    def pem(self) -> tuple[bytes, bytes]:
+        """Return the certificate with its chain, and its key, as a handshake takes them now."""
+        if self._watch.has_changed():
+            self._read_again()
+        return self._pem
+
     def _choose(self, connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
         if self._watch.has_changed():
             self._read_again()
@@ -58,6 +64,7 @@ class Certificate:
         try:
             # Without a password OpenSSL would ask for one on the terminal.
             context.load_cert_chain(certificate, key, password=lambda: "")
+            self._pem = certificate.read_bytes(), key.read_bytes()
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise SettingsError(
                 f"LIPCERT_TLS_CERTIFICATE={str(certificate)!r} and LIPCERT_TLS_KEY={str(key)!r} cannot be used "

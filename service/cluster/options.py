@@ -61,13 +61,15 @@ def deployment_options(options: Options, settings: Settings) -> dict[str, Any]:
     """Return the arguments of `serve.deployment`.
 
     Raises:
-        SettingsError: TLS is set, or the provider and the share of a GPU contradict each other.
+        SettingsError: TLS or gRPC is set, or the provider and the share of a GPU contradict each other.
     """
     if settings.tls_certificate is not None or settings.tls_key is not None:
         raise SettingsError(
             "LIPCERT_TLS_CERTIFICATE and LIPCERT_TLS_KEY have no effect on Ray, whose proxy has the connections; unset "
             "them, and see docs/ray.md for TLS"
         )
+    if settings.grpc_port is not None:
+        raise SettingsError("LIPCERT_GRPC_PORT has no effect on Ray, whose proxy has the connections; unset it")
     gpus = options.gpus
     if gpus is None:
         gpus = 1.0 if settings.provider == "cuda" else 0.0

@@ -40,7 +40,7 @@ class PortError(LipcertError):
     def __init__(self, host: str, port: int, cause: OSError) -> None:
         super().__init__(
             f"port {port} of {host} is not available ({cause.strerror or cause}); stop the process that uses it, or "
-            "set LIPCERT_PORT or LIPCERT_HOST"
+            "set LIPCERT_PORT, LIPCERT_GRPC_PORT or LIPCERT_HOST"
         )
 
 

@@ -88,6 +88,22 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def hold(host: str, port: int) -> socket.socket:
+    """Return a socket that holds an address for sockets of this user with SO_REUSEPORT, and takes no connection.
+
+    Args:
+        host: name or address of an interface.
+        port: TCP port; 0 lets the system choose.
+
+    Raises:
+        PortError: see `bind`.
+    """
+    holder = bind(host, port)
+    # As in `listen`, only now that nobody else has the address.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return holder
+
+
 def listen(first: socket.socket, count: int, backlog: int) -> list[socket.socket]:
     """Return sockets that listen on one address, one for each process.
 

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -63,6 +64,23 @@ class Ending:
     """Called several times a second."""
 
 
+class Rpc(Protocol):
+    """A server of another protocol for the same application: see `service.rpc.server`."""
+
+    @property
+    def in_progress(self) -> int:
+        """Calls that are not answered yet."""
+        ...
+
+    async def start(self, app: Any, service: Service) -> None:
+        """Serve."""
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept no call, and end those that are not answered in time."""
+        ...
+
+
 class Server(uvicorn.Server):
     """uvicorn that takes what the system has accepted before it ends, and ends when it cannot go on."""
 
@@ -77,6 +95,7 @@ class Server(uvicorn.Server):
         tls: ssl.SSLContext | None = None,
         trusted_proxies: Sequence[str] = (),
         follow: Callable[[], None] = lambda: None,
+        rpc: Rpc | None = None,
     ) -> None:
         """Configure uvicorn.
 
@@ -89,6 +108,7 @@ class Server(uvicorn.Server):
             tls: serves HTTPS.
             trusted_proxies: addresses and networks whose X-Forwarded-For names the client.
             follow: called ten times a second, on the event loop; changes the models.
+            rpc: starts and ends with this server.
         """
         super().__init__(
             uvicorn.Config(
@@ -110,6 +130,7 @@ class Server(uvicorn.Server):
         self._service: Service | None = getattr(getattr(app, "state", None), "service", None)
         self._is_lost = is_lost
         self._follow = follow
+        self._rpc = rpc
         self._ending = ending or Ending()
         self._watchdog = Watchdog(_HANG_S, STUCK_STATUS)
         self._end_at_s: float | None = None
@@ -120,6 +141,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, and watch the event loop."""
         await super().startup(sockets)
+        if self._rpc is not None and self._service is not None:
+            await self._rpc.start(self.config.loaded_app, self._service)
         self._watchdog.start()
 
     async def on_tick(self, counter: int) -> bool:
@@ -130,7 +153,7 @@ class Server(uvicorn.Server):
             metrics, state = self._service.metrics, self.server_state
             metrics.flush()
             metrics.connections.set(len(state.connections))
-            metrics.in_progress.set(len(state.tasks))
+            metrics.in_progress.set(self._in_progress)
         if self._end_at_s is None and self._is_lost():
             _log.error("a GPU was lost: /health/ready is 503, and the server ends with status %d", DEVICE_LOST_STATUS)
             # A worker may wait for the device forever, and the application for that worker.
@@ -158,10 +181,14 @@ class Server(uvicorn.Server):
         self.server_state.default_headers.append((b"connection", b"close"))
         await self._turn(drain_s)
         until_s = time.monotonic() + HANDSHAKE_S + grace_s
+        # Without a drain of its own: a client of HTTP/2 is told to open another connection.
+        rpc_ends = None if self._rpc is None else asyncio.ensure_future(self._rpc.stop(HANDSHAKE_S + grace_s + LAST_S))
         await self._close_listeners(sockets or [])
         for connection in list(self.server_state.connections):
             connection.shutdown()
         await self._wait_for_answers(until_s)
+        if rpc_ends is not None and not self.force_exit:
+            await asyncio.wait([rpc_ends], timeout=LAST_S / 2)
         if not self.force_exit:
             await self.lifespan.shutdown()
         if last is not None:
@@ -179,6 +206,11 @@ class Server(uvicorn.Server):
                 logging.shutdown()
                 os._exit(self._status)
         return 0 if self.started else 1
+
+    @property
+    def _in_progress(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self.server_state.tasks) + (0 if self._rpc is None else self._rpc.in_progress)
 
     def _beat(self) -> None:
         self._watchdog.beat()
@@ -216,15 +248,15 @@ class Server(uvicorn.Server):
 
     async def _wait_for_answers(self, until_s: float) -> None:
         state = self.server_state
-        while (state.connections or state.tasks) and not self.force_exit and time.monotonic() < until_s:
+        while (state.connections or self._in_progress) and not self.force_exit and time.monotonic() < until_s:
             await self._turn(0.0)
         if self._service is not None:
-            if state.tasks:
-                _log.error("%d requests were not answered before the end and get status 503", len(state.tasks))
+            if left := self._in_progress:
+                _log.error("%d requests were not answered before the end and get status 503", left)
             # The workers hand their last answers over, and what still waits gets its 503.
             self._is_jammed = not self._service.batcher.close(0.0 if self.force_exit else LAST_S / 2)
         until_s = time.monotonic() + LAST_S / 2
-        while state.tasks and not self.force_exit and time.monotonic() < until_s:
+        while self._in_progress and not self.force_exit and time.monotonic() < until_s:
             await self._turn(0.0)
         for task in state.tasks:
             task.cancel()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from service.access.keys import KeyRing
     from service.inference.catalogue import Catalogue, Order, State
     from service.processes.following import Follower
+    from service.rpc.server import RpcServer
     from service.settings import Settings
 
 _log = logging.getLogger("service")
@@ -57,23 +59,29 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
     use_format(settings.log_format)
-    from service.processes.prefork import bind, listen, serve_in_processes
+    from service.processes.prefork import bind, hold, listen, serve_in_processes
     from service.processes.stopping import refuse_waiting
 
+    _check_rpc(settings)
     settings = _with_processes(settings)
     certificate = _certificate_of(settings)
     with contextlib.ExitStack() as stack:
         # Taken before the models are verified: a port in use is then reported at once.
         first = stack.enter_context(bind(settings.host, settings.port))
+        rpc_address = None
+        if settings.grpc_port is not None:
+            rpc_address = stack.enter_context(hold(settings.host, settings.grpc_port)).getsockname()[:2]
         if settings.processes > 1:
             _share_counters(stack, settings.processes)
-        serve, chores = _loaded(settings, pool, certificate)
+        serve, chores = _loaded(settings, pool, certificate, rpc_address)
         stack.callback(chores.close)
         listeners = [stack.enter_context(listener) for listener in listen(first, settings.processes, _BACKLOG)]
         host, port = first.getsockname()[:2]
         scheme = "http" if certificate is None else "https"
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         _log.info("serving on %s - the playground is at %s/, the API at %s/docs", url, url, url)
+        if rpc_address is not None:
+            _log.info("serving gRPC on %s port %d", *rpc_address)
         warn_if_open(settings, host)
         # All objects of the start stay: no collection has to look at them again.
         gc.freeze()
@@ -98,10 +106,17 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
 
 
 def _loaded(
-    settings: Settings, pool: VerifierPool, certificate: Certificate | None
+    settings: Settings, pool: VerifierPool, certificate: Certificate | None, rpc_address: tuple[str, int] | None
 ) -> tuple[Callable[[socket.socket], int], Chores]:
     """Load the models; return a function that serves on a socket, in this process or in one forked from it, and what
-    this process does besides."""
+    this process does besides.
+
+    Args:
+        settings: those of the server.
+        pool: of verifiers.
+        certificate: serves TLS.
+        rpc_address: serves gRPC there.
+    """
     from service.artefact.folders import artefact_folders
     from service.settings import default_of
 
@@ -161,6 +176,7 @@ def _loaded(
             tls=None if certificate is None else certificate.context(),
             trusted_proxies=list_of(settings.trusted_proxies),
             follow=chores.followed_by(follower),
+            rpc=None if rpc_address is None else _rpc_server(rpc_address, settings, certificate),
         )
         try:
             return server.serve_on(listener)
@@ -169,6 +185,25 @@ def _loaded(
                 tracer.close()
 
     return serve, chores
+
+
+def _check_rpc(settings: Settings) -> None:
+    """Raise `SettingsError` for gRPC without its library, or on the port of HTTP."""
+    if settings.grpc_port is None:
+        return
+    if importlib.util.find_spec("grpc") is None:
+        raise SettingsError(
+            "LIPCERT_GRPC_PORT needs grpcio, which is not installed: `pip install 'lipcert[grpc]'`, or unset it"
+        )
+    if 0 != settings.grpc_port == settings.port:
+        raise SettingsError(f"LIPCERT_GRPC_PORT and LIPCERT_PORT are both {settings.port}; set another one")
+
+
+def _rpc_server(address: tuple[str, int], settings: Settings, certificate: Certificate | None) -> RpcServer:
+    # After the fork: gRPC starts threads.
+    from service.rpc.server import RpcServer
+
+    return RpcServer(*address, settings, certificate)
 
 
 class Chores:

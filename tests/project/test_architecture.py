@@ -153,6 +153,9 @@ PLANTED = [
     ("service-wings", "service/processes/serving.py", "import service.cluster.options"),
     ("cluster-layers", "service/cluster/options.py", "import service.cluster.replica"),
     ("cluster-layers", "service/cluster/replica.py", "def f():\n    import service.cluster.ray"),
+    ("service-wings", "service/rpc/calls.py", "import service.connection.limits"),
+    ("rpc-layers", "service/rpc/messages.py", "import service.rpc.calls"),
+    ("rpc-layers", "service/rpc/unplaced.py", ""),
     ("processes-layers", "service/processes/prefork.py", "import service.processes.serving"),
     ("processes-layers", "service/processes/prefork.py", "from service.processes import server"),
     ("processes-layers", "service/processes/unplaced.py", ""),
@@ -240,7 +243,9 @@ def test_everything_that_service_imports_is_in_the_lock_of_make_serve() -> None:
     assert "numpy" in third_party
     # The extra `client`.
     assert graph.find_modules_that_directly_import("httpx") == {"service.client.clients"}
-    third_party.remove("httpx")
+    # The extra `grpc`.
+    assert graph.find_modules_that_directly_import("grpc") == {"service.rpc.calls", "service.rpc.server"}
+    third_party -= {"grpc", "httpx"}
     lock = (ROOT / "requirements/serve-cpu.txt").read_text(encoding="utf-8")
     locked = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
     locked.add("onnxruntime-gpu")  # takes the place of onnxruntime in serve-gpu.txt
