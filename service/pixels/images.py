@@ -43,6 +43,7 @@ from service.errors import (
     InputError,
     NotAnImageError,
 )
+from service.pixels.heif import HeifPicture, is_heif, open_heif
 from service.pixels.integrity import check_bmp, check_gif, check_jpeg, check_png, with_other_padding
 from service.pixels.structure import check_structure, webp_size
 from service.pixels.tiff import TiffHeader, is_tiff, read_header, read_pixels
@@ -70,7 +71,6 @@ _GREY_MODES = frozenset({"1", "L"})
 _READ_MODES = _GREY_MODES | {"P", "RGB", "LA", "RGBA"}
 _DEEP_MODES = frozenset({"I;16B", "RGB;16B", "LA;16B", "RGBA;16B"})
 """Raw modes of 16-bit PNG files."""
-_HEIF = re.compile(rb"....ftyp(?:hei[cfmsx]|hev[cmsx]|mif1|msf1|avi[fs])", re.DOTALL)
 Pixels = UInt8[np.ndarray, "C H W"] | Float64[np.ndarray, "C H W"]
 """Values 0..255 of an 8-bit image, or 16-bit values in [0, 1]."""
 
@@ -190,10 +190,13 @@ def decode_image(
     if picture is not None:
         return _pixels(picture)
     check_structure(data)
-    kind = "TIFF"
+    kind = "HEIC" if is_heif(data) else "TIFF"
     try:
-        opened = read_header(data) if is_tiff(data) else _open(data, max_pixels, used_pixels)
-        size = (opened.width, opened.height) if isinstance(opened, TiffHeader) else opened.size
+        if kind == "HEIC":
+            opened = open_heif(data)
+        else:
+            opened = read_header(data) if is_tiff(data) else _open(data, max_pixels, used_pixels)
+        size = opened.size if isinstance(opened, ImageFile.ImageFile) else (opened.width, opened.height)
         _check_pixels(*size, max_pixels, used_pixels)
         # The orientation, which is not known yet, may swap the sides.
         if size_HW is not None and sorted(size_HW) != sorted(size):
@@ -201,6 +204,8 @@ def decode_image(
         if isinstance(opened, TiffHeader):
             samples_SHW = np.moveaxis(read_pixels(data, opened), -1, 0)
             is_transparent = opened.alpha is not None
+        elif isinstance(opened, HeifPicture):
+            samples_SHW, is_transparent = opened.samples(), opened.has_alpha
         else:
             kind = str(opened.format)
             _refuse_lossy(opened)
@@ -349,12 +354,7 @@ def _open(data: bytes, max_pixels: int, used_pixels: int) -> ImageFile.ImageFile
         raise EmptyBodyError(f"the image is empty; {_SEND}")
     if data.startswith(_NPY_MAGIC):
         raise NotAnImageError(
-            "this is a numpy array, not an image file; send it as the body of a request with Content-Type "
-            "application/x-npy"
-        )
-    if _HEIF.match(data):
-        raise NotAnImageError(
-            "this is a HEIC or AVIF file, which is not supported; save it as JPEG or PNG and send that"
+            "this is a numpy array, no image file; send it as the body of a request with Content-Type application/x-npy"
         )
     declared = webp_size(data)
     if declared is not None:

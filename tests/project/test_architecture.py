@@ -245,7 +245,9 @@ def test_everything_that_service_imports_is_in_the_lock_of_make_serve() -> None:
     assert graph.find_modules_that_directly_import("httpx") == {"service.client.clients"}
     # The extra `grpc`.
     assert graph.find_modules_that_directly_import("grpc") == {"service.rpc.calls", "service.rpc.server"}
-    third_party -= {"grpc", "httpx"}
+    # The extra `heic`.
+    assert graph.find_modules_that_directly_import("pillow_heif") == {"service.pixels.heif"}
+    third_party -= {"grpc", "httpx", "pillow_heif"}
     lock = (ROOT / "requirements/serve-cpu.txt").read_text(encoding="utf-8")
     locked = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
     locked.add("onnxruntime-gpu")  # takes the place of onnxruntime in serve-gpu.txt

@@ -283,9 +283,9 @@ def test_a_level_of_8_bits_is_the_same_pixel_in_16_bits() -> None:
     )
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+@pytest.mark.parametrize("brand", [b"avif", b"avis"])
 def test_a_file_of_a_phone_that_is_not_read_is_named(brand: bytes) -> None:
-    with pytest.raises(NotAnImageError, match=r"HEIC or AVIF .* save it as JPEG"):
+    with pytest.raises(NotAnImageError, match=r"AVIF .* save it as JPEG"):
         decode_image(b"\0\0\0\x18ftyp" + brand + bytes(40), LIMIT)
 
 
