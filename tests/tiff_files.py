@@ -60,6 +60,21 @@ CODINGS: dict[int, Callable[[bytes], bytes]] = {
 }
 
 
+def tiles(part_HWS: np.ndarray, rows: int, columns: int) -> list[np.ndarray]:
+    """Blocks of one size that cover the samples, row by row; what is beyond them is noise."""
+    height, width, samples = part_HWS.shape
+    padded = np.random.default_rng(2).integers(
+        0, 256, (-(-height // rows) * rows, -(-width // columns) * columns, samples)
+    )
+    padded = padded.astype(part_HWS.dtype)
+    padded[:height, :width] = part_HWS
+    return [
+        padded[top : top + rows, left : left + columns]
+        for top in range(0, height, rows)
+        for left in range(0, width, columns)
+    ]
+
+
 def tiff(
     samples_HWS: np.ndarray,
     order: str = "<",
@@ -72,6 +87,7 @@ def tiff(
     offsets: Callable[[list[int]], list[int]] = list,
     following: int = 0,
     cut: int = 0,
+    tile: tuple[int, int] | None = None,
 ) -> bytes:
     """Return the file of uint8 or uint16 samples: header, strips, directory, long values.
 
@@ -87,19 +103,18 @@ def tiff(
         offsets: changes the stated offsets of the strips.
         following: offset of the next directory.
         cut: bytes that the last strip lacks; its stated length is the shorter one.
+        tile: rows and columns of tiles, in place of strips; those that reach beyond the image are padded by noise.
     """
     height, width, samples = samples_HWS.shape
     kind = f"{order}u{samples_HWS.itemsize}"
     parts = np.split(samples_HWS, samples, axis=2) if planes == 2 else [samples_HWS]
     strips: list[bytes] = []
     for part in parts:
-        stored = part.copy()
-        if predictor == 2:
-            stored[:, 1:] -= part[:, :-1]
-        strips += [
-            CODINGS.get(coding, bytes)(stored[top : top + rows].astype(kind).tobytes())
-            for top in range(0, height, rows)
-        ]
+        for block in [part[top : top + rows] for top in range(0, height, rows)] if tile is None else tiles(part, *tile):
+            stored = block.copy()
+            if predictor == 2:
+                stored[:, 1:] -= block[:, :-1]
+            strips.append(CODINGS.get(coding, bytes)(stored.astype(kind).tobytes()))
     strips[-1] = strips[-1][: len(strips[-1]) - cut]
     places = [8 + sum(map(len, strips[:n])) for n in range(len(strips))]
     entries: dict[int, Sequence[int] | None] = {
@@ -108,10 +123,10 @@ def tiff(
         258: [8 * samples_HWS.itemsize] * samples,
         259: [coding],
         262: [2 if samples > 2 else 1],
-        273: offsets(places),
+        273 if tile is None else 324: offsets(places),
         277: [samples],
-        278: [rows],
-        279: lengths([len(strip) for strip in strips]),
+        279 if tile is None else 325: lengths([len(strip) for strip in strips]),
+        **({278: [rows]} if tile is None else {322: [tile[1]], 323: [tile[0]]}),
         284: [planes],
         317: [predictor],
         **({} if samples in (1, 3) else {338: [2]}),

@@ -1,8 +1,8 @@
 """Reading of TIFF files: the values that are stored, or a refusal.
 
 The subset of TIFF 6.0 (Adobe, 1992) in which a value has one meaning: one image of unsigned grey or RGB, 8 or 16 bits,
-in strips that are stored as they are or coded by LZW, Deflate or PackBits. Pillow is not asked: libtiff estimates
-lengths that are missing, and Pillow halves the bits of RGB and misreads planes of 16 bits (13.0).
+in strips or tiles that are stored as they are or coded by LZW, Deflate or PackBits. Pillow is not asked: libtiff
+estimates lengths that are missing, and Pillow halves the bits of RGB and misreads planes of 16 bits (13.0).
 
 Axes: H height, W width, S samples of a pixel, the last of which may be alpha.
 """
@@ -24,10 +24,13 @@ _TYPES = {1: "u1", 3: "u2", 4: "u4"}
 """Types of the entries that matter here: BYTE, SHORT and LONG."""
 _MOST_ENTRIES = 1000
 _MOST_STRIPS = 65536
+_MOST_PADDED, _PADDED_PIXELS = 16, 2**22
+"""Pixels of all tiles, in units of those of the image, and beside these: small images have tiles of a usual size."""
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _CODING, _PHOTOMETRIC, _FILL = 254, 256, 257, 258, 259, 262, 266
 _OFFSETS, _ORIENTATION, _SAMPLES, _ROWS, _COUNTS, _PLANES = 273, 274, 277, 278, 279, 284
-_PREDICTOR, _TILE_WIDTH, _TILE_OFFSETS, _EXTRA, _FORMAT = 317, 322, 324, 338, 339
+_PREDICTOR, _TILE_WIDTH, _TILE_ROWS, _TILE_OFFSETS, _TILE_COUNTS, _EXTRA, _FORMAT = 317, 322, 323, 324, 325, 338, 339
+_TILES = (_TILE_WIDTH, _TILE_ROWS, _TILE_OFFSETS, _TILE_COUNTS)
 _DEFAULTS = {
     _SUBFILE: 0,
     _BITS: 1,
@@ -41,7 +44,7 @@ _DEFAULTS = {
     _FORMAT: 1,
 }
 _NEEDED = (_WIDTH, _HEIGHT, _PHOTOMETRIC)
-_TAGS = (*_NEEDED, *_DEFAULTS, _OFFSETS, _COUNTS, _TILE_WIDTH, _TILE_OFFSETS, _EXTRA)
+_TAGS = (*_NEEDED, *_DEFAULTS, _OFFSETS, _COUNTS, *_TILES, _EXTRA)
 _WHITE_IS_ZERO, _RGB = 0, 2
 _COLOURS = {_WHITE_IS_ZERO: 1, 1: 1, _RGB: 3}
 _OTHER_COLOURS = {3: "a palette", 5: "CMYK", 6: "YCbCr", 8: "CIE L*a*b*"}
@@ -78,8 +81,12 @@ class TiffHeader:
     """Whether a row holds the differences between neighbours."""
     is_planar: bool
     """Whether each sample has strips of its own."""
+    is_tiled: bool
+    """Whether strips are tiles, which are all of one size, also where they reach beyond the image."""
     rows: int
     """Rows of a strip; the last may have less."""
+    columns: int
+    """Columns of a strip."""
     strips: tuple[tuple[int, int], ...]
     """Begin and end of each strip, in bytes."""
 
@@ -93,7 +100,7 @@ def read_header(data: bytes) -> TiffHeader:
     """Return how the pixels are stored; raise for a file whose values would have no single meaning.
 
     Raises:
-        ImageFormatError: several images, tiles, or another coding, depth or kind of colour.
+        ImageFormatError: several images, or another coding, depth or kind of colour.
         ValueError: the entries are damaged, contradict each other or lead out of the file.
     """
     order = _ORDERS[data[:2]]
@@ -102,8 +109,6 @@ def read_header(data: bytes) -> TiffHeader:
     tags, following, end = _entries(data, order)
     if following or tags[_SUBFILE] != (0,):
         raise ImageFormatError("the TIFF file contains several images, or a page or preview of one; send one image")
-    if _TILE_WIDTH in tags or _TILE_OFFSETS in tags:
-        raise ImageFormatError("the TIFF file is stored in tiles; save it in strips, or as PNG")
     colours, bits, alpha = _pixel(tags)
     coding = _one(tags, _CODING)
     if coding not in _DECODERS or _one(tags, _FILL) != 1:
@@ -112,11 +117,12 @@ def read_header(data: bytes) -> TiffHeader:
     if predictor not in (1, 2) or (predictor == 2 and coding not in _PREDICTED):
         raise ImageFormatError(f"the TIFF file has predictor {predictor} with compression {coding}; {_CURE}")
     height, width, planes = _one(tags, _HEIGHT), _one(tags, _WIDTH), _one(tags, _PLANES)
-    rows = min(_one(tags, _ROWS), height)
-    if not (height and width and rows and planes in (1, 2)):
+    is_tiled = any(tag in tags for tag in _TILES)
+    rows, columns = _tile(tags, width * height) if is_tiled else (min(_one(tags, _ROWS), height), width)
+    if not (height and width and rows and columns and planes in (1, 2)):
         raise ValueError("a size is zero, or the planes have no order")
     is_planar = planes == 2 and colours + (alpha is not None) > 1
-    count = -(-height // rows) * (colours + (alpha is not None) if is_planar else 1)
+    count = -(-height // rows) * -(-width // columns) * (colours + (alpha is not None) if is_planar else 1)
     return TiffHeader(
         height=height,
         width=width,
@@ -129,8 +135,10 @@ def read_header(data: bytes) -> TiffHeader:
         coding=coding,
         has_differences=predictor == 2,
         is_planar=is_planar,
+        is_tiled=is_tiled,
         rows=rows,
-        strips=_strips(tags, count, len(data), end),
+        columns=columns,
+        strips=_strips(tags, is_tiled, count, len(data), end),
     )
 
 
@@ -145,19 +153,22 @@ def read_pixels(data: bytes, header: TiffHeader) -> UInt8[np.ndarray, "H W S"] |
         ValueError, zlib.error: a strip holds too little, or its checksum does not match.
     """
     parts = header.samples if header.is_planar else 1
-    row = header.width * (header.samples // parts) * header.bits // 8
-    decode = _DECODERS[header.coding]
-    in_plane = len(header.strips) // parts
-    pieces: list[bytes] = []
-    for index, (begin, end) in enumerate(header.strips):
-        rows = min(header.rows, header.height - index % in_plane * header.rows)
-        pieces.append(decode(data[begin:end], rows * row, header.rows * row))
     kind = np.dtype(f"{header.order}u{header.bits // 8}")
-    values_PHWS = np.frombuffer(b"".join(pieces), kind).reshape(parts, header.height, header.width, -1)
-    del pieces
-    values_PHWS = values_PHWS.astype(kind.newbyteorder("="), copy=header.has_differences or header.is_inverted)
-    if header.has_differences:
-        np.add.accumulate(values_PHWS, axis=2, dtype=values_PHWS.dtype, out=values_PHWS)
+    shape = parts, header.height, header.width, header.samples // parts
+    values_PHWS = np.empty(shape, kind.newbyteorder("="))
+    row = header.columns * shape[-1] * kind.itemsize
+    decode = _DECODERS[header.coding]
+    across = -(-header.width // header.columns)
+    for index, (begin, end) in enumerate(header.strips):
+        part, place = divmod(index, len(header.strips) // parts)
+        top, left = place // across * header.rows, place % across * header.columns
+        region_HWS = values_PHWS[part, top : top + header.rows, left : left + header.columns]
+        rows = header.rows if header.is_tiled else len(region_HWS)
+        stored = np.frombuffer(decode(data[begin:end], rows * row, header.rows * row), kind)
+        # A tile may reach beyond the image.
+        region_HWS[...] = stored.reshape(rows, header.columns, -1)[: len(region_HWS), : region_HWS.shape[1]]
+        if header.has_differences:
+            np.add.accumulate(region_HWS, axis=1, dtype=region_HWS.dtype, out=region_HWS)
     values_HWS = np.moveaxis(values_PHWS[..., 0], 0, -1) if header.is_planar else values_PHWS[0]
     if header.is_inverted:
         np.invert(values_HWS[..., :1], out=values_HWS[..., :1])
@@ -229,13 +240,28 @@ def _pixel(tags: dict[int, tuple[int, ...]]) -> tuple[int, int, int | None]:
     return colours, tags[_BITS][0], extra[0] if extra else None
 
 
+def _tile(tags: dict[int, tuple[int, ...]], pixels: int) -> tuple[int, int]:
+    """Return the rows and columns of a tile."""
+    if not all(tag in tags for tag in _TILES) or _OFFSETS in tags or _COUNTS in tags:
+        raise ValueError("the tiles are not described, or there are strips besides")
+    width, height, rows, columns = (_one(tags, tag) for tag in (_WIDTH, _HEIGHT, _TILE_ROWS, _TILE_WIDTH))
+    if (
+        rows
+        and columns
+        and -(-width // columns) * columns * -(-height // rows) * rows > (_MOST_PADDED * pixels + _PADDED_PIXELS)
+    ):
+        raise ImageFormatError("the tiles of the TIFF file are far larger than its image; save it in strips, or as PNG")
+    return rows, columns
+
+
 def _strips(
-    tags: dict[int, tuple[int, ...]], count: int, n_bytes: int, directory: tuple[int, int]
+    tags: dict[int, tuple[int, ...]], is_tiled: bool, count: int, n_bytes: int, directory: tuple[int, int]
 ) -> tuple[tuple[int, int], ...]:
-    """Return begin and end of each strip; no two of them share a byte."""
-    offsets, lengths = tags.get(_OFFSETS, ()), tags.get(_COUNTS, ())
+    """Return begin and end of each strip or tile; no two of them share a byte."""
+    places, sizes = (_TILE_OFFSETS, _TILE_COUNTS) if is_tiled else (_OFFSETS, _COUNTS)
+    offsets, lengths = tags.get(places, ()), tags.get(sizes, ())
     if count > _MOST_STRIPS:
-        raise ImageFormatError(f"the TIFF file has more than {_MOST_STRIPS} strips; save it again")
+        raise ImageFormatError(f"the TIFF file has more than {_MOST_STRIPS} strips or tiles; save it again")
     if not len(offsets) == len(lengths) == count:
         raise ValueError(f"there are {len(offsets)} strips with {len(lengths)} lengths, expected {count}")
     strips = tuple((offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))

@@ -39,6 +39,30 @@ def test_every_value_is_read(values: np.ndarray, order: str, coding: int) -> Non
                     assert np.array_equal(decode_image(file, LIMIT), units(samples_HWS))
 
 
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("values", [GREY, SMALL, DEEP[..., :1], DEEP], ids=["L", "RGB", "L of 16", "RGB of 16"])
+def test_every_value_of_tiles_is_read(values: np.ndarray, order: str, coding: int) -> None:
+    for predictor in (1, 2) if coding in (5, 8) else (1,):
+        for planes in (1, 2):
+            for tile in ((16, 16), (3, 2), (7, 5), (2, 99), (1, 1)):
+                data = tiff(values, order, coding, 1, predictor, planes, tile=tile)
+                for file in (data, data + b"behind the file"):
+                    assert np.array_equal(decode_image(file, LIMIT), units(values))
+
+
+def test_tiles_are_read_as_libtiff_reads_them() -> None:
+    many = RANDOM.integers(0, 256, (70, 45, 3), np.uint8)
+    for coding in (1, 5, 8, 32773):
+        for predictor in (1, 2) if coding in (5, 8) else (1,):
+            data = tiff(many, "<", coding, 1, predictor, tile=(32, 16))
+            assert np.array_equal(
+                decode_image(data, LIMIT), np.moveaxis(np.asarray(Image.open(io.BytesIO(data))), -1, 0)
+            )
+            turned = tiff(many, "<", coding, 1, predictor, tile=(32, 16), tags={274: [6]})
+            assert np.array_equal(decode_image(turned, LIMIT), np.moveaxis(np.rot90(many, -1), -1, 0))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits"])
 def test_files_of_libtiff_are_read_as_libtiff_reads_them(mode: str, compression: str) -> None:
@@ -113,7 +137,9 @@ REFUSED = {
     "an unknown extra sample": (tiff(SMALL[..., :2], tags={338: [0]}), "2 samples per pixel"),
     "a predictor of stored values": (tiff(SMALL, tags={317: [2]}), "predictor 2"),
     "a predictor of floats": (tiff(SMALL, coding=5, tags={317: [3]}), "predictor 3"),
-    "tiles of absurd size": (tiff(SMALL, tags={322: [2**32 - 16], 323: [2**32 - 16], 324: [8], 325: [9]}), "tiles"),
+    "tiles of absurd size": (tiff(SMALL, tile=(7, 5), tags={322: [2**32 - 16], 323: [2**32 - 16]}), "far larger"),
+    "long tiles": (tiff(SMALL, tile=(7, 5), tags={322: [2**30]}), "far larger"),
+    "tiles beyond any number": (tiff(GREY, tile=(1, 1), tags={256: [2**16], 257: [2**16]}), "more than 65536 strips"),
     "strips beyond any number": (tiff(GREY, tags={257: [2**31], 278: [1]}), "more than 65536 strips"),
 }  # fmt: skip
 
@@ -149,6 +175,27 @@ DAMAGED = {
         for coding in CODINGS
         for name, tags in {"a row": {257: [6]}, "a column": {256: [4]}}.items()
     },
+    **{
+        f"{coding}: a tile that ends {cut} bytes early": tiff(SMALL, coding=coding, tile=(4, 4), cut=cut)
+        for coding in CODINGS
+        for cut in (1 if coding != 32773 else 2, 9)
+    },
+    **{
+        f"{coding}: tiles of {name}": tiff(SMALL, coding=coding, tile=(4, 4), tags=tags)
+        for coding in CODINGS
+        for name, tags in {"fewer rows": {323: [3]}, "more rows": {323: [5]}, "more columns": {322: [5]}}.items()
+    },
+    "a tile of its rows alone": tiff(SMALL, tile=(7, 5), tags={323: [8]}),
+    "a tile too few": tiff(SMALL, tile=(4, 4), offsets=lambda found: found[:3], lengths=lambda found: found[:3]),
+    "a tile too many": tiff(SMALL, tile=(4, 4), tags={256: [4]}),
+    "a wider image of tiles": tiff(SMALL, tile=(4, 4), tags={256: [9]}),
+    "two tiles in one place": tiff(SMALL, tile=(4, 4), offsets=lambda found: [found[0], *found[:3]]),
+    "a tile behind the file": tiff(SMALL, tile=(4, 4), offsets=lambda found: [*found[:3], 10_000]),
+    "tiles without lengths": tiff(SMALL, tile=(4, 4), tags={325: None}),
+    "tiles without rows": tiff(SMALL, tile=(4, 4), tags={323: None}),
+    "tiles of no rows": tiff(SMALL, tile=(4, 4), tags={323: [0]}),
+    "tiles of no columns": tiff(SMALL, tile=(4, 4), tags={322: [0]}),
+    "tiles and strips": tiff(SMALL, tile=(7, 5), tags={273: [8], 279: [SMALL.size]}),
     "a strip at zero": tiff(SMALL, offsets=lambda found: [0, *found[1:]]),
     "two strips in one place": tiff(SMALL, offsets=lambda found: [found[0], found[0], found[2]]),
     "a strip inside of the directory": tiff(SMALL, offsets=lambda found: [*found[:2], found[2] + 4]),
@@ -186,10 +233,10 @@ def test_a_file_whose_pixels_are_not_all_there_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("coding", CODINGS)
 def test_a_file_that_was_cut_is_refused_wherever_it_was_cut(coding: int) -> None:
-    data = tiff(SMALL, coding=coding)
-    for length in range(1, len(data)):
-        with pytest.raises(NotAnImageError):
-            decode_image(data[:length], LIMIT)
+    for data in (tiff(SMALL, coding=coding), tiff(SMALL, coding=coding, tile=(4, 4))):
+        for length in range(1, len(data)):
+            with pytest.raises(NotAnImageError):
+                decode_image(data[:length], LIMIT)
 
 
 def test_a_flipped_bit_in_deflate_is_found() -> None:
