@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.access.keys import KeyRing
 from service.access.limits import Buckets, client_of
 from service.access.scopes import ADMIN, METRICS, PREDICT
-from service.api.problem import MEDIA_TYPE, has_error_member, problem_of
+from service.api.metrics import error_type_of
+from service.api.problem import has_error_member, problem_of
 from service.errors import AccessError, ForbiddenError, RateLimitError, UnauthorizedError
 from service.settings import Settings
 
@@ -138,7 +139,7 @@ def describe_access(openapi: dict[str, Any], access: Access) -> None:
                 schema = {"$ref": "#/components/schemas/Problem"}
                 operation["responses"][status] = {
                     "description": str(error),
-                    "content": {MEDIA_TYPE: {"schema": schema}},
+                    "content": {error_type_of(path): {"schema": schema}},
                 }
 
 

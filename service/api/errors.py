@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service.api.metrics import REQUEST_ID
+from service.api.metrics import REQUEST_ID, error_type_of
 from service.api.problem import problem, problem_of
 from service.errors import LipcertError
 from service.errors.quotations import shortened
@@ -67,4 +67,5 @@ def add_error_handlers(app: FastAPI) -> None:
         number = request.scope.get(REQUEST_ID, "")
         answer = problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail, instance=request.scope["path"], request_id=number)
         answer.headers["X-Request-ID"] = number
+        answer.headers["Content-Type"] = error_type_of(request.scope["path"])
         return answer

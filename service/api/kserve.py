@@ -1,8 +1,8 @@
 """The KServe V1 protocol, which is that of TensorFlow Serving, for the same models.
 
 Protocol: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v1-protocol. `:predict` answers
-`predictions` with the fields of `/predict`, `:explain` also `explanations`, the counterfactual of each. Errors are
-RFC 9457 problem details with the member `error`.
+`predictions` with the fields of `/predict`, `:explain` also `explanations`, the counterfactual of each. Errors
+have the members of RFC 9457 problem details and `error`, as `application/json`: the client of KServe shows no other.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def build_router(service: Service) -> APIRouter:
             summary=summary,
             description=_DESCRIPTION,
             response_model=answer,
-            responses=problem_responses(400, 404, 413, 415, 422, 503),
+            responses=problem_responses(400, 404, 413, 415, 422, 503, media_type=JSON),
             openapi_extra={
                 "requestBody": {
                     "required": True,
@@ -73,7 +73,9 @@ def build_router(service: Service) -> APIRouter:
             },
         )
 
-    @router.get("/models/{name}", summary="Readiness of a model", responses=problem_responses(404, 503))
+    @router.get(
+        "/models/{name}", summary="Readiness of a model", responses=problem_responses(404, 503, media_type=JSON)
+    )
     async def v1_model(name: str) -> Response:
         is_ready = service.models[name].is_ready
         return JSONResponse({"name": name, "ready": is_ready}, status_code=200 if is_ready else 503)

@@ -38,6 +38,11 @@ def reason_of(content: bytes, status: int) -> str:
     return found[1].decode("ascii") if found else f"http-{status}"
 
 
+def error_type_of(path: str) -> str:
+    """Return the media type of problem documents at a path: clients of KServe V1 show errors of JSON alone."""
+    return "application/json" if path.startswith("/v1/") else PROBLEM.decode()
+
+
 class Traces:
     """Where a process puts its tracer once it serves."""
 
@@ -75,10 +80,11 @@ class MetricsMiddleware:
                 status, headers = message["status"], message["headers"]
                 if status >= 400 and (b"content-type", PROBLEM) in headers:
                     member = member_of(number)
-                    headers = [
-                        (name, b"%d" % (int(value) + len(member)) if name == b"content-length" else value)
-                        for name, value in headers
-                    ]
+                    changed = {
+                        b"content-length": b"%d" % (int(dict(headers)[b"content-length"]) + len(member)),
+                        b"content-type": error_type_of(scope["path"]).encode(),
+                    }
+                    headers = [(name, changed.get(name, value)) for name, value in headers]
                 # Answers that are the same for all requests share their headers.
                 message["headers"] = [*headers, (HEADER, number.encode("ascii"))]
             elif member and message["body"]:

@@ -12,6 +12,7 @@ Errors are RFC 9457 problem details with the member `error`, which the protocol 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -247,7 +248,9 @@ class _InferQuestion:
         options = self.asked.parameters
         if self.explains:
             options = options.model_copy(update={"counterfactual": True})
-        self.decoded = Decoded(self.classifier, body.pixels_NCHW, options)
+        # 0 is no limit, as for Triton.
+        wait_s = options.timeout / 1e6 if options.timeout else math.inf
+        self.decoded = Decoded(self.classifier, body.pixels_NCHW, options, wait_s)
 
     def answer(self, outcome: Outcome[ImageOptions]) -> Reply:
         """Return the answer, see `service.api.outputs`."""

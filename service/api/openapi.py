@@ -89,13 +89,13 @@ def _mend(openapi: Json) -> None:
         schemas.pop(name, None)
 
 
-def problem_responses(*statuses: int) -> dict[int | str, Json]:
+def problem_responses(*statuses: int, media_type: str = problem.MEDIA_TYPE) -> dict[int | str, Json]:
     """Return the entries for `responses=` of a route: each status as RFC 9457 problem details, with examples."""
     return {
         status: {
             "description": HTTPStatus(status).phrase,
             "content": {
-                problem.MEDIA_TYPE: {
+                media_type: {
                     "schema": {"$ref": "#/components/schemas/Problem"},
                     "examples": {
                         type(error).__name__: {"value": json.loads(bytes(problem.problem_of(error).body))}

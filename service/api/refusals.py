@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 from http import HTTPStatus
 from typing import Any
 
-from service.api.metrics import reason_of, request_id_of
+from service.api.metrics import error_type_of, reason_of, request_id_of
 from service.api.predict import Service
 from service.api.problem import last_bytes, problem_of
 from service.errors import OverloadedError
@@ -69,5 +69,6 @@ def _route_of(path: str) -> str | None:
 @functools.lru_cache(_MOST_ANSWERS)
 def _answer(path: str, settings: str, retry_after_s: int) -> bytes:
     """Return the response that the application would give, as bytes; the connection closes after it."""
-    error = OverloadedError(settings, retry_after_s)
-    return last_bytes(problem_of(error, path))
+    answer = problem_of(OverloadedError(settings, retry_after_s), path)
+    answer.headers["Content-Type"] = error_type_of(path)
+    return last_bytes(answer)

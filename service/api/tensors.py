@@ -84,7 +84,8 @@ class InferParameters(ImageOptions):
     """Accepted for clients that send it, without effect: requests are served in order."""
 
     timeout: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
-    """Accepted for clients that send it, without effect: `Prefer: wait=SECONDS` sets an earlier deadline."""
+    """Microseconds from the arrival of the whole request after which it is given up; 0 leaves the deadline of the
+    server."""
 
 
 class InputTensor(Protocol):

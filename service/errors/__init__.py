@@ -367,7 +367,7 @@ class DeadlineError(BusyError):
     def __init__(self, deadline_s: float) -> None:
         super().__init__(
             f"no answer within {deadline_s:g} s; retry when the server is less busy, or with a longer `Prefer: "
-            "wait=SECONDS` (the operator can raise LIPCERT_DEADLINE_S)"
+            "wait=SECONDS` or `timeout` (the operator can raise LIPCERT_DEADLINE_S)"
         )
 
 

@@ -80,7 +80,10 @@ class Batcher:
         place.queued_s = time.monotonic()
         if decoded is not None:
             self._decode_s.append(place.queued_s - started_s)
-        self._queues.put(Request(question, place, n_bytes, loop, future := loop.create_future(), loop.time(), decoded))
+        request = Request(question, place, n_bytes, loop, future := loop.create_future(), loop.time(), decoded)
+        if decoded is not None:
+            request.end_in_time(decoded)
+        self._queues.put(request)
         if not self._is_started:
             self._is_started = True
             self._workers.start()

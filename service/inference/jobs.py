@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from service.errors import DeadlineError
 from service.inference.admission import Place
 from service.inference.classifier import Prediction, View
 from service.inference.outcome import Decoded, Options, Outcome
@@ -52,6 +54,13 @@ class Request(Generic[Answer]):
     """One for each image, as chunks are computed."""
     left: int = 0
     """Chunks still to compute."""
+
+    def end_in_time(self, decoded: Decoded[Any]) -> None:
+        """End the request when its caller no longer waits; called from any thread."""
+        if decoded.wait_s < self.place.deadline_s:
+            reason = functools.partial(DeadlineError, decoded.wait_s)
+            at_s = self.arrived + decoded.wait_s
+            self.loop.call_soon_threadsafe(self.loop.call_at, at_s, self.place.stop, reason)
 
 
 @dataclass(eq=False, slots=True)

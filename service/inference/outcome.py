@@ -6,6 +6,7 @@ not know it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -88,6 +89,8 @@ class Decoded(Generic[Options_co]):
     pixels_NCHW: UInt8[np.ndarray, "N C H W"] | Float64[np.ndarray, "N C H W"]
     """As sent: 0..255, or in [0, 1]."""
     options: Options_co
+    wait_s: float = math.inf
+    """Seconds that the caller waits, from the arrival of the whole request."""
 
     def check_path(self, max_pixels: int) -> None:
         """Refuse paths that have more pixels than a request may have.

@@ -114,6 +114,7 @@ class Workers:
         started_s = time.monotonic()
         decoded = request.question.decode()
         self._metrics.stage_s["decode"].append(time.monotonic() - started_s)
+        request.end_in_time(decoded)
         return decoded
 
     def _decode(self, batch: Batch, deliveries: Deliveries) -> list[Chunk]:

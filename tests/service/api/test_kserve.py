@@ -115,6 +115,9 @@ def test_bad_instances_are_problems_that_the_protocol_can_read(client: Client, k
     assert response.status_code == status, response.text
     assert expected in response.json()["detail"]
     assert response.json()["error"] == response.json()["detail"]
+    # The client of KServe shows the error of this type alone.
+    assert response.headers["content-type"] == "application/json"
+    assert response.json()["request_id"] == response.headers["x-request-id"]
 
 
 def test_an_unknown_model_or_verb_is_not_there(client: Client) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,9 @@ from client import HEIGHT, WIDTH, Client
 from encoding import npy
 
 from service import __version__
+from service.api.app import create_app
+from service.inference.classifier import Classifier, View
+from service.settings import Settings
 
 INFER = "/v2/models/grey/infer"
 NPY = {"Content-Type": "application/x-npy"}
@@ -313,6 +320,32 @@ def test_bad_questions_are_problems_that_the_protocol_can_read(client: Client, k
     members = response.json()
     assert expected in members["detail"]
     assert members["error"] == members["detail"]
+
+
+@pytest.mark.parametrize("is_binary", [False, True])
+def test_a_timeout_is_a_deadline(
+    classifiers: Mapping[str, Classifier], runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, is_binary: bool
+) -> None:
+    """Both of a request that the event loop decodes and of one that a worker does."""
+    settings = Settings(default_model="grey", max_pixels=10**6, max_batch=1000)
+    fresh = Client(create_app(settings, classifiers), runner)
+    waiting = threading.Event()
+    classify = View.classify
+    monkeypatch.setattr(View, "classify", lambda *arguments: waiting.wait(20) and classify(*arguments))
+    array = np.zeros((600 if is_binary else 1, 1, HEIGHT, WIDTH))
+    started_s = time.monotonic()
+    if is_binary:
+        content, headers = binary(array, "FP64", parameters={"timeout": 300_000})
+        response = fresh.post(INFER, content=content, headers=headers)
+    else:
+        response = fresh.post(INFER, json=question(array, "FP64", parameters={"timeout": 300_000, "priority": 1}))
+    assert (response.status_code, response.json()["type"]) == (503, "urn:problem-type:lipcert:deadline")
+    assert "no answer within 0.3 s" in response.json()["error"]
+    assert 0.3 <= time.monotonic() - started_s < 15.0
+    waiting.set()
+    unlimited = question(array[:1], "FP64", parameters={"timeout": 0})
+    assert fresh.post(INFER, json=unlimited).status_code == 200
+    fresh.app.state.service.batcher.close()
 
 
 def test_a_body_without_content_type_is_read_as_json(client: Client) -> None:
