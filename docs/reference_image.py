@@ -1,6 +1,7 @@
 """Measure radii with reference images, and write the table of docs/reference-image.md.
 
-`python docs/reference_image.py --data DIR`: DIR/mnist, DIR/fashion-mnist, DIR/malaria-cells, DIR/cifar-10-batches-py.
+`python docs/reference_image.py [MODEL ...] --data DIR`: DIR/mnist, DIR/fashion-mnist, DIR/malaria-cells,
+DIR/cifar-10-batches-py. With models named, their rows are printed alone.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ COSTS = "| model | median radius: larger by | gain kept by 8-bit images | one an
 
 
 def main() -> None:
-    """Measure all shipped models; print and write the table."""
+    """Measure shipped models; print, and write the table of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="*", help="names; all by default")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--images", type=int, default=10_000, help="most images of a test set")
     parser.add_argument("--single", type=int, default=100, help="images that are timed alone")
     arguments = parser.parse_args()
     shares, costs = [], []
-    for name in classifiers(ROOT / "models" / "zoo"):
+    for name in arguments.model or classifiers(ROOT / "models" / "zoo"):
         classifier = Classifier.load(ROOT / "models" / "zoo" / name, "cpu", threads=1)
         image_NCHW, label_N = test_images(classifier, arguments.data, arguments.images)
         view = classifier.view(classifier.input_shape)
@@ -53,7 +55,8 @@ def main() -> None:
             f"{code_version()}; last column: median of the processor times of {arguments.single} images, alternating.",
         ]
     )
-    write_measured(PAGE, text)
+    if not arguments.model:
+        write_measured(PAGE, text)
 
 
 def measure(
