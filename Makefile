@@ -44,9 +44,11 @@ SITE := .venv-site
 
 # ONNX Runtime otherwise sends usage reports to its vendor.
 export ORT_DISABLE_TELEMETRY := 1
+# Tests start hundreds of Python processes: without stored bytecode each compiles the product again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train check $(CHECKS) test coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling ray-chaos two-nodes manifests bench site lock protocol sbom advisories image clean
+.PHONY: help serve train check $(CHECKS) test thorough coverage format readme wheel libraries soundness random-graphs evidence fuzz schemathesis chaos memory rolling ray-chaos two-nodes manifests bench site lock protocol sbom advisories image clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -77,6 +79,10 @@ check-documents:
 
 test: check  ## make check, then all other tests, in at most four processes
 	$(RUN) -m pytest $(PARALLEL) $(DOCUMENT_TESTS:%=--ignore=%)
+
+# Files that draw at random or take shipped models one by one; `make test` draws little of each kind.
+thorough: $(VENV)/test $(VENV)/project  ## before a release: run the tests that draw at random or sweep over shipped models with full counts
+	TESTS_THOROUGH=1 $(RUN) -m pytest $(PARALLEL) $$(grep --recursive --files-with-matches --include='test_*.py' --extended-regexp '^from (hypothesis|thorough) import' tests)
 
 # The processes that tests start are measured as well.
 coverage: $(VENV)/test $(VENV)/project  ## run all tests, measure the lines of the product that they run, write docs/coverage.md

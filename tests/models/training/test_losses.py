@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import often
 
 from models.training.losses import (
     hinge_loss,
@@ -51,7 +52,7 @@ def margin_by_hand(row: list[float], y: int, bounds: list[list[float]] | None) -
     return min((row[y] - f) / (bounds[y][j] if bounds is not None else 1.0) for j, f in enumerate(row) if j != y)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(
     seed=st.integers(0, 1000),
     images=st.integers(1, 12),
@@ -71,7 +72,7 @@ def test_hkr_is_kr_plus_alpha_hinge_as_written(
     assert actual == pytest.approx(kr + alpha * hinge, rel=1e-12, abs=1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(
     seed=st.integers(0, 1000),
     images=st.integers(1, 12),
@@ -169,7 +170,7 @@ def softmax_by_hand(values: list[float], temperature: float) -> list[float]:
     return [power / math.fsum(powers) for power in powers]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(**SMOOTH)
 def test_soft_hkr_weighs_the_other_classes_as_written(
     seed: int, images: int, outputs: int, alpha: float, min_margin: float, temperature: float
@@ -187,7 +188,7 @@ def test_soft_hkr_weighs_the_other_classes_as_written(
     assert loss.item() == pytest.approx(mean(terms), rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(**SMOOTH)
 def test_lse_hkr_is_hkr_of_a_lower_bound_of_the_margin(
     seed: int, images: int, outputs: int, alpha: float, min_margin: float, temperature: float
@@ -205,7 +206,7 @@ def test_lse_hkr_is_hkr_of_a_lower_bound_of_the_margin(
     assert loss.item() == pytest.approx(mean(terms), rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(**{key: value for key, value in SMOOTH.items() if key != "alpha"})
 def test_margin_cross_entropy_sets_the_own_class_back(
     seed: int, images: int, outputs: int, min_margin: float, temperature: float

@@ -16,6 +16,7 @@ from encoding import encode, npy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from thorough import often
 
 from service.api import decoding
 from service.api.body import Head
@@ -110,7 +111,7 @@ def test_the_error_of_a_child_is_that_of_this_process(kind: str) -> None:
     assert str(found.value) == str(expected.value)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=often(15, 60), suppress_health_check=[HealthCheck.too_slow])
 @given(st.floats(0, 1e300), st.floats(0, 1, exclude_min=True, exclude_max=True), st.text(max_size=20))
 def test_options_arrive_as_they_were_sent(epsilon: float, coverage: float, target: str) -> None:
     options = {"epsilon": epsilon, "coverage": coverage, "target": target, "counterfactual": True}

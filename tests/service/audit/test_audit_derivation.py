@@ -16,6 +16,7 @@ from exact_graphs import BALLS, Program
 from flint import arb, fmpq
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 from random_graphs import Graph, GraphBuilder, seeded_graph
+from thorough import often
 
 from service.audit.balls import NotAuditableError
 from service.certificate import UnsupportedModelError
@@ -53,8 +54,8 @@ def test_networks_in_float32_in_blocks_hold() -> None:
     from models.recipes import Stage
 
     torch.manual_seed(0)
-    convolutional = convolutional_network((1, 8, 8), [Stage(channels=8, blocks=2)], "none", (12,), 3)
-    for network in (dense_network((1, 6, 6), (24, 20), 3), convolutional):
+    convolutional = convolutional_network((1, 4, 4), [Stage(channels=4)], "none", (8,), 3)
+    for network in (dense_network((1, 4, 4), (12, 10), 3), convolutional):
         for block in (1, 5):
             assert server_agrees(in_float32(emit_graph(network), block), network.input_shape, 5, np.float32)
 
@@ -103,17 +104,17 @@ def graphs_that_are_read(seeds: range) -> Iterator[tuple[int, Graph]]:
 def test_the_radius_of_the_certifier_holds_on_random_graphs() -> None:
     # Here and there the certifier knows a construction that the audit does not: its bound is smaller then.
     agree: list[bool] = []
-    for seed, graph in graphs_that_are_read(range(200)):
+    for seed, graph in graphs_that_are_read(range(often(40, 200))):
         with suppress(UnsupportedModelError):
             agree.append(server_agrees(graph.model, graph.shape, seed, graph.dtype))
-    assert len(agree) > 60
-    assert sum(agree) >= 0.95 * len(agree)
+    assert len(agree) > often(12, 60)
+    assert sum(agree) >= often(0.9, 0.95) * len(agree)
 
 
 def test_bounds_are_never_below_what_exact_logits_do() -> None:
     random = np.random.default_rng(0)
     looked_at = 0
-    for seed, graph in graphs_that_are_read(range(1000, 1160)):
+    for seed, graph in graphs_that_are_read(range(1000, 1000 + often(32, 160))):
         looked_at += 1
         pixels = random.integers(1, 255, graph.shape)
         derivation, at = derived(graph.model, pixels), rational_pixels(pixels)
@@ -141,7 +142,7 @@ def test_bounds_are_never_below_what_exact_logits_do() -> None:
         length = sum(step**2)
         bound = derivation.margin_bounds[i][j]
         assert not change * change > bound * bound * arb(fmpq(length.numerator, length.denominator)), seed
-    assert looked_at > 60
+    assert looked_at > often(12, 60)
 
 
 def test_a_huge_bias_that_a_later_layer_cancels_is_paid_for(tmp_path: Path) -> None:

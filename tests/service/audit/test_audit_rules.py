@@ -12,6 +12,7 @@ from audit_cases import derived
 from audit_checks import contradictions
 from flint import arb, ctx
 from graph_builder import GraphBuilder
+from thorough import often
 
 from service.audit.balls import NotAuditableError
 from service.audit.expressions import (
@@ -41,18 +42,18 @@ BENT = (
 """Steps of random graphs with operators that bend, and some between them."""
 
 
-@pytest.mark.parametrize("first", range(0, 400, 50))
+@pytest.mark.parametrize("first", range(0, often(40, 400), 20))
 def test_no_random_graph_contradicts_its_derivation(first: int) -> None:
-    found = {seed: contradictions(seed, BENT) for seed in range(first, first + 50)}
+    found = {seed: contradictions(seed, BENT) for seed in range(first, first + 20)}
     assert not {seed: lines for seed, lines in found.items() if lines}
-    assert sum(lines is not None for lines in found.values()) > 25
+    assert sum(lines is not None for lines in found.values()) > 8
 
 
 @pytest.mark.parametrize("step", ["activation", "gated", "along_axis", "parts", "roots", "gradient_step", "pairs"])
 def test_no_single_step_contradicts_its_derivation(step: str) -> None:
-    found = [contradictions(seed, (step,), 1) for seed in range(5000, 5060)]
+    found = [contradictions(seed, (step,), 1) for seed in range(5000, 5000 + often(12, 60))]
     assert not any(found)
-    assert sum(lines is not None for lines in found) > 20
+    assert sum(lines is not None for lines in found) > len(found) // 3
 
 
 # --- functions of one number ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The audit of every shipped model ends in `holds`, within the time and the memory that docs/audit.md states."""
+"""The audit of shipped models ends in `holds`, within the time and the memory that docs/audit.md states."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from audit_cases import archive, served
 from encoding import encode
+from thorough import ZOO, shipped_models
 
 ROOT = Path(__file__).resolve().parents[3]
-ZOO = ROOT / "models" / "zoo"
 SAMPLES = ROOT / "service" / "static" / "samples"
 
 SECONDS, BYTES = 30.0, 10**9
@@ -25,6 +25,7 @@ SECONDS, BYTES = 30.0, 10**9
 AUDIT = """
 import re, resource, sys
 from pathlib import Path
+
 from service.__main__ import main
 status = main(sys.argv[1:])
 used = resource.getrusage(resource.RUSAGE_SELF)
@@ -46,7 +47,7 @@ def image_of(folder: Path) -> bytes:
     return encode(picture[:, :, 0] if channels == 1 else picture)
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in ZOO.iterdir()))
+@pytest.mark.parametrize("name", shipped_models())
 def test_an_answer_of_a_shipped_model_holds_in_the_stated_time_and_memory(
     runner: Any, tmp_path: Path, name: str
 ) -> None:

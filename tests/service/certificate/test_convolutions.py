@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import often
 
 from service.certificate.convolutions import (
     absolute_convolution_bound,
@@ -40,7 +41,7 @@ def operator(kernel: np.ndarray, size: list[int], strides, dilations, groups: in
     return np.array(columns).T
 
 
-@settings(max_examples=150)
+@settings(max_examples=often(37, 150))
 @given(convolutions())
 def test_bound_is_never_below_the_norm_of_the_operator(case: tuple) -> None:
     kernel, size, strides, dilations, groups, _ = case
@@ -50,7 +51,7 @@ def test_bound_is_never_below_the_norm_of_the_operator(case: tuple) -> None:
     assert np.linalg.norm(np.abs(matrix), 2) <= absolute_convolution_bound(kernel, groups) * (1 + 1e-12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=often(15, 60))
 @given(convolutions())
 def test_transposed_convolution_is_the_adjoint(case: tuple) -> None:
     kernel, size, strides, dilations, groups, _ = case
@@ -99,7 +100,7 @@ def test_bound_is_within_a_hundredth_of_the_zero_padded_norm(channels: int, size
     assert bound <= 1.01 * true
 
 
-@settings(max_examples=40)
+@settings(max_examples=often(10, 40))
 @given(convolutions())
 def test_bound_of_a_window_is_never_below_the_norm_of_the_operator_with_all_its_results(case: tuple) -> None:
     kernel, size, _, dilations, groups, _ = case

@@ -8,6 +8,7 @@ from exact_matrices import exceeds_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from thorough import often
 
 from service.certificate.norms import (
     absolute_norm_bound,
@@ -23,13 +24,13 @@ matrices = arrays(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=often(75, 300), deadline=None)
 @given(matrices)
 def test_spectral_bound_is_never_below_the_norm_in_exact_arithmetic(matrix: np.ndarray) -> None:
     assert exceeds_norm(spectral_norm_bound(matrix), matrix)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=often(25, 100), deadline=None)
 @given(matrices)
 def test_the_exact_oracle_rejects_what_is_below_the_norm(matrix: np.ndarray) -> None:
     norm = float(np.linalg.norm(matrix, 2))
@@ -73,13 +74,13 @@ def test_a_matrix_that_is_not_finite_is_refused() -> None:
         spectral_norm_bound(np.array([[1.0, np.nan]]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=often(25, 100), deadline=None)
 @given(matrices)
 def test_absolute_bound_is_never_below_the_norm_of_absolute_values(matrix: np.ndarray) -> None:
     assert exceeds_norm(absolute_norm_bound(matrix), np.abs(matrix))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=often(25, 100), deadline=None)
 @given(matrices)
 def test_row_norms_and_pairwise_distances_are_never_below_the_exact_ones(matrix: np.ndarray) -> None:
     rows = np.vectorize(Fraction, otypes=[object])(matrix)

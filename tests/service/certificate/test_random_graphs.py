@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 from random_graphs import ARITHMETIC, FREQUENT, JOINT, REARRANGED, STEPS, Graph, GraphBuilder, graphs, seeded_graph
+from thorough import often
 
 from service.certificate import UnsupportedModelError, certify
 from service.certificate.rules.table import RULES
@@ -24,8 +25,8 @@ NEVER_CERTIFIED = {
     "Sign": "refused, but as a factor of the sum of squares that it is the sign of: it jumps",
     "ThresholdedRelu": "always refused: it jumps",
 }
-many = settings(max_examples=60, suppress_health_check=list(HealthCheck))
-fewer = settings(max_examples=25, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=often(15, 60), suppress_health_check=list(HealthCheck))
+fewer = settings(max_examples=often(10, 25), suppress_health_check=list(HealthCheck))
 
 
 def contradictions(graph: Graph) -> list[str]:
@@ -59,7 +60,7 @@ def test_no_graph_of_rearranged_elements_is_steeper_than_its_bounds(graph: Graph
 
 
 @pytest.mark.parametrize("step", STEPS)
-@settings(max_examples=4, suppress_health_check=list(HealthCheck))
+@settings(max_examples=often(1, 4), suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_single_step_breaks_its_bounds(step: str, data: st.DataObject) -> None:
     graph = data.draw(graphs((step,), most=2))
@@ -93,7 +94,7 @@ def test_every_operator_with_a_rule_is_generated_and_certified() -> None:
     assert set(STEPS) <= set(FREQUENT)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(often(10, 40)))
 def test_the_exact_evaluations_agree_with_each_other_and_with_the_runtime(seed: int) -> None:
     graph = runnable(seeded_graph(seed))
     program = Program.parse(graph.model)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from thorough import often
 
 from service.certificate import pair_radii, reference, reference_cost, reference_radii
 
 SEEDS = st.integers(0, 2**32 - 1)
-N = 20_000
+N = often(2_000, 20_000)
 """Boxes, images and references of the theorem."""
 SIZE = 5
 

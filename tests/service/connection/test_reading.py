@@ -10,6 +10,7 @@ import pytest
 from fake_connection import Wire, cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import often
 
 from service.connection.limits import ConnectionLimits
 
@@ -61,7 +62,7 @@ def without_upgrade(answers: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("upgrade", UPGRADES, ids=range(len(UPGRADES)))
 @pytest.mark.parametrize(("framing", "body"), BODIES, ids=["none", "empty", "length", "chunked"])
-@settings(max_examples=25)
+@settings(max_examples=often(10, 25))
 @given(places=st.lists(st.integers(0, 400), max_size=6))
 def test_a_request_with_upgrade_is_answered_as_without_it_whatever_the_packets(
     upgrade: bytes, framing: bytes, body: bytes, places: list[int]
@@ -337,7 +338,7 @@ MESSAGES = [
 ]
 
 
-@settings(max_examples=300)
+@settings(max_examples=often(75, 300))
 @given(
     messages=st.lists(st.sampled_from(MESSAGES), min_size=1, max_size=3),
     changes=st.lists(

@@ -14,6 +14,7 @@ from builders import linear, load, random_groupsort, write
 from exact_preprocessing import exact_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import often
 
 from service.artefact.verification import verify
 from service.errors import (
@@ -83,7 +84,7 @@ def test_tie_is_an_answer_that_is_not_certified() -> None:
     assert not prediction.certified
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=often(10, 30), deadline=None)
 @given(st.integers(0, 3), st.integers(0, 2**32 - 1), st.integers(1, 9))
 def test_batch_never_changes_an_answer_beyond_the_error(seed: int, image_seed: int, n: int) -> None:
     classifier = groupsort_classifier(seed)
@@ -96,7 +97,7 @@ def test_batch_never_changes_an_answer_beyond_the_error(seed: int, image_seed: i
             assert alone.class_id == prediction.class_id
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=often(10, 40), deadline=None)
 @given(st.integers(0, 3), st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([1, 3]), st.floats(0.5, 0.999999))
 def test_nothing_inside_the_radius_flips_the_class(
     seed: int, image_seed: int, resized: bool, channels: int, share: float

@@ -14,6 +14,7 @@ from builders import Graphs, linear, load, random_groupsort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from thorough import often
 
 from models.export import emit_graph
 from models.nets.layers.base import Chain
@@ -61,7 +62,7 @@ def check_invariants(
         assert answer.reached == wanted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(
     seed=st.integers(0, 3),
     n_outputs=st.sampled_from([1, 2, 4]),
@@ -82,7 +83,7 @@ def test_invariants_hold_for_any_other_class(
     check_invariants(classifier, image, predictions, answers, None, resize)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(
     seed=st.integers(0, 3),
     channels=st.sampled_from([(3, 1), (1, 3)]),
@@ -125,7 +126,7 @@ def test_distance_of_a_converted_image_of_a_linear_model_is_the_closed_form(sent
         assert answer.distance <= 1.02 * prediction.radius + 0.02
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=often(10, 40), deadline=None)
 @given(seed=st.integers(0, 3), image_seed=SEEDS, target=st.integers(0, 3), resize=st.booleans())
 def test_invariants_hold_for_a_target(seed: int, image_seed: int, target: int, resize: bool) -> None:
     classifier = groupsort_classifier(seed, 4)

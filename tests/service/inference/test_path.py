@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import often
 
 from service.inference.counterfactual import Counterfactual
 from service.inference.path import find_paths
@@ -14,7 +15,7 @@ from service.inference.path import find_paths
 MODEL = builders.load(builders.random_groupsort(3, (1, 5, 4), 4))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     counts=st.lists(st.integers(2, 16), min_size=1, max_size=5),

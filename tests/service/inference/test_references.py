@@ -10,6 +10,7 @@ import pytest
 from builders import linear, load, random_groupsort
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import often
 
 from service.inference.classifier import Classifier, Prediction, View, with_references
 from service.inference.references import best_of_linear, find_references
@@ -59,7 +60,7 @@ def as_pixels(pixels_CHW: np.ndarray) -> np.ndarray:
     return pixels_CHW / 255 if pixels_CHW.dtype == np.uint8 else pixels_CHW
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=often(10, 40), deadline=None)
 @given(
     seed=st.integers(0, 3),
     form=st.sampled_from(

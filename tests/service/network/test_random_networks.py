@@ -1,18 +1,16 @@
 """Random networks: written and read back, run beside the file that they come from, and differentiated.
 
-`LIPCERT_NETWORKS=5000` in the environment compares that many in place of the few of a test run; `pytest -s` prints how
-many of them were compared.
+`pytest -s` prints how many of them were compared.
 """
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 import onnxruntime
 import pytest
 from graph_checks import runnable
 from random_graphs import Graph, seeded_graph
+from thorough import often
 
 from service.certificate import certify
 from service.network.graphs import forward_graph, gradient_graph
@@ -22,8 +20,8 @@ from service.network.writer import write
 from service.runtime.engine import Engine
 from service.runtime.session import GraphError, session_options
 
-COUNT = int(os.environ.get("LIPCERT_NETWORKS", "120"))
-AT_ONCE = 60
+COUNT = often(30, 1200)
+AT_ONCE = 30
 IMAGES = 6
 STEP = 1e-6
 firsts = pytest.mark.parametrize("first", range(0, COUNT, AT_ONCE))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from thorough import often
 from tiff_files import tiff
 
 from service.errors import (
@@ -453,7 +454,7 @@ def test_a_header_that_declares_too_many_pixels_is_refused_before_decoding(size:
 MAGIC = [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"RIFF"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=often(50, 200), deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(MAGIC))
 def test_no_bytes_raise_anything_but_an_input_error(data: bytes, magic: bytes) -> None:
     for decode in (
@@ -464,7 +465,7 @@ def test_no_bytes_raise_anything_but_an_input_error(data: bytes, magic: bytes) -
             decode()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=often(50, 200), deadline=None)
 @given(st.data())
 def test_one_flipped_byte_raises_nothing_but_an_input_error(data: st.DataObject) -> None:
     image_format = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF"]))

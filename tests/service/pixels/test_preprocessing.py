@@ -11,6 +11,7 @@ from exact_preprocessing import exact_conversion, exact_filter, exact_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from thorough import often
 
 from service.pixels.preprocessing import conversion_between, preprocessing_between, triangle_filter
 
@@ -55,7 +56,7 @@ def test_sides_that_are_too_long_are_refused(n_in: int, n_out: int) -> None:
         triangle_filter(n_in, n_out)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=often(10, 40), deadline=None)
 @given(CHANNELS, SMALL, SMALL, st.integers(1, 3), st.integers(1, 3))
 def test_norm_is_not_below_that_of_the_exact_map(
     channels: tuple[int, int], height: int, width: int, to_height: int, to_width: int
@@ -94,7 +95,7 @@ def test_adjoint_is_the_adjoint(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(15, 60), deadline=None)
 @given(CHANNELS, st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), SEEDS, st.booleans())
 def test_rounding_error_is_bounded(
     channels: tuple[int, int],
