@@ -22,6 +22,10 @@ from service.api.app import create_app
 from service.inference.classifier import Classifier
 from service.settings import Settings
 
+# Tests run side by side; several threads for small arrays spend their time in waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # No timed unit tests: a busy machine is no defect. Few examples are the same in each run; of many, others are searched.
 hypothesis.settings.register_profile(
     "lipcert", deadline=None, max_examples=often(25, 100), derandomize=often(True, False)

@@ -1,5 +1,6 @@
 """The import contracts of pyproject.toml hold, and each of them can fail."""
 
+import ast
 import json
 import os
 import re
@@ -7,11 +8,19 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from copy import deepcopy
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 import grimp
+import importlinter.configuration
 import pytest
+from importlinter.application import app_config, use_cases
+from importlinter.application.user_options import UserOptions
+from importlinter.contracts.forbidden import ForbiddenContract
+from importlinter.contracts.layers import LayersContract
+from importlinter.domain.contract import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("lipcert", "models", "service")
@@ -206,15 +215,84 @@ def test_every_contract_has_a_planted_violation() -> None:
     assert {contract for contract, _, _ in PLANTED} == set(contracts)
 
 
-@pytest.mark.parametrize(("contract", "module", "planted"), PLANTED)
-def test_planted_violation_breaks_its_contract(copied_tree: Path, contract: str, module: str, planted: str) -> None:
+END_TO_END = [
+    ("audit-on-its-own", "service/audit/verdict.py", "from service.certificate.radius import certified_radius"),
+    ("service-without-training", "service/runtime/engine.py", "def f():\n    import torch"),
+    ("models-wings", "models/unplaced.py", ""),
+]
+"""Some of `PLANTED`, one of each form."""
+
+
+@pytest.mark.parametrize(("contract", "module", "planted"), END_TO_END)
+def test_planted_violation_is_found_by_the_command(copied_tree: Path, contract: str, module: str, planted: str) -> None:
+    assert (contract, module, planted) in PLANTED
     path = copied_tree / module
-    assert path.exists() or path.stem == "unplaced"
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     path.write_text(f"{before}\n{planted}\n", encoding="utf-8")
     result = run_contracts(copied_tree, contract)
     assert result.returncode != 0, result.stdout
     assert "BROKEN" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def options() -> UserOptions:
+    importlinter.configuration.configure()
+    registry.register(ForbiddenContract, "forbidden")
+    registry.register(LayersContract, "layers")
+    return use_cases.read_user_options(str(ROOT / "pyproject.toml"))
+
+
+@pytest.fixture(scope="module")
+def imports() -> grimp.ImportGraph:
+    return grimp.build_graph(*PACKAGES, include_external_packages=True, cache_dir=None)
+
+
+def plant(graph: grimp.ImportGraph, importer: str, text: str) -> None:
+    """Add a module and its imports to a graph, as if the text were appended to its file."""
+    graph.add_module(importer)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            imported = [name if name in graph.modules else str(node.module) for name in names]
+        else:
+            continue
+        for name in imported:
+            is_ours = name.split(".")[0] in PACKAGES
+            assert name in graph.modules or not is_ours, name
+            if name not in graph.modules:
+                graph.add_module(name, is_squashed=True)
+            graph.add_import(importer=importer, imported=name)
+
+
+def broken_contracts(options: UserOptions, graph: grimp.ImportGraph, contract: str) -> list[str]:
+    """Return the name of a contract that a graph breaks, or nothing."""
+    builder = SimpleNamespace(build=lambda **_: graph)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_config.settings, "GRAPH_BUILDER", builder)
+        report = use_cases.create_report(options, (contract,))
+    assert not report.invalid_contract_options
+    assert len(report.contracts) == 1
+    return [one.name for one, check in report.get_contracts_and_checks() if not check.kept]
+
+
+@pytest.mark.parametrize(("contract", "module", "planted"), PLANTED)
+def test_planted_violation_breaks_its_contract(
+    options: UserOptions, imports: grimp.ImportGraph, contract: str, module: str, planted: str
+) -> None:
+    path = Path(module)
+    assert (ROOT / path).exists() or path.stem == "unplaced"
+    graph = deepcopy(imports)
+    plant(graph, ".".join((path.parent if path.name == "__init__.py" else path.with_suffix("")).parts), planted)
+    assert len(broken_contracts(options, graph, contract)) == 1
+
+
+@pytest.mark.parametrize("contract", sorted({contract for contract, _, _ in PLANTED}))
+def test_contract_holds_in_the_graph_without_a_planted_violation(
+    options: UserOptions, imports: grimp.ImportGraph, contract: str
+) -> None:
+    assert broken_contracts(options, imports, contract) == []
 
 
 def test_no_modules_of_a_package_import_each_other_in_a_circle() -> None:
