@@ -1,6 +1,6 @@
 """Costly requests to a server of its own: processor time, memory, the wait of a neighbour, and the size of the answer.
 
-`COSTLY_REQUESTS=all` sends all kinds of `costly_bodies` (four minutes) and prints a table; by default, some are sent.
+`make thorough` sends all kinds of `costly_bodies` (four minutes) and prints a table; `make test` sends some.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import httpx
 import pytest
 from costly_bodies import COSTLY, DIGIT, MIB, jpeg, png
 from process_table import children_of, wait_until
+from thorough import often
 
 ROOT = Path(__file__).resolve().parents[3]
 PNG = {"Content-Type": "image/png"}
@@ -49,7 +50,7 @@ SOME = [
     "deflate of codes and a few bytes",
     "gzip of zeros in JSON",
 ]
-KINDS = list(COSTLY) if os.environ.get("COSTLY_REQUESTS") == "all" else SOME
+KINDS = often(SOME, list(COSTLY))
 
 
 class Server:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from client import HEIGHT, LIMITS, WIDTH, Client
 from encoding import encode, npy
+from thorough import shipped_models
 
 from service.api.app import create_app
 from service.inference.classifier import Classifier
@@ -248,7 +249,7 @@ def test_outputs_that_were_not_asked_for_are_refused_with_what_they_need(client:
         assert "those of the path path" in response.json()["detail"]
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in ZOO.iterdir()))
+@pytest.mark.parametrize("name", shipped_models())
 def test_the_answers_of_the_shipped_models_keep_their_promises(runner: asyncio.Runner, name: str) -> None:
     model = Classifier.load(ZOO / name, "cpu", 1)
     shipped = Client(create_app(Settings(default_model=name), {name: model}), runner)

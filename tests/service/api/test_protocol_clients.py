@@ -21,6 +21,7 @@ import pytest
 from client import HEIGHT, WIDTH, Client
 from encoding import npy
 from live_server import Answer, LiveServer
+from thorough import shipped_models
 
 from service.api.app import create_app
 from service.inference.classifier import Classifier
@@ -126,7 +127,7 @@ def test_a_client_of_the_first_version_gets_the_predictions_of_the_batch(server:
     assert replayed(server, "kserve: v1 is_model_ready", "").json == {"name": "grey", "ready": True}
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in ZOO.iterdir()))
+@pytest.mark.parametrize("name", shipped_models())
 def test_a_shipped_model_answers_the_protocol_with_the_bits_of_predict(client: Client, name: str) -> None:
     classifier = Classifier.load(ZOO / name, "cpu", threads=1)
     shipped = Client(create_app(Settings(default_model=name), {name: classifier}), client._runner)

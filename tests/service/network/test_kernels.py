@@ -1,14 +1,13 @@
 """Every operator of the table of lowerings, in many variants: exact arithmetic against the kernels of ONNX Runtime.
 
 The canonical graph as the service runs it stays within the proved error of its exact value; the file itself, which
-ONNX Runtime reads with its own eyes and optimisations off, within twice that of the same value. `LIPCERT_VARIANTS=200`
-in the environment compares 200 variants of each operator (of up to 1,200 that are drawn: some are refused, or
-have no kernel), in place of the few of a test run; `pytest -s` prints the figures.
+ONNX Runtime reads with its own eyes and optimisations off, within twice that of the same value. `make thorough`
+compares 50 variants of each operator (of up to 300 that are drawn: some are refused, or have no kernel), `make test`
+two; `pytest -s` prints the figures.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from functools import cache
@@ -22,6 +21,7 @@ from exact_graphs import Program
 from flint import fmpq
 from graph_checks import as_float, as_number
 from operator_variants import VARIANTS, Variant, variant
+from thorough import often
 
 from service.certificate import certify
 from service.network.lowering import LOWERINGS
@@ -31,7 +31,7 @@ from service.network.writer import write
 from service.runtime.engine import Engine
 from service.runtime.session import GraphError, session_options
 
-COUNT = int(os.environ.get("LIPCERT_VARIANTS", "4"))
+COUNT = often(2, 50)
 NO_PROOF = ("ThresholdedRelu",)
 ROUGH = {"Gelu": 1e-7}
 """What the runtime's reading of a file is off by: its function body of Gelu has constants in float32, in any format.

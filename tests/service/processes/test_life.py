@@ -1,6 +1,6 @@
 """A running server loses no request when it stops, and a process that is stuck or hangs is ended and replaced.
 
-`LIPCERT_TEST_STOPS=20` repeats the stops under load that often; the default is one of each kind.
+`make thorough` repeats the stops under load twenty times; `make test` makes one of each kind.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import pytest
 from encoding import npy
 from process_table import is_running, wait_until
 from server_process import ServerProcess
+from thorough import often
 
 from service.processes.server import STUCK_STATUS
 
 ROOT = Path(__file__).resolve().parents[3]
-STOPS = int(os.environ.get("LIPCERT_TEST_STOPS", "1"))
+STOPS = often(1, 20)
 _CLIENTS = 12
 
 # A black image stops its worker for as long as the file `stuck` is there, GET /models the event loop. The limits of
