@@ -211,7 +211,7 @@ def test_convolutions_give_the_same_in_every_setting_up_to_the_error(normalised:
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_the_large_residual_network_is_certified_in_small(normalised: bool) -> None:
-    certificate = certify(residual(4, 2, 8, normalised))
+    certificate = certify(residual(often(4, 8), 2, 8, normalised))
     assert certificate.precision == "float32"
     assert np.isfinite(certificate.margin_bounds_KK).all()
 

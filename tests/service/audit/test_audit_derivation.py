@@ -54,8 +54,10 @@ def test_networks_in_float32_in_blocks_hold() -> None:
     from models.recipes import Stage
 
     torch.manual_seed(0)
-    convolutional = convolutional_network((1, 4, 4), [Stage(channels=4)], "none", (8,), 3)
-    for network in (dense_network((1, 4, 4), (12, 10), 3), convolutional):
+    stage = often(Stage(channels=4), Stage(channels=8, blocks=2))
+    side, widths = often(4, 8), often((12, 10), (24, 20))
+    convolutional = convolutional_network((1, side, side), [stage], "none", (12,), 3)
+    for network in (dense_network((1, side, side), widths, 3), convolutional):
         for block in (1, 5):
             assert server_agrees(in_float32(emit_graph(network), block), network.input_shape, 5, np.float32)
 
@@ -104,11 +106,11 @@ def graphs_that_are_read(seeds: range) -> Iterator[tuple[int, Graph]]:
 def test_the_radius_of_the_certifier_holds_on_random_graphs() -> None:
     # Here and there the certifier knows a construction that the audit does not: its bound is smaller then.
     agree: list[bool] = []
-    for seed, graph in graphs_that_are_read(range(often(40, 200))):
+    for seed, graph in graphs_that_are_read(range(*often((40, 80), (0, 200)))):
         with suppress(UnsupportedModelError):
             agree.append(server_agrees(graph.model, graph.shape, seed, graph.dtype))
     assert len(agree) > often(12, 60)
-    assert sum(agree) >= often(0.9, 0.95) * len(agree)
+    assert sum(agree) >= 0.95 * len(agree)
 
 
 def test_bounds_are_never_below_what_exact_logits_do() -> None:
