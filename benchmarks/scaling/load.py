@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _STATUS = b"HTTP/1.1 200 "
+_OPEN, _SETTLE_S = 512, 0.5
 
 
 class _Connections:
@@ -80,8 +81,10 @@ def open_loop(port: int, requests: Sequence[bytes], rate: float, seconds: float,
     random = np.random.default_rng(seed)
     due = np.cumsum(random.exponential(1.0 / rate, int(rate * seconds))).tolist()
     connections, taken, number = _Connections(port, requests), [], 0
-    for _ in range(64):
+    # A connection that is opened under load waits for the server, and the client with it.
+    for _ in range(_OPEN):
         connections.open()
+    time.sleep(_SETTLE_S)
     started = time.perf_counter()
     while number < len(due) or connections.busy:
         now = time.perf_counter() - started

@@ -41,6 +41,8 @@ def served(model: str, port: int, **settings: str) -> Iterator[Server]:
     usable = sorted(os.sched_getaffinity(0))
     assert len(usable) > 1, "server and clients need a processor each"
     chosen = {"MODELS": str(ZOO), "DEFAULT_MODEL": model, "PROVIDER": "cpu", "PORT": str(port), "CLIENT_SHARE": "1"}
+    # What is modelled is the queue, without its limit.
+    chosen["MAX_WAIT_MS"] = "10000"
     environment = {f"LIPCERT_{name}": value for name, value in {**chosen, **settings}.items()}
     command = ["taskset", "-c", str(usable[0]), sys.executable, "-m", "service"]
     os.sched_setaffinity(0, {usable[-1]})
@@ -66,8 +68,8 @@ def batches(port: int) -> tuple[float, float]:
     return count, images
 
 
-def calibrate(port: int, requests: list[bytes], seconds: float) -> tuple[Service, list[tuple[float, float]]]:
-    """Return the model of a server, and what it was fitted to: images of a batch and seconds of one, for `CLIENTS`.
+def calibrate(port: int, requests: list[bytes], seconds: float) -> Service:
+    """Return the model of a server, fitted to images of a batch and seconds of one, while `CLIENTS` take turns.
 
     With several clients the server is never idle: batches follow each other, and one takes the time over their number.
     The line through these points is fitted by relative errors. A single client gives the spread of durations, and what
@@ -89,4 +91,4 @@ def calibrate(port: int, requests: list[bytes], seconds: float) -> tuple[Service
     fixed_s, each_s = np.linalg.lstsq(matrix, np.ones(len(sizes) - 1), rcond=None)[0].tolist()
     around_s = max(0.0, float(np.mean(alone)) - fixed_s - each_s)
     inside = np.maximum(alone - around_s, 0.0)
-    return Service(fixed_s, each_s, inside / inside.mean(), around_s), points
+    return Service(fixed_s, each_s, inside / inside.mean(), around_s)
