@@ -56,7 +56,8 @@ IMAGES: dict[str, tuple[bytes, int, str]] = {
         422,
         "send one image",
     ),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(40), 422, "save it as JPEG or PNG"),
+    "avif": (b"\0\0\0\x18ftypavif" + bytes(40), 422, "save it as JPEG or PNG"),
+    "damaged heic": (b"\0\0\0\x18ftypheic" + bytes(40), 422, "send the whole file"),
     "truncated png": (GOOD[:-20], 422, "send the whole file"),
     "truncated jpeg": (encode(GOOD_HW, "JPEG")[:-4], 422, "send the whole file"),
     "wrong size": (
