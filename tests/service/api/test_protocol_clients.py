@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 from client import HEIGHT, WIDTH, Client
 from encoding import npy
 from live_server import Answer, LiveServer
+from protocol_answers import DTYPES, assert_are_those_of_predict, in_type, texts
 from thorough import shipped_models
 
 from service.api.app import create_app
@@ -31,7 +31,6 @@ RECORDED = json.loads(Path(__file__).with_name("requests_of_clients.json").read_
 CALLS = {f"{record['client'].split()[0]}: {record['call']}": base64.b64decode(record["request"]) for record in RECORDED}
 INFERENCES = [call for call in CALLS if " infer" in call and ": v1 " not in call]
 LEVELS = np.random.default_rng(4).integers(0, 256, (3, 1, HEIGHT, WIDTH), dtype=np.uint8)
-DTYPES = {"UINT8": np.uint8, "INT64": "<i8", "FP32": "<f4", "FP64": "<f8", "BOOL": "?"}
 NPY = {"Content-Type": "application/x-npy"}
 ZOO = Path(__file__).resolve().parents[3] / "models" / "zoo"
 
@@ -47,10 +46,6 @@ def replayed(server: LiveServer, call: str, digest: str) -> Answer:
     answer = server.ask(CALLS[call].replace(b"DIGEST", digest.encode()))
     assert answer.status == 200, answer.body
     return answer
-
-
-def in_type(datatype: str, levels: np.ndarray) -> np.ndarray:
-    return levels if datatype == "UINT8" else (levels / 255.0).astype(DTYPES[datatype])
 
 
 def outputs(headers: Mapping[str, str], content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -71,30 +66,6 @@ def outputs(headers: Mapping[str, str], content: bytes) -> tuple[dict[str, Any],
         found[output["name"]] = np.array(values).reshape(output["shape"])
     assert rest == b""
     return answer, found
-
-
-def texts(data: bytes) -> list[str]:
-    found = []
-    while data:
-        (length,) = struct.unpack_from("<I", data)
-        found.append(data[4 : 4 + length].decode())
-        data = data[4 + length :]
-    return found
-
-
-def assert_are_those_of_predict(found: Mapping[str, np.ndarray], predictions: list[Any]) -> None:
-    certificates = [one["certificate"] for one in predictions]
-    expected = {
-        "class_id": [one["class_id"] for one in predictions],
-        "logits": [one["logits"] for one in predictions],
-        "radius": [one["radius"] for one in certificates],
-        "certified": [one["certified"] for one in certificates],
-        "proof": [one["proof"] for one in certificates],
-        "image_digest": [one["image"]["digest"] for one in predictions],
-    }
-    assert {"class_id", "radius", "logits"} <= set(found)
-    for name in expected.keys() & found.keys():
-        assert found[name].tolist() == expected[name], name
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -19,6 +19,7 @@ import pytest
 from client import HEIGHT, WIDTH, Client
 from encoding import npy
 from google.protobuf.message import Message
+from protocol_answers import DTYPES, assert_are_those_of_predict, in_type, texts
 from rpc_server import Caller, LiveRpcServer, infer_request
 
 from service.api.app import create_app
@@ -33,7 +34,6 @@ CALLS = {
 }
 INFERENCES = [call for call in CALLS if " infer" in call]
 LEVELS = np.random.default_rng(4).integers(0, 256, (3, 1, HEIGHT, WIDTH), dtype=np.uint8)
-DTYPES = {"UINT8": "u1", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "BOOL": "?"}
 NPY = {"Content-Type": "application/x-npy"}
 ZOO = Path(__file__).resolve().parents[3] / "models" / "zoo"
 
@@ -43,10 +43,6 @@ def caller(classifiers: Mapping[str, Classifier]) -> Iterator[Caller]:
     settings = Settings(default_model="grey")
     with LiveRpcServer(create_app(settings, classifiers), settings) as live, Caller(live.port) as caller:
         yield caller
-
-
-def in_type(datatype: str, levels: np.ndarray) -> np.ndarray:
-    return levels if datatype == "UINT8" else (levels / 255.0).astype(DTYPES[datatype])
 
 
 def outputs(answer: Any) -> dict[str, np.ndarray]:
@@ -63,30 +59,6 @@ def outputs(answer: Any) -> dict[str, np.ndarray]:
             array = np.frombuffer(raw, DTYPES[output.datatype])
         found[output.name] = array.reshape(output.shape)
     return found
-
-
-def texts(data: bytes) -> list[str]:
-    found: list[str] = []
-    while data:
-        end = 4 + int.from_bytes(data[:4], "little")
-        found.append(data[4:end].decode())
-        data = data[end:]
-    return found
-
-
-def assert_are_those_of_predict(found: Mapping[str, np.ndarray], predictions: list[Any]) -> None:
-    certificates = [one["certificate"] for one in predictions]
-    expected = {
-        "class_id": [one["class_id"] for one in predictions],
-        "logits": [one["logits"] for one in predictions],
-        "radius": [one["radius"] for one in certificates],
-        "certified": [one["certified"] for one in certificates],
-        "proof": [one["proof"] for one in certificates],
-        "image_digest": [one["image"]["digest"] for one in predictions],
-    }
-    assert {"class_id", "radius", "logits"} <= set(found)
-    for name in expected.keys() & found.keys():
-        assert found[name].tolist() == expected[name], name
 
 
 @pytest.mark.parametrize("call", CALLS)
