@@ -64,7 +64,7 @@ def cost(seconds: float) -> list[list[object]]:
 def compare(model: str, seconds: float, rounds: int) -> tuple[Service, list[list[object]]]:
     """Return the model of a server, and its quantiles beside the measured ones: medians of rounds."""
     rows: list[list[object]] = []
-    with served(model, PORT) as _:
+    with served(model, PORT):
         requests = requests_of(model)
         service = calibrate(PORT, requests, seconds)
         capacity = service.capacity

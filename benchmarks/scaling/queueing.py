@@ -42,31 +42,30 @@ class Node:
     """One server with its queue."""
 
     def __init__(self, environment: simpy.Environment, service: Service, random: np.random.Generator) -> None:
-        self.environment, self.service = environment, service
+        self.environment, self.service, self._random = environment, service, random
         self.waiting: deque[float] = deque()
         self.ahead = 0
         """Requests that wait or are computed."""
         self.seconds: list[float] = []
         """From arrival to answer."""
-        self.is_dead = False
-        self._factors = iter(lambda: float(service.factors[random.integers(len(service.factors))]), None)
-        self._work: Any = None
+        self._is_working = False
 
     def arrive(self) -> None:
         """Take a request now."""
         self.waiting.append(self.environment.now)
         self.ahead += 1
-        if self._work is None:
-            self._work = self.environment.process(self._serve())
+        if not self._is_working:
+            self._is_working = True
+            self.environment.process(self._serve())
 
     def _serve(self) -> Any:
         while self.waiting:
             batch = [self.waiting.popleft() for _ in range(min(self.service.most, len(self.waiting)))]
-            duration_s = (self.service.fixed_s + self.service.each_s * len(batch)) * next(self._factors)
-            yield self.environment.timeout(duration_s)
+            duration_s = self.service.fixed_s + self.service.each_s * len(batch)
+            yield self.environment.timeout(duration_s * float(self._random.choice(self.service.factors)))
             self.ahead -= len(batch)
             self.seconds += [self.environment.now - arrived + self.service.around_s for arrived in batch]
-        self._work = None
+        self._is_working = False
 
 
 Policy = Callable[[Sequence[Node], np.random.Generator], Node]
