@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from service.api.answers import image_bytes, in_columns
 from service.api.schema import Options
 from service.artefact.files import write_atomically
+from service.inference.classifier import Classifier
 from service.inference.outcome import Outcome
 from service.pixels.images import image_digests
 
@@ -23,12 +26,10 @@ parquet: Any = importlib.import_module("pyarrow.parquet")
 GRID = 100
 """Radii are counted in steps of 1 / GRID."""
 _RECORD = b"lipcert"
-_WRITING = {
-    # Values of the others are nearly all different: dictionaries of them would take five times as long.
-    "use_dictionary": ["file", "digest", "class_id", "label", "runner_up", "proof", "lipschitz_bound", "logit_error"],
-    "compression": "zstd",
-    "compression_level": 1,
-}
+_REPEATED = ["file", "digest", "class_id", "label", "runner_up", "proof", "lipschitz_bound", "logit_error"]
+"""Columns that are written with a dictionary: values of the others are nearly all different."""
+_LISTS = ["set"]
+_INCOMPRESSIBLE = ["logits"]
 _SOURCE = {"row": "int64", "file": "string", "item": "string", "key": "string"}
 _ANSWER = {
     "digest": "names",
@@ -44,6 +45,8 @@ _ANSWER = {
     "image_digest": "string",
     "resized": "bool_",
 }
+_NUMBERS = ("class_id", "radius", "certified", "runner_up", "lipschitz_bound", "logit_error", "logits")
+"""Columns that `in_columns` gives."""
 _EPSILON = {"epsilon": "float64", "robust_at_epsilon": "bool_"}
 _COUNTERFACTUAL = {
     "counterfactual": "binary",
@@ -100,25 +103,29 @@ def answer_schema(options: Options) -> Any:
     return arrow.schema([(name, types.get(kind) or getattr(arrow, kind)()) for name, kind in columns.items()])
 
 
-def answers(outcome: Outcome[Options], origins: Sequence[Origin], schema: Any) -> Any:
-    """Return the answers about images of one shape.
+class Answers(NamedTuple):
+    """Answers about images of one shape."""
+
+    origins: Sequence[Origin]
+    values: Mapping[str, np.ndarray | list[Any]]
+    """Columns, one value for each origin; classes as their numbers."""
+
+
+def answers(outcome: Outcome[Options], origins: Sequence[Origin]) -> Answers:
+    """Return the columns of the answers about images of one shape, but for those of the origins.
 
     Args:
         outcome: of these images.
         origins: one for each image.
-        schema: of `answer_schema`.
     """
     classifier, options = outcome.classifier, outcome.options
     found = in_columns(outcome)
     labels, count = classifier.labels, len(origins)
-    values: dict[str, Any] = {
-        **_sources(origins),
-        **{name: found[name] for name in ("class_id", "radius", "certified", "lipschitz_bound", "logit_error")},
-        "digest": _names(np.zeros(count, np.int32), [classifier.digest]),
-        "label": _names(found["class_id"], labels),
-        "runner_up": _names(found["runner_up"], labels),
+    values: dict[str, np.ndarray | list[Any]] = {
+        **{name: found[name] for name in _NUMBERS},
+        "digest": np.zeros(count, np.int64),
+        "label": found["class_id"],
         "proof": found["proof"].tolist(),
-        "logits": _lists(found["logits"]),
         "image_digest": image_digests(outcome.image_NCHW),
         "resized": np.full(count, outcome.image_NCHW.shape[2:] != classifier.input_shape[1:]),
     }
@@ -131,36 +138,58 @@ def answers(outcome: Outcome[Options], origins: Sequence[Origin], schema: Any) -
         values["decision"] = found["decision"].tolist()
     if options.counterfactual:
         values["counterfactual"] = [image_bytes(pixels_CHW)[0] for pixels_CHW in found["counterfactual"]]
-        values["counterfactual_label"] = _names(found["counterfactual_class_id"], labels)
+        values["counterfactual_label"] = found["counterfactual_class_id"]
         values |= {name: found[name] for name in ("counterfactual_distance", "counterfactual_reached")}
     if options.novelty:
         values |= {name: found[name] for name in _NOVELTY}
-    return _table(values, schema)
+    return Answers(origins, values)
 
 
-def write_part(
-    folder: Path, record: tuple[str, int], tables: Sequence[Any], failures: Sequence[tuple[Origin, str]], schema: Any
-) -> Record:
+def answer_table(batches: Sequence[Answers], classifier: Classifier, schema: Any) -> Any:
+    """Return the table of the answers of a part, by row.
+
+    Args:
+        batches: of `answers`, in any order.
+        classifier: the model.
+        schema: of `answer_schema`.
+    """
+    if not batches:
+        return schema.empty_table()
+    origins = [origin for batch in batches for origin in batch.origins]
+    values: dict[str, Any] = _sources(origins)
+    for name in batches[0].values:
+        parts = [batch.values[name] for batch in batches]
+        values[name] = list(itertools.chain(*parts)) if isinstance(parts[0], list) else np.concatenate(parts)
+    for name in schema.names:
+        if name == "digest":
+            values[name] = _names(values[name], [classifier.digest])
+        elif arrow.types.is_dictionary(schema.field(name).type):
+            values[name] = _names(values[name], classifier.labels)
+    values["logits"] = _lists(values["logits"])
+    table = _table(values, schema)
+    return table if all(map(operator.lt, values["row"], values["row"][1:])) else table.sort_by("row")
+
+
+def write_part(folder: Path, record: tuple[str, int], table: Any, failures: Sequence[tuple[Origin, str]]) -> Record:
     """Write the results of one part; its file of answers, which also a part without answers has, makes it complete.
 
     Args:
         folder: of the results.
         record: digest of the manifest, and number of the part.
-        tables: of `answers`, in any order.
+        table: of `answer_table`.
         failures: inputs without an answer.
-        schema: of the answers.
 
     Raises:
         OSError: a file cannot be written; the part is not complete.
     """
     run, part = record
-    table = arrow.concat_tables(tables or [schema.empty_table()]).unify_dictionaries().sort_by("row")
     certified_N = table["certified"].to_numpy().astype(np.bool_)
     # The number of steps at most as large as the radius, exactly: a product would be rounded.
     radii_N = table["radius"].to_numpy()[certified_N]
     steps = np.arange(int(radii_N.max(initial=0.0) * GRID) + 2) / GRID
     counts = Counter((np.searchsorted(steps, radii_N, "right") - 1).tolist())
-    robust = int(np.count_nonzero(table["robust_at_epsilon"].to_numpy())) if "robust_at_epsilon" in schema.names else 0
+    at_epsilon = "robust_at_epsilon"
+    robust = int(np.count_nonzero(table[at_epsilon].to_numpy())) if at_epsilon in table.column_names else 0
     radii = {str(step): count for step, count in sorted(counts.items())}
     result = Record(run, part, len(table), len(failures), int(certified_N.sum()), robust, radii)
     target = errors_path(folder, part)
@@ -174,7 +203,7 @@ def write_part(
         # Of an earlier attempt that ended between the two files.
         target.unlink(missing_ok=True)
     marked = table.replace_schema_metadata({_RECORD: json.dumps(result)})
-    write_atomically(answers_path(folder, part), lambda file: parquet.write_table(marked, file, **_WRITING))
+    write_atomically(answers_path(folder, part), lambda file: parquet.write_table(marked, file, **_writing(table)))
     return result
 
 
@@ -212,6 +241,17 @@ def _texts(texts: Sequence[str | None]) -> list[str | None]:
 def _text(text: str) -> str:
     """Return text that can be written in UTF-8; a name of a file may hold any bytes."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _writing(table: Any) -> dict[str, Any]:
+    """Return the options of a file; to compress logits, or dictionaries of all columns, would take much longer."""
+    leaves = [f"{name}.list.element" if name in _LISTS else name for name in table.column_names]
+    compressed = [leaf for leaf in leaves if leaf not in _INCOMPRESSIBLE]
+    return {
+        "use_dictionary": _REPEATED,
+        "compression": dict.fromkeys(compressed, "zstd"),
+        "compression_level": dict.fromkeys(compressed, 1),
+    }
 
 
 def _names(index_N: np.ndarray, names: Sequence[str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from service.api.schema import Options
 from service.bulk.containers import Item, Reading, Rows, read_inputs
 from service.bulk.listing import Part, Piece
 from service.bulk.locations import UnreachableError, content_of, is_url, stamp
-from service.bulk.tables import Origin, Record, answer_schema, answers, write_part
+from service.bulk.tables import Answers, Origin, Record, answer_schema, answer_table, answers, write_part
 from service.errors import ImageTooLargeError, InputError, LipcertError
 from service.inference.outcome import Decoded
 from service.sheets.files import UnusableFileError
@@ -65,7 +66,10 @@ def certify_part(job: Job, line: str) -> Record:
 
 @functools.lru_cache(maxsize=1)
 def _certifier(job: Job) -> Certifier:
-    return Certifier(job)
+    certifier = Certifier(job)
+    # What was loaded stays: each look of the collector at it would take as long as some images.
+    gc.freeze()
+    return certifier
 
 
 class Certifier:
@@ -89,7 +93,7 @@ class Certifier:
 
     def certify(self, part: Part) -> Record:
         """Certify the inputs of a part and write its files; raises as `certify_part`."""
-        batches = _Batches(self._source, self._schema)
+        batches = _Batches(self._source)
         number = part.first
         for name, item in self._items(part):
             if isinstance(item, Rows):
@@ -106,7 +110,8 @@ class Certifier:
                 for origin in origins:
                     batches.refuse(origin, error)
         batches.flush()
-        return write_part(self._job.out, (self._job.run, part.number), batches.tables, batches.failures, self._schema)
+        table = answer_table(batches.answers, self._source.classifier, self._schema)
+        return write_part(self._job.out, (self._job.run, part.number), table, batches.failures)
 
     def _decoded(self, item: Item | Rows) -> np.ndarray:
         content = item.pixels_NCHW if isinstance(item, Rows) else item.content
@@ -193,10 +198,10 @@ class Certifier:
 class _Batches:
     """Decoded images of a part that wait for others of their shape, and the results."""
 
-    def __init__(self, source: InProcess, schema: Any) -> None:
-        self.tables: list[Any] = []
+    def __init__(self, source: InProcess) -> None:
+        self.answers: list[Answers] = []
         self.failures: list[tuple[Origin, str]] = []
-        self._source, self._schema = source, schema
+        self._source = source
         self._waiting: dict[tuple[int, ...], tuple[list[Origin], list[np.ndarray]]] = {}
         self._pixels = 0
 
@@ -243,7 +248,7 @@ class _Batches:
             for origin, image_1CHW in zip(origins, images, strict=True):
                 self._compute([origin], [image_1CHW])
             return
-        self.tables.append(answers(outcome, origins, self._schema))
+        self.answers.append(answers(outcome, origins))
 
 
 def _content(name: str, most_bytes: int) -> bytes | Exception:

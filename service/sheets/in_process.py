@@ -90,7 +90,8 @@ class InProcess:
             image_NCHW = unit_images(images)
             view = Decoded(self.classifier, image_NCHW, self._options).view()
             predictions = view.predict(image_NCHW)
-            for n, prediction in enumerate(predictions):
+            explained = enumerate(predictions) if needs_gradients(self._options, predictions) else ()
+            for n, prediction in explained:
                 if needs_gradients(self._options, [prediction]):
                     check_predictions(self.classifier, self._options, [prediction])
                     alone = Outcome(self.classifier, self._options, image_NCHW[n : n + 1], [prediction])
