@@ -321,7 +321,7 @@ RECIPES: dict[str, AnyRecipe] = {
             name="cifar10-cpu",
             dataset="cifar10",
             network=Network(
-                stem=(Stage(channels=192, blocks=2), Stage(channels=384, blocks=2), Stage(channels=64, window=1)),
+                stem=(Stage(channels=128, blocks=2), Stage(channels=256), Stage(channels=64, window=1)),
                 widths=(512,),
                 parametrisation="stiefel",
             ),
