@@ -1,6 +1,6 @@
 """Export of a trained network as an artefact: fold, emit `model.onnx`, prove, compare, measure, write.
 
-What is compared and measured are the graphs that the server runs: it writes them from `model.onnx` (`service.network`).
+The graphs that the server runs are compared and measured: it writes them from `model.onnx` (`service.network`).
 The export is refused, and nothing written, where the server's certifier cannot bound the graph, where a proved bound is
 above the declared one, where logits of ONNX Runtime differ from those of torch by more than the proved error, or where
 the gradient differs from autograd's.

@@ -91,7 +91,7 @@ def plan_or_resume(
 def plan(
     folder: Folder, overrides: Sequence[str], *, device: torch.device, budget_s: float | None = None
 ) -> ImageRecipe:
-    """Return the recipe `image-folder` adapted to a folder; what `overrides` state stays as it is.
+    """Return the recipe `image-folder` adapted to a folder; fields in `overrides` stay as they are.
 
     Size, network, batches and held-out images follow from the images; precision and number of steps from steps that
     are timed here. The choices are logged.
@@ -104,7 +104,7 @@ def plan(
 
     Raises:
         RecipeError: an override does not fit.
-        TrainingError: the budget is too short; the message says what it would take.
+        TrainingError: the budget is too short; the message states the time needed.
     """
     chosen: dict[str, Any] = {
         "channels": folder.options.channels,

@@ -100,7 +100,7 @@ def run_recipe(
         nodes: that train together; the first alone writes results.
         tensorboard: write curves beside the checkpoints.
         block: export in float32, with blocks of this many columns; default: in float64.
-        folder: what `models.data.folders.scan_folder` found in `data`, so that it is not read again.
+        folder: result of `models.data.folders.scan_folder` for `data`, so that it is not read again.
 
     Raises:
         DataError, TrainingError, Interrupted, ExportRefusedError, PrecisionError, UnsupportedModelError: see their

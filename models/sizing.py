@@ -21,7 +21,7 @@ COPIES = 6
 
 
 def network_for(longest: int) -> Network:
-    """Return a network that finds what tells the classes apart anywhere in an image.
+    """Return a network that finds the difference of the classes anywhere in an image.
 
     Args:
         longest: side of the images, in pixels; large ones are cut into windows first, which loses nothing.

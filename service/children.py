@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from service.errors import BusyError, TooCostlyError
 
 Result = tuple[bytes, Any]
-"""What a function returns: a head, and a buffer."""
+"""Result of a function: a head, and a buffer."""
 
 # A child that has needed more is replaced, since Python and the decoders keep memory for later.
 _KEPT_BYTES = 96 * 1024 * 1024
@@ -80,7 +80,7 @@ class Children:
         """Return the head and the buffer that the function returns for an order and bytes.
 
         Args:
-            order: what to do; it is pickled.
+            order: argument of the function; it is pickled.
             content: bytes of a client.
             limits: of this job.
 
@@ -290,7 +290,7 @@ def _work(link: socket.socket, work: Callable[[Any, bytes], Result]) -> None:
 
 
 def _set_memory(limit_bytes: int) -> None:
-    """Limit the memory that this process may take beyond what it has."""
+    """Limit the memory that this process may take beyond its present size."""
     virtual, _ = _bytes_of_this_process()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if virtual:

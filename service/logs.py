@@ -56,7 +56,7 @@ def line_of(level: str, logger: str, message: str) -> str:
 
 
 class BoundedFormatter(logging.Formatter):
-    """Formatter that escapes control characters, indents further lines, and cuts what is long."""
+    """Formatter that escapes control characters, indents further lines, and cuts long ones."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line of a record; no text in it begins another line or drives a terminal."""

@@ -40,7 +40,7 @@ class Gathered:
         self.extend: Callable[[Iterable[float]], None] = self._values.extend
 
     def flush(self) -> None:
-        """Count what was gathered; called from one thread at a time."""
+        """Count the gathered values; called from one thread at a time."""
         values: list[float] = []
         for _ in range(len(self._values)):
             values.append(self._values.popleft())
@@ -189,7 +189,7 @@ class Metrics:
         self._changed_s.set(time.time())
 
     def flush(self) -> None:
-        """Count what was gathered; called from the event loop."""
+        """Count the gathered values; called from the event loop."""
         for gathered in self._gathered:
             gathered.flush()
 

@@ -104,7 +104,7 @@ class Settings(BaseSettings):
 
     max_connections: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Most open connections of a process; the one that is silent for longest gives way to a new one. 0 takes 16384, or
-    what the limit of open files allows."""
+    as many as the limit of open files allows."""
 
     max_connections_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Most open connections of a process from one address. 0 sets no limit, because all clients behind a proxy have its

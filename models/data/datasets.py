@@ -33,7 +33,7 @@ def load_dataset(
         directory: of the files; a published set is downloaded to it where it is missing.
         multiple: divides the sides of the images, in pixels, where the options leave them open.
         test_only: the training set is not needed and may be empty.
-        folder: what `scan_folder` found in the directory; default: it is read.
+        folder: result of `scan_folder` for the directory; default: it is read.
 
     Raises:
         DataError: the files are missing or unusable; the message names file and cure.

@@ -209,7 +209,7 @@ def _parts(directory: Path) -> dict[str, Path]:
 
 
 def entries(directory: Path) -> list[Path]:
-    """Return what is in a folder, sorted, without the clutter of archives and file systems.
+    """Return the entries of a folder, sorted, without the clutter of archives and file systems.
 
     Raises:
         DataError: the folder cannot be listed.

@@ -43,7 +43,7 @@ class NotTheCardsImagesError(EvaluationError):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one size, and what is known about them."""
+    """Labelled images of one size, with their source."""
 
     images: LabelledImages
     name: str

@@ -124,7 +124,7 @@ class GraphBuilder:
         return self._stacked.get(x.name, [x])
 
     def build(self, logits: Value) -> bytes:
-        """Leave out what nothing reads, name the output, check and serialise; equal calls give equal bytes.
+        """Leave out unread tensors, name the output, check and serialise; equal calls give equal bytes.
 
         Raises:
             onnx.checker.ValidationError: the graph is not valid ONNX.

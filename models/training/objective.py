@@ -13,7 +13,7 @@ from models.training import losses
 from models.training.outputs import larger_radii
 
 Objective = Callable[[LipschitzNetwork, Tensor, Tensor], Tensor]
-"""`(network, outputs, labels_N) -> loss` of a whole batch, with what `models.training.outputs.Outputs` returned."""
+"""`(network, outputs, labels_N) -> loss` of a whole batch, with the outputs of `models.training.outputs.Outputs`."""
 
 
 def objective_of(loss: Loss) -> Objective:

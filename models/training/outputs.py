@@ -1,4 +1,4 @@
-"""What a step of training computes from its images: logits, or logits at the images and at their reference images.
+"""Outputs of a training step: logits, or logits at the images and at their reference images.
 
 Radii at reference images. The theorem of `service.certificate.reference`: for images x and z of the box with the cost
 `c = c(z - x)`, a margin of `K sqrt(rho^2 + c)` at z proves the radius rho at x. So at the radius tau that a recipe asks
@@ -87,7 +87,7 @@ def _radii(network: LipschitzNetwork, logits: Tensor, labels_N: Tensor) -> Float
 
 
 def _best_step(images_NCHW: Tensor, gradient_NCHW: Tensor, radius: float) -> Float[Tensor, "N C H W"]:
-    """Return the step to the best image of the linear margin: what the box clips off, put back at its start."""
+    """Return the step to the best image of the linear margin; the part beyond the box is put back at its start."""
     step_NCHW = _put_back(images_NCHW, radius * gradient_NCHW)
     for _ in range(_STEPS):
         t_N = (radius**2 + _cost(images_NCHW, step_NCHW)).sqrt()

@@ -50,7 +50,7 @@ class Head(NamedTuple):
     """Content coding of the body, in lower case; empty without one."""
     answer_coding: str = ""
     """Content coding that the client asks for: the only one in its `Accept-Encoding`, one of `CODINGS`, or empty.
-    Libraries list what they can read in every request; that is no wish."""
+    Libraries list all codings they can read in every request; that is no wish."""
     json_length: str | None = None
     """Header `JSON_LENGTH`, as sent."""
 
@@ -66,7 +66,7 @@ def read_head(request: Request, accepted: Sequence[str]) -> Head:
     # The first value of each header.
     headers: dict[bytes, bytes] = dict(reversed(request.scope["headers"]))
     content_type = headers.get(b"content-type", b"").decode("latin-1")
-    # Clients of the protocols leave the header out; RFC 9110 (section 8.3) lets a server take what it is.
+    # Clients of the protocols leave the header out; RFC 9110 (section 8.3) lets a server infer it.
     media_type = content_type.partition(";")[0].strip().lower() or (JSON if accepted is PROTOCOL_TYPES else "")
     if media_type not in accepted and not (media_type.startswith("image/") and IMAGES[0] in accepted):
         raise MediaTypeError(content_type, accepted)

@@ -30,7 +30,7 @@ class Decompressor:
         self._cpu_s = _CPU_S * max(1.0, max_bytes / _CPU_BYTES)
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """Give what the next bytes hold in pieces of at most 256 KiB, some empty, each decompressed when asked for.
+        """Yield the decompressed bytes in pieces of at most 256 KiB, some empty, each decompressed on demand.
 
         Raises:
             MalformedBodyError: the bytes do not continue the stream.
@@ -54,7 +54,7 @@ class Decompressor:
                 yield piece
 
     def finish(self) -> bytes:
-        """Return what is left when the body is complete, less than 1 KiB.
+        """Return the last bytes of a complete body, less than 1 KiB.
 
         Raises:
             MalformedBodyError: the body is truncated.

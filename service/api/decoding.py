@@ -225,7 +225,7 @@ def _limits(order: Order, n_bytes: int) -> Limits:
 
 
 def _request(order: Order, head: dict[str, Any], body: memoryview) -> Request:
-    """Return what a child has decoded; its bytes are believed no further than those of a client."""
+    """Return the request that a child has decoded; its bytes are checked like those of a client."""
     if "error" in head:
         kind = getattr(errors, head["error"], None)
         if isinstance(kind, type) and issubclass(kind, InputError | ModelNotAvailableError):

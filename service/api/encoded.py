@@ -19,7 +19,7 @@ class EncodedImage:
     data: bytes | str
 
     def decode_plain(self, input_shape_CHW: tuple[int, int, int], max_pixels: int) -> UInt8[np.ndarray, "C H W"] | None:
-        """Return what `decode` returns for a small PNG file; null for any other file, see `service.pixels.images`.
+        """Return the result of `decode` for a small PNG file; null for any other file, see `service.pixels.images`.
 
         Args:
             input_shape_CHW: the images that the model accepts.

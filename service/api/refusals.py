@@ -24,10 +24,10 @@ _MOST_ANSWERS = 256
 
 
 class Refusals:
-    """What the server of an application asks before it calls it: see `service.connection`."""
+    """Refusals without a call of the application, in the hands of the server: see `service.connection`."""
 
     def __init__(self, service: Service) -> None:
-        """Refuse what `service` has no capacity for."""
+        """Refuse requests that `service` has no capacity for."""
         self._batcher = service.batcher
         self._metrics = service.metrics
 

@@ -163,7 +163,7 @@ def read_tensor(
 
     Args:
         tensor: the input of a request.
-        binary: what follows the JSON object of the request.
+        binary: bytes behind the JSON object of the request.
         input_shape_CHW: the images that the model accepts.
         max_pixels: limit of the number of pixels of all images together.
         max_batch: limit of the number of images.

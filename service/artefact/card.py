@@ -93,7 +93,7 @@ class AcceptanceThreshold(_Contract):
 
 
 class Calibration(_Contract):
-    """Scores of held-out images: what the options `coverage` and `max_error` are answered from.
+    """Scores of held-out images, from which the options `coverage` and `max_error` are answered.
 
     It holds for images that are exchangeable with the calibration images, before any change of up to epsilon.
     """

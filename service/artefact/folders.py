@@ -110,7 +110,7 @@ def _split(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         folders = _folders_in(folder)
     except OSError:
-        return [], []  # What cannot be looked into is reported when it is read.
+        return [], []  # A folder that cannot be listed is reported when it is read.
     versions = [path for path in folders if _VERSION.fullmatch(path.name) and _has_card(path)]
     others = [path for path in folders if path not in versions]
     return sorted(versions, key=lambda path: int(path.name), reverse=True), others
@@ -123,5 +123,5 @@ def _has_card(folder: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        pass  # What cannot be looked into is reported when it is read.
+        pass  # A folder that cannot be listed is reported when it is read.
     return True

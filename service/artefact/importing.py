@@ -49,7 +49,7 @@ def import_model(order: ImportOrder, limits: ProofLimits) -> dict[str, Any]:
     """Write the artefact of an ONNX file; return its report: identity, proved bound and error.
 
     Args:
-        order: what to import.
+        order: file, name and data of the model.
         limits: of the process that does it, and of the proof.
 
     Raises:

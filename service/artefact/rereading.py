@@ -29,13 +29,13 @@ _PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Job:
-    """What is read."""
+    """The folder of models, and what is known of it."""
 
     models: Path
     first: str
     """See `artefact_folders`."""
     known: Mapping[Path, Digests]
-    """Digests of what is served, by folder: an artefact that still has them is not verified again."""
+    """Digests of the served artefacts, by folder: an artefact that still has them is not verified again."""
     limits: tuple[float, int, float]
     """See `VerifierPool.start`."""
     only: Path | None = None
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found."""
+    """Artefacts that were found, and their verification."""
 
     folders: tuple[Path, ...] = ()
     """Of all artefacts, in the order of `artefact_folders`."""
@@ -107,7 +107,7 @@ class Rereading:
 
 
 def survey(job: Job) -> Survey:
-    """Read the folder of models, and verify what is new or has changed."""
+    """Read the folder of models, and verify new and changed artefacts."""
     from service.artefact.folders import artefact_folders
     from service.artefact.pool import VerifierPool
     from service.runtime.cpus import usable_cpus

@@ -1,4 +1,4 @@
-"""A graph as pieces of a file: what the server needs to put together the bytes that were verified.
+"""A graph as pieces of a file, from which the server puts together the verified bytes.
 
 The graphs that run are written by the process that proves the model. Their weights are those of `model.onnx`, or the
 same numbers in float64, so that a few ranges of that file and a few thousand bytes between them are the whole graph.

@@ -1,8 +1,8 @@
-"""The files of an artefact after its verification: whether they still are what was verified.
+"""The files of an artefact after its verification: whether they have changed since.
 
 The status of a file (inode, size, times) says cheaply that nothing has happened; where it has changed, the digest
-decides. What a file system does not record, such as two writes within one tick of its clock, is found by a second
-reading: a status is trusted when it is met again.
+decides. A change that a file system does not record, such as two writes within one tick of its clock, is found
+by a second reading: a status is trusted when it is met again.
 
 While the folder of models is read again, and where a newer version could not be verified, a model is retained: it goes
 on answering, whatever is in its folder.
@@ -49,7 +49,7 @@ class VerifiedFiles:
     """As far as `check` and `read_model` have seen."""
 
     def __init__(self, folder: Path, name: str, digests: Mapping[FileName, str]) -> None:
-        """Store what was verified.
+        """Store the verified digests.
 
         Args:
             folder: of the artefact.

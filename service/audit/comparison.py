@@ -49,7 +49,7 @@ class Derived:
         Args:
             class_id: of the image that was sent.
             rival: the other class.
-            taken: what rounding may take of a margin.
+            taken: bound of the rounding in a margin.
         """
         bound = self.derivation.margin_bounds[class_id][rival]
         found: arb | None = arb(0)
@@ -63,7 +63,7 @@ def against_derivation(answer: Answer, derived: Derived) -> Iterator[Finding]:
 
     Args:
         answer: the answer; members that contradict each other are reported elsewhere.
-        derived: what is proved about it.
+        derived: the derivation of its terms.
     """
     derivation = derived.derivation
     certificate, exact = answer.certificate, derivation.logits[0]
@@ -140,7 +140,7 @@ def _runner_up(answer: Answer, derived: Derived, runner_up: int) -> Iterator[Fin
 
 
 def _radius_at_reference(answer: Answer, derived: Derived, runner_up: int) -> Iterator[Finding]:
-    """Compare the radius with what the answer's own terms give at the reference image of the runner-up."""
+    """Compare the radius with that of the answer's own terms at the reference image of the runner-up."""
     certificate, point = answer.certificate, derived.references[runner_up]
     if certificate.lipschitz_bound is None or certificate.logit_error is None:
         yield failed("radius: above 0, while lipschitz_bound or logit_error is null")
@@ -194,7 +194,7 @@ def proved_radius(derived: Derived, class_id: int) -> arb | None:
     Two images of the box are at most its diagonal apart, the root of the number of pixels.
 
     Args:
-        derived: what is proved about an answer.
+        derived: the derivation of an answer's terms.
         class_id: class of the image that was sent.
     """
     taken = 2 * derived.derivation.logit_error
@@ -210,7 +210,7 @@ def proof(answer: Answer, derived: Derived) -> str:
 
     Args:
         answer: an answer without a finding.
-        derived: what is proved about it.
+        derived: the derivation of its terms.
     """
     certificate, derivation = answer.certificate, derived.derivation
     bound = derivation.margin_bounds[answer.class_id][certificate.runner_up.class_id]

@@ -64,7 +64,7 @@ class Rising:
 
 @dataclass
 class Origins:
-    """What is known of the numbers of one network."""
+    """Numbers of one network that are sums of squares or functions of others."""
 
     squares: dict[int, SumOfSquares] = field(default_factory=dict[int, SumOfSquares])
     functions: dict[int, Function] = field(default_factory=dict[int, Function])
@@ -103,7 +103,7 @@ class Origins:
             operator: A.
             roundings: of each product, and of b.
             bias: b.
-            underflow: bound of what underflow adds to a result.
+            underflow: bound of the underflow in a result.
         """
         if not self.squares or not any(i in self.squares for i in ids.tolist()):
             return
@@ -126,7 +126,7 @@ class Origins:
             for one, weight in square.weights.items():
                 weights[one] = weights.get(one, arb(0)) + weight * factor
             constant = constant + square.constant * factor
-            # Later roundings of what has underflowed: gamma_n is at most 1.
+            # Later roundings of the underflow: gamma_n is at most 1.
             lost = upper(lost + square.underflow * factor * 2)
             most = max(most, square.roundings)
         self.squares[result] = SumOfSquares(weights, constant, most + roundings, lost)
@@ -138,7 +138,7 @@ class Origins:
             results: flat.
             ids: x.
             constants: c.
-            underflow: bound of what underflow adds to a result.
+            underflow: bound of the underflow in a result.
         """
         if self.squares:
             for result, one, constant in zip(results.tolist(), ids.tolist(), constants, strict=True):
@@ -152,7 +152,7 @@ class Origins:
             results: flat.
             left: x.
             right: y.
-            underflow: bound of what underflow adds to a result.
+            underflow: bound of the underflow in a result.
         """
         if self.squares:
             for result, one, other in zip(results.tolist(), left.tolist(), right.tolist(), strict=True):

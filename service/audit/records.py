@@ -161,7 +161,7 @@ class _Threshold(_Record):
 
 
 class Calibration(_Record):
-    """What a card says about held-out images, by rising coverage."""
+    """Figures of a card about held-out images, by rising coverage."""
 
     model: str
     """Digest of the `model.onnx` that was calibrated."""

@@ -45,7 +45,7 @@ class Point:
         """Return the lower end of `sqrt((margin / bound)^2 - c)`; null where it is infinite.
 
         Args:
-            margin: of the two classes at this image, less what rounding may take.
+            margin: of the two classes at this image, less a bound of the rounding.
             bound: Lipschitz bound of the margin.
         """
         if not margin > 0:
@@ -71,7 +71,7 @@ def nearer(left: arb | None, right: arb | None) -> arb | None:
 
 
 def reference_images(answer: Answer, sent: SentImage) -> tuple[dict[int, HeldReference], list[Finding]]:
-    """Return the reference images by class, and the reasons why others are not what an answer holds.
+    """Return the reference images by class, and the reasons why others cannot be those of an answer.
 
     Args:
         answer: the answer.

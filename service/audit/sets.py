@@ -27,7 +27,7 @@ _FAR = arb(1e300)
 
 @dataclass(frozen=True)
 class _Score:
-    """Ends of what the service may compute as a score."""
+    """Ends of the interval of scores that the service may compute."""
 
     low: arb
     high: arb

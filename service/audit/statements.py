@@ -171,7 +171,7 @@ def _held_image(name: str, found: Counterfactual | Waypoint, sent: SentImage) ->
 
 
 def path_images(found: Counterfactual, sent: SentImage) -> tuple[dict[int, SentImage], list[Finding]]:
-    """Return the images of the path to a counterfactual by place, and what contradicts them without the network.
+    """Return the images of the path to a counterfactual by place, and the findings that need no network.
 
     Args:
         found: the counterfactual.

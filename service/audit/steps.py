@@ -54,7 +54,7 @@ def gradient_step(network: Network, x: np.ndarray, step: np.ndarray, sign: int) 
     if slope is None:
         return None
     of_x, of_z, of_step = (network.facts(ids) for ids in (x, rising.operands, step))
-    # The computed operands differ from functions of the computed h by what was injected since.
+    # The computed operands differ from functions of the computed h by the errors injected since.
     outer = upper(back.norm * (rising.slope * of_z.injected + rising.error))
     own = upper(of_x.injected + of_step.injected + outer)
     error = upper(slope * base.error + own)

@@ -79,7 +79,7 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path, novelty_fo
             itself alone, and the report says so.
 
     Raises:
-        KeptError: a file is missing or is not what it should be, or the answer has no novelty and a novelty model is
+        KeptError: a file is missing or damaged, or the answer has no novelty and a novelty model is
             given; the message says what to do.
     """
     answer = read_answer(answer_file)

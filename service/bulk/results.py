@@ -85,7 +85,7 @@ class Results:
         """List the sources; begin a run, or go on with the one that is here.
 
         Args:
-            asked: what the command asks for, in JSON.
+            asked: arguments of the command, in JSON.
             write_listing: writes one line for each part and returns the number of inputs.
 
         Raises:

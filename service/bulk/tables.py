@@ -68,7 +68,7 @@ class Origin(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What one part holds; it stands in the file of its answers."""
+    """Counts of one part, stored in the file of its answers."""
 
     run: str
     """Digest of the manifest."""

@@ -37,7 +37,7 @@ _WAITING = 4
 
 @dataclass(frozen=True)
 class Job:
-    """What all parts of a run share."""
+    """The model, options and folders of a run, the same for all its parts."""
 
     run: str
     """Digest of the manifest."""
@@ -67,7 +67,7 @@ def certify_part(job: Job, line: str) -> Record:
 @functools.lru_cache(maxsize=1)
 def _certifier(job: Job) -> Certifier:
     certifier = Certifier(job)
-    # What was loaded stays: each look of the collector at it would take as long as some images.
+    # The collector would otherwise visit every loaded object again, which takes as long as some images.
     gc.freeze()
     return certifier
 
@@ -180,7 +180,7 @@ class Certifier:
             pass
 
     def _take(self, most: int) -> Item | Rows | None:
-        """Return what follows in the open container, `most` inputs at most; null at its end."""
+        """Return the next inputs of the open container, `most` at most; null at its end."""
         item, self._rest = self._rest or next(self._inputs, None), None
         if isinstance(item, Rows):
             item, self._rest = item.split(most)

@@ -47,7 +47,7 @@ def _proved(draft: Draft) -> Certificate:
     try:
         limit_work(draft.image, draft.operators, draft.work)
     except UnsupportedModelError as error:
-        # What could not be read is told first.
+        # Unreadable operators are reported first.
         raise UnsupportedModelError(reasons or error.reasons) from None
     reports: list[NodeReport] = []
     precision = FLOAT64 if draft.precision == "float64" else FLOAT32

@@ -1,7 +1,7 @@
 """Consecutive linear steps of images multiplied out as convolution kernels.
 
-An image is `sum M_h h + constant` over the nonlinear images `h` before it, each `M_h` a convolution. What was rounded
-in multiplying out is bounded beside each `M_h`: its `deviation`.
+An image is `sum M_h h + constant` over the nonlinear images `h` before it, each `M_h` a convolution. The `deviation`
+of each `M_h` bounds the rounding of these products.
 """
 
 import math

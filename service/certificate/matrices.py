@@ -1,7 +1,7 @@
 """Consecutive linear steps multiplied out as matrices, where these are small.
 
-A tensor is `sum M_h h + constant` over the nonlinear tensors `h` before it. What was rounded in multiplying out is
-bounded beside each `M_h`: its `deviation`. Axes: N elements of h, K of the tensor.
+A tensor is `sum M_h h + constant` over the nonlinear tensors `h` before it. The `deviation` of each `M_h` bounds the
+rounding of these products. Axes: N elements of h, K of the tensor.
 """
 
 import math

@@ -37,7 +37,7 @@ def limit_work(image: Tensor, operators: Sequence[Operator], most: float) -> flo
         UnsupportedModelError: it takes more; the message names the operator that is one too many.
     """
     work = Work(most)
-    # It is made; what is proved of it is counted where it is read.
+    # It is made; its facts are counted where they are read.
     work.spend(0.5 * WORK_OF_NUMBER * math.prod(image.shape), "the image")
     squares: dict[Tensor, int] = {}
     for operator in operators:

@@ -38,7 +38,7 @@ DEFAULTS = {
     # A busy machine takes longer than 5 seconds to start a process.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # uvicorn in a replica otherwise believes X-Forwarded-For of HAProxy, which passes on what any client sends.
+    # uvicorn in a replica otherwise believes X-Forwarded-For of HAProxy, which passes on the header of any client.
     "FORWARDED_ALLOW_IPS": "",
     # Replicas otherwise run at a lower priority.
     "RAY_worker_niceness": "0",

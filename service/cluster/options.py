@@ -1,6 +1,6 @@
 """Arguments of the Serve application: how many replicas, on which share of a node.
 
-In a Serve config they are `args` of the application. What a replica answers is decided by `LIPCERT_*` variables, which
+In a Serve config they are `args` of the application. The answers of a replica depend on `LIPCERT_*` variables, which
 belong in `runtime_env.env_vars`.
 """
 

@@ -1,4 +1,4 @@
-"""The application of one replica, with what the server of a process does beside it: metrics, health, addresses."""
+"""The application of one replica, with the tasks of the server of a process: metrics, health, addresses."""
 
 from __future__ import annotations
 

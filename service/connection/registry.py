@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Member(Protocol):
-    """What the registry asks of a connection."""
+    """A connection as the registry sees it."""
 
     @property
     def address(self) -> str | None:

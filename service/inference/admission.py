@@ -69,7 +69,7 @@ class Limits:
 class Load:
     """Work in progress of one kind, predictions or searches, and how long a further request would wait for it.
 
-    Work is time as a cost model predicts it (`Pace`). What is ahead of a request takes that long, times the slowness:
+    Work is time as a cost model predicts it (`Pace`). The work ahead of a request takes that long, times the slowness:
     busy seconds for each second of work that was done lately, which knows the batches, the workers and the machine.
 
     A request that would wait for more than `max_wait_s` is refused. `burst` requests are an overload: until it ends, a
@@ -149,7 +149,7 @@ class Load:
         """
         passed_s, self._last_s = now_s - self._last_s, now_s
         kept = max(0.0, 1.0 - passed_s / _MEMORY_S)
-        # At most a multiple of what was expected, as below: a model may have been loaded.
+        # At most a multiple of the expected time, as below: a model may have been loaded.
         most_s = _MOST_GROWTH * (self.work_s + work_s) * self._busy_s / self._done_s
         self._busy_s = self._busy_s * kept + min(passed_s, most_s)
         self._done_s = self._done_s * kept + work_s
@@ -163,14 +163,14 @@ class Load:
 
 @dataclass(eq=False, slots=True)
 class Client:
-    """What the requests of one address hold."""
+    """Requests of one address in progress, and the bytes of their bodies."""
 
     requests: int = 0
     n_bytes: int = 0
 
 
 class Admission:
-    """Places for requests in progress. It belongs to the event loop, apart from `close` and what `Place` says."""
+    """Places for requests in progress. It belongs to the event loop, apart from `close` and as `Place` says."""
 
     def __init__(self, limits: Limits, abandoned: Callable[[], None] = lambda: None) -> None:
         """Start with every place free.
@@ -407,7 +407,7 @@ class Place:
             self._begin(searches, work_s)
 
     def stop(self, reason: Callable[[], Exception]) -> None:
-        """End the request now; the context raises what `reason` returns."""
+        """End the request now; the context raises the error that `reason` returns."""
         if self._reason is None and not self._has_left:
             self._reason = reason
             self._task.cancel()

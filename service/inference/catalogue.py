@@ -1,6 +1,6 @@
 """The catalogue: which models a process serves now, and how that changes while it serves.
 
-A request reads `Catalogue.models` once and answers by what it found there: its digest always belongs to the model that
+A request reads `Catalogue.models` once and answers from these: its digest always belongs to the model that
 computed it. A model that is replaced or removed goes when the last request that has it is answered.
 
 ::
@@ -95,7 +95,7 @@ class Catalogue:
             classifier.files.retain()
 
     def follow(self, state: State, *, warms: bool) -> None:
-        """Serve what a state says. A model that cannot be loaded here leaves its older version.
+        """Serve the models of a state. A model that cannot be loaded here leaves its older version.
 
         Args:
             state: of `planned`.
@@ -222,7 +222,7 @@ def planned(
 
 
 def _checked(folder: Path, findings: Findings, version: str | None, signers: Signers | None) -> tuple[str, Entry]:
-    """Return name and entry of a verified artefact; see `Classifier.from_findings`, also for what it raises."""
+    """Return name and entry of a verified artefact; see `Classifier.from_findings`, also for its errors."""
     findings.facts()
     content = read_file(folder / CARD_FILE)
     if signers is not None:

@@ -220,8 +220,8 @@ def mix(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the share of the old cut in the mixture of two cuts, 0 unless `mixed`, and a guess of its lambda.
 
-    Closest to the centre where both linear functions have fallen far enough, from the iterate by what is left, is a
-    point of the plane that their gradients span, found from two equations; pixels at their bound stay there.
+    Closest to the centre where both linear functions have fallen far enough, from the iterate by the fall that is left,
+    is a point of the plane that their gradients span, found from two equations; pixels at their bound stay there.
 
     Args:
         old_MD: gradient of the old cut.

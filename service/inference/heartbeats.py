@@ -1,4 +1,4 @@
-"""Heartbeats: what each worker does, and how long it has been silent."""
+"""Heartbeats: the step of each worker, and how long it has been silent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 Beats = dict[int, tuple[float, str, float]]
-"""By thread, while it is busy: time of its last step on the monotonic clock, what the step is, and how many seconds it
-is expected to take. A worker writes one entry for each step, without a lock."""
+"""By thread, while it is busy: time of its last step on the monotonic clock, name of the step, and its expected
+seconds. A worker writes one entry for each step, without a lock."""
 
 LOAD_S = 15.0
 """Expected seconds of a step that loads a graph."""
@@ -45,7 +45,7 @@ class Pulse:
         return elapsed_s
 
     def silent(self, limit_s: float) -> list[str]:
-        """Return what workers do that were silent for longer than a limit and than the step may take."""
+        """Return the steps of workers that were silent for longer than a limit and than the step may take."""
         stuck: list[str] = []
         for thread, (since_s, doing, expected_s) in list(self._beats.items()):
             seen_s, silence_s = self._silent.get(thread, (since_s, 0.0))

@@ -166,7 +166,7 @@ def needs_gradients(options: ImageOptions, predictions: Iterable[Prediction]) ->
 
 
 def search_cost(options: ImageOptions) -> float:
-    """Return what `explain` costs for each image, in units of a search without further options.
+    """Return the cost of `explain` for each image, in units of a search without further options.
 
     Args:
         options: those of a request with `needs_gradients`.

@@ -104,7 +104,7 @@ class Queues:
             self._note()
 
     def wake(self) -> None:
-        """Wake an idle worker for what waits, also where another worker would soon come for it."""
+        """Wake an idle worker for waiting requests, also where another worker would soon come for them."""
         with self._condition:
             self._condition.notify()
 

@@ -191,7 +191,7 @@ class _Search:
         ]
 
     def _step(self, live_M: np.ndarray, rival_M: np.ndarray) -> None:
-        """Measure parts of the way to the best image of the linear margin, and record what they prove."""
+        """Measure parts of the way to the best image of the linear margin, and record the radii proved there."""
         sent_MD = self.start_ND[live_M]
         at_MD = np.stack(
             [self.references[n].get(k, self.start_ND[n]) for n, k in zip(live_M, rival_M.tolist(), strict=True)]
@@ -261,7 +261,7 @@ def best_of_linear(
     for _ in range(_NEWTON_STEPS):
         step_MD = slope_MD * step_M[:, None]
         low_MD, high_MD = step_MD > sent_MD, step_MD < sent_MD - 1.0
-        # Not by adding what was subtracted: unmoved pixels keep their bits.
+        # Not by adding the step again: unmoved pixels keep their bits.
         back_MD = np.where(low_MD, step_MD, np.where(high_MD, 1.0 + step_MD, sent_MD))
         best_MD = np.clip(back_MD, 0.0, 1.0)
         missing_M = value_M + rows_dot(slope_MD, best_MD - sent_MD) - step_M

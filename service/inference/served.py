@@ -1,4 +1,4 @@
-"""The served models, and what names stand for: the one place where versions and aliases are resolved."""
+"""The served models by name: the one place where versions and aliases are resolved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.inference.classifier import Classifier
 
 
 def resolved(name: str, served: Iterable[str]) -> str | None:
-    """Return what the name of a model or of a version stands for: of a model with versions the highest; null for none.
+    """Return the served version that the name of a model or of a version means: of a model the highest; null for none.
 
     Args:
         name: no alias.
@@ -24,7 +24,7 @@ class Models(dict[str, Classifier]):
     """The served models by name; a version is `NAME:VERSION`. `models[name]` and `find` know further names, too."""
 
     further: dict[str, str]
-    """What further names stand for: a model with versions for the highest that is served, an alias for its model."""
+    """Models by further names: for a model with versions the highest served one, for an alias its model."""
     broken: dict[str, ArtefactError]
     """Models that could not be verified, by name."""
     rejected: dict[str, str]

@@ -26,7 +26,7 @@ def write(network: Network, inputs: Sequence[str] = ("image",), outputs: Sequenc
     """Return the serialised model.
 
     Args:
-        network: what to write.
+        network: the graph.
         inputs: names of its inputs.
         outputs: names of its outputs.
     """
@@ -43,7 +43,7 @@ def write_pieces(network: Network, inputs: Sequence[str], outputs: Sequence[str]
     """Return the serialised model as pieces; the arrays are constants of the network.
 
     Args:
-        network: what to write.
+        network: the graph.
         inputs: names of its inputs.
         outputs: names of its outputs.
     """

@@ -225,7 +225,7 @@ def decode_image(
 
 
 def decode_plain(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "C H W"] | None:
-    """Return what `decode_image` returns for a small PNG file as `is_plain` describes it; null for any other file.
+    """Return the result of `decode_image` for a small PNG file as `is_plain` describes it; null for any other file.
 
     Only zlib, and Pillow's reversal of the filters of a PNG, see the bytes.
     """

@@ -1,8 +1,8 @@
 """Structure of image files, read without decoding: files of far more parts than programs write are refused.
 
 A decoder takes some microseconds for each chunk, segment or scan, however little is in it, and a scan of a progressive
-JPEG visits every block of the image: a file of some kilobytes can take minutes. Each limit is several times what
-cameras and programs write. Damaged files pass: the decoders and `service.pixels.integrity` refuse them.
+JPEG visits every block of the image: a file of some kilobytes can take minutes. Each limit is several times the
+most that cameras and programs write. Damaged files pass: the decoders and `service.pixels.integrity` refuse them.
 """
 
 from __future__ import annotations

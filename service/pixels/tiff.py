@@ -346,7 +346,7 @@ def _unpack_lzw(data: bytes, least: int, most: int) -> bytes:
 
 
 def _strings(code_C: Int64[np.ndarray, " C"]) -> bytes:
-    """Return what the codes between two clearings stand for.
+    """Return the bytes that the codes between two clearings encode.
 
     Entry k of the table is the string of code k and the first byte of the string of code k + 1. The strings are walked
     from their last byte to their first, all at the same time.

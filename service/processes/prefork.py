@@ -290,7 +290,7 @@ def _end_all(
     _join(processes, time.monotonic() + drain_s)
     for listener in listeners:
         keep_out(listener)
-    # In the meantime the processes take what is in the backlogs.
+    # In the meantime the processes accept the connections in the backlogs.
     _join(processes, time.monotonic() + 2 * HANDSHAKE_S)
     refuse_waiting(listeners)
     _join(processes, until_s)

@@ -1,4 +1,4 @@
-"""Reloads: the process that leads reads the folder of models again, and tells every process what to serve.
+"""Reloads: the process that leads reads the folder of models again, and sends every process the models to serve.
 
 ::
 
@@ -74,7 +74,7 @@ class Leader:
 
     @property
     def descriptors(self) -> list[int]:
-        """What can be read when `step` has something to do."""
+        """File descriptors that become readable when `step` has something to do."""
         return [] if self._running is None else [self._running[2].descriptor]
 
     def ask(self, order: Order) -> None:
@@ -101,7 +101,7 @@ class Leader:
             self._attempt(order, lambda: self._begin(order))
 
     def close(self) -> None:
-        """End what runs; the models stay as they are."""
+        """End the running order; the models stay as they are."""
         self._orders.clear()
         if self._running is not None:
             self._running[2].close()

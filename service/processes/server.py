@@ -82,7 +82,7 @@ class Rpc(Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that takes what the system has accepted before it ends, and ends when it cannot go on."""
+    """uvicorn that answers all accepted connections before it ends, and ends when it cannot go on."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or (self._end_at_s is not None and time.monotonic() >= self._end_at_s)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer what the system has accepted, and end; see the module."""
+        """Answer all accepted connections, and end; see the module."""
         is_asked = self._end_at_s is None
         # Ctrl-C is not announced to a load balancer.
         drain_s = self._ending.drain_s if is_asked and signal.SIGTERM in self._captured_signals else 0.0
@@ -232,7 +232,7 @@ class Server(uvicorn.Server):
 
     async def _close_listeners(self, listeners: list[socket.socket]) -> None:
         until_s = time.monotonic() + 2 * HANDSHAKE_S
-        # Otherwise what comes later waits for another process.
+        # Otherwise later connections wait for another process.
         if self._ending.is_alone:
             for listener in listeners:
                 keep_out(listener)
@@ -253,7 +253,7 @@ class Server(uvicorn.Server):
         if self._service is not None:
             if left := self._in_progress:
                 _log.error("%d requests were not answered before the end and get status 503", left)
-            # The workers hand their last answers over, and what still waits gets its 503.
+            # The workers hand their last answers over, and requests that still wait get their 503.
             self._is_jammed = not self._service.batcher.close(0.0 if self.force_exit else LAST_S / 2)
         until_s = time.monotonic() + LAST_S / 2
         while self._in_progress and not self.force_exit and time.monotonic() < until_s:

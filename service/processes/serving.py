@@ -108,8 +108,8 @@ def run_server(settings: Settings, pool: VerifierPool) -> int:
 def _loaded(
     settings: Settings, pool: VerifierPool, certificate: Certificate | None, rpc_address: tuple[str, int] | None
 ) -> tuple[Callable[[socket.socket], int], Chores]:
-    """Load the models; return a function that serves on a socket, in this process or in one forked from it, and what
-    this process does besides.
+    """Load the models; return a function that serves on a socket, in this process or in one forked from it, and the
+    chores of this process.
 
     Args:
         settings: those of the server.
@@ -207,7 +207,7 @@ def _rpc_server(address: tuple[str, int], settings: Settings, certificate: Certi
 
 
 class Chores:
-    """What the leading process does besides serving: it reads keys and models again, so that a fork inherits them.
+    """Chores of the leading process besides serving: it reads keys and models again, so that a fork inherits them.
 
     Several processes have a parent, which leads them; a server of one process leads itself.
     """
@@ -227,7 +227,7 @@ class Chores:
         )
 
     def followed_by(self, follower: Follower) -> Callable[[], None]:
-        """Return what a serving process calls several times a second; one that serves alone also leads."""
+        """Return the function that a serving process calls several times a second; one that serves alone also leads."""
         if self._board is not None:
             return follower.look
         self._follower = follower
@@ -249,7 +249,7 @@ class Chores:
         self._leader.step()
 
     def descriptors(self) -> list[int]:
-        """Return what can be read when there is something to look at."""
+        """Return the file descriptors that become readable when there is something to look at."""
         return [*self._leader.descriptors, *([] if self._orders is None else [self._orders.descriptor])]
 
     def hang_up(self) -> None:
@@ -273,7 +273,7 @@ class Chores:
         return state
 
     def close(self) -> None:
-        """End what runs beside the server."""
+        """End the running order."""
         self._leader.close()
 
     def _publish(self, state: State) -> None:

@@ -73,7 +73,7 @@ class Pace:
 
 
 class Response:
-    """What the application sends."""
+    """Response of the application, collected from its ASGI messages."""
 
     def __init__(self) -> None:
         """Expect a response."""

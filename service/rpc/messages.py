@@ -1,7 +1,7 @@
 """Messages of the protocol as requests of `/v2`, and answers of `/v2` as messages.
 
 A tensor travels to the application as bytes behind a JSON object, whether the message has it in `raw_input_contents` or
-in its `contents`: what a message may say is checked where the same is checked for REST.
+in its `contents`: the code that checks requests of REST checks messages too.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-# The library would write lines about what callers send to standard error, past the limits of the log.
+# The library would write lines about requests to standard error, past the limits of the log.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc

@@ -120,10 +120,10 @@ def checked_options(values: dict[str, Any]) -> Options:
 
 
 def check_libraries(needed: Iterable[tuple[str, str, str]]) -> None:
-    """Refuse a library that is missing, with what installs it; raises `UsageError`.
+    """Refuse a missing library, with the command that installs it; raises `UsageError`.
 
     Args:
-        needed: library, what needs it, and the extra that brings it or an empty text.
+        needed: library, its purpose, and the extra that brings it or an empty text.
     """
     for library, purpose, extra in needed:
         if importlib.util.find_spec(library) is None:

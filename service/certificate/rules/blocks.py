@@ -15,7 +15,7 @@ the absolute constants. Then
 
 and for one component the same with the norm of its column of W. Proof: y is the linear map W of the one vector x. By
 Higham 2002, lemma 3.1, and sections 3.1 and 4.2, `y^_j = sum W_ij x^_i (1 + t_ij) + sum c_j (1 + s_j)`, all `|t|` and
-`|s|` at most gamma_r, since each addition multiplies what it adds by one factor `1 + d`, `|d| <= u`. So
+`|s|` at most gamma_r, since each addition multiplies both terms by one factor `1 + d`, `|d| <= u`. So
 `y^ - y = W (x^ - x) + D`, where each component of D is at most `gamma_r (|W| |x^| + |c|)`. Each of the operations that
 make one element adds at most the smallest normal number by underflow. Nothing is assumed of the x_b: parts that overlap
 or repeat, or come from different tensors, count in the bounds of x (`Domain.joint`).
@@ -43,7 +43,7 @@ _LARGEST_AFFINE = 1 << 19
 
 @dataclass(frozen=True)
 class Together:
-    """What is proved of a sum of matrix products."""
+    """Facts about a sum of matrix products."""
 
     facts: Facts
     affine: Affine | None
