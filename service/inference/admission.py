@@ -89,6 +89,8 @@ class Load:
         self.typical_s = 0.001
         """Mean work of a request."""
         self._busy_s, self._done_s = 2.0 * _MEMORY_S, _MEMORY_S
+        self._batch: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        """Identity, busy seconds and work of the batch that is being answered."""
         self._usual = 2.0
         """Slowness before the overload: refusals slow answers down, and to refuse more for that would be no cure."""
         self._last_s = 0.0
@@ -139,26 +141,35 @@ class Load:
         self.requests -= 1
         self.work_s = self.work_s - work_s if self.requests else 0.0
 
-    def learn(self, work_s: float, now_s: float, alone_s: float) -> None:
+    def learn(self, work_s: float, now_s: float, alone_s: float, batch: float) -> None:
         """Learn from an answer.
 
         Args:
             work_s: work of the request.
             now_s: `time.monotonic()`.
             alone_s: from its beginning to its answer, if there was no other in that time; otherwise 0.
+            batch: a number that the requests computed together share.
         """
         passed_s, self._last_s = now_s - self._last_s, now_s
-        kept = max(0.0, 1.0 - passed_s / _MEMORY_S)
-        # At most a multiple of the expected time, as below: a model may have been loaded.
-        most_s = _MOST_GROWTH * (self.work_s + work_s) * self._busy_s / self._done_s
-        self._busy_s = self._busy_s * kept + min(passed_s, most_s)
-        self._done_s = self._done_s * kept + work_s
+        before, batch_s, batch_work_s = self._batch
+        if batch != before:
+            self._learn_speed(batch_s, batch_work_s)
+            batch_s = batch_work_s = 0.0
+        self._batch = batch, batch_s + passed_s, batch_work_s + work_s
         self.typical_s += (work_s - self.typical_s) * _GAIN
         # Refusals slow a request down as well.
         if alone_s and now_s >= self._overloaded_until_s:
             error = min(alone_s / work_s, _MOST_GROWTH * self._alone) - self._alone
             self._alone += error * _GAIN
             self._deviation += (abs(error) - self._deviation) * _GAIN
+
+    def _learn_speed(self, batch_s: float, work_s: float) -> None:
+        """Learn from a batch: the first of its answers has all the time, and each of them a part of the work."""
+        kept = max(0.0, 1.0 - batch_s / _MEMORY_S)
+        # At most a multiple of the expected time, as above: a model may have been loaded, or the machine have paused.
+        most_s = _MOST_GROWTH * work_s * self._busy_s / self._done_s
+        self._busy_s = self._busy_s * kept + min(batch_s, most_s)
+        self._done_s = self._done_s * kept + work_s
 
 
 @dataclass(eq=False, slots=True)
@@ -437,7 +448,7 @@ class Place:
             if is_answered:
                 now_s = time.monotonic()
                 is_alone = self._is_first and load.begun == self._number
-                load.learn(self.work_s, now_s, now_s - self._began_s if is_alone else 0.0)
+                load.learn(self.work_s, now_s, now_s - self._began_s if is_alone else 0.0, self.computed_s or now_s)
 
 
 def retry_after_s(wait_s: float) -> int:

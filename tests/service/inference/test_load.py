@@ -38,7 +38,7 @@ def answer(load: Load, clock: Clock, seconds: float, work_s: float = 0.001, requ
     clock.now_s += seconds
     for _ in range(requests):
         load.end(work_s)
-        load.learn(work_s, clock.now_s, seconds if requests == 1 else 0.0)
+        load.learn(work_s, clock.now_s, seconds if requests == 1 else 0.0, clock.now_s)
 
 
 def warm(clock: Clock, seconds: float = 0.002, max_wait_s: float = 30.0) -> Load:
@@ -87,6 +87,21 @@ def test_a_server_that_becomes_slow_is_known_to_be_after_some_answers(clock: Clo
         answer(load, clock, 0.2)
     load.begin(0.001, clock.now_s)
     assert load.wait_s() == pytest.approx(0.2, rel=0.1)
+
+
+def test_a_pause_of_the_machine_sends_nobody_away_for_long(clock: Clock) -> None:
+    load = warm(clock, 0.002)
+    for _ in range(60):
+        load.begin(0.001, clock.now_s)
+    # The first request was alone in its batch, and the machine paused.
+    clock.now_s += 2.0
+    load.end(0.001)
+    load.learn(0.001, clock.now_s, 0.0, 1.0)
+    assert load.wait_s() <= 4 * 59 * 0.002
+    for number in range(32):
+        load.end(0.001)
+        load.learn(0.001, clock.now_s + 0.02, 0.0, 2.0)
+        assert load.wait_s() <= 4 * (58 - number) * 0.002
 
 
 def test_a_burst_waits_and_one_more_is_an_overload(clock: Clock) -> None:
@@ -187,7 +202,7 @@ class Simulation:
             else:
                 for began_s in computed:
                     self.load.end(0.001)
-                    self.load.learn(0.001, self.clock.now_s, 0.0)
+                    self.load.learn(0.001, self.clock.now_s, 0.0, self.clock.now_s)
                     self.times_s.append(self.clock.now_s - began_s)
                     heapq.heappush(events, (self.clock.now_s + 0.0002, next(order), None))
                 computed = []
