@@ -23,6 +23,7 @@ COMMANDS = {
     "calibrate": "calibrate certified sets and decisions, as `python -m models calibrate`",
     "evaluate": "measure and attack an artefact, as `python -m models evaluate`",
     "convert": "write an artefact in float32, as `python -m models convert`",
+    "seeds": "state the spread over seeds in a card, as `python -m models seeds`",
 }
 
 
@@ -50,7 +51,7 @@ def _run(command: str, arguments: list[str]) -> int:
         from service.certificate.__main__ import main as certify
 
         return certify(arguments, "lipcert certify")
-    if command in ("train", "calibrate", "evaluate", "convert"):
+    if command in ("train", "calibrate", "evaluate", "convert", "seeds"):
         from models.__main__ import main as models
 
         return models([command, *arguments], "lipcert")

@@ -72,6 +72,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     _describe_evaluate(commands.add_parser("evaluate", help=evaluate, description=evaluate, allow_abbrev=False))
     convert = "Write an artefact in float32, its dense layers in blocks; compare radii and time with the original."
     _describe_convert(commands.add_parser("convert", help=convert, description=convert, allow_abbrev=False))
+    seeds = "Write the figures of trainings with other seeds to the card of an artefact; print their spread."
+    _describe_seeds(commands.add_parser("seeds", help=seeds, description=seeds, allow_abbrev=False))
     return parser
 
 
@@ -243,6 +245,18 @@ def _describe_convert(convert: argparse.ArgumentParser) -> None:
     convert.set_defaults(run=_convert)
 
 
+def _describe_seeds(seeds: argparse.ArgumentParser) -> None:
+    seeds.add_argument("artefact", type=Path, metavar="ARTEFACT", help="folder of the model")
+    seeds.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="folder of an artefact of the same recipe, trained with another --seed",
+    )
+    seeds.set_defaults(run=_seeds, data=None)
+
+
 def _add_blocks(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--blocks",
@@ -252,8 +266,8 @@ def _add_blocks(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _missing(artefact: Path, data: Path) -> str | None:
-    return missing_artefact(artefact) or missing_images(data, dataset_of(artefact))
+def _missing(artefact: Path, data: Path | None) -> str | None:
+    return missing_artefact(artefact) or (data and missing_images(data, dataset_of(artefact)))
 
 
 def _duration(text: str) -> float:
@@ -412,6 +426,21 @@ def _convert(chosen: argparse.Namespace) -> int:
     try:
         table = convert(chosen.artefact, chosen.data, chosen.out, chosen.blocks or DEFAULT_BLOCK)
     except (ArtefactError, DataError, EvaluationError) as error:
+        return _failed(error)
+    sys.stdout.write(f"{table}\n")
+    return 0
+
+
+def _seeds(chosen: argparse.Namespace) -> int:
+    if fault := next(filter(None, map(missing_artefact, chosen.runs)), None):
+        return _failed(fault)
+    from models.evaluation.images import EvaluationError
+    from models.evaluation.seeds import add_seeds
+    from service.artefact.card import ArtefactError
+
+    try:
+        table = add_seeds(chosen.artefact, chosen.runs)
+    except (ArtefactError, EvaluationError) as error:
         return _failed(error)
     sys.stdout.write(f"{table}\n")
     return 0

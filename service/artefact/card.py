@@ -63,6 +63,17 @@ class CertifiedAccuracy(_Contract):
     n: PositiveInt
 
 
+class SeedRun(_Contract):
+    """Figures of another training of the same recipe on the same images, which differs in its seed alone."""
+
+    seed: int
+    model: Digest
+    """Of its `model.onnx`, which is not kept."""
+    code_version: str | None = None
+    accuracy: Share
+    certified_accuracy: list[CertifiedAccuracy]
+
+
 class Origin(_Contract):
     """ONNX file that `model.onnx` was imported from."""
 
@@ -143,6 +154,8 @@ class Card(_Contract):
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Recipe of the training, in full."""
     seed: int | None = None
+    seeds: list[SeedRun] = Field(default_factory=list)
+    """The spread of the figures: the same recipe with other seeds. None of them was chosen for its figures."""
     code_version: str | None = None
     """Commit of the code that trained it."""
     novelty_model: str | None = Field(default=None, min_length=1)
