@@ -401,7 +401,7 @@ class ModelAnswer(ModelSummary):
     samples: list[ClassLabel]
     """True class of each image `GET /models/{name}/samples/{n}`, n from 0; empty where the artefact has no samples."""
     rejected: str | None
-    """Why the newer version in the folder of models is not served; null where there is none."""
+    """Why the newer version in the folder of models is not served; null without one."""
 
 
 class LiveAnswer(_Answer):

@@ -68,7 +68,7 @@ class SeedRun(_Contract):
 
     seed: int
     model: Digest
-    """Of its `model.onnx`, which is not kept."""
+    """Of its `model.onnx`."""
     code_version: str | None = None
     accuracy: Share
     certified_accuracy: list[CertifiedAccuracy]
@@ -155,7 +155,7 @@ class Card(_Contract):
     """Recipe of the training, in full."""
     seed: int | None = None
     seeds: list[SeedRun] = Field(default_factory=list)
-    """The spread of the figures: the same recipe with other seeds. None of them was chosen for its figures."""
+    """The spread of the figures: trainings of the same recipe with other seeds."""
     code_version: str | None = None
     """Commit of the code that trained it."""
     novelty_model: str | None = Field(default=None, min_length=1)

@@ -326,7 +326,7 @@ class CalibrationError(InputError):
 
 
 class NoveltyError(InputError):
-    """The option `novelty` needs a novelty model, and the model has none that is served."""
+    """The option `novelty` needs a novelty model, and that of the model is not served."""
 
     def __init__(self, name: str, named: str | None) -> None:
         super().__init__(

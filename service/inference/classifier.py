@@ -384,7 +384,7 @@ def with_references(
         model: the view that gave the answers.
         image_NCHW: the images, pixels in [0, 1].
         predictions: one for each image.
-        epsilons: radius that is wanted for each image; null for none.
+        epsilons: radius that is wanted for each image, or null.
         largest: whether the search for an image goes on for the largest radius when that is reached.
     """
     if not predictions:

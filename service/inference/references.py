@@ -100,7 +100,7 @@ def find_references(
         image_NCHW: pixels in [0, 1].
         class_id_N: predicted classes.
         logits_NK: as computed; an image with a radius of 0 has no reference images.
-        epsilon_N: radii that are wanted, 0 for none: the search takes more steps where little is missing.
+        epsilon_N: radii that are wanted, or 0: the search takes more steps where little is missing.
         largest_N: whether the search goes on for the largest radius when epsilon is reached.
     """
     search = _Search(model, image_NCHW, class_id_N, logits_NK, epsilon_N)

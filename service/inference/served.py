@@ -10,7 +10,7 @@ from service.inference.classifier import Classifier
 
 
 def resolved(name: str, served: Iterable[str]) -> str | None:
-    """Return the served version that the name of a model or of a version means: of a model the highest; null for none.
+    """Return the served version that the name of a model or of a version means, of a model the highest, or null.
 
     Args:
         name: no alias.

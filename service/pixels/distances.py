@@ -1,6 +1,6 @@
 """L2 distances between images, compared with radii in exact rational arithmetic.
 
-A rounded distance may find a counterexample where there is none. Images are float64 arrays of one shape, pixels in
+A rounded distance may find a counterexample that is not there. Images are float64 arrays of one shape, pixels in
 [0, 1]; radii and distances are in the same unit.
 """
 

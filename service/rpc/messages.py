@@ -33,7 +33,7 @@ _CONTENTS = {
     "BOOL": "bool_contents",
     "BYTES": "bytes_contents",
 }
-"""Fields of InferTensorContents by datatype; FP16 has none."""
+"""Fields of InferTensorContents by datatype; FP16 is not among them."""
 _Parameters: TypeAlias = Mapping[str, protocol.InferParameter]
 
 

@@ -89,7 +89,7 @@ def constant_added(view: View, constant: Array, sign: float) -> ProductSum | Non
 
 
 def sum_of_products(left: View, right: View, sign: float) -> ProductSum | None:
-    """Return `x + sign y` as one sum of matrix products; null where x or y is none as it stands, or it is too large.
+    """Return `x + sign y` as one sum of matrix products; null where x or y is no such sum, or it is too large.
 
     Args:
         left: x.

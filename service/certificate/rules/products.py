@@ -105,7 +105,7 @@ def composed_sum(context: Context, left: View, right: View, sign: float) -> floa
 
 
 def _slope(context: Context, whole: Composition) -> float:
-    """Return the Lipschitz constant of the function on the range of its base; infinity where there is none."""
+    """Return the Lipschitz constant of the function on the range of its base; infinity without one."""
     return formulas.slope_bound(whole.formula, *_range(context, whole.base))
 
 

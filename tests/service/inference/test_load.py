@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.inference import admission
-from service.inference.admission import Limits, Load, retry_after_s
+from service.inference import admission, load
+from service.inference.admission import Limits, retry_after_s
+from service.inference.load import Load
 
 BURST = 80
 
@@ -28,6 +29,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(admission, "time", clock)
+    monkeypatch.setattr(load, "time", clock)
     return clock
 
 
