@@ -7,8 +7,10 @@ would be in nobody's count, and would take the open files of the process.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 from asyncio.sslproto import SSLProtocol
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.utils import get_remote_addr
@@ -27,17 +29,17 @@ class Handshake(SSLProtocol):
             tls: context of the server.
             options: for the connection, from uvicorn.
         """
-        self.connection = connection = connections(**options)
+        self.registry = connections.registry
         self._wire: asyncio.Transport | None = None
         self.address: str | None = None
         self.silent_ticks = 0
         super().__init__(  # type: ignore[call-arg]
-            connection.loop,
-            _Opening(self),
+            asyncio.get_running_loop(),
+            _Opening(self, functools.partial(connections, **options)),
             tls,
             None,  # type: ignore[arg-type]
             server_side=True,
-            ssl_handshake_timeout=connection.limits.head_s,  # type: ignore[arg-type]
+            ssl_handshake_timeout=connections.limits.head_s,  # type: ignore[arg-type]
         )
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -45,7 +47,7 @@ class Handshake(SSLProtocol):
         self._wire = transport
         client = get_remote_addr(transport)
         self.address = client[0] if client else None
-        place = self.connection.registry.enter(self, self.connection.loop)
+        place = self.registry.enter(self, asyncio.get_running_loop())
         super().connection_made(transport)
         if place is False:
             # An answer that the client can read would take a handshake.
@@ -53,8 +55,12 @@ class Handshake(SSLProtocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Leave the place."""
-        self.connection.registry.leave(self)
+        self.registry.leave(self)
         super().connection_lost(exc)
+        # Garbage is rarely collected: the frames of a failed handshake hold its error, and this object and its 256 KiB.
+        self._wire = None
+        if exc is not None:
+            exc.__traceback__ = None
 
     def tick(self) -> None:
         """Count the silence; the handshake has a deadline."""
@@ -67,13 +73,14 @@ class Handshake(SSLProtocol):
 
 
 class _Opening(asyncio.Protocol):
-    """Makes place for the connection when the handshake is over."""
+    """Makes the connection, and place for it, when the handshake is over."""
 
-    def __init__(self, handshake: Handshake) -> None:
+    def __init__(self, handshake: Handshake, make: Callable[[], Connection]) -> None:
         self._handshake = handshake
+        self._make = make
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        connection = self._handshake.connection
-        connection.registry.leave(self._handshake)
+        connection = self._make()
+        self._handshake.registry.leave(self._handshake)
         transport.set_protocol(connection)
         connection.connection_made(transport)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import sys
 import threading
@@ -143,9 +144,7 @@ class Admission:
             raise OverloadedError(*refusal)
         self._requests += 1
         self._places.add(place)
-        holder = self._clients.get(place.client)
-        if holder is None:
-            holder = self._clients[place.client] = Client()
+        holder = self._clients.setdefault(place.client, Client())
         holder.requests += 1
         place.holder = holder
 
@@ -252,8 +251,8 @@ class Place:
         self._timer.cancel()
         # Another cancellation, from outside, goes on.
         is_over = self._reason is not None and self._task.uncancel() == 0 and kind is asyncio.CancelledError
-        # Garbage is rarely collected: the task holds its error, which holds this frame.
-        del self._task
+        # Garbage is rarely collected: the task holds its error, which holds this frame, and the timer this place.
+        del self._task, self._timer
         if is_over and self._reason is not None:
             raise self._reason() from None
 
@@ -309,7 +308,7 @@ class Place:
         elapsed_s = time.monotonic() - self._entered_s
         rate = self.admission.limits.min_rate
         if elapsed_s >= self.deadline_s:
-            self.stop(lambda: DeadlineError(self.deadline_s))
+            self.stop(functools.partial(DeadlineError, self.deadline_s))
         elif self._load is None and self._received < rate * elapsed_s:
             cure = "send it faster (the operator can lower LIPCERT_MIN_RATE)"
             self.stop(lambda: TooSlowError(f"the body arrives at less than {rate:g} bytes per second; {cure}"))

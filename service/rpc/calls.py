@@ -131,7 +131,7 @@ class Calls:
         try:
             response = await self._ask(asked := await self._read(method, context), context)
             if response.headers["content-type"] == MEDIA_TYPE:
-                await _abort(context, response)
+                _refuse(context, response)
             else:
                 length = response.headers.get(JSON_LENGTH.lower())
                 found = Answer(response.content, None if length is None else int(length), asked.is_typed)
@@ -140,7 +140,7 @@ class Calls:
         except LipcertError as error:
             response = _refused(error)
             self._service.metrics.refusals_of(reason_of(response.content, response.status)).inc()
-            await _abort(context, response)
+            _refuse(context, response)
         finally:
             self.in_progress -= 1
 
@@ -221,14 +221,19 @@ def _refused(error: LipcertError) -> Response:
     return response
 
 
-async def _abort(context: Context, response: Response) -> None:
-    """End a call with the status of a problem document."""
+def _refuse(context: Context, response: Response) -> None:
+    """Set the status of a problem document, for the end of the call.
+
+    `Context.abort` would leave the call, its message and its error in a cycle: garbage, which is rarely collected.
+    """
     problem = json.loads(response.content)
     code = _REASONS.get(reason_of(response.content, response.status))
     detail: str = problem["detail"]
     while len(quote(detail)) > _MOST_DETAIL:
         detail = f"{detail[: len(detail) // 2]}..."
-    await context.abort(code or _CODES.get(response.status, grpc.StatusCode.UNKNOWN), detail, _trailers_of(response))
+    context.set_code(code or _CODES.get(response.status, grpc.StatusCode.UNKNOWN))
+    context.set_details(detail)
+    context.set_trailing_metadata(_trailers_of(response))
 
 
 def _trailers_of(response: Response) -> tuple[tuple[str, str], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Literal
 
 import certificates
 import pytest
+from garbage import count, uncollected
 from live_server import PATIENCE_S, LiveServer, parse_answers, read_all
 from process_table import wait_until
 
 from service.access.certificate import Certificate
+from service.connection.handshake import Handshake
 from service.connection.limits import ConnectionLimits
+from service.connection.protocol import Connection
 
 CLIENT = ssl.create_default_context(cadata=certificates.FIRST)
 GET = b"GET /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
@@ -119,3 +123,27 @@ def test_what_is_no_tls_and_clients_that_leave_free_their_places(server: LiveSer
             client.shutdown(socket.SHUT_WR)
             assert ended(client)
     wait_until(lambda: server.open_connections == 0)
+
+
+def test_connections_leave_no_garbage(server: LiveServer) -> None:
+    untrusting = ssl.create_default_context()
+    reset = struct.pack("ii", 1, 0)
+    with uncollected():
+        before = count(Handshake, Connection, ssl.SSLObject)
+        for _ in range(3):
+            # No TLS, a client that leaves, one that refuses the certificate, and an answer.
+            for sent in (GET, b"", b"\x16\x03\x01"):
+                with server.connect() as client:
+                    client.sendall(sent)
+                    client.shutdown(socket.SHUT_WR)
+                    assert ended(client)
+            with server.connect() as wire, pytest.raises(ssl.SSLCertVerificationError):
+                untrusting.wrap_socket(wire, server_hostname="localhost")
+            assert b'"path": "/a"' in exchange(server, GET, 100)
+            # A connection that is reset in the middle of a request.
+            with CLIENT.wrap_socket(server.connect(), server_hostname="localhost") as client:
+                client.sendall(b"POST /b HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1")
+                wait_until(lambda: server.open_connections == 1)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        wait_until(lambda: server.open_connections == 0)
+        wait_until(lambda: count(Handshake, Connection, ssl.SSLObject) <= before)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import uvloop
+from garbage import count, uncollected
 
 from service.errors import BusyError, DeadlineError, NotAnImageError, OverloadedError, TooSlowError
 from service.inference import admission as admission_module
-from service.inference.admission import Admission, Limits, stopping
+from service.inference.admission import Admission, Limits, Place, stopping
 
 LONG_S = 60.0
 """Longer than any test takes."""
@@ -262,3 +263,16 @@ def test_a_body_given_up_leaves_memory() -> None:
         run(test)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("deadline_s", [0.0, 0.01, LONG_S])
+@pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_place_that_was_left_is_no_garbage(factory: Callable[[], Any], deadline_s: float) -> None:
+    async def late() -> None:
+        with contextlib.suppress(DeadlineError):
+            await within(Admission(Limits()), asyncio.sleep(0.05), deadline_s)
+
+    with uncollected(), asyncio.Runner(loop_factory=factory) as runner:
+        before = count(Place)
+        runner.run(late())
+        assert count(Place) == before

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import io
 import struct
 import zlib
 from fractions import Fraction
 from math import floor
+from typing import Literal
 
 import numpy as np
 import pytest
 from encoding import encode, npy
+from garbage import uncollected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -566,6 +569,7 @@ def header_of(shape: str, descr: str = "<f8") -> bytes:
         header_of("(0, 4, 5)"),
         header_of("(True, 4, 5)"),
         header_of("(1, 4, 5", "<f8"),
+        header_of("(" + "1, " * 70 + "4, 5)"),
         header_of("(" * 3000 + ")" * 3000),
         header_of("(1, 4, 5)", "<q9"),
         b"\x93NUMPY\x09\x00",
@@ -575,6 +579,24 @@ def header_of(shape: str, descr: str = "<f8") -> bytes:
 def test_a_header_that_lies_is_refused_before_anything_is_allocated(header: bytes) -> None:
     with pytest.raises(ArrayError):
         decode_array(header + bytes(160), SHAPE, LIMIT)
+
+
+@pytest.mark.parametrize("lengths", ["(1, 4, 5,)", "(4,5)", "(0x1, 4, 5)"])
+def test_a_header_of_another_writer_is_read(lengths: str) -> None:
+    text = f'{{"shape": {lengths}, "fortran_order": False, "descr": "<f8"}}\n'.encode()
+    values = np.random.default_rng(5).random(SHAPE)
+    for header in (b"\x01\x00" + struct.pack("<H", len(text)), b"\x02\x00" + struct.pack("<I", len(text))):
+        assert np.array_equal(decode_array(b"\x93NUMPY" + header + text + values.tobytes(), SHAPE, LIMIT), values)
+
+
+@pytest.mark.parametrize("dtype", ["|u1", "<f2", "<f4", "<f8", ">f4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_array_leaves_no_garbage(dtype: str, order: Literal["C", "F"]) -> None:
+    files = [npy(np.zeros(shape, dtype, order)) for shape in ((4, 5), (1, 4, 5), (99, 100, 1))]
+    with uncollected():
+        for file in files:
+            decode_array(file, SHAPE, LIMIT)
+        assert gc.collect() == 0
 
 
 @pytest.mark.parametrize("change", [-1, 1])

@@ -12,6 +12,8 @@ import grpc
 import numpy as np
 import pytest
 from client import HEIGHT, LIMITS, WIDTH, Client
+from garbage import count, uncollected
+from process_table import wait_until
 from rpc_server import Caller, LiveRpcServer, infer_request
 from starlette.requests import ClientDisconnect
 
@@ -20,8 +22,8 @@ from service.api.app import create_app
 from service.api.predict import ABANDON
 from service.inference.classifier import Classifier
 from service.rpc import open_inference_pb2 as protocol
-from service.rpc.calls import Gate
-from service.rpc.messages import SERVICE
+from service.rpc.calls import Gate, Response
+from service.rpc.messages import SERVICE, Ask
 from service.settings import Settings
 
 SHAPE = (1, 1, HEIGHT, WIDTH)
@@ -125,6 +127,14 @@ def test_a_call_that_cannot_be_answered_is_told_why(caller: Caller, kind: str) -
     error = caller.refusal("ModelInfer", message)
     assert (error.code(), words in error.details()) == (code, True), error.details()
     assert caller.ask("ModelInfer", request()).model_name == "grey"
+
+
+def test_a_call_that_is_refused_is_no_garbage(caller: Caller) -> None:
+    with uncollected():
+        before = count(Ask, Response)
+        for _ in range(3):
+            caller.refusal("ModelInfer", request(model="none"))
+        wait_until(lambda: count(Ask, Response) <= before)
 
 
 def test_the_sentence_is_that_of_rest(caller: Caller, client: Client) -> None:
