@@ -132,7 +132,7 @@ def _read_npy(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, 
 
 
 def _header_of(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Return what `read_header` returns, and the offset of the values.
+    """Return the result of `read_header`, and the offset of the values.
 
     numpy parses a literal, which leaves functions in cycles: 1 KiB a request until garbage is collected, which is rare.
     """
