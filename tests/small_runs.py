@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -59,6 +60,14 @@ def interrupt_after(run: Run, steps: int, how: str) -> Run:
         return run.objective(network, logits, labels)
 
     return replace(run, objective=objective)
+
+
+def signal_caller(number: signal.Signals) -> None:
+    """Send a signal to the process that has called this one."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    assert caller.pid is not None
+    os.kill(caller.pid, number)
 
 
 def assert_equal_networks(one: LipschitzNetwork, other: LipschitzNetwork) -> None:

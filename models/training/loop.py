@@ -104,11 +104,12 @@ def fabric_for(run: Run, devices: int = 1, nodes: Nodes = ALONE) -> Fabric:
         nodes: that train together.
     """
     alone = devices == nodes.count == 1
+    timeout = timedelta(seconds=nodes.timeout_s)
     return Fabric(
         accelerator=run.device.type,
         devices=devices,
         num_nodes=nodes.count,
-        strategy="auto" if alone else DDPStrategy(start_method="spawn", timeout=timedelta(seconds=nodes.timeout_s)),
+        strategy="auto" if alone else DDPStrategy(start_method="forkserver", timeout=timeout),
         precision=run.schedule.precision,
         # Otherwise the variables of a batch system would decide the number of processes.
         plugins=[_Place(nodes)],

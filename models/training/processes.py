@@ -47,8 +47,6 @@ class _Job:
     threads: int | None
     nodes: Nodes
     log_level: int
-    caller: int
-    """Process id."""
 
 
 def fit_on(
@@ -80,7 +78,7 @@ def fit_on(
         raise TrainingError(f"--devices {devices}: torch sees {torch.cuda.device_count()} CUDA devices")
     if devices == nodes.count == 1:
         return fit(network, run, resume=resume)
-    job = _Job(network.cpu(), run, resume, threads, nodes, logging.getLogger().level, os.getpid())
+    job = _Job(network.cpu(), run, resume, threads, nodes, logging.getLogger().level)
     # On one machine the loopback, whatever its name resolves to.
     interface = "lo" if nodes.count == 1 else interface_towards(nodes.address)
     if sys.platform == "linux" and interface is not None:
@@ -135,6 +133,8 @@ def _launch(fabric: Fabric, job: bytes, folder: Path) -> ProcessException | None
     """Run the processes to their end, from a thread that takes no signals; they inherit its signal mask."""
     # The resource tracker unblocks signals when it starts, with the first process at the latest.
     resource_tracker.ensure_running()
+    # The processes are forks of one that has loaded torch, once for all of them.
+    multiprocessing.set_forkserver_preload([__name__])
     # Fabric leaves its port in the environment; the next training would find that port in use.
     port = os.environ.get("MASTER_PORT")
     try:
@@ -162,7 +162,8 @@ def _train_in_process(fabric: Fabric, job: bytes, folder: Path) -> None:
         torch.set_num_threads(given.threads)
 
     def stop_requested() -> bool:
-        return (folder / "stop").exists() or os.getppid() != given.caller
+        caller = multiprocessing.parent_process()
+        return (folder / "stop").exists() or caller is None or not caller.is_alive()
 
     outcome: Trained | Exception
     try:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from bright_bars import bars
 from lightning_fabric import Fabric
-from small_runs import LOSS, assert_equal_networks, small_network
+from small_runs import LOSS, assert_equal_networks, signal_caller, small_network
 
 from models.nets.networks import LipschitzNetwork
 from models.recipes import Augment, Schedule
@@ -44,7 +44,7 @@ def interrupted(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.T
     global steps_begun
     steps_begun += 1
     if steps_begun == STEPS + 2 and torch.distributed.get_rank() == 1:
-        os.kill(os.getppid(), signal.SIGTERM)
+        signal_caller(signal.SIGTERM)
         time.sleep(0.5)
     return objective_of(LOSS)(network, logits, labels)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bright_bars import bars
+from small_runs import signal_caller
 
 from models.nets.networks import LipschitzNetwork, dense_network
 from models.recipes import Augment, Schedule
@@ -64,7 +65,7 @@ def interrupted(network: LipschitzNetwork, logits: torch.Tensor, labels: torch.T
     if steps_begun == STEPS + 2 and torch.distributed.get_rank() == 0:
         # Ctrl-C signals the whole process group.
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getppid(), signal.SIGINT)
+        signal_caller(signal.SIGINT)
         time.sleep(0.5)
     return all_at_once(network, logits, labels)
 
