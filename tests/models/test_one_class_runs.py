@@ -69,6 +69,7 @@ def test_the_page_of_the_training_has_the_novelty(artefact: Path) -> None:
     assert "uniform noise" in page
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_an_evaluation_writes_the_novelty_to_card_and_report(artefact: Path, folder: Path) -> None:
     text = run(
         *("evaluate", str(artefact), "--data", str(folder), "--no-attacks", "--novel", str(folder / "high")),

@@ -98,6 +98,7 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return made
 
 
+@pytest.mark.usefixtures("without_drawing")
 @pytest.mark.parametrize(
     ("run", "count"),
     # A verification runs both graphs, and so does a classifier; the exporter compares both, measures the model, and

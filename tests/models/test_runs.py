@@ -210,6 +210,7 @@ def test_only_the_first_node_exports(folder: Path, tmp_path: Path, monkeypatch: 
     assert (code, "--budget is timed on one machine" in text) == (1, True)
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_artefact_of_a_folder_is_evaluated_on_the_held_out_images(
     folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,14 +246,14 @@ def test_artefact_is_converted_to_float32_and_compared_with_the_original(
     folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "ROUNDS", 2)
-    arguments = ["--data", str(folder), "--out", str(tmp_path), "--precision", "float32", "--blocks", "8"]
+    arguments = ["--data", str(folder), "--out", str(tmp_path), "--precision", "float32", "--blocks", "64"]
     result = run_command(main, ["convert", str(out / "small"), *arguments])
     assert result.exit_code == 0, result.output
     before, after = read_card(out / "small"), read_card(tmp_path / "small-float32")
     *_, row = result.output.strip().splitlines()
-    assert row.startswith(f"| `small` | {after.certified_accuracy[0].n} | 8 | ")
+    assert row.startswith(f"| `small` | {after.certified_accuracy[0].n} | 64 | ")
     assert (after.name, after.attacks, after.evaluation) == ("small-float32", [], None)
-    assert after.recipe["export"] == {"precision": "float32", "blocks": 8}
+    assert after.recipe["export"] == {"precision": "float32", "blocks": 64}
     for one, other in zip(before.certified_accuracy, after.certified_accuracy, strict=True):
         assert one.value - 0.1 <= other.value <= one.value
     served = Classifier.load(tmp_path / "small-float32", "cpu", 1)
@@ -263,14 +264,14 @@ def test_artefact_is_converted_to_float32_and_compared_with_the_original(
 
 
 def test_artefact_is_exported_in_float32_by_its_training(folder: Path, tmp_path: Path) -> None:
-    code, text = train(folder, tmp_path, "schedule.epochs=1", options=("--precision", "float32", "--blocks", "8"))
+    code, text = train(folder, tmp_path, "schedule.epochs=1", options=("--precision", "float32", "--blocks", "64"))
     assert code == 0, text
-    assert read_card(tmp_path / "small").recipe["export"] == {"precision": "float32", "blocks": 8}
+    assert read_card(tmp_path / "small").recipe["export"] == {"precision": "float32", "blocks": 64}
     assert Classifier.load(tmp_path / "small", "cpu", 1).certificate.precision == "float32"
 
 
 def test_options_that_say_nothing_about_the_artefact_are_refused(folder: Path, tmp_path: Path) -> None:
-    code, text = train(folder, tmp_path, options=("--blocks", "8"))
+    code, text = train(folder, tmp_path, options=("--blocks", "64"))
     assert (code, "--blocks is an option of --precision float32" in text) == (1, True)
     result = run_command(main, ["train", "two-moons", "--out", str(tmp_path), "--precision", "float32"])
     assert (result.exit_code, "a toy problem" in result.output) == (1, True)

@@ -53,7 +53,9 @@ def write_digit_classifier(folder: Path, graphs: Graphs) -> None:
 
 
 @pytest.fixture
-def artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An artefact whose evaluation draws its figures."""
+
     def load(options: DataOptions, directory: Path, *, test_only: bool) -> DataSet:
         assert options.classes is not None
         return DataSet(digits(1), digits(12), options.classes, {"name": "MNIST"})
@@ -64,9 +66,15 @@ def artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "small"
 
 
-def test_evaluation_writes_report_and_card(artefact: Path) -> None:
-    text = evaluate(artefact, Path("unused"), n_attack=4, provider="cpu")
-    card = read_card(artefact)
+@pytest.fixture
+def artefact(drawn: Path, without_drawing: None) -> Path:
+    """An artefact whose evaluation draws nothing."""
+    return drawn
+
+
+def test_evaluation_writes_report_and_card(drawn: Path) -> None:
+    text = evaluate(drawn, Path("unused"), n_attack=4, provider="cpu")
+    card = read_card(drawn)
     assert card.evaluation is not None
     assert card.accuracy == card.evaluation["accuracy"]
     assert [entry.epsilon for entry in card.certified_accuracy] == EPSILONS
@@ -81,7 +89,7 @@ def test_evaluation_writes_report_and_card(artefact: Path) -> None:
     assert card.evaluation["counterfactuals"]["nearer_than_radius"] == 0
     assert card.evaluation["counterfactuals"]["nearer_than_radius_with_references"] == 0
     assert card.evaluation["counterfactuals"]["other_class_when_posted_back"] == 0
-    report = artefact / "report"
+    report = drawn / "report"
     assert json.loads((report / "evaluation.json").read_text())["n"] == 12
     assert (report / "evaluation.md").read_text() == text
     assert not (report / ".partial").exists()

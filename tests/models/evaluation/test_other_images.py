@@ -50,7 +50,7 @@ def other(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def artefact(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def artefact(tmp_path: Path, data: Path, without_drawing: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(attacks, "ATTACKS", {"DeepFool": {"steps": 5}, "PGD": attacks.ATTACKS["PGD"] | {"steps": 3}})
     graphs = random_groupsort(0)
     options = DataOptions(dataset="image-folder", classes=LABELS, image_size=4, channels=1)
