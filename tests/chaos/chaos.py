@@ -130,7 +130,9 @@ async def served() -> AsyncIterator[Server]:
         yield server
 
 
-async def run(server: Server, n_clients: int, seed: int, seconds: float = 0.0, *, each_once: bool = False) -> Report:
+async def run(
+    server: Server, n_clients: int, seed: int, seconds: float = 0.0, *, pause_s: float = 0.0, each_once: bool = False
+) -> Report:
     """Disturb a server and return the report; the server is stopped at the end.
 
     Args:
@@ -138,6 +140,7 @@ async def run(server: Server, n_clients: int, seed: int, seconds: float = 0.0, *
         n_clients: that are there all the time.
         seed: of the choices.
         seconds: in which disturbances begin.
+        pause_s: of each client after an answer.
         each_once: whether each short disturbance comes once, side by side, instead of as many as fit.
     """
     exchanges, expected = await expectations(server)
@@ -147,7 +150,7 @@ async def run(server: Server, n_clients: int, seed: int, seconds: float = 0.0, *
     body = next(exchange for exchange in exchanges if exchange.name == "png-0")
     disturbances = Disturbances(server.target, clients, judge, body, seed)
     start_s = time.monotonic()
-    clients.start(n_clients)
+    clients.start(n_clients, pause_s)
     if each_once:
         await _each_once(disturbances, report, seed)
     else:

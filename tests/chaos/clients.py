@@ -36,9 +36,9 @@ class Clients:
         self.is_stopping = False
         """Whether the server was told to stop: it need not take connections any more."""
 
-    def start(self, count: int) -> list[asyncio.Task[None]]:
-        """Start clients and return their tasks; one that is cancelled cuts its connection."""
-        tasks = [asyncio.create_task(self._run()) for _ in range(count)]
+    def start(self, count: int, pause_s: float = 0.0) -> list[asyncio.Task[None]]:
+        """Start clients that pause after each answer; return their tasks. One that is cancelled cuts its connection."""
+        tasks = [asyncio.create_task(self._run(pause_s)) for _ in range(count)]
         self._tasks.update(tasks)
         return tasks
 
@@ -48,11 +48,11 @@ class Clients:
         async with asyncio.timeout(2 * PATIENCE_S):
             await asyncio.gather(*self._tasks)
 
-    async def _run(self) -> None:
+    async def _run(self, pause_s: float) -> None:
         with contextlib.suppress(asyncio.CancelledError):
-            await self._go_on()
+            await self._go_on(pause_s)
 
-    async def _go_on(self) -> None:
+    async def _go_on(self, pause_s: float) -> None:
         while not self._ends:
             # Before: the server may have accepted the connection long before this client hears of it.
             opened_s = time.monotonic()
@@ -67,13 +67,15 @@ class Clients:
                 self._judge.samples.append(f"no connection: {error!r}")
                 continue
             try:
-                await self._use(reader, writer, opened_s)
+                await self._use(reader, writer, opened_s, pause_s)
             finally:
                 writer.close()
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
 
-    async def _use(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, opened_s: float) -> None:
+    async def _use(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, opened_s: float, pause_s: float
+    ) -> None:
         port = writer.get_extra_info("sockname")[1]
         while not self._ends:
             (exchange,) = self._random.choices(self._exchanges, self._weights)
@@ -94,14 +96,10 @@ class Clients:
                 self._judge.lost(exchange, port, opened_s, f"{error!r} after {time.monotonic() - start_s:.2f} s")
                 return
             self._judge.answered(exchange, answer, start_s, time.monotonic())
-            await self._after(answer)
+            # As a client does that was refused.
+            await asyncio.sleep(0.05 if answer.status in (429, 503) else pause_s)
             if answer.closes or self._random.random() > _KEPT:
                 return
-
-    async def _after(self, answer: Answer) -> None:
-        """Pause as a client does that was refused."""
-        if answer.status in (429, 503):
-            await asyncio.sleep(0.05)
 
     async def _send(self, exchange: Exchange, writer: asyncio.StreamWriter, is_slow: bool) -> None:
         if not is_slow:

@@ -190,13 +190,14 @@ def _free_ports(count: int) -> list[int]:
         return [listener.getsockname()[1] for listener in listeners]
 
 
-async def run(seconds: float, n_clients: int, restarts: int = 0) -> Report:
+async def run(seconds: float, n_clients: int, restarts: int = 0, pause_s: float = 0.0) -> Report:
     """Restart the replicas in turn under load and return the report.
 
     Args:
         seconds: in which restarts begin.
         n_clients: each with a kept connection.
         restarts: number of them at which to end before; 0 sets no limit.
+        pause_s: of each client after an answer.
     """
     report = Report()
     async with balanced() as (port, replicas):
@@ -207,7 +208,7 @@ async def run(seconds: float, n_clients: int, restarts: int = 0) -> Report:
         ends = asyncio.Event()
         start_s = time.monotonic()
         clients = [
-            asyncio.create_task(_client(port, asked, expected, random.Random(n), ends, report))
+            asyncio.create_task(_client(port, asked, expected, random.Random(n), pause_s, ends, report))
             for n in range(n_clients)
         ]
         while time.monotonic() - start_s < seconds and not (restarts and sum(report.by_replica.values()) >= restarts):
@@ -231,6 +232,7 @@ async def _client(
     asked: Sequence[Exchange],
     expected: dict[str, Answer],
     chosen: random.Random,
+    pause_s: float,
     ends: asyncio.Event,
     report: Report,
 ) -> None:
@@ -249,6 +251,7 @@ async def _client(
                         await asyncio.sleep(0.05)
                     else:
                         report.latencies_s.append(time.monotonic() - start_s)
+                        await asyncio.sleep(pause_s)
                     if answer.closes:
                         break
         except (OSError, EOFError, ValueError, TimeoutError) as error:

@@ -26,7 +26,7 @@ def exchange(name: str = "png") -> Exchange:
 def test_a_server_that_is_disturbed_gives_no_wrong_answer_and_loses_none() -> None:
     async def short() -> None:
         async with served() as server:
-            report = await run(server, n_clients=8, seed=1, each_once=True)
+            report = await run(server, n_clients=8, seed=1, pause_s=0.05, each_once=True)
             assert report.is_well, "\n".join([*report.lines(), server.log])
             assert report.judge.counts["right"] > 1000
             assert report.judge.refused["artefact-changed"]
