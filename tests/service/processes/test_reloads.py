@@ -65,6 +65,12 @@ class Server(ServerProcess):
         self.port = int(found[1])
         # Each takes the handler of SIGHUP before it starts up.
         self.processes = processes
+        self.seen = ""
+
+    @property
+    def new_log(self) -> str:
+        """The log since the test began."""
+        return self.log[len(self.seen) :]
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -78,15 +84,20 @@ class Server(ServerProcess):
     def hang_up(self) -> None:
         self.process.send_signal(signal.SIGHUP)
 
-    def names(self) -> set[frozenset[str]]:
-        """The names that the processes list, of a dozen connections."""
-        return {
-            frozenset(model["name"] for model in self.ask("GET", "/models")[1]["models"])
-            for _ in range(5 * self.processes)
-        }
+    def all_see(self, path: str, sees: Callable[[int, Any], bool]) -> bool:
+        """Return whether the answer to each of several connections, status and document, is such; the first decides."""
+        return all(sees(*self.ask("GET", path)) for _ in range(5 * self.processes))
 
-    def digests(self, name: str) -> set[str]:
-        return {self.ask("GET", f"/models/{name}")[1].get("digest") for _ in range(5 * self.processes)}
+    def list_only(self, *names: str) -> bool:
+        """Return whether these are the names that all processes list."""
+        return self.all_see("/models", lambda _, found: {model["name"] for model in found["models"]} == set(names))
+
+    def serve(self, name: str, digest: str) -> bool:
+        """Return whether this is the version in all processes."""
+        return self.all_see(f"/models/{name}", lambda _, found: found.get("digest") == digest)
+
+    def digest(self, name: str) -> str:
+        return self.ask("GET", f"/models/{name}")[1]["digest"]
 
 
 def write(folder: Path, seed: int, name: str) -> str:
@@ -122,6 +133,29 @@ def start(models: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
         yield start
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for the tests that leave it with `grey` and `other`; it ends as it should."""
+    folder = tmp_path_factory.mktemp("serving")
+    for seed, name in enumerate(("grey", "other")):
+        write(folder / "models" / name, seed, name)
+    server = Server(folder / "models", folder, request.param)
+    try:
+        yield server
+        server.process.terminate()
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.log
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def server(serving: Server) -> Server:
+    """`serving`, and a log that begins with this test."""
+    serving.seen = serving.log
+    return serving
+
+
 @contextlib.contextmanager
 def load_on(server: Server, other: str = "other") -> Generator[Counter[tuple[int, str, str]]]:
     """Ask from two threads; give the answers by status, digest and logits."""
@@ -136,7 +170,7 @@ def load_on(server: Server, other: str = "other") -> Generator[Counter[tuple[int
             found = json.loads(answer.read())
             answers[answer.status, found.get("digest", found.get("detail")), str(found.get("logits"))] += 1
             # The machine is needed for the proofs, too.
-            time.sleep(0.01)
+            time.sleep(0.02)
         connection.close()
 
     threads = [threading.Thread(target=ask, args=(path,)) for path in ("/predict", f"/predict?model={other}")]
@@ -150,13 +184,10 @@ def load_on(server: Server, other: str = "other") -> Generator[Counter[tuple[int
             thread.join()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_new_changed_and_removed_models_follow_the_folder_while_every_request_is_answered(
-    start: Callable[..., Server], models: Path, processes: int
-) -> None:
-    server = start(processes)
-    digests = {digest((models / "grey" / "model.onnx").read_bytes())}
-    others = server.digests("other")
+def test_new_changed_and_removed_models_follow_the_folder_while_every_request_is_answered(server: Server) -> None:
+    models = server.models
+    digests = {server.digest("grey")}
+    others = {server.digest("other")}
     with load_on(server) as answers:
         for seed in (10, 11):
             newest = write(models / "grey", seed, "grey")
@@ -164,33 +195,27 @@ def test_new_changed_and_removed_models_follow_the_folder_while_every_request_is
             if seed == 11:
                 write(models / "added", 50, "added")
             server.hang_up()
-            wait_until(lambda newest=newest: server.digests("grey") == {newest})
-        wait_until(lambda: server.names() == {frozenset({"grey", "other", "added"})})
+            wait_until(lambda newest=newest: server.serve("grey", newest))
+        wait_until(lambda: server.list_only("grey", "other", "added"))
         shutil.rmtree(models / "added")
         server.hang_up()
-        wait_until(lambda: server.names() == {frozenset({"grey", "other"})})
+        wait_until(lambda: server.list_only("grey", "other"))
     assert {status for status, *_ in answers} == {200}, answers
     # Each version has its logits, and no other.
     assert {found for _, found, _ in answers} == digests | others
     assert len(answers) == len(digests | others)
     assert server.ask("GET", "/models/added")[0] == 404
-    assert "Traceback" not in server.log
-    server.process.terminate()
-    assert server.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_old_version_stays_where_the_new_one_has_no_proof_and_the_reason_can_be_read(
-    start: Callable[..., Server], models: Path, processes: int
-) -> None:
-    server = start(processes)
-    (old,) = server.digests("grey")
+def test_the_old_version_stays_where_the_new_one_has_no_proof_and_the_reason_can_be_read(server: Server) -> None:
+    models = server.models
+    old = server.digest("grey")
     with load_on(server) as answers:
         # In place, as a careless operator writes; both graphs are loaded.
         (models / "grey" / "model.onnx").write_bytes(b"garbage")
         server.hang_up()
-        wait_until(lambda: "the new version is not served" in server.log)
-        wait_until(lambda: all(server.ask("GET", "/models/grey")[1]["rejected"] for _ in range(5)))
+        wait_until(lambda: "the new version is not served" in server.new_log)
+        wait_until(lambda: server.all_see("/models/grey", lambda _, found: found["rejected"] is not None))
         # Longer than the server looks at its files.
         time.sleep(2.5)
         found = server.ask("GET", "/models/grey")[1]
@@ -202,7 +227,7 @@ def test_the_old_version_stays_where_the_new_one_has_no_proof_and_the_reason_can
         assert 'lipcert_model_rejected{model="other"} 0.0' in text
         newest = write(models / "grey", 30, "grey")
         server.hang_up()
-        wait_until(lambda: server.digests("grey") == {newest})
+        wait_until(lambda: server.serve("grey", newest))
     assert {status for status, *_ in answers} == {200}, answers
     assert server.ask("GET", "/models/grey")[1]["rejected"] is None
 
@@ -213,29 +238,44 @@ def metrics(server: Server) -> str:
         return connection.getresponse().read().decode()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_proof_that_takes_long_delays_no_answer_and_hangups_meanwhile_are_one_more_reload(
-    start: Callable[..., Server], models: Path, processes: int
-) -> None:
-    server = start(processes)
-    (old,) = server.digests("grey")
+def test_the_default_model_stays_though_its_folder_is_gone(server: Server) -> None:
+    folder = server.models / "grey"
+    folder.rename(server.models / ".gone")
+    server.hang_up()
+    wait_until(lambda: "its folder is gone" in server.new_log)
+    wait_until(lambda: server.all_see("/models/grey", lambda _, found: found["rejected"] is not None))
+    assert server.ask("POST", "/predict", _IMAGE)[0] == 200
+    (server.models / ".gone").rename(folder)
+    server.hang_up()
+    wait_until(lambda: server.all_see("/models/grey", lambda _, found: found["rejected"] is None))
+
+
+def test_without_keys_nobody_loads_or_unloads(server: Server) -> None:
+    status, problem = server.ask("POST", "/v2/repository/models/other/unload")
+    assert status == 403
+    assert problem["type"] == "urn:problem-type:lipcert:forbidden"
+
+
+def test_a_proof_that_takes_long_delays_no_answer_and_hangups_meanwhile_are_one_more_reload(server: Server) -> None:
+    models = server.models
+    old = server.digest("grey")
     with load_on(server) as answers:
         middle = write(models / "grey", 20, "grey")
         (models / "grey" / "slow").touch()
         server.hang_up()
-        wait_until(lambda: server.log.count("again") == 1)
+        wait_until(lambda: len(re.findall(r"reading \S+ again", server.new_log)) == 1)
         for _ in range(5):
             server.hang_up()
         time.sleep(2.5)
-        assert server.digests("grey") == {old}
-        if processes > 1:
+        assert server.serve("grey", old)
+        if server.processes > 1:
             # Its replacement goes on with the old version, whose file has another name.
             pid = server.children[0]
             os.kill(pid, signal.SIGTERM)
-            wait_until(lambda: server.log.count("Application startup complete") == 3)
+            wait_until(lambda: "Application startup complete" in server.new_log)
         (models / "grey" / "slow").unlink()
-        wait_until(lambda: server.digests("grey") == {middle})
-        wait_until(lambda: len(re.findall(r"reading \S+ again", server.log)) == 2)
+        wait_until(lambda: server.serve("grey", middle))
+        wait_until(lambda: len(re.findall(r"reading \S+ again", server.new_log)) == 2)
     assert {status for status, *_ in answers} == {200}, answers
     assert {found for _, found, _ in answers} >= {old, middle}
 
@@ -273,22 +313,22 @@ def test_models_are_loaded_and_unloaded_by_who_has_the_scope(
     def control(name: str, action: str, key: str = admin) -> tuple[int, Any]:
         return server.ask("POST", f"/v2/repository/models/{name}/{action}", Authorization=key)
 
-    def status_of(name: str) -> set[int]:
-        return {server.ask("GET", f"/models/{name}", Authorization=predict)[0] for _ in range(5)}
+    def answers(name: str, status: int) -> bool:
+        return all(server.ask("GET", f"/models/{name}", Authorization=predict)[0] == status for _ in range(5))
 
     assert control("other", "unload", predict)[0] == 403
     assert control("other", "unload") == (200, {"name": "other", "state": "UNAVAILABLE"})
-    wait_until(lambda: status_of("other") == {404})
+    wait_until(lambda: answers("other", 404))
     # Who unloaded it did not mean until the next rotation of a log.
     server.hang_up()
     wait_until(lambda: "reading" in server.log)
     time.sleep(1.5)
-    assert status_of("other") == {404}
+    assert answers("other", 404)
     assert control("other", "load") == (200, {"name": "other", "state": "READY"})
-    wait_until(lambda: status_of("other") == {200})
+    wait_until(lambda: answers("other", 200))
     write(models / "fresh", 70, "fresh")
     assert control("fresh", "load")[0] == 200
-    wait_until(lambda: status_of("fresh") == {200})
+    wait_until(lambda: answers("fresh", 200))
     assert control("grey", "unload")[0] == 409
     for name in ("absent", "..", ".", "%2e%2e", "a%2Fb", "x" * 300, "x" * 5000, "%00", ".hidden"):
         assert control(name, "load")[0] == 404, name
@@ -296,24 +336,8 @@ def test_models_are_loaded_and_unloaded_by_who_has_the_scope(
     status, problem = control("fresh", "load")
     assert status == 409
     assert "the graph has no proved Lipschitz bound" in problem["detail"]
-    assert status_of("fresh") == {200}
+    assert answers("fresh", 200)
     assert "Traceback" not in server.log
-
-
-def test_without_keys_nobody_loads_or_unloads(start: Callable[..., Server]) -> None:
-    server = start()
-    status, problem = server.ask("POST", "/v2/repository/models/other/unload")
-    assert status == 403
-    assert problem["type"] == "urn:problem-type:lipcert:forbidden"
-
-
-def test_the_default_model_stays_though_its_folder_is_gone(start: Callable[..., Server], models: Path) -> None:
-    server = start()
-    (models / "grey").rename(models / ".gone")
-    server.hang_up()
-    wait_until(lambda: "its folder is gone" in server.log)
-    wait_until(lambda: server.ask("GET", "/models/grey")[1]["rejected"] is not None)
-    assert server.ask("POST", "/predict", _IMAGE)[0] == 200
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -323,28 +347,28 @@ def test_a_new_version_takes_the_name_and_the_old_one_goes_on(
     shutil.rmtree(models / "grey")
     old = write(models / "grey" / "1", 0, "grey")
     server = start(processes, default_model="stable", aliases="stable=grey")
-    assert server.names() == {frozenset({"grey:1", "other"})}
+    assert server.list_only("grey:1", "other")
     with load_on(server, "grey:1") as answers:
         new = write(models / "grey" / "2", 1, "grey")
         server.hang_up()
-        wait_until(lambda: server.digests("grey") == {new})
-        assert server.digests("stable") == {new}
-        assert server.digests("grey:1") == {old}
+        wait_until(lambda: server.serve("grey", new))
+        assert server.serve("stable", new)
+        assert server.serve("grey:1", old)
         # With a fault it is no version, and the name stays where it is.
         write(models / "grey" / "3", 2, "stranger")
         server.hang_up()
-        wait_until(lambda: {server.ask("GET", "/models/grey:3")[0] for _ in range(5)} == {503})
-        assert server.digests("grey") == {new}
+        wait_until(lambda: server.all_see("/models/grey:3", lambda status, _: status == 503))
+        assert server.serve("grey", new)
         shutil.rmtree(models / "grey" / "3")
         # Back to the old version.
         shutil.rmtree(models / "grey" / "2")
         server.hang_up()
-        wait_until(lambda: server.names() == {frozenset({"grey:1", "other"})})
+        wait_until(lambda: server.list_only("grey:1", "other"))
         # The last version of the default model stays.
         shutil.rmtree(models / "grey")
         server.hang_up()
-        wait_until(lambda: all(server.ask("GET", "/models/stable")[1]["rejected"] for _ in range(5)))
-        assert server.digests("stable") == {old}
+        wait_until(lambda: server.all_see("/models/stable", lambda _, found: found["rejected"] is not None))
+        assert server.serve("stable", old)
     assert {status for status, *_ in answers} == {200}, answers
     assert {found for _, found, _ in answers} == {old, new}
     assert "Traceback" not in server.log
