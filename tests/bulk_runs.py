@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,16 @@ def npy(array: np.ndarray) -> bytes:
 def ask(url: str, content: bytes, options: Mapping[str, Any]) -> httpx.Response:
     """Return the response of `POST /predict` about an image file or an npy file."""
     kind = "application/x-npy" if content.startswith(b"\x93NUMPY") else "application/octet-stream"
-    head = {"Content-Type": kind}
-    # The first file that is decoded in a child waits for its start, on a busy machine for long.
-    return httpx.post(f"{url}/predict", content=content, params=options, headers=head, timeout=60.0)
+    return _http().post(f"{url}/predict", content=content, params=options, headers={"Content-Type": kind})
+
+
+@cache
+def _http() -> httpx.Client:
+    """Return one client for all requests: each reads the certificates of TLS, which takes longer than an answer.
+
+    The first file that is decoded in a child waits for its start, on a busy machine for long.
+    """
+    return httpx.Client(timeout=60.0)
 
 
 def check_row(row: Mapping[str, Any], said: httpx.Response) -> None:
