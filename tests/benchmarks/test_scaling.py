@@ -21,7 +21,7 @@ PAUSE_S = 0.02
 def test_one_request_at_a_time_with_exponential_durations_is_the_known_queue(load: float) -> None:
     """M/M/1: the time in the system is exponential, with mean 1 / (mu - lambda)."""
     service = Service(0.0, 0.001, EXPONENTIAL / EXPONENTIAL.mean(), most=1)
-    seconds = simulate([service], load * service.capacity, 100_000)
+    seconds = simulate([service], load * service.capacity, 40_000)
     mean_s = 1.0 / (service.capacity * (1.0 - load))
     np.testing.assert_allclose(seconds.mean(), mean_s, rtol=0.05)
     np.testing.assert_allclose(np.quantile(seconds, [0.5, 0.99]), mean_s * np.log([2.0, 100.0]), rtol=0.08)
@@ -30,7 +30,7 @@ def test_one_request_at_a_time_with_exponential_durations_is_the_known_queue(loa
 def test_constant_durations_wait_half_as_long() -> None:
     """M/D/1, by the formula of Pollaczek and Khinchine: the mean wait is rho s / (2 (1 - rho))."""
     service = Service(0.0, 0.001, np.ones(1), most=1)
-    seconds = simulate([service], 800.0, 100_000)
+    seconds = simulate([service], 800.0, 40_000)
     np.testing.assert_allclose(seconds.mean() - 0.001, 0.8 * 0.001 / (2 * 0.2), rtol=0.05)
 
 
@@ -45,7 +45,7 @@ def test_requests_that_wait_together_share_a_batch() -> None:
 def test_the_better_of_two_is_the_one_with_fewer_requests() -> None:
     service = Service(0.001, 0.0001, np.ones(1))
     quantiles = [
-        np.quantile(simulate([service] * 20, 20 * 0.8 * service.capacity, 50_000, policy), 0.99)
+        np.quantile(simulate([service] * 20, 20 * 0.8 * service.capacity, 20_000, policy), 0.99)
         for policy in (better_of_two, at_random)
     ]
     assert quantiles[0] < quantiles[1]

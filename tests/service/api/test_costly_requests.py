@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -81,9 +81,9 @@ class Server:
                 seconds[pid] = (int(fields[11]) + int(fields[12])) / TICKS
         return seconds
 
-    def memory(self) -> int:
+    def memory(self, pids: Iterable[int]) -> int:
         total = 0
-        for pid in self.pids():
+        for pid in pids:
             with suppress(OSError):
                 for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                     total += 1024 * int(line.split()[1]) if line.startswith("Pss:") else 0
@@ -93,15 +93,17 @@ class Server:
     def metered(self) -> Iterator[dict[str, float]]:
         """Give processor seconds, growth of memory and the longest wait of a neighbour, once the context is left."""
         figures: dict[str, float] = {}
-        before, memory = self.cpu_s(), self.memory()
+        before = self.cpu_s()
+        memory = self.memory(before)
         seen = dict(before)
         peak, waits, stop = memory, [0.0], threading.Event()
 
         def watch() -> None:
             nonlocal peak
             while not stop.is_set():
-                seen.update(self.cpu_s())
-                peak = max(peak, self.memory())
+                now = self.cpu_s()
+                seen.update(now)
+                peak = max(peak, self.memory(now))
                 time.sleep(0.02)
 
         def ask() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import builders
 import numpy as np
 import pytest
@@ -16,13 +14,14 @@ from service.settings import Settings
 PNG = encode_png(np.arange(16, dtype=np.uint8).reshape(1, 4, 4))
 
 
-@pytest.fixture
-def sampled(client: Client, tmp_path: Path) -> Client:
+@pytest.fixture(scope="module")
+def sampled(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    folder = tmp_path_factory.mktemp("sampled")
     for name in ("with", "without"):
-        builders.write(tmp_path / name, builders.random_groupsort(0), name)
-    (tmp_path / "with" / "samples").mkdir()
-    (tmp_path / "with" / "samples" / "0-2.png").write_bytes(PNG)
-    return Client(create_app(Settings(models=tmp_path, default_model="with", provider="cpu")), client._runner)
+        builders.write(folder / name, builders.random_groupsort(0), name)
+    (folder / "with" / "samples").mkdir()
+    (folder / "with" / "samples" / "0-2.png").write_bytes(PNG)
+    return Client(create_app(Settings(models=folder, default_model="with", provider="cpu")), client._runner)
 
 
 def test_a_sample_is_served_as_it_is_and_its_class_is_in_the_description(sampled: Client) -> None:
