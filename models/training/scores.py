@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from models.data.labelled import LabelledImages
 from models.nets.networks import LipschitzNetwork, both_logits
+
+if TYPE_CHECKING:
+    # Loading it takes 2 seconds, which reports and evaluations do not need.
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
