@@ -10,6 +10,7 @@ from models.evaluation.card_results import epsilons_of
 from models.evaluation.images import EvaluationError
 from models.evaluation.measure import image_set
 from models.evaluation.novelty import is_novelty_model, novel_images, novelty_cells, novelty_figures, novelty_text
+from models.evaluation.tables import table_lines
 from models.export import code_version, environment
 from service.artefact.card import Card, read_card, write_card
 from service.inference.classifier import Classifier
@@ -49,5 +50,5 @@ def evaluate_guard(
     evaluation = {**(card.evaluation or {}), "novelty": {**figures, **made}}
     write_card(artefact, Card.model_validate({**card.model_dump(), "evaluation": evaluation}))
     head, rows = novelty_cells(figures)
-    table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+    table = table_lines(head, rows)
     return "\n".join([f"# Novelty by `{classifier.name}`", "", novelty_text(figures), "", *table, ""])

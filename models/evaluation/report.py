@@ -18,7 +18,7 @@ from models.evaluation.details import Answers, worst_mistakes
 from models.evaluation.images import ImageSet
 from models.evaluation.novelty import novelty_cells, novelty_text
 from models.evaluation.summary import Measured, answers_of, attacked_images
-from models.evaluation.tables import detail_lines
+from models.evaluation.tables import detail_lines, table_lines
 from service.inference.classifier import Classifier, Prediction
 from service.inference.counterfactual import Counterfactual
 
@@ -103,7 +103,7 @@ def markdown_report(
     if "novelty" in results:
         head, rows = novelty_cells(results["novelty"])
         lines += ["", "## Novelty", "", novelty_text(results["novelty"]), ""]
-        lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+        lines += table_lines(head, rows)
     lines += detail_lines(results, pictures.get(MISTAKES))
     for title, file in pictures.items():
         if title != MISTAKES:
@@ -161,10 +161,7 @@ def _attack_table(
         "",
         f"Attacks on the served graphs, {sample}. None found an image of another class {refutation}. {' '.join(notes)}",
         "",
-        f"| {' | '.join(titles)} |",
-        "|" + "---|" * len(titles),
-        *(f"| {' | '.join(_attack_row(attack, compared=compared))} |" for attack in attacks),
-        *([f"| {' | '.join(_attack_row(same, compared=compared))} |"] if same is not None else []),
+        *table_lines(titles, [_attack_row(one, compared=compared) for one in (*attacks, same) if one is not None]),
     ]
 
 

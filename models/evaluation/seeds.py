@@ -8,8 +8,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from models.evaluation.images import EvaluationError
+from models.evaluation.tables import percent
 from models.recipes import ImageRecipe
 from service.artefact.card import Card, SeedRun, read_card, write_card
+from service.artefact.files import MODEL_FILE
 
 
 def add_seeds(folder: Path, runs: Sequence[Path]) -> str:
@@ -24,26 +26,20 @@ def add_seeds(folder: Path, runs: Sequence[Path]) -> str:
         EvaluationError: a run has another recipe, other images or no seed of its own; nothing is written.
     """
     card = read_card(folder)
-    others = [read_card(run) for run in runs]
-    for run, other in zip(runs, others, strict=True):
-        _check_alike(card, folder, other, run)
-    cards = [card, *others]
-    seeds = [one.seed for one in cards]
+    recipe, stated = _recipe_of(card, folder), [_run_of(card, folder)]
+    for run in runs:
+        other = read_card(run)
+        if _recipe_of(other, run) != recipe:
+            raise EvaluationError(f"{run} has another recipe than {folder}: train it with the recipe in that card")
+        differing = [key for key in card.data.keys() & other.data.keys() if card.data[key] != other.data[key]]
+        if differing:
+            raise EvaluationError(f"{run} has other images than {folder} ({', '.join(sorted(differing))} in `data`)")
+        stated.append(_run_of(other, run))
+    seeds = [one.seed for one in stated]
     if len(set(seeds)) < len(seeds):
         raise EvaluationError(f"the seeds {', '.join(map(str, seeds))} repeat: train each run with another --seed")
-    write_card(folder, card.model_copy(update={"seeds": [_run_of(other) for other in others]}))
-    return _table(cards)
-
-
-def _check_alike(card: Card, folder: Path, other: Card, run: Path) -> None:
-    if _recipe_of(card, folder) != _recipe_of(other, run):
-        raise EvaluationError(f"{run} has another recipe than {folder}: train it with the recipe in that card")
-    differing = [key for key in card.data.keys() & other.data.keys() if card.data[key] != other.data[key]]
-    if differing:
-        raise EvaluationError(f"{run} has other images than {folder} ({', '.join(sorted(differing))} in `data`)")
-    for one, place in ((card, folder), (other, run)):
-        if one.seed is None or one.accuracy is None:
-            raise EvaluationError(f"the card of {place} states no seed or no accuracy: name folders that `train` wrote")
+    write_card(folder, card.model_copy(update={"seeds": stated[1:]}))
+    return _table(stated)
 
 
 def _recipe_of(card: Card, folder: Path) -> ImageRecipe:
@@ -55,26 +51,27 @@ def _recipe_of(card: Card, folder: Path) -> ImageRecipe:
         ) from None
 
 
-def _run_of(card: Card) -> SeedRun:
-    return SeedRun.model_validate(
-        {
-            "seed": card.seed,
-            "model": card.graphs["model.onnx"],
-            "code_version": card.code_version,
-            "accuracy": card.accuracy,
-            "certified_accuracy": [entry.model_dump() for entry in card.certified_accuracy],
-        }
+def _run_of(card: Card, folder: Path) -> SeedRun:
+    if card.seed is None or card.accuracy is None:
+        raise EvaluationError(f"the card of {folder} states no seed or no accuracy: name folders that `train` wrote")
+    return SeedRun(
+        seed=card.seed,
+        model=card.graphs[MODEL_FILE],
+        code_version=card.code_version,
+        accuracy=card.accuracy,
+        certified_accuracy=card.certified_accuracy,
     )
 
 
-def _table(cards: Sequence[Card]) -> str:
-    columns = [{"clean": card.accuracy or 0.0} for card in cards]
-    for column, card in zip(columns, cards, strict=True):
-        column |= {f"certified at {entry.epsilon:g}": entry.value for entry in card.certified_accuracy}
-    head = f"| | {' | '.join(f'seed {card.seed}' for card in cards)} | smallest to largest |"
-    lines = [head, "|---" * (len(cards) + 2) + "|"]
+def _table(runs: Sequence[SeedRun]) -> str:
+    columns = [
+        {"clean": run.accuracy, **{f"certified at {one.epsilon:g}": one.value for one in run.certified_accuracy}}
+        for run in runs
+    ]
+    head = f"| | {' | '.join(f'seed {run.seed}' for run in runs)} | smallest to largest |"
+    lines = [head, "|---" * (len(runs) + 2) + "|"]
     for name in columns[0]:
         values = [column[name] for column in columns if name in column]
-        cells = " | ".join(f"{value:.2%}" for value in values)
-        lines.append(f"| {name} | {cells} | {min(values):.2%} to {max(values):.2%} |")
+        cells = [name, *map(percent, values), f"{percent(min(values))} to {percent(max(values))}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -67,7 +67,8 @@ def quantity_of(row: Mapping[str, Any]) -> str:
     return row["quantity"] if row["epsilon"] is None else f"{row['quantity']} at {row['epsilon']:g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     return [f"| {' | '.join(cells[0])} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in cells[1:])]
 
@@ -80,7 +81,7 @@ def _against_the_card(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Measured here: n = {rows[0]['n']}. Intervals of 95 %, each for itself: Clopper-Pearson of shares, order "
         "statistics of the median; differences of shares in points. All radii without reference images.",
         "",
-        *_table(
+        *table_lines(
             ["", "card", "measured", "measured less card", ""],
             [[quantity_of(row), *difference_cells(row)] for row in rows],
         ),
@@ -94,7 +95,7 @@ def _confusion(confusion: Mapping[str, Any]) -> list[str]:
             "",
             "## Confusions",
             "",
-            *_table(
+            *table_lines(
                 ["true", "predicted", "images"],
                 [[true, predicted, str(count)] for true, predicted, count in confused_pairs(confusion)],
             ),
@@ -105,7 +106,7 @@ def _confusion(confusion: Mapping[str, Any]) -> list[str]:
         "",
         "Rows: true class; columns: predicted class.",
         "",
-        *_table(["", *labels], [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]),
+        *table_lines(["", *labels], [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]),
     ]
 
 
@@ -133,7 +134,7 @@ def class_cells(classes: Sequence[Mapping[str, Any]], certified: str, digits: in
 
 
 def _classes(classes: Sequence[Mapping[str, Any]]) -> list[str]:
-    return ["", "## Classes", "", *_table(*class_cells(classes, "certified at", 4))]
+    return ["", "## Classes", "", *table_lines(*class_cells(classes, "certified at", 4))]
 
 
 def _mistakes(mistakes: Mapping[str, Any], picture: str | None) -> list[str]:
@@ -147,7 +148,7 @@ def _mistakes(mistakes: Mapping[str, Any], picture: str | None) -> list[str]:
         "",
         f"![mistakes]({picture})",
         "",
-        *_table(
+        *table_lines(
             ["image", "true", "predicted", "radius"],
             [
                 [one.get("file", f"number {one['index']}"), one["true"], one["predicted"], f"{one['radius']:.4f}"]
@@ -164,7 +165,7 @@ def _reliability(groups: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "Accuracy of images in groups of equal size, from the smallest radii to the largest.",
         "",
-        *_table(
+        *table_lines(
             ["radius", "n", "right", "accuracy"],
             [
                 [

@@ -24,7 +24,7 @@ _MOST_ANSWERS = 256
 
 
 class Refusals:
-    """Refusals without a call of the application, in the hands of the server: see `service.connection`."""
+    """Refusals by the server, before it calls the application: see `service.connection`."""
 
     def __init__(self, service: Service) -> None:
         """Refuse requests that `service` has no capacity for."""

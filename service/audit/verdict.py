@@ -79,8 +79,8 @@ def audit(answer_file: Path, image_file: Path, artefact_folder: Path, novelty_fo
             itself alone, and the report says so.
 
     Raises:
-        KeptError: a file is missing or damaged, or the answer has no novelty and a novelty model is
-            given; the message says what to do.
+        KeptError: a file is missing or not valid, or the answer has no novelty and a novelty model is given; the
+            message says what to do.
     """
     answer = read_answer(answer_file)
     artefact = read_artefact(artefact_folder)

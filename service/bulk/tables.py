@@ -28,8 +28,6 @@ GRID = 100
 _RECORD = b"lipcert"
 _REPEATED = ["file", "digest", "class_id", "label", "runner_up", "proof", "lipschitz_bound", "logit_error"]
 """Columns that are written with a dictionary: values of the others are nearly all different."""
-_LISTS = ["set"]
-_INCOMPRESSIBLE = ["logits"]
 _SOURCE = {"row": "int64", "file": "string", "item": "string", "key": "string"}
 _ANSWER = {
     "digest": "names",
@@ -123,7 +121,6 @@ def answers(outcome: Outcome[Options], origins: Sequence[Origin]) -> Answers:
     labels, count = classifier.labels, len(origins)
     values: dict[str, np.ndarray | list[Any]] = {
         **{name: found[name] for name in _NUMBERS},
-        "digest": np.zeros(count, np.int64),
         "label": found["class_id"],
         "proof": found["proof"].tolist(),
         "image_digest": image_digests(outcome.image_NCHW),
@@ -160,11 +157,9 @@ def answer_table(batches: Sequence[Answers], classifier: Classifier, schema: Any
     for name in batches[0].values:
         parts = [batch.values[name] for batch in batches]
         values[name] = list(itertools.chain(*parts)) if isinstance(parts[0], list) else np.concatenate(parts)
-    for name in schema.names:
-        if name == "digest":
-            values[name] = _names(values[name], [classifier.digest])
-        elif arrow.types.is_dictionary(schema.field(name).type):
-            values[name] = _names(values[name], classifier.labels)
+    for name in values.keys() & {"label", "runner_up", "counterfactual_label"}:
+        values[name] = _names(values[name], classifier.labels)
+    values["digest"] = _names(np.zeros(len(origins), np.int32), [classifier.digest])
     values["logits"] = _lists(values["logits"])
     table = _table(values, schema)
     return table if all(map(operator.lt, values["row"], values["row"][1:])) else table.sort_by("row")
@@ -245,8 +240,8 @@ def _text(text: str) -> str:
 
 def _writing(table: Any) -> dict[str, Any]:
     """Return the options of a file; to compress logits, or dictionaries of all columns, would take much longer."""
-    leaves = [f"{name}.list.element" if name in _LISTS else name for name in table.column_names]
-    compressed = [leaf for leaf in leaves if leaf not in _INCOMPRESSIBLE]
+    fields = [field for field in table.schema if field.name != "logits"]
+    compressed = [f"{field.name}.list.element" if arrow.types.is_list(field.type) else field.name for field in fields]
     return {
         "use_dictionary": _REPEATED,
         "compression": dict.fromkeys(compressed, "zstd"),

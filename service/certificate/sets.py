@@ -175,7 +175,7 @@ def acceptance_thresholds(radius_N: Float64[np.ndarray, " N"], shares: Sequence[
     """Return radii from which images are accepted: of n calibration images the stated shares, at most.
 
     A threshold is the radius next above an order statistic at a fixed rank, so that, given its value, the accepted
-    images are independent draws from the accepted ones. The share 1 gives 0, which accepts every image.
+    images are independent draws from those it accepts. The share 1 gives 0, which accepts every image.
 
     Args:
         radius_N: certified radii of the predicted classes, not negative.

@@ -144,7 +144,9 @@ class Admission:
             raise OverloadedError(*refusal)
         self._requests += 1
         self._places.add(place)
-        holder = self._clients.setdefault(place.client, Client())
+        holder = self._clients.get(place.client)
+        if holder is None:
+            holder = self._clients[place.client] = Client()
         holder.requests += 1
         place.holder = holder
 

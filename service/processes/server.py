@@ -82,7 +82,7 @@ class Rpc(Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that answers all accepted connections before it ends, and ends when it cannot go on."""
+    """uvicorn that answers connections in the backlog before it ends, and ends when it cannot go on."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or (self._end_at_s is not None and time.monotonic() >= self._end_at_s)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer all accepted connections, and end; see the module."""
+        """Answer connections in the backlog and open requests, and end; see the module."""
         is_asked = self._end_at_s is None
         # Ctrl-C is not announced to a load balancer.
         drain_s = self._ending.drain_s if is_asked and signal.SIGTERM in self._captured_signals else 0.0
